@@ -1,0 +1,1 @@
+"""Stage 3: plain and speculative decoding with BitNet teachers and their drafts."""

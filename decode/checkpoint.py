@@ -1,0 +1,209 @@
+"""Finding and loading models: the default teacher, folders, Hub names, with plain errors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from safetensors import SafetensorError, safe_open
+
+from decode.model import Transformer
+from kernels import UserError, swap_bitlinear
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_TEACHER = ROOT / "checkpoints" / "bitnet-smol-43m"
+RUNS = Path("runs")
+PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder that has passed its checks; weights are not loaded yet."""
+
+    folder: Path
+    name: str
+    config: dict[str, Any]
+
+    def load(self) -> Transformer:
+        """Load through mlx-lm, with its BitLinear swapped for ours."""
+        from mlx_lm.utils import load_model
+
+        try:
+            model, config = load_model(self.folder, lazy=True)
+            swap_bitlinear(model)
+            return Transformer(model, config)
+        except UserError as error:
+            raise UserError(f"{self.folder}: {error}") from None
+        except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+            raise UserError(f"{self.folder}: cannot be loaded: {_first_line(error)}") from error
+
+    @property
+    def weights_hash(self) -> str:
+        """sha256 over the weight files: names the exact model a dataset or draft was made for."""
+        digest = hashlib.sha256()
+        for path in sorted(self.folder.glob("model*.safetensors")):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+    @property
+    def tokenizer_hash(self) -> str:
+        """sha256 of what decides token ids: vocabulary, merges and special tokens, not file layout."""
+        return tokenizer_hash(self.folder)
+
+
+def tokenizer_hash(folder: Path) -> str:
+    """Hash of a folder's `tokenizer.json`, independent of white space and key order."""
+    path = folder / "tokenizer.json"
+    return hashlib.sha256(json.dumps(read_json(path), sort_keys=True).encode()).hexdigest()
+
+
+def find_teacher(name: str | None) -> Checkpoint:
+    """A BitNet checkpoint by path or Hub name; the embedded one by default."""
+    if name is None and not DEFAULT_TEACHER.exists():
+        raise UserError("no --teacher given, and the embedded one is only in a checkout of bitdraft")
+    checkpoint = find_model(name or str(DEFAULT_TEACHER), "--teacher")
+    quantization = checkpoint.config.get("quantization_config") or {}
+    if quantization.get("quant_method") != "bitnet":
+        raise UserError(f"{checkpoint.folder}/config.json: not a BitNet checkpoint (quant_method is not 'bitnet')")
+    return checkpoint
+
+
+def find_draft(name: str | None, teacher: Checkpoint) -> Checkpoint:
+    """A draft by path or Hub name; else the newest complete one for this teacher, else the shipped one."""
+    if name is not None:
+        draft = find_model(name, "--draft")
+    else:
+        folder = newest_draft(teacher) or shipped_draft(teacher)
+        if folder is None:
+            raise UserError(f"no draft for {teacher.name} under {RUNS}/ or checkpoints/; train one or give --draft")
+        draft = find_model(str(folder), "--draft")
+    return draft
+
+
+def newest_draft(teacher: Checkpoint) -> Path | None:
+    """The newest folder under runs/ whose draft.json says it is complete and for this teacher."""
+    folders = [path.parent for path in RUNS.glob("**/draft.json") if _made_for(path, teacher)]
+    return max(folders, key=lambda folder: (folder / "draft.json").stat().st_mtime, default=None)
+
+
+def shipped_draft(teacher: Checkpoint) -> Path | None:
+    folders = sorted((ROOT / "checkpoints").glob("*/draft.json"))
+    return next((path.parent for path in folders if _made_for(path, teacher)), None)
+
+
+def _made_for(draft_json: Path, teacher: Checkpoint) -> bool:
+    try:
+        draft = json.loads(draft_json.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(draft, dict) and draft.get("teacher", {}).get("hash") == teacher.weights_hash
+
+
+def find_model(name: str, option: str) -> Checkpoint:
+    """Resolve a path or a Hub name (`owner/name[@revision]`) to a checked model folder."""
+    folder = Path(name).expanduser()
+    if not folder.exists():
+        folder = _from_hub(name, option)
+    if not folder.is_dir():
+        raise UserError(f"{option} {name}: not a folder")
+    config = read_json(folder / "config.json")
+    if config.get("model_file") or config.get("auto_map"):
+        config = {key: value for key, value in config.items() if key != "auto_map"}
+        if "model_file" in config:
+            raise UserError(f"{folder}/config.json: asks for code of its own (model_file), which is never run")
+    _check_weights(folder)
+    if not (folder / "tokenizer.json").exists():
+        raise UserError(f"{folder}: tokenizer.json is missing")
+    return Checkpoint(folder, folder.resolve().name if Path(name).exists() else name, config)
+
+
+def _from_hub(name: str, option: str) -> Path:
+    repo, _, revision = name.partition("@")
+    if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
+        raise UserError(f"{option} {name}: no such folder, and not a Hub name (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=PATTERNS))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{option} {name}: no such folder, and not to be had from the Hub: {_first_line(error)}"
+        ) from error
+
+
+def _check_weights(folder: Path) -> None:
+    """Every weight file is there and whole (a header and as many bytes as it promises)."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = set(read_json(index).get("weight_map", {}).values())
+        if any(not isinstance(name, str) or Path(name).name != name for name in names):
+            raise UserError(f"{index}: names a file outside its folder")
+        files = [folder / name for name in sorted(names)]
+    else:
+        files = sorted(folder.glob("model*.safetensors")) or [folder / "model.safetensors"]
+    for file in files:
+        if not file.exists():
+            raise UserError(f"{file}: missing (half-downloaded?)")
+        try:
+            with safe_open(file, "np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: damaged or cut short ({_first_line(error)})") from error
+
+
+def check_same_tokenizer(teacher: Checkpoint, draft: Checkpoint) -> None:
+    """Refuse a draft whose token ids mean other things than the teacher's.
+
+    Vocabulary, every token's text and the special tokens must agree; the files may differ
+    in anything else.
+    """
+    ours, theirs = (_token_table(checkpoint.folder) for checkpoint in (teacher, draft))
+    where = f"draft {draft.folder} and teacher {teacher.folder}"
+    if len(ours) != len(theirs) or teacher.config.get("vocab_size") != draft.config.get("vocab_size"):
+        sizes = f"{draft.config.get('vocab_size')} and {teacher.config.get('vocab_size')}"
+        raise UserError(f"{where} disagree in their vocabulary: sizes {sizes}, {len(theirs)} and {len(ours)} tokens")
+    for token_id, entry in ours.items():
+        if theirs.get(token_id) != entry:
+            raise UserError(f"{where} disagree on token {token_id}: {theirs.get(token_id)} and {entry}")
+
+
+def _token_table(folder: Path) -> dict[int, tuple[str, bool]]:
+    """Token id -> (text, is special), from tokenizer.json."""
+    path = folder / "tokenizer.json"
+    data = read_json(path)
+    vocab = data.get("model", {}).get("vocab")
+    if not isinstance(vocab, dict):
+        raise UserError(f"{path}: has no vocabulary")
+    table = {token_id: (text, False) for text, token_id in vocab.items()}
+    for added in data.get("added_tokens", []):
+        table[added["id"]] = (added["content"], bool(added.get("special")))
+    return table
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or a UserError that names it."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {_first_line(error)}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: is not a JSON object")
+    return value
+
+
+def device_name() -> str:
+    """What MLX computes on, in words."""
+    info = mx.device_info() if hasattr(mx, "device_info") else {}
+    return str(info.get("device_name") or mx.default_device())
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

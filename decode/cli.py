@@ -1,0 +1,182 @@
+"""`decode`: text from a BitNet teacher, plain or speculative."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from decode.checkpoint import ROOT, Checkpoint, find_draft, find_teacher
+from decode.console import (
+    JsonOption,
+    QuietOption,
+    SeedOption,
+    TeacherOption,
+    check_json_target,
+    run,
+    say,
+    text_sink,
+    write_json,
+)
+from decode.prompts import gather_prompts
+from decode.sampling import Sampling
+from decode.session import Output, Session
+
+app = typer.Typer(
+    help="Decode with a BitNet teacher, plainly or speculatively with a draft, without changing its words.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+SAMPLES = ROOT / "data" / "prompts-sample.jsonl"
+
+Prompt = Annotated[str | None, typer.Option("--prompt", help="One prompt.")]
+Prompts = Annotated[
+    Path | None,
+    typer.Option("--prompts", metavar="FILE", help="JSONL with `prompt` or `messages` a line, or plain text lines."),
+]
+Raw = Annotated[bool, typer.Option("--raw", help="Continue the bare text: no chat template.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Most new tokens a prompt.")]
+Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Sample from the smallest set with this probability.")]
+TopK = Annotated[int, typer.Option("--top-k", help="Sample from this many tokens; 0 is all.")]
+
+
+@app.command()
+def plain(
+    teacher: TeacherOption = None,
+    prompt: Prompt = None,
+    prompts: Prompts = None,
+    raw: Raw = False,
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: SeedOption = 0,
+    json_file: JsonOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Generate with the teacher alone, one token a step.
+
+    Prompts come from --prompt, --prompts or standard input, else from data/.
+    """
+    sampling = Sampling(temperature, top_p, top_k)
+    check_json_target(json_file)
+    texts = gather_prompts(prompt, prompts, SAMPLES)
+    session = Session(find_teacher(teacher), max_tokens=max_tokens, sampling=sampling, raw=raw, seed=seed)
+    _answer_all(session, texts, compare=False, json_file=json_file, quiet=quiet)
+
+
+@app.command()
+def spec(
+    teacher: TeacherOption = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            "--draft",
+            metavar="PATH|REPO",
+            help="Draft model. Default: the newest one trained for this teacher under runs/, else the shipped one.",
+        ),
+    ] = None,
+    k: Annotated[int, typer.Option("--k", help="Tokens drafted before each verification.")] = 3,
+    prompt: Prompt = None,
+    prompts: Prompts = None,
+    raw: Raw = False,
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Decode plainly too, in turn: speed-up, and whether outputs are identical."),
+    ] = False,
+    seed: SeedOption = 0,
+    json_file: JsonOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Generate speculatively: a draft proposes K tokens, the teacher verifies them in one pass.
+
+    Greedy output is the same, token for token, as that of `decode plain`. Prompts come from
+    --prompt, --prompts or standard input, else from data/.
+    """
+    sampling = Sampling(temperature, top_p, top_k)
+    check_json_target(json_file)
+    texts = gather_prompts(prompt, prompts, SAMPLES)
+    teacher_checkpoint = find_teacher(teacher)
+    draft_checkpoint: Checkpoint = find_draft(draft, teacher_checkpoint)
+    say(quiet)(f"draft: {draft_checkpoint.folder}")
+    session = Session(
+        teacher_checkpoint,
+        draft_checkpoint,
+        k=k,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        raw=raw,
+        seed=seed,
+    )
+    report = _answer_all(session, texts, compare=compare, json_file=json_file, quiet=quiet)
+    if compare and sampling.greedy and not report["identical"]:
+        raise typer.Exit(1)
+
+
+def _answer_all(
+    session: Session, prompts: list[Any], *, compare: bool, json_file: str | None, quiet: bool
+) -> dict[str, Any]:
+    """Answer every prompt, with --compare plainly and speculatively in turn, and report."""
+    encoded = session.encode(prompts)
+    speculative = session.draft is not None
+    sink, note = text_sink(json_file), say(quiet)
+    session.warm_up()
+
+    def show(text: str) -> None:
+        print(text, end="", file=sink, flush=True)
+
+    outputs: list[Output] = []
+    baselines: list[Output] = []
+    for index, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
+        if len(prompts) > 1:
+            note(f"\n[{index + 1}/{len(prompts)}] {prompt.messages[-1]['content'][:100].splitlines()[0]}")
+        order = [True, False] if index % 2 else [False, True]
+        for turn in order if compare else [speculative]:
+            shown = show if turn is speculative and not (quiet and json_file == "-") else None
+            output = session.answer(prompt, ids, index, speculative=turn, show=shown)
+            (outputs if turn is speculative else baselines).append(output)
+        if not (quiet and json_file == "-"):
+            show("\n")
+    report = session.report(outputs, baselines)
+    write_json(json_file, report)
+    note("\n" + summary(report))
+    return report
+
+
+def summary(report: dict[str, Any]) -> str:
+    """A few lines for a reader."""
+    lines = [f"{report['tokens']} tokens, {report['tok_per_s']:.1f} tok/s ({report['backend']}, {report['device']})"]
+    if report["draft"] is not None:
+        positions = " ".join(f"{share:.2f}" for share in report["acceptance_per_position"])
+        lines.append(
+            f"acceptance rate {report['acceptance_rate']:.3f} ({report['accepted']} of {report['drafted']} drafted),"
+            f" {report['mean_acceptance_length']:.2f} tokens a verification, by position: {positions}"
+        )
+    if "speedup" in report:
+        lines.append(
+            f"plain {report['baseline_tok_per_s']:.1f} tok/s: speed-up {report['speedup']:.2f}, a verification costs"
+            f" {report['verify_ratio']:.2f} steps"
+        )
+        same = sum(entry["identical"] for entry in report["outputs"])
+        lines.append(f"identical to plain decoding: {same} of {report['prompts']}")
+        for entry in report["outputs"]:
+            if "first_difference" in entry:
+                lines.append(
+                    f"  prompt {entry['id']} differs at token {entry['first_difference']}"
+                    f" (logit margin {entry['logit_margin']:.3g})"
+                )
+    if report["looping"]:
+        lines.append(f"{report['looping']} of {report['prompts']} replies end in a loop, which flatters acceptance")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    run(app)

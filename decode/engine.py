@@ -1,0 +1,141 @@
+"""Draft-then-verify generation. Knows token ids only; one loop serves plain and speculative.
+
+A round: the drafter proposes up to k tokens; the teacher computes the last token and all
+proposals in one pass over its weights; the longest prefix it agrees with is emitted, and one token
+of its own. Without a drafter a round is one step of plain decoding. The teacher's rows have the
+same bits alone or together, so greedy output never depends on the drafter.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from decode.model import Transformer
+from decode.sampling import Sampling, accept, draw, greedy_tokens
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one verification emitted; times in seconds of wall clock.
+
+    drafted counts only proposals that could have been emitted: none behind an end token, none
+    past the limit.
+    """
+
+    tokens: list[int]
+    drafted: int
+    accepted: int
+    draft_seconds: float
+    verify_seconds: float
+    prefill_seconds: float = 0.0  # of the whole prompt; in the first round only
+
+
+class ModelDrafter:
+    """A draft model with a cache of its own, proposing one token after another."""
+
+    def __init__(self, model: Transformer, sampling: Sampling, end_tokens: frozenset[int], seed: int) -> None:
+        self.model = model
+        self.sampling = sampling
+        self.end_tokens = end_tokens
+        self.seed = seed
+
+    def start(self, prompt: list[int]) -> None:
+        self.cache = self.model.new_cache()
+        self.rng = np.random.default_rng([self.seed, 1])
+        self.model.prefill(prompt[:-1], self.cache)
+
+    def propose(self, sequence: list[int], k: int) -> tuple[list[int], np.ndarray]:
+        feed = sequence[self.cache.offset :]
+        drafted: list[int] = []
+        distributions: list[np.ndarray] = []
+        while len(drafted) < k:
+            logits = self.model.step(feed, self.cache)[-1:]
+            if self.sampling.greedy:
+                token = greedy_tokens(logits)[0]
+            else:
+                q = self.sampling.probabilities(np.array(logits))[0]
+                token = draw(q, self.rng)
+                distributions.append(q)
+            drafted.append(token)
+            feed = [token]
+            if token in self.end_tokens:
+                break
+        return drafted, np.array(distributions)
+
+    def confirm(self, sequence: list[int], accepted: int) -> None:
+        """Drop rejected proposals: `sequence` is the text before them, of which `accepted` stay."""
+        self.cache.offset = min(self.cache.offset, len(sequence) + accepted)
+
+
+def generate(
+    teacher: Transformer,
+    prompt: list[int],
+    *,
+    max_tokens: int,
+    end_tokens: frozenset[int],
+    drafter: ModelDrafter | None = None,
+    k: int = 0,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+) -> Iterator[Round]:
+    """Generate after `prompt` (at least one id), a round at a time.
+
+    Stops behind an end token, at max_tokens, or where the teacher's context ends.
+    """
+    sampling = sampling or Sampling()
+    rng = np.random.default_rng([seed, 0])
+    started = time.perf_counter()
+    cache = teacher.new_cache()
+    teacher.prefill(prompt[:-1], cache)
+    if drafter is not None:
+        drafter.start(prompt)
+        k = min(k, drafter.model.context - 1)
+    sequence = list(prompt)
+    room = min(max_tokens, teacher.context - len(prompt))
+    prefill_seconds = time.perf_counter() - started
+
+    while room > 0:
+        began = time.perf_counter()
+        drafted: list[int] = []
+        q = np.empty(0)
+        # The last token of all is always the teacher's own, so a proposal for it would be wasted.
+        wanted = min(k, room - 1)
+        if drafter is not None and wanted > 0 and len(sequence) + wanted <= drafter.model.context:
+            drafted, q = drafter.propose(sequence, wanted)
+        proposed = time.perf_counter()
+        logits = teacher.step([sequence[-1], *drafted], cache)
+        if sampling.greedy:
+            own = greedy_tokens(logits)
+            accepted = next((i for i, token in enumerate(drafted) if token != own[i]), len(drafted))
+            emitted = [*drafted[:accepted], own[accepted]]
+        else:
+            accepted, token = accept(drafted, q, sampling.probabilities(np.array(logits)), rng)
+            emitted = [*drafted[:accepted], token]
+        end = next((i for i, token in enumerate(emitted) if token in end_tokens), None)
+        counted = len(drafted)
+        if end is not None:
+            emitted, counted = emitted[: end + 1], min(counted, end + 1)
+            accepted = min(accepted, end + 1)
+        cache.offset = len(sequence) + len(emitted) - 1
+        if drafter is not None:
+            drafter.confirm(sequence, accepted)
+        sequence += emitted
+        room -= len(emitted)
+        done = time.perf_counter()
+        yield Round(emitted, counted, accepted, proposed - began, done - proposed, prefill_seconds)
+        prefill_seconds = 0.0
+        if end is not None:
+            return
+
+
+def margin_at(teacher: Transformer, prompt: list[int], tokens: list[int]) -> float:
+    """Gap between the two highest logits after prompt + tokens: how close a choice was."""
+    sequence = prompt + tokens
+    cache = teacher.new_cache()
+    teacher.prefill(prompt[:-1], cache)
+    top = np.sort(np.array(teacher.step(sequence[len(prompt) - 1 :], cache)[-1]))
+    return float(top[-1] - top[-2])

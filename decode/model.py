@@ -1,0 +1,246 @@
+"""One forward pass for teachers and drafts, over weights that mlx-lm has loaded.
+
+A layer is four `linear` calls and one `attention` of the kernels, whatever the weights are:
+ternary with sub-norms and squared ReLU (BitNet) or float with SiLU (Llama). Activations are
+float32. `step` is the lossless path of 1..8 rows; `prefill` and `batch_*` use the libraries'
+matrix products.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from kernels import BitLinear, UserError, backend
+from kernels.backends import Backend
+from kernels.reference import AttentionShape, Epilogue, Weight, rms_norm, split_heads
+
+SMALL_ROWS = 8
+PREFILL_CHUNK = 512
+CACHE_STEP = 256
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Fused weights of one transformer layer; the sub-norms are None in a Llama."""
+
+    qkv: Weight
+    o: Weight
+    gate_up: Weight
+    down: Weight
+    input_norm: mx.array
+    attention_sub_norm: mx.array | None
+    post_norm: mx.array
+    ffn_sub_norm: mx.array | None
+
+
+class KVCache:
+    """Keys and values of one sequence, a pair of [kv_heads, capacity, head_dim] arrays a layer.
+
+    Rows at and beyond `offset` are junk that is overwritten before it is read, so rewinding is
+    an assignment.
+    """
+
+    def __init__(self, layers: int, kv_heads: int, head_dim: int) -> None:
+        self.keys = [mx.zeros((kv_heads, 0, head_dim)) for _ in range(layers)]
+        self.values = [mx.zeros((kv_heads, 0, head_dim)) for _ in range(layers)]
+        self.offset = 0
+
+    def reserve(self, rows: int) -> None:
+        """Make room for `rows` more rows."""
+        heads, capacity, dim = self.keys[0].shape
+        missing = self.offset + rows - capacity
+        if missing > 0:
+            room = mx.zeros((heads, -(-missing // CACHE_STEP) * CACHE_STEP, dim))
+            self.keys = [mx.concatenate([keys, room], axis=1) for keys in self.keys]
+            self.values = [mx.concatenate([values, room], axis=1) for values in self.values]
+
+
+class Transformer:
+    """A decoder-only model whose every product goes through the kernels."""
+
+    def __init__(self, model: nn.Module, config: dict[str, Any]) -> None:
+        """model: an mlx-lm `bitnet` or `llama` model, BitLinear already swapped; config: its config.json."""
+        self.config = config
+        self.ops: Backend = backend()
+        args = model.args
+        if args.model_type not in ("bitnet", "llama"):
+            raise UserError(f"model type {args.model_type!r} is not supported (bitnet and llama are)")
+        attention = model.layers[0].self_attn
+        self.shape = AttentionShape(
+            args.num_attention_heads,
+            args.num_key_value_heads,
+            attention.q_proj.weight.shape[0]
+            * (4 if isinstance(attention.q_proj, BitLinear) else 1)
+            // args.num_attention_heads,
+            inverse_frequency(attention.rope),
+        )
+        self.vocab_size: int = args.vocab_size
+        self.context: int = args.max_position_embeddings or 1 << 30
+        self.eps: float = args.rms_norm_eps
+        self.epilogue: Epilogue = "relu2_mul" if args.model_type == "bitnet" else "silu_mul"
+        self.embedding = float_weight(model.model.embed_tokens)
+        head = self.embedding if args.tie_word_embeddings else float_weight(model.lm_head)
+        self.head = self.ops.prepare_dense(head)
+        self.final_norm = model.model.norm.weight.astype(mx.float32)
+        self.layers = [self._layer(block) for block in model.layers]
+        mx.eval(self.embedding, self.final_norm)
+
+    def _layer(self, block: nn.Module) -> Layer:
+        attention, mlp = block.self_attn, block.mlp
+
+        def norm(parent: nn.Module, name: str) -> mx.array | None:
+            return parent[name].weight.astype(mx.float32) if name in parent else None
+
+        return Layer(
+            qkv=self._fuse(attention.q_proj, attention.k_proj, attention.v_proj),
+            o=self._fuse(attention.o_proj),
+            gate_up=self._fuse(mlp.gate_proj, mlp.up_proj),
+            down=self._fuse(mlp.down_proj),
+            input_norm=block.input_layernorm.weight.astype(mx.float32),
+            attention_sub_norm=norm(attention, "attn_sub_norm"),
+            post_norm=block.post_attention_layernorm.weight.astype(mx.float32),
+            ffn_sub_norm=norm(mlp, "ffn_sub_norm"),
+        )
+
+    def _fuse(self, *parts: nn.Module) -> Weight:
+        """Stack the outputs of several layers that read the same input into one weight."""
+        if isinstance(parts[0], BitLinear):
+            scales = np.concatenate([part.scales() for part in parts])
+            return self.ops.prepare_ternary(np.concatenate([part.ternary() for part in parts]), scales)
+        return self.ops.prepare_dense(mx.concatenate([float_weight(part) for part in parts]))
+
+    def new_cache(self) -> KVCache:
+        return KVCache(len(self.layers), self.shape.kv_heads, self.shape.head_dim)
+
+    def step(self, tokens: list[int] | np.ndarray, cache: KVCache) -> mx.array:
+        """Logits of each of a few new tokens; a token's bits are the same alone or among others.
+
+        tokens: m ids. Returns float32 [m, vocab]; the cache moves on by m. More than eight rows
+        are run in groups of eight.
+        """
+        groups = [tokens[i : i + SMALL_ROWS] for i in range(0, len(tokens), SMALL_ROWS)]
+        logits = [self._small_step(mx.array(group), cache) for group in groups]
+        return logits[0] if len(logits) == 1 else mx.concatenate(logits)
+
+    def _small_step(self, tokens: mx.array, cache: KVCache) -> mx.array:
+        cache.reserve(tokens.size)
+        linear, eps = self.ops.linear, self.eps
+        x = self.embedding[tokens].astype(mx.float32)
+        for i, layer in enumerate(self.layers):
+            qkv = linear(x, layer.qkv, norm=layer.input_norm, eps=eps)
+            a, cache.keys[i], cache.values[i] = self.ops.attention(
+                qkv, cache.keys[i], cache.values[i], cache.offset, self.shape
+            )
+            x = self._after_attention(x, a, layer)
+        cache.offset += tokens.size
+        return linear(x, self.head, norm=self.final_norm, eps=eps)
+
+    def _after_attention(self, x: mx.array, a: mx.array, layer: Layer) -> mx.array:
+        """The rest of a layer. x, a: float32 [m, hidden] and [m, heads * head_dim]."""
+        linear, eps = self.ops.linear, self.eps
+        x = linear(a, layer.o, norm=layer.attention_sub_norm, eps=eps, residual=x)
+        h = linear(x, layer.gate_up, norm=layer.post_norm, eps=eps, epilogue=self.epilogue)
+        return linear(h, layer.down, norm=layer.ffn_sub_norm, eps=eps, residual=x)
+
+    def prefill(self, tokens: list[int], cache: KVCache) -> None:
+        """Put a prompt into the cache, in chunks that plain and speculative decoding share."""
+        for start in range(0, len(tokens), PREFILL_CHUNK):
+            chunk = mx.array(tokens[start : start + PREFILL_CHUNK])
+            cache.reserve(chunk.size)
+            end = cache.offset + chunk.size
+            x = self.embedding[chunk].astype(mx.float32)
+            positions = mx.arange(cache.offset, end)
+            for i, layer in enumerate(self.layers):
+                qkv = self.ops.linear(x, layer.qkv, norm=layer.input_norm, eps=self.eps)
+                q, k, v = split_heads(qkv, positions, self.shape)
+                cache.keys[i][:, cache.offset : end] = k.transpose(1, 0, 2)
+                cache.values[i][:, cache.offset : end] = v.transpose(1, 0, 2)
+                a = mx.fast.scaled_dot_product_attention(
+                    q.transpose(1, 0, 2)[None],
+                    cache.keys[i][None, :, :end],
+                    cache.values[i][None, :, :end],
+                    scale=self.shape.scale,
+                    mask="causal",
+                )
+                x = self._after_attention(x, a[0].transpose(1, 0, 2).reshape(chunk.size, -1), layer)
+            cache.offset = end
+            mx.eval(cache.keys, cache.values)
+
+    def batch_hidden(self, tokens: mx.array, document: mx.array) -> mx.array:
+        """Final hidden states of packed rows, for scoring: attention never crosses a document.
+
+        tokens: int [b, t]; document: int [b, t], 0 is padding. Returns float32 [b, t, hidden],
+        already normalised for the head.
+        """
+        b, t = tokens.shape
+        positions = document_positions(document)
+        mask = document_mask(document)
+        x = self.embedding[tokens].astype(mx.float32).reshape(b * t, -1)
+        for layer in self.layers:
+            qkv = self.ops.linear(x, layer.qkv, norm=layer.input_norm, eps=self.eps)
+            q, k, v = (part.transpose(0, 2, 1, 3) for part in split_heads(qkv.reshape(b, t, -1), positions, self.shape))
+            a = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.shape.scale, mask=mask)
+            x = self._after_attention(x, a.transpose(0, 2, 1, 3).reshape(b * t, -1), layer)
+        return rms_norm(x, self.final_norm, self.eps).reshape(b, t, -1)
+
+    def batch_logits(self, hidden: mx.array) -> mx.array:
+        """hidden: float32 [n, hidden], normalised. Returns float32 [n, vocab]."""
+        return hidden @ self.head.data.astype(mx.float32).T
+
+    def batch_step(
+        self, tokens: mx.array, positions: mx.array, keys: list[mx.array], values: list[mx.array]
+    ) -> mx.array:
+        """One new token for each of s sequences, each at its own position.
+
+        tokens, positions: int32 [s]; keys, values: a layer's float32 [s, kv_heads, capacity,
+        head_dim] each, replaced in the lists. Returns logits, float32 [s, vocab].
+        """
+        x = self.embedding[tokens].astype(mx.float32)
+        for i, layer in enumerate(self.layers):
+            qkv = self.ops.linear(x, layer.qkv, norm=layer.input_norm, eps=self.eps)
+            a, keys[i], values[i] = self.ops.attention_batch(qkv, keys[i], values[i], positions, self.shape)
+            x = self._after_attention(x, a, layer)
+        return self.ops.linear(x, self.head, norm=self.final_norm, eps=self.eps)
+
+
+def float_weight(layer: nn.Module) -> mx.array:
+    """The matrix of a (possibly MLX-quantised) linear or embedding layer, bfloat16 or float32."""
+    if "bias" in layer:
+        raise UserError("linear layers with a bias are not supported")
+    if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
+        weight = mx.dequantize(
+            layer.weight, layer.scales, layer.get("biases"), layer.group_size, layer.bits, mode=layer.mode
+        )
+        return weight.astype(mx.bfloat16)
+    weight = layer.weight
+    return weight if weight.dtype in (mx.float32, mx.bfloat16) else weight.astype(mx.float32)
+
+
+def inverse_frequency(rope: nn.Module) -> mx.array:
+    """RoPE's angle a position, float32 [d / 2], of an mlx-lm rope module."""
+    if isinstance(rope, nn.RoPE) and not rope.traditional:
+        exponent = np.arange(0, rope.dims, 2, dtype=np.float64) / rope.dims
+        return mx.array((rope.scale * rope.base**-exponent).astype(np.float32))
+    if hasattr(rope, "_freqs"):
+        return 1.0 / rope._freqs.astype(mx.float32)
+    raise UserError(f"this kind of RoPE is not supported: {rope}")
+
+
+def document_positions(document: mx.array) -> mx.array:
+    """Positions that restart with every document. int [b, t] -> int32 [b, t]."""
+    t = document.shape[1]
+    index = mx.broadcast_to(mx.arange(t)[None], document.shape)
+    first = mx.concatenate([mx.ones_like(document[:, :1]), document[:, 1:] != document[:, :-1]], axis=1)
+    return index - mx.cummax(mx.where(first.astype(mx.bool_), index, 0), axis=1)
+
+
+def document_mask(document: mx.array) -> mx.array:
+    """Causal attention within documents. int [b, t] -> bool [b, 1, t, t]."""
+    t = document.shape[1]
+    causal = mx.arange(t)[:, None] >= mx.arange(t)[None]
+    return ((document[:, :, None] == document[:, None, :]) & causal)[:, None]

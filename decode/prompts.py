@@ -1,0 +1,160 @@
+"""Prompts, and the tokenizer at the engine's door."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kernels import UserError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One conversation to answer, or text to go on from."""
+
+    messages: list[dict[str, str]]
+    id: str
+    category: str | None = None
+
+
+class Tokenizer:
+    """A model folder's tokenizer and chat template, through mlx-lm."""
+
+    def __init__(self, folder: Path) -> None:
+        from mlx_lm.utils import load_tokenizer
+
+        try:
+            self._wrapped = load_tokenizer(folder)
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            raise UserError(f"{folder}: the tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+        self.folder = folder
+        config_path = folder / "generation_config.json"
+        ends = set(self._wrapped.eos_token_ids)
+        if config_path.exists():
+            declared = json.loads(config_path.read_text()).get("eos_token_id", [])
+            ends |= set(declared if isinstance(declared, list) else [declared])
+        # BitNet-2B's config names 128001 only, while its chat turns end with <|eot_id|>.
+        vocab = self._wrapped.get_vocab()
+        ends |= {vocab[token] for token in ("<|eot_id|>", "<|im_end|>") if token in vocab}
+        self.end_tokens = frozenset(int(token) for token in ends)
+
+    def encode_prompt(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
+        """Token ids of a prompt through the chat template, or of its bare text with `raw`."""
+        if raw or not self._wrapped.has_chat_template:
+            return self.encode_text("\n".join(message["content"] for message in prompt.messages))
+        ids: list[int] = self._wrapped.apply_chat_template(prompt.messages, add_generation_prompt=True)
+        return ids
+
+    def encode_text(self, text: str) -> list[int]:
+        ids: list[int] = self._wrapped.encode(text)
+        return ids
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of a reply; end tokens and other special tokens are left out."""
+        text: str = self._wrapped.decode(tokens, skip_special_tokens=True)
+        return text
+
+    def streamer(self) -> Streamer:
+        return Streamer(self)
+
+
+class Streamer:
+    """Turns tokens into text as they come, never printing half a character."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._done = 0
+        self._printed = ""
+
+    def push(self, tokens: list[int]) -> str:
+        """The new text these tokens complete."""
+        self._tokens += tokens
+        text = self._tokenizer.decode(self._tokens[self._done :])
+        if text.endswith("\ufffd"):
+            return ""
+        new = text[len(self._printed) :]
+        self._printed = text
+        # Restart the window at line ends, so a long reply is not decoded again and again.
+        if text.endswith("\n") and len(text) > 256:
+            self._done, self._printed = len(self._tokens), ""
+        return new
+
+    def finish(self) -> str:
+        return self._tokenizer.decode(self._tokens[self._done :])[len(self._printed) :]
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Prompts from JSONL (`prompt` or `messages`, optional `id`, `category`) or plain text lines."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    return parse_prompts(data, str(path), jsonl=path.suffix == ".jsonl")
+
+
+def parse_prompts(data: bytes, name: str, *, jsonl: bool) -> list[Prompt]:
+    prompts = []
+    for number, line in enumerate(io.BytesIO(data), 1):
+        where = f"{name}: line {number}"
+        try:
+            text = line.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where} is not valid UTF-8 (byte {error.start + 1})") from None
+        if text:
+            prompts.append(_parse_line(text, where, number) if jsonl else make_prompt(text, str(number)))
+    if not prompts:
+        raise UserError(f"{name}: holds no prompt")
+    return prompts
+
+
+def _parse_line(text: str, where: str, number: int) -> Prompt:
+    try:
+        entry = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON: {error}") from None
+    if not isinstance(entry, dict):
+        raise UserError(f"{where} is not a JSON object")
+    messages: Any = entry.get("messages")
+    if messages is None:
+        if not isinstance(entry.get("prompt"), str):
+            raise UserError(f"{where} has neither `prompt` nor `messages`")
+        messages = [{"role": "user", "content": entry["prompt"]}]
+    valid = isinstance(messages, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+    )
+    if not valid or not any(m["content"].strip() for m in messages):
+        raise UserError(f"{where}: the prompt is empty or malformed")
+    return Prompt(messages, str(entry.get("id", number)), entry.get("category"))
+
+
+def make_prompt(text: str, prompt_id: str) -> Prompt:
+    """A prompt of one user turn. Raises UserError if it is empty."""
+    if not text.strip():
+        raise UserError("the prompt is empty")
+    return Prompt([{"role": "user", "content": text}], prompt_id)
+
+
+def gather_prompts(prompt: str | None, file: Path | None, samples: Path) -> list[Prompt]:
+    """Prompts from --prompt, --prompts, standard input, or else the samples shipped in data/."""
+    if prompt is not None and file is not None:
+        raise UserError("give --prompt or --prompts, not both")
+    if prompt is not None:
+        return [make_prompt(prompt, "1")]
+    if file is not None:
+        return read_prompts(file)
+    if not sys.stdin.isatty():
+        data = sys.stdin.buffer.read()
+        if data.strip():
+            jsonl = data.lstrip().startswith(b"{")
+            if jsonl:
+                return parse_prompts(data, "standard input", jsonl=True)
+            try:
+                return [make_prompt(data.decode("utf-8").strip(), "1")]
+            except UnicodeDecodeError as error:
+                raise UserError(f"standard input is not valid UTF-8 (byte {error.start + 1})") from None
+    return read_prompts(samples)

@@ -1,0 +1,205 @@
+"""Answering prompts, plainly, speculatively or both in turn, and counting what happened."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from decode.checkpoint import Checkpoint, check_same_tokenizer, device_name
+from decode.engine import ModelDrafter, generate, margin_at
+from decode.model import Transformer
+from decode.prompts import Prompt, Tokenizer
+from decode.sampling import Sampling
+from decode.statistics import Tally, is_looping
+from kernels import UserError, backend
+
+Show = Callable[[str], None]
+
+
+@dataclass
+class Output:
+    """One answered prompt."""
+
+    prompt: Prompt
+    prompt_ids: list[int]
+    tokens: list[int] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
+    finish_reason: str = "length"
+
+
+class Session:
+    """A loaded teacher, perhaps a draft, and how to decode with them."""
+
+    def __init__(
+        self,
+        teacher: Checkpoint,
+        draft: Checkpoint | None = None,
+        *,
+        k: int = 0,
+        max_tokens: int = 128,
+        sampling: Sampling | None = None,
+        raw: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if draft is not None:
+            if k < 1:
+                raise UserError(f"--k {k}: at least one token must be drafted (decode plain drafts none)")
+            check_same_tokenizer(teacher, draft)
+        if max_tokens < 1:
+            raise UserError(f"--max-tokens {max_tokens}: must be at least 1")
+        self.teacher_checkpoint, self.draft_checkpoint = teacher, draft
+        self.tokenizer = Tokenizer(teacher.folder)
+        self.k, self.max_tokens, self.raw, self.seed = k, max_tokens, raw, seed
+        self.sampling = sampling or Sampling()
+        self.teacher: Transformer = teacher.load()
+        self.draft = draft.load() if draft is not None else None
+
+    def encode(self, prompts: list[Prompt]) -> list[list[int]]:
+        """Token ids of every prompt, checked before the first is answered."""
+        encoded = []
+        for prompt in prompts:
+            ids = self.tokenizer.encode_prompt(prompt, raw=self.raw)
+            if not ids:
+                raise UserError(f"prompt {prompt.id}: is empty")
+            if len(ids) >= self.teacher.context:
+                raise UserError(
+                    f"prompt {prompt.id}: {len(ids)} tokens leave no room in the teacher's context of"
+                    f" {self.teacher.context}"
+                )
+            encoded.append(ids)
+        return encoded
+
+    def warm_up(self) -> None:
+        """Run every shape once, so that first-use costs fall outside the timings."""
+        for speculative in (False, True) if self.draft else (False,):
+            self.answer(Prompt([], "warm-up"), [self.end_token] * 4, 0, speculative=speculative, limit=8)
+
+    @property
+    def end_token(self) -> int:
+        return min(self.tokenizer.end_tokens, default=0)
+
+    def answer(
+        self,
+        prompt: Prompt,
+        prompt_ids: list[int],
+        index: int,
+        *,
+        speculative: bool,
+        show: Show | None = None,
+        limit: int | None = None,
+    ) -> Output:
+        """Generate one reply, handing text to `show` as it comes."""
+        output = Output(prompt, prompt_ids)
+        drafter = None
+        seed = self.seed + index
+        if speculative and self.draft is not None:
+            drafter = ModelDrafter(self.draft, self.sampling, self.tokenizer.end_tokens, seed)
+        streamer = self.tokenizer.streamer()
+        rounds = generate(
+            self.teacher,
+            prompt_ids,
+            max_tokens=limit or self.max_tokens,
+            end_tokens=self.tokenizer.end_tokens,
+            drafter=drafter,
+            k=self.k,
+            sampling=self.sampling,
+            seed=seed,
+        )
+        for step in rounds:
+            output.tally.add(step)
+            output.tokens += step.tokens
+            if show is not None:
+                show(streamer.push(step.tokens))
+        if show is not None:
+            show(streamer.finish())
+        if output.tokens and output.tokens[-1] in self.tokenizer.end_tokens:
+            output.finish_reason = "stop"
+        return output
+
+    def report(self, outputs: list[Output], baselines: list[Output]) -> dict[str, Any]:
+        """The JSON object of `decode plain` and `decode spec` (DESIGN.md section 8)."""
+        total = Tally()
+        for output in outputs:
+            total.merge(output.tally)
+        speculative = self.draft is not None
+        entries = [self._entry(output, speculative) for output in outputs]
+        report: dict[str, Any] = {
+            "teacher": self.teacher_checkpoint.name,
+            "draft": self.draft_checkpoint.name if self.draft_checkpoint else None,
+            "k": self.k,
+            "prompts": len(outputs),
+            "tokens": total.tokens,
+            **total.acceptance(),
+            "tok_per_s": total.tok_per_s,
+            **total.times(),
+            "looping": sum(entry["looping"] for entry in entries),
+            "sampling": vars(self.sampling),
+            "seed": self.seed,
+            "max_tokens": self.max_tokens,
+            "backend": backend().NAME,
+            "device": device_name(),
+            "versions": versions(),
+            "date": time.strftime("%Y-%m-%d"),
+            "outputs": entries,
+        }
+        if baselines:
+            plain = Tally()
+            for entry, output, baseline in zip(entries, outputs, baselines, strict=True):
+                plain.merge(baseline.tally)
+                entry.update(self._comparison(output, baseline))
+            report["baseline_tok_per_s"] = plain.tok_per_s
+            report["speedup"] = total.tok_per_s / plain.tok_per_s if plain.tok_per_s else 0.0
+            report["verify_ratio"] = self._verify_ratio(total, plain)
+            report["identical"] = all(entry["identical"] for entry in entries)
+        return report
+
+    def _entry(self, output: Output, speculative: bool) -> dict[str, Any]:
+        entry: dict[str, Any] = {
+            "id": output.prompt.id,
+            "category": output.prompt.category,
+            "prompt_tokens": len(output.prompt_ids),
+            "token_ids": output.tokens,
+            "text": self.tokenizer.decode(output.tokens),
+            "finish_reason": output.finish_reason,
+            "looping": is_looping(output.tokens),
+            **output.tally.times(),
+        }
+        if speculative:
+            for name in ("rounds", "drafted", "accepted"):
+                entry[name] = getattr(output.tally, name)
+        return entry
+
+    def _comparison(self, output: Output, baseline: Output) -> dict[str, Any]:
+        same = output.tokens == baseline.tokens
+        result: dict[str, Any] = {"identical": same}
+        if not same and self.sampling.greedy:
+            pairs = zip(output.tokens, baseline.tokens, strict=False)
+            at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(output.tokens), len(baseline.tokens)))
+            result["first_difference"] = at
+            result["logit_margin"] = margin_at(self.teacher, output.prompt_ids, baseline.tokens[:at])
+        return result
+
+    @staticmethod
+    def _verify_ratio(total: Tally, plain: Tally) -> float:
+        """Mean cost of a verification over that of a plain step."""
+        if not (total.rounds and plain.verify_seconds):
+            return 0.0
+        return (total.verify_seconds / total.rounds) / (plain.verify_seconds / plain.rounds)
+
+
+def versions() -> dict[str, str]:
+    """What decides how a run went, for reports."""
+    packages = {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "numpy")}
+    try:
+        packages["bitdraft"] = importlib.metadata.version("bitdraft")
+    except importlib.metadata.PackageNotFoundError:
+        packages["bitdraft"] = "uninstalled"
+    return {
+        **packages,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }

@@ -1,0 +1,95 @@
+"""The figures of a run, under the names DESIGN.md section 3 gives them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from decode.engine import Round
+
+
+@dataclass
+class Tally:
+    """Counts and times over rounds, of one output or of many."""
+
+    tokens: int = 0
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    accepted_at: list[int] = field(default_factory=list)
+    prefill_seconds: float = 0.0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+
+    def add(self, step: Round) -> None:
+        self.tokens += len(step.tokens)
+        self.rounds += 1
+        self.drafted += step.drafted
+        self.accepted += step.accepted
+        self.accepted_at += [0] * (step.drafted - len(self.accepted_at))
+        for i in range(step.accepted):
+            self.accepted_at[i] += 1
+        self.prefill_seconds += step.prefill_seconds
+        self.draft_seconds += step.draft_seconds
+        self.verify_seconds += step.verify_seconds
+
+    def merge(self, other: Tally) -> None:
+        for name in (
+            "tokens",
+            "rounds",
+            "drafted",
+            "accepted",
+            "prefill_seconds",
+            "draft_seconds",
+            "verify_seconds",
+        ):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.accepted_at += [0] * (len(other.accepted_at) - len(self.accepted_at))
+        for i, count in enumerate(other.accepted_at):
+            self.accepted_at[i] += count
+
+    @property
+    def decode_seconds(self) -> float:
+        return self.draft_seconds + self.verify_seconds
+
+    @property
+    def tok_per_s(self) -> float:
+        """Emitted tokens a second of decoding; the prefill is not counted."""
+        return self.tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        return 1 + self.accepted / self.rounds if self.rounds else 0.0
+
+    @property
+    def acceptance_per_position(self) -> list[float]:
+        return [count / self.rounds for count in self.accepted_at]
+
+    def times(self) -> dict[str, float]:
+        return {
+            "prefill_seconds": self.prefill_seconds,
+            "decode_seconds": self.decode_seconds,
+            "draft_seconds": self.draft_seconds,
+            "verify_seconds": self.verify_seconds,
+        }
+
+    def acceptance(self) -> dict[str, Any]:
+        return {
+            "rounds": self.rounds,
+            "drafted": self.drafted,
+            "accepted": self.accepted,
+            "acceptance_rate": self.acceptance_rate,
+            "mean_acceptance_length": self.mean_acceptance_length,
+            "acceptance_per_position": self.acceptance_per_position,
+        }
+
+
+def is_looping(tokens: list[int], longest: int = 16, repeats: int = 4) -> bool:
+    """Whether a reply ends in one n-gram (n up to `longest`) said `repeats` times or more."""
+    return any(
+        len(tokens) >= n * repeats and tokens[-n * repeats :] == tokens[-n:] * repeats for n in range(1, longest + 1)
+    )

@@ -1,0 +1,197 @@
+"""The definition of every operation, in plain MLX: short enough to be obviously right.
+
+Every backend is tested against this file: `bitlinear` bit for bit, the float operations within
+a tolerance. The float operations work row by row wherever more rows could change how a library
+reduces, so a row's bits never depend on its neighbours, and speculative decoding stays lossless
+on this path too.
+
+Shapes: `m` rows (token positions), `k` inputs, `n` outputs, `d` head dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import mlx.core as mx
+import numpy as np
+
+Epilogue = Literal["relu2_mul", "silu_mul"]
+
+NAME = "reference"
+
+
+@dataclass(frozen=True)
+class TernaryWeight:
+    """A ternary matrix in a backend's own layout, made once at load.
+
+    data: the layout; here float32 [n, k] holding -1, 0 and 1.
+    scale: float32 [n], what an output is multiplied by (already inverted for `bitlinear`).
+    """
+
+    data: mx.array
+    scale: mx.array
+    n: int
+    k: int
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    """A float matrix [n, k] in bfloat16 or float32 (a draft's layers, an LM head)."""
+
+    data: mx.array
+    n: int
+    k: int
+
+
+Weight = TernaryWeight | DenseWeight
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What attention needs beside its arrays.
+
+    inverse_frequency: float32 [d / 2], RoPE's angles a position (rotate-half layout).
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    inverse_frequency: mx.array
+
+    @property
+    def scale(self) -> float:
+        return float(self.head_dim**-0.5)
+
+
+def prepare_ternary(ternary: np.ndarray, scale: np.ndarray) -> TernaryWeight:
+    """ternary: int8 [n, k] in {-1, 0, 1}; scale: float32 [n]."""
+    n, k = ternary.shape
+    return TernaryWeight(mx.array(ternary.astype(np.float32)), mx.array(scale.astype(np.float32)), n, k)
+
+
+def prepare_dense(weight: mx.array) -> DenseWeight:
+    """weight: bfloat16 or float32 [n, k]."""
+    n, k = weight.shape
+    return DenseWeight(weight, n, k)
+
+
+def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """x: float32 [..., k]; weight: [k]. Returns float32 [..., k]."""
+    return x * mx.rsqrt(mx.mean(x * x, axis=-1, keepdims=True) + eps) * weight.astype(mx.float32)
+
+
+def quantize_rows(x: mx.array, norm: mx.array | None = None, eps: float = 0.0) -> tuple[mx.array, mx.array]:
+    """Rows to int8, each by its own largest magnitude (BitNet b1.58, arXiv:2402.17764).
+
+    x: float32 [m, k]; norm: the weight of an RMSNorm applied first. Returns int8 [m, k] and the
+    factor s = 127 / max(max|x|, 1e-5) of each row, float32 [m].
+    """
+    if norm is not None:
+        x = rms_norm(x, norm, eps)
+    s = 127.0 / mx.maximum(mx.max(mx.abs(x), axis=-1), 1e-5)
+    return mx.clip(mx.round(x * s[:, None]), -128, 127).astype(mx.int8), s
+
+
+def bitlinear(xq: mx.array, s: mx.array, weight: TernaryWeight) -> mx.array:
+    """int8 rows times a ternary matrix, the same bits on every backend.
+
+    xq: int8 [m, k]; s: float32 [m]. Returns float32 [m, n] = (xq W^T) * (scale / s). Sums stay
+    below 2^24 for k up to 132,104, so float32 holds them exactly in any order.
+    """
+    exact = mx.matmul(xq.astype(mx.float32), weight.data.T)
+    return exact * (weight.scale[None, :] / s[:, None])
+
+
+def linear(
+    x: mx.array,
+    weight: Weight,
+    *,
+    norm: mx.array | None = None,
+    eps: float = 0.0,
+    epilogue: Epilogue | None = None,
+    residual: mx.array | None = None,
+) -> mx.array:
+    """[RMSNorm,] matrix product [, gate or residual], the unit a transformer layer is made of.
+
+    x: float32 [m, k]; norm: [k]; residual: float32 [m, n], added to the result. With an epilogue
+    the first n/2 outputs are the gate g and the others u: relu(g)^2 * u or silu(g) * u, [m, n/2].
+    Returns float32.
+    """
+    if isinstance(weight, TernaryWeight):
+        y = bitlinear(*quantize_rows(x, norm, eps), weight)
+    else:
+        if norm is not None:
+            x = rms_norm(x, norm, eps)
+        w = weight.data.astype(mx.float32).T
+        # One row at a time: a library's product may round a row differently among others.
+        y = mx.concatenate([mx.matmul(row, w) for row in mx.split(x, x.shape[0])]) if x.shape[0] <= 8 else x @ w
+    if epilogue is not None:
+        gate, up = mx.split(y, 2, axis=-1)
+        activated = mx.square(mx.maximum(gate, 0)) if epilogue == "relu2_mul" else gate * mx.sigmoid(gate)
+        y = activated * up
+    return y if residual is None else y + residual
+
+
+def rope(x: mx.array, positions: mx.array, inverse_frequency: mx.array) -> mx.array:
+    """Rotary embedding, rotate-half layout (arXiv:2104.09864).
+
+    x: float32 [..., heads, d]; positions: int32 [...]. Returns the shape of x.
+    """
+    angle = positions.astype(mx.float32)[..., None, None] * inverse_frequency
+    cos, sin = mx.cos(angle), mx.sin(angle)
+    a, b = mx.split(x, 2, axis=-1)
+    return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def split_heads(qkv: mx.array, positions: mx.array, shape: AttentionShape) -> tuple[mx.array, mx.array, mx.array]:
+    """qkv: float32 [..., (heads + 2 kv_heads) * d]; positions: int32 [...].
+
+    Returns rotated q [..., heads, d], rotated k and plain v [..., kv_heads, d].
+    """
+    q_end = shape.heads * shape.head_dim
+    k_end = q_end + shape.kv_heads * shape.head_dim
+    q, k, v = (part.reshape(*part.shape[:-1], -1, shape.head_dim) for part in mx.split(qkv, [q_end, k_end], axis=-1))
+    freq = shape.inverse_frequency
+    return rope(q, positions, freq), rope(k, positions, freq), v
+
+
+def attention(
+    qkv: mx.array, k_cache: mx.array, v_cache: mx.array, offset: int, shape: AttentionShape
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Causal attention of m new rows of one sequence over its cache; row i stands at offset + i.
+
+    qkv: float32 [m, (heads + 2 kv_heads) * d], not yet rotated; k_cache, v_cache: float32
+    [kv_heads, capacity, d], valid below `offset`, with offset + m <= capacity. Returns the output
+    [m, heads * d] and both caches with the new rows written.
+    """
+    m = qkv.shape[0]
+    q, k, v = split_heads(qkv, mx.arange(offset, offset + m), shape)
+    k_cache[:, offset : offset + m] = k.transpose(1, 0, 2)
+    v_cache[:, offset : offset + m] = v.transpose(1, 0, 2)
+    group = shape.heads // shape.kv_heads
+    outputs = []
+    for i in range(m):
+        keys, values = k_cache[:, : offset + i + 1], v_cache[:, : offset + i + 1]
+        query = q[i].reshape(shape.kv_heads, group, shape.head_dim) * shape.scale
+        weights = mx.softmax(query @ keys.transpose(0, 2, 1), axis=-1)
+        outputs.append((weights @ values).reshape(1, -1))
+    return mx.concatenate(outputs), k_cache, v_cache
+
+
+def attention_batch(
+    qkv: mx.array, k_cache: mx.array, v_cache: mx.array, positions: mx.array, shape: AttentionShape
+) -> tuple[mx.array, mx.array, mx.array]:
+    """One new row for each of s sequences, every sequence at its own position.
+
+    qkv: float32 [s, (heads + 2 kv_heads) * d]; caches: float32 [s, kv_heads, capacity, d];
+    positions: int32 [s]. Row i writes at and attends up to positions[i]. Returns as `attention`.
+    """
+    q, k, v = split_heads(qkv, positions, shape)
+    s, kv_heads, capacity, d = k_cache.shape
+    at = mx.broadcast_to(positions[:, None, None, None], (s, kv_heads, 1, d))
+    k_cache = mx.put_along_axis(k_cache, at, k[:, :, None], axis=2)
+    v_cache = mx.put_along_axis(v_cache, at, v[:, :, None], axis=2)
+    mask = (mx.arange(capacity)[None] <= positions[:, None])[:, None, None]
+    out = mx.fast.scaled_dot_product_attention(q[:, :, None], k_cache, v_cache, scale=shape.scale, mask=mask)
+    return out.reshape(s, -1), k_cache, v_cache
