@@ -101,7 +101,9 @@ def _made_for(draft_json: Path, teacher: Checkpoint) -> bool:
         draft = json.loads(draft_json.read_text())
     except (OSError, ValueError):
         return False
-    return isinstance(draft, dict) and draft.get("teacher", {}).get("hash") == teacher.weights_hash
+    if not isinstance(draft, dict) or not draft.get("complete"):
+        return False
+    return bool(draft.get("teacher", {}).get("hash") == teacher.weights_hash)
 
 
 def find_model(name: str, option: str) -> Checkpoint:

@@ -177,16 +177,33 @@ class Transformer:
         tokens: int [b, t]; document: int [b, t], 0 is padding. Returns float32 [b, t, hidden],
         already normalised for the head.
         """
+        x, _, _ = self._batch(tokens, document_positions(document), document_mask(document))
+        return rms_norm(x, self.final_norm, self.eps).reshape(*tokens.shape, -1)
+
+    def batch_prefill(self, tokens: mx.array) -> tuple[list[mx.array], list[mx.array]]:
+        """Keys and values of a batch of sequences, all from position 0 on.
+
+        tokens: int [s, t]. Returns two lists of a layer's float32 [s, kv_heads, t, head_dim].
+        """
+        positions = mx.broadcast_to(mx.arange(tokens.shape[1])[None], tokens.shape)
+        _, keys, values = self._batch(tokens, positions, "causal")
+        mx.eval(keys, values)
+        return keys, values
+
+    def _batch(
+        self, tokens: mx.array, positions: mx.array, mask: mx.array | str
+    ) -> tuple[mx.array, list[mx.array], list[mx.array]]:
         b, t = tokens.shape
-        positions = document_positions(document)
-        mask = document_mask(document)
+        keys, values = [], []
         x = self.embedding[tokens].astype(mx.float32).reshape(b * t, -1)
         for layer in self.layers:
-            qkv = self.ops.linear(x, layer.qkv, norm=layer.input_norm, eps=self.eps)
-            q, k, v = (part.transpose(0, 2, 1, 3) for part in split_heads(qkv.reshape(b, t, -1), positions, self.shape))
+            qkv = self.ops.linear(x, layer.qkv, norm=layer.input_norm, eps=self.eps).reshape(b, t, -1)
+            q, k, v = (part.transpose(0, 2, 1, 3) for part in split_heads(qkv, positions, self.shape))
+            keys.append(k)
+            values.append(v)
             a = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.shape.scale, mask=mask)
             x = self._after_attention(x, a.transpose(0, 2, 1, 3).reshape(b * t, -1), layer)
-        return rms_norm(x, self.final_norm, self.eps).reshape(b, t, -1)
+        return x, keys, values
 
     def batch_logits(self, hidden: mx.array) -> mx.array:
         """hidden: float32 [n, hidden], normalised. Returns float32 [n, vocab]."""

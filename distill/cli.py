@@ -1,0 +1,282 @@
+"""`distill`: from a BitNet teacher to a draft model."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import typer
+from tqdm import tqdm
+
+from decode.checkpoint import ROOT, RUNS, find_teacher
+from decode.console import (
+    JsonOption,
+    QuietOption,
+    SeedOption,
+    TeacherOption,
+    check_json_target,
+    progress,
+    run,
+    say,
+    write_json,
+)
+from kernels import UserError
+
+app = typer.Typer(
+    help="Train small draft models for BitNet b1.58 teachers by knowledge distillation.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+HELD_OUT = ROOT / "data" / "eval.jsonl"
+DEFAULT_SOURCES = (ROOT / "data" / "prompts.jsonl", ROOT / "data" / "wiki.jsonl.xz", ROOT / "data" / "novels.jsonl.xz")
+
+
+@app.command()
+def collect(
+    teacher: TeacherOption = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--source",
+            metavar="PATH|REPO",
+            help="Text (.txt), JSONL with `text`, `prompt` or `messages`, parquet, a folder of these, or a Hub"
+            " dataset. Repeatable; each gives an equal share. Default: the samples in data/.",
+        ),
+    ] = None,
+    reply: Annotated[
+        bool, typer.Option("--reply/--no-reply", help="Let the teacher answer prompts and learn from its replies.")
+    ] = True,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--exclude", metavar="FILE", help="Prompts to leave out, beside the held-out ones in data/eval.jsonl."
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", help="Size of the dataset in tokens.")] = 200_000,
+    seq_len: Annotated[int, typer.Option("--seq-len", help="Tokens a row.")] = 512,
+    top_k: Annotated[int, typer.Option("--top-k", help="Logits kept a token.")] = 32,
+    temperature: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--temperature", help="Also store exact log-sum-exps at this temperature. Repeatable; 1 always is."
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", help="Rows scored at a time.")] = 8,
+    reply_batch: Annotated[int, typer.Option("--reply-batch", help="Prompts answered at a time.")] = 64,
+    max_reply: Annotated[int, typer.Option("--max-reply", help="Most tokens a reply.")] = 256,
+    reply_temperature: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--reply-temperature", help="Sample replies at this; 0 is greedy. Repeatable: used in turn. [0, 0.8]"
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Dataset folder. Default: a name made of the settings in runs/."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take; write nothing.")] = False,
+    seed: SeedOption = 0,
+    json_file: JsonOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Run the teacher over text and over its own replies, and keep its top logits in shards.
+
+    Killed or interrupted, the same command goes on where it stopped, and ends with the same bytes.
+    """
+    from distill.collect import Collector, CollectSettings, make_plan
+
+    check_json_target(json_file)
+    note = say(quiet)
+    began = time.perf_counter()
+    settings = CollectSettings(
+        sources=tuple(source or map(str, DEFAULT_SOURCES)),
+        exclude=tuple(dict.fromkeys([*([str(HELD_OUT)] if HELD_OUT.exists() else []), *(exclude or [])])),
+        tokens=tokens,
+        seq_len=seq_len,
+        top_k=top_k,
+        batch=batch,
+        temperatures=(1.0, *(t for t in temperature or [] if t != 1.0)),
+        reply=reply,
+        reply_batch=reply_batch,
+        max_reply=max_reply,
+        reply_temperatures=tuple(reply_temperature or (0.0, 0.8)),
+        seed=seed,
+    )
+    plan = make_plan(find_teacher(teacher), settings, out)
+    bars = Bars(quiet)
+    collector = Collector(plan, bars)
+    result: dict[str, Any] = {"out": str(plan.folder), "teacher": plan.teacher.name, "dry_run": dry_run}
+    if dry_run or not quiet:
+        estimate = collector.estimate()
+        result["estimate"] = vars(estimate)
+        note(
+            f"{plan.folder}: about {estimate.tokens:,} tokens, {estimate.bytes / 1e6:.1f} MB,"
+            f" {_duration(estimate.seconds)} ({estimate.tok_per_s:,.0f} tok/s)"
+        )
+    if not dry_run:
+        try:
+            dataset = collector.run()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("finished shards are kept; the same command goes on from there") from None
+        finally:
+            bars.close()
+        size = sum(entry.bytes for entry in dataset.shards)
+        result.update(
+            tokens=dataset.tokens,
+            trained_tokens=sum(entry.trained_tokens for entry in dataset.shards),
+            shards=len(dataset.shards),
+            bytes=size,
+            seconds=time.perf_counter() - began,
+        )
+        note(f"{plan.folder}: {dataset.tokens:,} tokens in {len(dataset.shards)} shards, {size / 1e6:.1f} MB")
+    write_json(json_file, result)
+
+
+@app.command()
+def inspect(
+    dataset: Annotated[Path, typer.Argument(help="Dataset folder.")],
+    json_file: JsonOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Say what is in a dataset."""
+    from distill.shards import describe
+
+    facts = describe(dataset)
+    write_json(json_file, facts)
+    if json_file != "-" and not quiet:
+        for name, value in facts.items():
+            print(f"{name:>22}  {value}")
+
+
+@app.command()
+def verify(
+    dataset: Annotated[Path, typer.Argument(help="Dataset folder.")],
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Drop broken shards; `distill collect` then writes them anew.")
+    ] = False,
+    json_file: JsonOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Check every hash, shape and value of a dataset; exit 1 if one is wrong."""
+    from distill.shards import verify as check
+
+    problems = check(dataset, repair=repair)
+    write_json(json_file, {"dataset": str(dataset), "ok": not problems, "problems": [vars(p) for p in problems]})
+    if json_file != "-" and not quiet:
+        for problem in problems:
+            print(f"{dataset / problem.file}: {problem.message}")
+        print(f"{dataset}: {'all well' if not problems else f'{len(problems)} problems'}")
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data", metavar="DIR", help="Dataset. Default: the newest complete one for the teacher in runs/."
+        ),
+    ] = None,
+    teacher: TeacherOption = None,
+    layers: Annotated[int, typer.Option("--layers", help="Transformer layers of the draft.")] = 2,
+    hidden: Annotated[int, typer.Option("--hidden", help="Width of the draft, a multiple of 64.")] = 256,
+    loss: Annotated[
+        str, typer.Option("--loss", help="kl: KL with the tail as a bucket; ce: the teacher's first choice.")
+    ] = "kl",
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="Temperature of the loss; the dataset must have it.")
+    ] = 1.0,
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens trained on; the dataset is repeated.")] = 1_000_000,
+    batch: Annotated[int, typer.Option("--batch", help="Rows a step.")] = 8,
+    lr: Annotated[float, typer.Option("--lr", help="Peak learning rate.")] = 2e-3,
+    bits: Annotated[
+        int | None, typer.Option("--bits", help="Quantise the saved weights to 4 or 8 bits. Default: bfloat16.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Draft folder. Default: a name made of the settings in runs/."),
+    ] = None,
+    seed: SeedOption = 0,
+    json_file: JsonOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Train a Llama-type draft on a dataset; the best checkpoint by held-out loss is kept.
+
+    Ctrl-C leaves a usable draft; the same command goes on where it stopped.
+    """
+    from dataclasses import asdict
+    from hashlib import sha256
+
+    from distill.shards import newest_dataset
+    from distill.train import TrainSettings
+    from distill.train import train as run_training
+    from kernels import backend
+
+    check_json_target(json_file)
+    checkpoint = find_teacher(teacher)
+    if data is None:
+        data = newest_dataset(RUNS, checkpoint.weights_hash)
+        if data is None:
+            raise UserError(
+                f"no complete dataset for {checkpoint.name} under {RUNS}/; run `distill collect` or give --data"
+            )
+        say(quiet)(f"data: {data}")
+    settings = TrainSettings(
+        layers=layers,
+        hidden=hidden,
+        loss=loss,
+        temperature=temperature,
+        tokens=tokens,
+        batch=batch,
+        lr=lr,
+        bits=bits,
+        seed=seed,
+    )
+    if out is None:
+        name = repr((sorted(asdict(settings).items()), str(data.resolve()), checkpoint.weights_hash))
+        digest = sha256(name.encode()).hexdigest()[:8]
+        out = RUNS / f"draft-{Path(checkpoint.name).name}-{layers}x{hidden}-{digest}"
+    backend()  # hooks a fast BLAS into MLX on Linux CPUs
+    summary = run_training(data, checkpoint.folder, out, settings, quiet=quiet)
+    facts = {name: str(value) if isinstance(value, Path) else value for name, value in vars(summary).items()}
+    write_json(json_file, {"teacher": checkpoint.name, "data": str(data), **facts, "settings": asdict(settings)})
+    say(quiet)(
+        f"{summary.out}: {summary.parameters / 1e6:.2f} M parameters, held-out loss {summary.held_out_loss:.3f} nats,"
+        f" agreement {summary.agreement:.3f}, expected acceptance {summary.expected_acceptance:.3f}\n"
+        f"curves: {summary.plot}"
+    )
+
+
+class Bars:
+    """One progress bar a stage of a collection."""
+
+    LABELS: ClassVar = {"replies": "teacher replies", "scoring": "teacher logits"}
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.bar: tqdm | None = None
+
+    def __call__(self, stage: str, done: int, total: int | None) -> None:
+        if total is not None:
+            self.close()
+            self.bar = progress(total, self.LABELS[stage], "tok", self.quiet, initial=done)
+        elif self.bar is not None:
+            self.bar.update(done)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    run(app)

@@ -1,0 +1,416 @@
+"""Stage 1: a teacher reads text, answers prompts, and its logits become shards.
+
+Three passes, each resumable by itself: the teacher writes replies (tokens only, a dataset of its
+own in `replies-N/`); everything is cut and packed into rows; the rows are scored into shards. Which
+documents form which row, and which rows which batch, follows from the settings alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from decode.checkpoint import RUNS, Checkpoint
+from decode.model import Transformer
+from decode.prompts import Prompt, Tokenizer
+from distill.bits import Settings
+from distill.replies import write_replies
+from distill.replies_store import Replies, Reply, ReplyWriter
+from distill.shards import Block, Dataset, ShardWriter
+from distill.sources import Document, identity, is_excluded, load_excluded, read_source
+from kernels import UserError
+
+FORMAT = 1
+ROWS_PER_SHARD = 64
+LOGIT_ROWS = 512
+MAX_DOCUMENTS = 255
+OPEN_ROWS = 64
+MIN_PIECE = 8
+
+Progress = Callable[[str, int, int | None], None]
+
+
+@dataclass(frozen=True)
+class CollectSettings:
+    """What decides a dataset's content, beside the teacher and the files themselves.
+
+    tokens: the dataset's size; batch: rows scored at a time; reply_batch: prompts answered at a
+    time; reply_temperatures: what replies are sampled at, in turn (0 is greedy).
+    """
+
+    sources: tuple[str, ...]
+    exclude: tuple[str, ...] = ()
+    tokens: int = 200_000
+    seq_len: int = 512
+    top_k: int = 32
+    batch: int = 8
+    temperatures: tuple[float, ...] = (1.0,)
+    reply: bool = True
+    reply_batch: int = 32
+    max_reply: int = 256
+    reply_temperatures: tuple[float, ...] = (0.0, 0.8)
+    seed: int = 0
+
+    def check(self, teacher: Checkpoint) -> None:
+        vocab = int(teacher.config["vocab_size"])
+        context = int(teacher.config.get("max_position_embeddings") or 1 << 30)
+        limits = {
+            "--tokens": (self.tokens, 1, None),
+            "--seq-len": (self.seq_len, 2 * MIN_PIECE, context),
+            "--top-k": (self.top_k, 1, vocab),
+            "--batch": (self.batch, 1, None),
+            "--reply-batch": (self.reply_batch, 1, None),
+            "--max-reply": (self.max_reply, 1, context),
+        }
+        for option, (value, low, high) in limits.items():
+            if value < low or (high is not None and value > high):
+                allowed = f"at least {low}" if high is None else f"{low} to {high}"
+                raise UserError(f"{option} {value}: must be {allowed}")
+        if not self.sources:
+            raise UserError("--source: at least one file, folder or dataset is needed")
+
+
+@dataclass
+class Piece:
+    """A stretch of one document that will stand in a row: ids, and which positions are trained on."""
+
+    tokens: np.ndarray
+    mask: np.ndarray
+
+
+@dataclass
+class Plan:
+    """Everything about a collection that is known before the teacher runs."""
+
+    teacher: Checkpoint
+    settings: CollectSettings
+    manifest: Settings
+    folder: Path
+    excluded: frozenset[str] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a collection will take. seconds is extrapolated from a short run on this machine."""
+
+    tokens: int
+    bytes: int
+    seconds: float
+    tok_per_s: float
+
+
+def make_plan(teacher: Checkpoint, settings: CollectSettings, out: Path | None) -> Plan:
+    """Check the settings, hash what they name, and choose the folder."""
+    settings.check(teacher)
+    values: dict[str, Any] = {
+        **asdict(settings),
+        "collection_format": FORMAT,
+        "teacher": {"name": teacher.name, "hash": teacher.weights_hash},
+        "tokenizer_hash": teacher.tokenizer_hash,
+        "vocab_size": int(teacher.config["vocab_size"]),
+        "k": settings.top_k,
+        "sources": [identity(name) for name in settings.sources],
+        "exclude": [identity(name) for name in settings.exclude],
+    }
+    del values["top_k"]
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+    folder = out or RUNS / f"data-{Path(teacher.name).name}-{digest}"
+    return Plan(teacher, settings, Settings(values), folder, load_excluded(settings.exclude))
+
+
+class Collector:
+    """Runs a plan."""
+
+    def __init__(self, plan: Plan, progress: Progress = lambda stage, done, total: None) -> None:
+        """progress(stage, tokens more, total or None) is called as work is done."""
+        self.plan, self.settings, self.progress = plan, plan.settings, progress
+        self.tokenizer = Tokenizer(plan.teacher.folder)
+        self.model: Transformer = plan.teacher.load()
+
+    def run(self) -> Dataset:
+        """Collect, or go on where an earlier run with the same settings stopped."""
+        with ShardWriter.open(self.plan.folder, self.plan.manifest) as writer:
+            rows = self.rows()
+            if not rows:
+                raise UserError(f"{', '.join(self.settings.sources)}: nothing to collect from (empty or all excluded)")
+            shards = [rows[i : i + ROWS_PER_SHARD] for i in range(0, len(rows), ROWS_PER_SHARD)]
+            missing = writer.missing(len(shards))
+            total = sum(int(np.count_nonzero(document)) for _, _, document in rows)
+            done = total - sum(int(np.count_nonzero(doc)) for i in missing for _, _, doc in shards[i])
+            self.progress("scoring", done, total)
+            for index in missing:
+                writer.write(self.score(shards[index]), index)
+            writer.finish()
+        return Dataset.open(self.plan.folder)
+
+    def rows(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Packed rows: tokens int32, trained positions bool, document uint8, each [seq_len].
+
+        Every source gives an equal share of the tokens; what one cannot give, the later ones do.
+        """
+        pieces: list[Piece] = []
+        left = self.settings.tokens
+        for index, name in enumerate(self.settings.sources):
+            quota = left // (len(self.settings.sources) - index)
+            for piece in self._pieces(index, name, quota):
+                if len(piece.tokens) > quota:
+                    piece = Piece(piece.tokens[:quota], piece.mask[:quota])
+                if len(piece.tokens) < MIN_PIECE:
+                    break
+                pieces.append(piece)
+                quota -= len(piece.tokens)
+                left -= len(piece.tokens)
+        order = np.random.default_rng(self.settings.seed).permutation(len(pieces))
+        return pack([pieces[i] for i in order], self.settings.seq_len)
+
+    def _pieces(self, index: int, name: str, quota: int) -> Iterator[Piece]:
+        """The pieces of one source, in an order shuffled by the seed; prompts are answered first."""
+        documents = [document for document in read_source(name) if not is_excluded(document, self.plan.excluded)]
+        rng = np.random.default_rng([self.settings.seed, index])
+        documents = [part for document in documents for part in split_text(document, 4 * self.settings.seq_len)]
+        documents = [documents[i] for i in rng.permutation(len(documents))]
+        asks = [wants_reply(document) for document in documents]
+        if self.settings.reply and any(asks):
+            replies = self._replies(index, [d for d, ask in zip(documents, asks, strict=True) if ask], quota)
+            documents = [d for d, ask in zip(documents, asks, strict=True) if not ask]
+            for reply in replies:
+                yield from cut(self._masked(reply.tokens, reply.prompt_length), self.settings.seq_len)
+        for document in documents:
+            yield from cut(self._encode(document), self.settings.seq_len)
+
+    def _encode(self, document: Document) -> Piece:
+        if document.messages is None and document.kind == "text":
+            return self._masked(np.array(self.tokenizer.encode_text(document.text or ""), np.int32), 1)
+        messages = document.messages or [{"role": "user", "content": document.text or ""}]
+        if messages[-1]["role"] == "assistant":
+            prompt = self.tokenizer.encode_prompt(Prompt(messages[:-1], ""))
+            answer = self.tokenizer.encode_text(messages[-1]["content"])
+            end = [min(self.tokenizer.end_tokens)] if self.tokenizer.end_tokens else []
+            return self._masked(np.array(prompt + answer + end, np.int32), len(prompt))
+        return self._masked(np.array(self.tokenizer.encode_prompt(Prompt(messages, "")), np.int32), 1)
+
+    @staticmethod
+    def _masked(tokens: np.ndarray, prompt_length: int) -> Piece:
+        """Train on the predictions of everything behind the prompt; the last has no target."""
+        mask = np.zeros(len(tokens), bool)
+        mask[max(prompt_length - 1, 0) : -1] = True
+        return Piece(tokens, mask)
+
+    def _replies(self, index: int, documents: list[Document], quota: int) -> Iterator[Reply]:
+        """Answer prompts batch by batch until there are `quota` tokens of conversation."""
+        settings = self.settings
+        room = min(self.model.context, settings.seq_len) - settings.max_reply
+        if room < MIN_PIECE:
+            raise UserError(
+                f"--max-reply {settings.max_reply}: leaves no room for prompts in --seq-len {settings.seq_len}"
+            )
+        folder = self.plan.folder / f"replies-{index}"
+        with ReplyWriter.open(folder, self.plan.manifest) as writer:
+            tokens = sum(entry.tokens for entry in Replies.open(folder).shards)
+            self.progress("replies", min(tokens, quota), quota)
+            batch = writer.finished_shards
+            for number, chunk in enumerate(self._reply_batches(documents, room)):
+                if tokens >= quota:
+                    break
+                if number < batch:
+                    continue
+                replies = self._answer(chunk)
+                writer.write(replies, number)
+                tokens += sum(len(reply.tokens) for reply in replies)
+            writer.finish()
+        return iter(Replies.open(folder))
+
+    def _reply_batches(self, documents: list[Document], room: int) -> Iterator[list[tuple[int, list[int]]]]:
+        """Batches of (number, ids); prompts too long for a row are left out.
+
+        Lengths are sorted within a stretch of batches, so that little of a batch is padding.
+        """
+        stretch = 8 * self.settings.reply_batch
+        pending: list[tuple[int, list[int]]] = []
+        for number, document in enumerate(documents):
+            messages = document.messages or [{"role": "user", "content": document.text or ""}]
+            ids = self.tokenizer.encode_prompt(Prompt(messages, ""))
+            if 1 <= len(ids) <= room:
+                pending.append((number, ids))
+            if len(pending) == stretch or (pending and number == len(documents) - 1):
+                pending.sort(key=lambda entry: (len(entry[1]), entry[0]))
+                for i in range(0, len(pending), self.settings.reply_batch):
+                    yield pending[i : i + self.settings.reply_batch]
+                pending = []
+
+    def _answer(self, chunk: list[tuple[int, list[int]]]) -> list[Reply]:
+        heat = self.settings.reply_temperatures
+        texts = write_replies(
+            self.model,
+            [ids for _, ids in chunk],
+            [number for number, _ in chunk],
+            temperatures=[heat[number % len(heat)] for number, _ in chunk],
+            max_reply=self.settings.max_reply,
+            end_tokens=self.tokenizer.end_tokens,
+            seed=self.settings.seed,
+            advance=lambda tokens: self.progress("replies", tokens, None),
+        )
+        pairs = zip(chunk, texts, strict=True)
+        return [Reply(n, np.concatenate([np.array(ids, np.int32), text]), len(ids)) for (n, ids), text in pairs]
+
+    def score(self, rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Block:
+        """Run the teacher over rows, `batch` at a time, and keep its top k and log-sum-exps."""
+        parts = []
+        for i in range(0, len(rows), self.settings.batch):
+            tokens, mask, document = (
+                np.stack(column) for column in zip(*rows[i : i + self.settings.batch], strict=True)
+            )
+            parts.append(self._score_batch(tokens, mask, document))
+            self.progress("scoring", int(np.count_nonzero(document)), None)
+        columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+        return Block(*columns)
+
+    def _score_batch(self, tokens: np.ndarray, mask: np.ndarray, document: np.ndarray) -> tuple[np.ndarray, ...]:
+        hidden = self.model.batch_hidden(mx.array(tokens), mx.array(document.astype(np.int32)))
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        ids, logprobs, lses = [], [], []
+        for start in range(0, flat.shape[0], LOGIT_ROWS):
+            top_ids, top, lse = top_of(
+                self.model.batch_logits(flat[start : start + LOGIT_ROWS]),
+                self.settings.top_k,
+                self.settings.temperatures,
+            )
+            ids.append(top_ids)
+            logprobs.append(top - lse[:, :1])
+            lses.append(lse)
+        shape = tokens.shape
+        return (
+            tokens,
+            mask,
+            document,
+            np.concatenate(ids).reshape(*shape, -1),
+            np.concatenate(logprobs).reshape(*shape, -1),
+            np.concatenate(lses).reshape(*shape, -1),
+        )
+
+    def estimate(self) -> Estimate:
+        """Time one batch of each kind of work, and extrapolate."""
+        settings = self.settings
+        row = np.full(settings.seq_len, min(self.tokenizer.end_tokens, default=0), np.int32)
+        rows = [(row, np.ones_like(row, bool), np.ones_like(row, np.uint8))] * settings.batch
+        silent, self.progress = self.progress, lambda stage, done, total: None
+        seconds = []
+        for _ in range(2):
+            began = time.perf_counter()
+            block = self.score(rows)
+            seconds.append(time.perf_counter() - began)
+        per_token = seconds[-1] / block.tokens.size
+        asked = [wants_reply(next(iter(read_source(name)))) for name in settings.sources] if settings.reply else []
+        if any(asked):
+            prompt = row[: min(64, settings.seq_len // 2)].tolist()
+            began = time.perf_counter()
+            write_replies(
+                self.model,
+                [prompt] * settings.reply_batch,
+                list(range(settings.reply_batch)),
+                temperatures=[1.0] * settings.reply_batch,
+                max_reply=16,
+                end_tokens=frozenset(),
+                seed=0,
+            )
+            written = settings.reply_batch * 16
+            per_token += (time.perf_counter() - began) / written * sum(asked) / len(settings.sources)
+        self.progress = silent
+        total = settings.tokens
+        return Estimate(total, total * bytes_per_token(self.plan.manifest), total * per_token, 1 / per_token)
+
+
+def bytes_per_token(manifest: Settings) -> int:
+    """Stored bytes a position, rounded up (DESIGN.md section 4)."""
+    bits = manifest.k * ((manifest.vocab_size - 1).bit_length() + 12)
+    return -(-bits // 8) + (2 if manifest.vocab_size <= 1 << 16 else 4) + 4 * len(manifest.temperatures) + 2
+
+
+def top_of(logits: mx.array, k: int, temperatures: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The k highest logits, by falling logit and then by id, and exact log-sum-exps.
+
+    logits: float32 [n, vocab]. Returns int32 [n, k], float32 [n, k], float32 [n, temperatures].
+    """
+    ids = mx.argpartition(-logits, k - 1, axis=-1)[:, :k]
+    top = mx.take_along_axis(logits, ids, axis=-1)
+    lse = mx.stack([mx.logsumexp(logits / t, axis=-1) for t in temperatures], axis=-1)
+    ids_host, top_host = np.array(ids).astype(np.int32), np.array(top)
+    order = np.lexsort((ids_host, -top_host), axis=-1)
+    return np.take_along_axis(ids_host, order, -1), np.take_along_axis(top_host, order, -1), np.array(lse)
+
+
+def wants_reply(document: Document) -> bool:
+    """Whether a document ends where the teacher should speak."""
+    if document.messages is not None:
+        return document.messages[-1]["role"] == "user"
+    return document.kind == "prompt"
+
+
+def split_text(document: Document, characters: int) -> Iterator[Document]:
+    """Cut long plain text at white space into parts of about `characters`; others pass whole."""
+    text = document.text
+    if document.kind != "text" or text is None or len(text) <= characters:
+        yield document
+        return
+    start = 0
+    while start < len(text):
+        end = min(start + characters, len(text))
+        if end < len(text):
+            cut_at = max(
+                text.rfind("\n\n", start, end), text.rfind(" ", start, end) if "\n\n" not in text[start:end] else -1
+            )
+            end = cut_at if cut_at > start else end
+        yield Document("text", text[start:end], None, document.line)
+        start = end
+
+
+def cut(piece: Piece, seq_len: int) -> Iterator[Piece]:
+    """A piece in parts of at most seq_len; ends too short to learn from are dropped."""
+    for start in range(0, len(piece.tokens), seq_len):
+        part = Piece(piece.tokens[start : start + seq_len], piece.mask[start : start + seq_len].copy())
+        if len(part.tokens) >= MIN_PIECE and part.mask.any():
+            yield part
+
+
+def pack(pieces: list[Piece], seq_len: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """First fit into rows of seq_len, with OPEN_ROWS rows open at a time.
+
+    Returns tokens int32, trained positions bool and document uint8 (0 is padding) for each row.
+    """
+    closed: list[list[Piece]] = []
+    opened: list[list[Piece]] = []
+    free: list[int] = []
+    for piece in pieces:
+        size = len(piece.tokens)
+        fits = (i for i, room in enumerate(free) if room >= size and len(opened[i]) < MAX_DOCUMENTS)
+        at = next(fits, None)
+        if at is None:
+            if len(opened) == OPEN_ROWS:
+                fullest = free.index(min(free))
+                closed.append(opened.pop(fullest))
+                free.pop(fullest)
+            opened.append([])
+            free.append(seq_len)
+            at = len(opened) - 1
+        opened[at].append(piece)
+        free[at] -= size
+    return [_row(row, seq_len) for row in closed + opened]
+
+
+def _row(pieces: list[Piece], seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    tokens, mask = np.zeros(seq_len, np.int32), np.zeros(seq_len, bool)
+    document = np.zeros(seq_len, np.uint8)
+    at = 0
+    for number, piece in enumerate(pieces, 1):
+        end = at + len(piece.tokens)
+        tokens[at:end], mask[at:end], document[at:end] = piece.tokens, piece.mask, number
+        at = end
+    return tokens, mask, document

@@ -1,0 +1,175 @@
+"""The shape of a draft model, and whether this machine can train it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from kernels.errors import UserError
+
+HEAD_DIM = 64
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """The shape of a draft. `eos` may be one id or several, as in a teacher's config.json."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab_size: int
+    rope_theta: float
+    max_positions: int
+    eps: float
+    tied: bool = True
+    bos: int | None = None
+    eos: int | list[int] | None = None
+
+    @classmethod
+    def for_teacher(cls, teacher_folder: Path, layers: int, hidden: int) -> DraftConfig:
+        """A draft of `layers` x `hidden` for the teacher in a folder."""
+        if layers < 1:
+            raise UserError(f"--layers {layers}: must be at least 1")
+        if hidden < HEAD_DIM or hidden % HEAD_DIM:
+            raise UserError(f"--hidden {hidden}: must be a multiple of {HEAD_DIM} (one attention head each)")
+        teacher = read_json(teacher_folder / "config.json")
+        try:
+            teacher_heads = int(teacher["num_attention_heads"])
+            ratio = int(teacher.get("num_key_value_heads") or teacher_heads) / teacher_heads
+            heads = hidden // HEAD_DIM
+            return cls(
+                layers=layers,
+                hidden=hidden,
+                heads=heads,
+                kv_heads=next(d for d in range(1, heads + 1) if heads % d == 0 and d >= heads * ratio),
+                head_dim=HEAD_DIM,
+                intermediate=64 * math.ceil(hidden * 8 / 3 / 64),
+                vocab_size=int(teacher["vocab_size"]),
+                rope_theta=float(teacher.get("rope_theta", 10_000.0)),
+                max_positions=int(teacher["max_position_embeddings"]),
+                eps=float(teacher["rms_norm_eps"]),
+                bos=teacher.get("bos_token_id"),
+                eos=teacher.get("eos_token_id"),
+            )
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise UserError(f"{teacher_folder / 'config.json'}: no usable {error}") from error
+
+    def to_json(self) -> dict[str, Any]:
+        """The `config.json` of mlx-lm and Hugging Face."""
+        config: dict[str, Any] = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "rms_norm_eps": self.eps,
+            "rope_theta": self.rope_theta,
+            "max_position_embeddings": self.max_positions,
+            "vocab_size": self.vocab_size,
+            "tie_word_embeddings": self.tied,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "torch_dtype": "bfloat16",
+        }
+        return config | {
+            key: value for key, value in (("bos_token_id", self.bos), ("eos_token_id", self.eos)) if value is not None
+        }
+
+    @classmethod
+    def from_json(cls, config: dict[str, Any]) -> DraftConfig:
+        """The inverse of `to_json`; KeyError, TypeError or ValueError where it is no Llama."""
+        if config.get("model_type") != "llama":
+            raise ValueError(f"model_type is {config.get('model_type')!r}, not 'llama'")
+        heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+        return cls(
+            layers=int(config["num_hidden_layers"]),
+            hidden=hidden,
+            heads=heads,
+            kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or hidden // heads),
+            intermediate=int(config["intermediate_size"]),
+            vocab_size=int(config["vocab_size"]),
+            rope_theta=float(config.get("rope_theta", 10_000.0)),
+            max_positions=int(config.get("max_position_embeddings") or 2048),
+            eps=float(config["rms_norm_eps"]),
+            tied=bool(config.get("tie_word_embeddings", True)),
+            bos=config.get("bos_token_id"),
+            eos=config.get("eos_token_id"),
+        )
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the draft has."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        layer = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
+        return self.layers * layer + self.vocab_size * self.hidden * (1 if self.tied else 2) + self.hidden
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; UserError naming the file where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: not there") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return content
+
+
+def load_tensors(path: Path) -> dict[str, mx.array]:
+    """The arrays of a safetensors file, read when used; UserError naming a file that is damaged."""
+    try:
+        arrays = mx.load(str(path))
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: not a readable safetensors file ({reason})") from error
+    assert isinstance(arrays, dict)
+    return arrays
+
+
+def physical_memory() -> int:
+    """Bytes of memory that training can use: the machine's, a container's, or the GPU's."""
+    if mx.default_device() == mx.Device(mx.gpu):
+        info = mx.device_info()
+        size = info.get("memory_size") or info.get("total_memory")
+        if size:
+            return int(size)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        total = min(total, int(text))
+    return total
+
+
+def estimate_memory(config: DraftConfig, batch: int = 8, seq_len: int = 512) -> int:
+    """Bytes that training needs: weights, gradients and AdamW's two moments in float32 (16 bytes a
+    parameter), and what a backward pass keeps of each layer."""
+    tokens = batch * seq_len
+    layer = 10 * config.hidden + 4 * config.intermediate + 3 * config.heads * seq_len
+    return 16 * config.parameters + 4 * tokens * config.layers * layer
+
+
+def check_memory(config: DraftConfig, batch: int, seq_len: int) -> None:
+    """Refuse, before anything is allocated, what would not fit."""
+    need, have = estimate_memory(config, batch, seq_len), physical_memory()
+    if need > have:
+        raise UserError(
+            f"a draft of {config.layers} layers x {config.hidden} ({config.parameters / 1e6:,.0f} M parameters)"
+            f" needs about {need / 1e9:,.1f} GB to train, and this machine has {have / 1e9:,.1f} GB:"
+            " choose fewer --layers, a smaller --hidden or --batch"
+        )

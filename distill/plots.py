@@ -1,0 +1,59 @@
+"""Pictures of training runs, drawn from their logs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log.jsonl; a last line cut short by a kill is left out."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
+
+
+def training_curves(log: Path, picture: Path, title: str) -> None:
+    """Loss, agreement and learning rate over tokens, as PNG.
+
+    log: log.jsonl with `step` and `eval` lines; picture: where to write, replaced if there.
+    """
+    import matplotlib  # slow, and needed only here
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = read_log(log)
+    steps = [line for line in lines if line.get("kind") == "step"]
+    evals = [line for line in lines if line.get("kind") == "eval"]
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+
+    def draw(axis: Any, rows: list[dict[str, Any]], key: str, **style: Any) -> None:
+        if rows:
+            axis.plot([row["tokens"] / 1e6 for row in rows], [row[key] for row in rows], **style)
+
+    draw(axes[0], steps, "loss", color="0.7", linewidth=1, label="training")
+    draw(axes[0], evals, "held_out_loss", color="C0", marker="o", markersize=3, label="held out")
+    axes[0].set_ylabel("loss (nats a token)")
+    draw(axes[1], steps, "agreement", color="0.7", linewidth=1, label="agreement, training")
+    draw(axes[1], evals, "agreement", color="C0", marker="o", markersize=3, label="agreement, held out")
+    draw(axes[1], evals, "expected_acceptance", color="C1", marker="s", markersize=3, label="sum min(p, q)")
+    axes[1].set_ylabel("share of positions")
+    axes[1].set_ylim(0, 1)
+    draw(axes[2], steps, "lr", color="C2", label="learning rate")
+    axes[2].set_ylabel("learning rate")
+    for axis in axes:
+        axis.set_xlabel("million tokens")
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False)
+    figure.suptitle(title)
+    temporary = picture.with_name(f".{picture.name}.tmp")
+    figure.savefig(temporary, dpi=110, format="png")
+    pyplot.close(figure)
+    temporary.replace(picture)

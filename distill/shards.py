@@ -1,0 +1,181 @@
+"""Datasets of teacher logits: writing, reading, checking and describing them.
+
+A dataset is a folder with `manifest.json` and `shard-00000.safetensors` onwards; `replies_store`
+says how files come to exist, `bits` what is in them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distill import bits
+from distill.bits import Block, Settings
+from distill.replies_store import DamagedManifest, Entry, Manifest, Reader, Writer
+from kernels.errors import UserError
+
+__all__ = [
+    "Block",
+    "Dataset",
+    "Entry",
+    "Problem",
+    "Settings",
+    "ShardWriter",
+    "describe",
+    "newest_dataset",
+    "verify",
+]
+
+
+def counts_of(block: Block) -> dict[str, int]:
+    """What a manifest line says of a block."""
+    last = block.document.max(axis=1) if block.document.size else np.zeros(0)
+    return {
+        "rows": block.rows,
+        "tokens": int(np.count_nonzero(block.document)),
+        "trained_tokens": int(np.count_nonzero(block.loss_mask)),
+        "documents": int(last.sum(dtype=np.int64)),
+    }
+
+
+class ShardWriter(Writer):
+    """Writes shards of logits."""
+
+    kind = "shards"
+
+    def write(self, block: Block, index: int | None = None) -> Entry:
+        """Writes a block as shard `index`, by default the first that is missing.
+
+        Raises ValueError if the block is not what `Block` promises, UserError if it cannot be written.
+        """
+        if wrong := bits.faults(block, self.settings, coded=False):
+            raise ValueError(wrong[0])
+        return self._add(index, bits.encode(block, self.settings), counts_of(block))
+
+
+class Dataset(Reader):
+    """Shards of logits opened for reading."""
+
+    kind = "shards"
+
+    def read(self, i: int, verify: bool = True) -> Block:
+        """The i-th listed shard. Without `verify` its hash is taken on trust, its shapes are not."""
+        tensors = self._tensors(i, verify)
+        self._expect(i, tensors, bits.layout(self.shards[i].rows, self.settings))
+        return bits.decode(tensors, self.settings)
+
+    def __iter__(self) -> Iterator[Block]:
+        return (self.read(i) for i in range(len(self.shards)))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with one file of a dataset."""
+
+    file: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.message}"
+
+
+def verify(folder: Path | str, repair: bool = False) -> list[Problem]:
+    """Checks every hash, shape and value; an empty list means that all is well.
+
+    `repair` drops the broken shards, so that collecting again with the same settings writes
+    them anew, with the bytes they had. Raises UserError where there is no dataset to check.
+    """
+    folder = Path(folder)
+    try:
+        dataset = Dataset.open(folder)
+    except DamagedManifest as error:
+        return [Problem("manifest.json", str(error).removeprefix(f"{folder / 'manifest.json'}: "))]
+    problems: dict[int, list[Problem]] = {}
+    for i, entry in enumerate(dataset.shards):
+        if found := _faults(dataset, i):
+            problems[entry.index] = [Problem(entry.file, message) for message in found]
+    total = 1 + max((entry.index for entry in dataset.shards), default=-1)
+    if dataset.complete:
+        for index in set(range(total)) - {entry.index for entry in dataset.shards}:
+            name = Manifest.file_of(dataset.kind, index)
+            problems[index] = [Problem(name, "is not listed, though the dataset is marked complete")]
+    if problems and repair:
+        with ShardWriter.open(folder, dataset.settings) as writer:
+            writer.drop(problems)
+    return [problem for index in sorted(problems) for problem in problems[index]]
+
+
+def _faults(dataset: Dataset, i: int) -> list[str]:
+    entry, settings = dataset.shards[i], dataset.settings
+    try:
+        block = dataset.read(i)
+    except UserError as error:
+        return [str(error).removeprefix(f"{dataset.folder / entry.file}: ")]
+    found = bits.faults(block, settings, coded=True)
+    for name, count in counts_of(block).items():
+        if (listed := getattr(entry, name)) != count:
+            found.append(f"has {count} {name}, the manifest says {listed}")
+    return found
+
+
+def describe(folder: Path | str, most_shards: int = 8) -> dict[str, Any]:
+    """What is in a dataset, as JSON. Means are over the trained positions of `most_shards` shards.
+
+    Raises UserError if the folder holds no dataset or a shard that was read is at fault.
+    """
+    dataset = Dataset.open(folder)
+    settings, shards = dataset.settings, dataset.shards
+    tokens = dataset.tokens
+    trained = sum(entry.trained_tokens for entry in shards)
+    size = sum(entry.bytes for entry in shards) + (dataset.folder / "manifest.json").stat().st_size
+    picked = sorted(set(np.linspace(0, len(shards) - 1, min(most_shards, len(shards))).astype(int).tolist()))
+    sums, count = np.zeros(3), 0
+    for i in picked:
+        block = dataset.read(i)
+        p = np.exp(block.top_logprobs[block.loss_mask].astype(np.float64))
+        tail = np.clip(1 - p.sum(axis=1), 0, 1)
+        # The tail as one bucket: merging outcomes never raises the entropy, so this is a lower bound.
+        parts = np.concatenate([p, tail[:, None]], axis=1)
+        entropy = -(parts * np.log(np.where(parts > 0, parts, 1))).sum()
+        sums += p[:, 0].sum(), tail.sum(), entropy
+        count += len(p)
+    means = (sums / count).tolist() if count else [None] * 3
+    return {
+        "folder": str(dataset.folder),
+        "complete": dataset.complete,
+        "teacher": settings.values["teacher"],
+        "vocab_size": settings.vocab_size,
+        "k": settings.k,
+        "temperatures": list(settings.temperatures),
+        "seq_len": settings.seq_len,
+        "shards": len(shards),
+        "rows": sum(entry.rows for entry in shards),
+        "tokens": tokens,
+        "trained_tokens": trained,
+        "trained_share": trained / tokens if tokens else None,
+        "documents": sum(entry.documents for entry in shards),
+        "bytes": size,
+        "bytes_per_token": size / tokens if tokens else None,
+        "sampled_shards": len(picked),
+        "mean_top1_probability": means[0],
+        "mean_tail_mass": means[1],
+        "mean_entropy_at_least_nats": means[2],
+        "sources": settings.values.get("sources", []),
+        "settings": settings.values,
+    }
+
+
+def newest_dataset(runs: Path, teacher_hash: str) -> Path | None:
+    """The complete dataset of this teacher under `runs`, up to three folders down, written last."""
+    found = []
+    for depth in ("*", "*/*", "*/*/*"):
+        for path in runs.glob(f"{depth}/manifest.json"):
+            try:
+                dataset = Dataset.open(path.parent)
+            except UserError:
+                continue  # something else of the user's, or a dataset that nobody asked for
+            if dataset.complete and dataset.settings.teacher_hash == teacher_hash:
+                found.append((path.stat().st_mtime_ns, path.parent))
+    return max(found)[1] if found else None

@@ -1,0 +1,99 @@
+"""The native CPU backend: the operations of `kernels.reference` as C++ primitives of MLX.
+
+BitLinear equals the reference bit for bit; every row's bits are its own, however many rows a call
+has. Importing raises ImportError where the extension was not built, or was built for another MLX.
+The environment variables BITDRAFT_ISA (avx512vnni, avx2, neondot, portable) and BITDRAFT_THREADS
+override what the processor offers.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+
+from kernels import reference
+from kernels.cpu import _native
+from kernels.openblas import find_openblas
+from kernels.reference import AttentionShape, DenseWeight, Epilogue, TernaryWeight, Weight
+
+NAME = "cpu"
+
+_SMALL_ROWS = 8
+_EPILOGUES: dict[str | None, int] = {None: 0, "relu2_mul": 1, "silu_mul": 2}
+
+
+def prepare_ternary(ternary: np.ndarray, scale: np.ndarray) -> TernaryWeight:
+    """ternary: int8 [n, k] in {-1, 0, 1}; scale: float32 [n]. Two bits a weight (native/kernels.h)."""
+    n, k = ternary.shape
+    tiles = _native.pack_ternary(np.ascontiguousarray(ternary, dtype=np.int8))
+    return TernaryWeight(tiles, mx.array(np.ascontiguousarray(scale, dtype=np.float32)), n, k)
+
+
+def prepare_dense(weight: mx.array) -> DenseWeight:
+    """weight: bfloat16 or float32 [n, k]."""
+    n, k = weight.shape
+    data = mx.contiguous(weight)
+    mx.eval(data)
+    return DenseWeight(data, n, k)
+
+
+def quantize_rows(x: mx.array, norm: mx.array | None = None, eps: float = 0.0) -> tuple[mx.array, mx.array]:
+    """As `reference.quantize_rows`; without a norm, the same bits."""
+    xq, s = _native.quantize_rows(x, norm, eps)
+    return xq, s
+
+
+def bitlinear(xq: mx.array, s: mx.array, weight: TernaryWeight) -> mx.array:
+    """As `reference.bitlinear`, the same bits."""
+    return _native.bitlinear(xq, s, weight.data, weight.scale, weight.k)
+
+
+def linear(
+    x: mx.array,
+    weight: Weight,
+    *,
+    norm: mx.array | None = None,
+    eps: float = 0.0,
+    epilogue: Epilogue | None = None,
+    residual: mx.array | None = None,
+) -> mx.array:
+    """As `reference.linear`, in one operation; more than 8 rows of a float weight go to BLAS."""
+    if isinstance(weight, TernaryWeight):
+        return _native.ternary_linear(
+            x, weight.data, weight.scale, weight.k, norm, eps, _EPILOGUES[epilogue], residual
+        )
+    if x.shape[0] <= _SMALL_ROWS:
+        return _native.dense_linear(x, weight.data, norm, eps, _EPILOGUES[epilogue], residual)
+    return reference.linear(x, weight, norm=norm, eps=eps, epilogue=epilogue, residual=residual)
+
+
+def attention(
+    qkv: mx.array, k_cache: mx.array, v_cache: mx.array, offset: int, shape: AttentionShape
+) -> tuple[mx.array, mx.array, mx.array]:
+    """As `reference.attention`. The caches are updated in place when the caller keeps no other
+    reference to them, and copied otherwise."""
+    out, k_new, v_new = _native.attention(
+        qkv, k_cache, v_cache, offset, shape.heads, shape.kv_heads, shape.inverse_frequency, shape.scale
+    )
+    return out, k_new, v_new
+
+
+def attention_batch(
+    qkv: mx.array, k_cache: mx.array, v_cache: mx.array, positions: mx.array, shape: AttentionShape
+) -> tuple[mx.array, mx.array, mx.array]:
+    """As `reference.attention_batch`. Caches as in `attention`."""
+    out, k_new, v_new = _native.attention_batch(
+        qkv, k_cache, v_cache, positions, shape.heads, shape.kv_heads, shape.inverse_frequency, shape.scale
+    )
+    return out, k_new, v_new
+
+
+def use_fast_blas() -> bool:
+    """Let MLX's float32, float64 and complex products use the OpenBLAS of the wheel scipy-openblas32.
+
+    Works at any time, more than once. Returns False, and changes nothing, without that wheel.
+    """
+    if _native.blas_installed():
+        return True
+    library = find_openblas()
+    return library is not None and _native.install_blas(str(library)) > 0

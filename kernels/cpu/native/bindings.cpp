@@ -1,0 +1,59 @@
+// kernels.cpu._native: what Python sees.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "mlx/version.h"
+#include "ops.h"
+
+namespace nb = nanobind;
+namespace mx = mlx::core;
+using namespace nb::literals;
+
+using TernaryMatrix = nb::ndarray<const int8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+NB_MODULE(_native, m) {
+  m.doc() = "BitLinear, attention and small float products on the CPU; see kernels/reference.py.";
+  // Arrays are MLX's own Python type, so its module has to be loaded first.
+  nb::module_::import_("mlx.core");
+
+  m.attr("mlx_version") = mx::version();
+  m.def(
+      "pack_ternary",
+      [](const TernaryMatrix& ternary) {
+        return bitdraft::pack_ternary(ternary.data(), static_cast<int64_t>(ternary.shape(0)),
+                                      static_cast<int64_t>(ternary.shape(1)));
+      },
+      "ternary"_a);
+  m.def("quantize_rows", &bitdraft::quantize_rows, "x"_a, "norm"_a.none(), "eps"_a);
+  m.def("bitlinear", &bitdraft::bitlinear, "xq"_a, "s"_a, "tiles"_a, "scale"_a, "k"_a);
+  m.def("ternary_linear", &bitdraft::ternary_linear, "x"_a, "tiles"_a, "scale"_a, "k"_a, "norm"_a.none(), "eps"_a,
+        "epilogue"_a, "residual"_a.none());
+  m.def("dense_linear", &bitdraft::dense_linear, "x"_a, "weight"_a, "norm"_a.none(), "eps"_a, "epilogue"_a,
+        "residual"_a.none());
+  m.def("attention", &bitdraft::attention, "qkv"_a, "k_cache"_a, "v_cache"_a, "offset"_a, "heads"_a, "kv_heads"_a,
+        "inverse_frequency"_a, "scale"_a);
+  m.def("attention_batch", &bitdraft::attention_batch, "qkv"_a, "k_cache"_a, "v_cache"_a, "positions"_a, "heads"_a,
+        "kv_heads"_a, "inverse_frequency"_a, "scale"_a);
+  m.def("isa", [] { return std::string(bitdraft::kernels().name); });
+  m.def("available_isas", &bitdraft::available_isas);
+  m.def("select_isa", &bitdraft::select_isa, "name"_a);
+  m.def("threads", &bitdraft::threads);
+  m.def("set_threads", &bitdraft::set_threads, "count"_a);
+  m.def(
+      "parallel_sum",
+      [](int chunks) {
+        std::vector<int64_t> parts(static_cast<size_t>(chunks));
+        bitdraft::parallel_for(chunks, [&](int c) { parts[static_cast<size_t>(c)] = c + 1; });
+        int64_t sum = 0;
+        for (int64_t part : parts) {
+          sum += part;
+        }
+        return sum;
+      },
+      "chunks"_a);
+  m.def("install_blas", &bitdraft::install_blas, "path"_a);
+  m.def("blas_installed", &bitdraft::blas_installed);
+}

@@ -1,0 +1,112 @@
+// Float products of 1..8 rows (a draft's layers, an LM head), with the same units around them.
+#include <algorithm>
+
+#include "ops.h"
+
+namespace bitdraft {
+namespace {
+
+enum Slot { kRows = 0, kOutput = 2, kFloatRow = 3 };
+
+class DenseLinear : public CpuPrimitive {
+ public:
+  DenseLinear(mx::Stream stream, float eps, Epilogue epilogue, bool norm, bool residual)
+      : CpuPrimitive(stream), eps_(eps), epilogue_(epilogue), norm_(norm), residual_(residual) {}
+  DEFINE_NAME(BitdraftDenseLinear)
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    require(inputs[1].flags().row_contiguous, "a dense weight must be contiguous: make it with prepare_dense");
+    allocate(outputs[0]);
+    dispatch(inputs, outputs,
+             [eps = eps_, epilogue = epilogue_, has_norm = norm_, has_residual = residual_](
+                 std::vector<mx::array>& in, std::vector<mx::array>& out) {
+               const Kernels& set = kernels();
+               const Matrix<float> x(in[0]);
+               std::vector<float> norm_space;
+               const float* norm = has_norm ? vector_data(in[2], norm_space) : nullptr;
+               const mx::array* residual = has_residual ? &in.back() : nullptr;
+               run(set, x, in[1], norm, eps, epilogue, residual, out[0].data<float>());
+             });
+  }
+
+ private:
+  static void run(const Kernels& set, const Matrix<float>& x, const mx::array& weight, const float* norm,
+                  float eps, Epilogue epilogue, const mx::array* residual, float* out) {
+    Dense d{};
+    d.n = weight.shape(0);
+    d.k = x.cols;
+    d.k_padded = round_up(x.cols, 16);
+    d.rows = static_cast<int>(x.rows);
+    d.weights = weight.data<void>();
+    d.bfloat16 = weight.dtype() == mx::bfloat16;
+    d.out_stride = d.n;
+    const bool gated = epilogue != Epilogue::none;
+    d.out = gated ? scratch_floats(kOutput, x.rows * d.n) : out;
+
+    float* rows = scratch_floats(kRows, x.rows * d.k_padded);
+    float* space = scratch_floats(kFloatRow, x.cols);
+    std::memset(rows, 0, static_cast<size_t>(x.rows * d.k_padded) * sizeof(float));
+    for (int64_t r = 0; r < x.rows; r++) {
+      const float* row = x.row(r, space);
+      if (norm != nullptr) {
+        set.normalise(row, norm, eps, x.cols, rows + r * d.k_padded);
+      } else {
+        std::memcpy(rows + r * d.k_padded, row, static_cast<size_t>(x.cols) * sizeof(float));
+      }
+    }
+    d.x = rows;
+
+    const bool parallel = static_cast<int64_t>(weight.nbytes()) + x.rows * d.n * d.k >= kParallelWork;
+    const int64_t steps = (d.n + 7) / 8; // whole passes a chunk
+    const int64_t chunks = parallel ? std::min<int64_t>(steps, 16 * threads()) : 1;
+    parallel_for(static_cast<int>(chunks), [&](int c) {
+      set.dense(d, c * steps / chunks * 8, std::min((c + 1) * steps / chunks * 8, d.n));
+    });
+
+    const int64_t width = gated ? d.n / 2 : d.n;
+    for (int64_t r = 0; gated && r < x.rows; r++) {
+      set.gate(epilogue, d.out + r * d.n, d.out + r * d.n + width, width, out + r * width);
+    }
+    if (residual != nullptr) {
+      const Matrix<float> add(*residual);
+      for (int64_t r = 0; r < x.rows; r++) {
+        for (int64_t j = 0; j < width; j++) {
+          out[r * width + j] += add.data[r * add.row_stride + j * add.col_stride];
+        }
+      }
+    }
+  }
+
+  float eps_;
+  Epilogue epilogue_;
+  bool norm_;
+  bool residual_;
+};
+
+} // namespace
+
+mx::array dense_linear(const mx::array& x, const mx::array& weight, const MaybeArray& norm, float eps,
+                       int epilogue, const MaybeArray& residual) {
+  require(weight.ndim() == 2 && (weight.dtype() == mx::bfloat16 || weight.dtype() == mx::float32),
+          "a dense weight must be bfloat16 or float32 [n, k]");
+  require(x.ndim() == 2 && x.shape(1) == weight.shape(1), "linear takes rows [m, k] of the weight's k");
+  require(x.shape(0) <= kSmallRows, "the row-independent product takes at most 8 rows");
+  const int n = weight.shape(0), width = epilogue != 0 ? n / 2 : n;
+  require(epilogue == 0 || n % 2 == 0, "a gated product needs an even number of outputs");
+  std::vector<mx::array> inputs{as_float(x), weight};
+  if (norm) {
+    require(norm->ndim() == 1 && norm->shape(0) == x.shape(1), "the norm's weight must have k values");
+    inputs.push_back(as_float(*norm));
+  }
+  if (residual) {
+    require(residual->ndim() == 2 && residual->shape(0) == x.shape(0) && residual->shape(1) == width,
+            "the residual must have the output's shape");
+    inputs.push_back(as_float(*residual));
+  }
+  return mx::array({x.shape(0), width}, mx::float32,
+                   std::make_shared<DenseLinear>(cpu_stream(), eps, static_cast<Epilogue>(epilogue),
+                                                 norm.has_value(), residual.has_value()),
+                   std::move(inputs));
+}
+
+} // namespace bitdraft

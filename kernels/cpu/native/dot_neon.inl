@@ -1,0 +1,57 @@
+// Ternary products with the NEON dot product: codes 0..2 are as good signed as unsigned.
+
+template <int M>
+inline void dot_tile(const uint8_t* tile, const int8_t* x, int64_t blocks, int32_t* raw) {
+  const uint8x16_t mask = vdupq_n_u8(0x03);
+  int32x4_t sums[M][4];
+  for (int r = 0; r < M; r++) {
+    for (int q = 0; q < 4; q++) {
+      sums[r][q] = vdupq_n_s32(0);
+    }
+  }
+  for (int64_t b = 0; b < blocks; b++, x += 16 * M) {
+    uint8x16_t words[4];
+    for (int q = 0; q < 4; q++) {
+      words[q] = vld1q_u8(tile + b * kBlockBytes + 16 * q);
+    }
+    for (int i = 0; i < 4; i++) {
+      int8x16_t codes[4];
+      for (int q = 0; q < 4; q++) {
+        codes[q] = vreinterpretq_s8_u8(vandq_u8(words[q], mask));
+        words[q] = vshrq_n_u8(words[q], 2);
+      }
+      for (int r = 0; r < M; r++) {
+        int32_t four;
+        std::memcpy(&four, x + 4 * (i * M + r), sizeof(four));
+        const int8x16_t rep = vreinterpretq_s8_s32(vdupq_n_s32(four));
+        for (int q = 0; q < 4; q++) {
+          sums[r][q] = vdotq_s32(sums[r][q], codes[q], rep);
+        }
+      }
+    }
+  }
+  for (int r = 0; r < M; r++) {
+    for (int q = 0; q < 4; q++) {
+      vst1q_s32(raw + r * kPairOutputs + 4 * q, sums[r][q]);
+    }
+  }
+}
+
+template <int M>
+void dot_rows(const uint8_t* tile0, const uint8_t* tile1, const int8_t* x, int64_t blocks, int32_t* raw) {
+  dot_tile<M>(tile0, x, blocks, raw);
+  dot_tile<M>(tile1, x, blocks, raw + 16);
+}
+
+void dot(int rows, const uint8_t* tile0, const uint8_t* tile1, const int8_t* x, int64_t blocks, int32_t* raw) {
+  switch (rows) {
+    case 1: return dot_rows<1>(tile0, tile1, x, blocks, raw);
+    case 2: return dot_rows<2>(tile0, tile1, x, blocks, raw);
+    case 3: return dot_rows<3>(tile0, tile1, x, blocks, raw);
+    case 4: return dot_rows<4>(tile0, tile1, x, blocks, raw);
+    case 5: return dot_rows<5>(tile0, tile1, x, blocks, raw);
+    case 6: return dot_rows<6>(tile0, tile1, x, blocks, raw);
+    case 7: return dot_rows<7>(tile0, tile1, x, blocks, raw);
+    default: return dot_rows<8>(tile0, tile1, x, blocks, raw);
+  }
+}

@@ -1,0 +1,41 @@
+// The kernels for ARM with the dot-product extension. NEON itself is part of the base, so the float
+// operations are the portable ones.
+#if defined(__aarch64__)
+#include <arm_neon.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("dotprod"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("arch=armv8.2-a+dotprod")
+#endif
+
+namespace bitdraft {
+namespace {
+
+constexpr int kDenseAccumulators = 6; // of 8 groups of four registers
+constexpr int kValueStrip = 1;
+
+#include "simd_generic.inl"
+#include "rows.inl"
+#include "dense.inl"
+#include "attend.inl"
+#include "dot_neon.inl"
+
+} // namespace
+
+const Kernels kNeonDot = {"neondot", 8, dot, finish, normalise, quantise, gate, dense, attend};
+
+} // namespace bitdraft
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

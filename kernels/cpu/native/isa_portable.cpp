@@ -1,0 +1,27 @@
+// The kernels for any processor.
+#include <cmath>
+#include <cstring>
+
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "kernels.h"
+
+namespace bitdraft {
+namespace {
+
+constexpr int kDenseAccumulators = 4;
+constexpr int kValueStrip = 1;
+
+#include "simd_generic.inl"
+#include "rows.inl"
+#include "dense.inl"
+#include "attend.inl"
+#include "dot_generic.inl"
+
+} // namespace
+
+const Kernels kPortable = {"portable", 8, dot, finish, normalise, quantise, gate, dense, attend};
+
+} // namespace bitdraft

@@ -1,0 +1,37 @@
+// Persistent helper threads for loops of independent chunks.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <type_traits>
+
+namespace bitdraft {
+
+// Threads a loop may use, the caller among them: processors this process may run on, or
+// BITDRAFT_THREADS, or what set_threads said.
+int threads();
+void set_threads(int count);
+
+namespace detail {
+using ChunkFn = void (*)(void* context, int chunk);
+void parallel_chunks(int chunks, ChunkFn fn, void* context);
+} // namespace detail
+
+// Calls body(chunk) once for every chunk in 0..chunks-1, in any order, on the caller and whatever
+// helpers are free. Body must not throw.
+template <class Body>
+void parallel_for(int chunks, Body&& body) {
+  using Plain = std::remove_reference_t<Body>;
+  detail::parallel_chunks(
+      chunks, [](void* context, int chunk) { (*static_cast<Plain*>(context))(chunk); },
+      const_cast<void*>(static_cast<const void*>(std::addressof(body))));
+}
+
+// A thread's scratch memory, 64-byte aligned, kept between calls. Slots are independent; growing one
+// loses its contents.
+float* scratch_floats(int slot, int64_t count);
+inline int8_t* scratch_bytes(int slot, int64_t count) {
+  return reinterpret_cast<int8_t*>(scratch_floats(slot, (count + 3) / 4));
+}
+
+} // namespace bitdraft

@@ -1,0 +1,84 @@
+"""Small teachers and datasets made up for tests: a teacher that can be learned exactly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from decode.checkpoint import tokenizer_hash
+from distill.shards import Block, Settings, ShardWriter
+
+VOCAB = 96
+SEQ_LEN = 32
+K = 8
+
+
+def teacher_folder(folder: Path, vocab: int = VOCAB) -> Path:
+    """A folder with a teacher's config and a word-level tokenizer, but no weights."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "model_type": "bitnet",
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10_000.0,
+        "max_position_embeddings": 256,
+        "vocab_size": vocab,
+        "eos_token_id": 2,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w2", "unk_token": "w0"})
+    )
+    return folder
+
+
+def block(rows: int, seed: int, mask: bool = True, vocab: int = VOCAB, k: int = K) -> Block:
+    """Rows of a Markov chain whose transition logits the teacher reports: learnable to the last nat."""
+    table = 2.0 * np.random.default_rng(0).standard_normal((vocab, vocab))
+    rng = np.random.default_rng(seed)
+    tokens = np.zeros((rows, SEQ_LEN), np.int32)
+    tokens[:, 0] = rng.integers(vocab, size=rows)
+    p = np.exp(table) / np.exp(table).sum(axis=1, keepdims=True)
+    for t in range(1, SEQ_LEN):
+        draws = rng.random(rows)[:, None]
+        tokens[:, t] = (p[tokens[:, t - 1]].cumsum(axis=1) < draws).sum(axis=1).clip(max=vocab - 1)
+    document = np.ones((rows, SEQ_LEN), np.uint8)
+    document[:, SEQ_LEN // 2 :] = 2
+    document[:, -2:] = 0
+    logits = table[tokens]
+    ids = np.argsort(-logits, axis=-1, kind="stable")[..., :k].astype(np.int32)
+    lse = np.stack([np.log(np.exp(logits / t).sum(axis=-1)) for t in (1.0, 0.7)], axis=-1)
+    top = np.take_along_axis(logits, ids, axis=-1) - lse[..., :1]
+    trained = (document > 0) & (np.arange(SEQ_LEN) >= 4) & mask
+    return Block(tokens, trained, document, ids, top.astype(np.float32), lse.astype(np.float32))
+
+
+def dataset(folder: Path, teacher: Path, shards: int = 3, rows: int = 16, mask: bool = True) -> Path:
+    """A finished dataset for the teacher."""
+    settings = Settings(
+        {
+            "teacher": {"name": "synthetic", "hash": "0" * 64},
+            "tokenizer_hash": tokenizer_hash(teacher),
+            "vocab_size": VOCAB,
+            "k": K,
+            "temperatures": [1.0, 0.7],
+            "seq_len": SEQ_LEN,
+        }
+    )
+    with ShardWriter.open(folder, settings) as writer:
+        for i in range(shards):
+            writer.write(block(rows, seed=i + 1, mask=mask))
+        writer.finish()
+    return folder
