@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
+from decode.files import first_line, read_json
 from decode.model import Transformer
 from kernels import UserError, swap_bitlinear
 
@@ -38,10 +40,10 @@ class Checkpoint:
             return Transformer(model, config)
         except UserError as error:
             raise UserError(f"{self.folder}: {error}") from None
-        except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-            raise UserError(f"{self.folder}: cannot be loaded: {_first_line(error)}") from error
+        except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, ZeroDivisionError, OSError) as error:
+            raise UserError(f"{self.folder}: cannot be loaded: {first_line(error)}") from error
 
-    @property
+    @cached_property
     def weights_hash(self) -> str:
         """sha256 over the weight files: names the exact model a dataset or draft was made for."""
         digest = hashlib.sha256()
@@ -67,8 +69,8 @@ def find_teacher(name: str | None) -> Checkpoint:
     if name is None and not DEFAULT_TEACHER.exists():
         raise UserError("no --teacher given, and the embedded one is only in a checkout of bitdraft")
     checkpoint = find_model(name or str(DEFAULT_TEACHER), "--teacher")
-    quantization = checkpoint.config.get("quantization_config") or {}
-    if quantization.get("quant_method") != "bitnet":
+    quantization = checkpoint.config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "bitnet":
         raise UserError(f"{checkpoint.folder}/config.json: not a BitNet checkpoint (quant_method is not 'bitnet')")
     return checkpoint
 
@@ -101,9 +103,8 @@ def _made_for(draft_json: Path, teacher: Checkpoint) -> bool:
         draft = json.loads(draft_json.read_text())
     except (OSError, ValueError):
         return False
-    if not isinstance(draft, dict) or not draft.get("complete"):
-        return False
-    return bool(draft.get("teacher", {}).get("hash") == teacher.weights_hash)
+    made_for = draft.get("teacher") if isinstance(draft, dict) and draft.get("complete") else None
+    return isinstance(made_for, dict) and made_for.get("hash") == teacher.weights_hash
 
 
 def find_model(name: str, option: str) -> Checkpoint:
@@ -114,10 +115,11 @@ def find_model(name: str, option: str) -> Checkpoint:
     if not folder.is_dir():
         raise UserError(f"{option} {name}: not a folder")
     config = read_json(folder / "config.json")
-    if config.get("model_file") or config.get("auto_map"):
-        config = {key: value for key, value in config.items() if key != "auto_map"}
-        if "model_file" in config:
-            raise UserError(f"{folder}/config.json: asks for code of its own (model_file), which is never run")
+    if config.get("model_file"):
+        raise UserError(f"{folder}/config.json: asks for code of its own (model_file), which is never run")
+    for key in ("vocab_size", "hidden_size", "num_hidden_layers"):
+        if not isinstance(config.get(key), int) or config[key] < 1:
+            raise UserError(f"{folder}/config.json: {key} is {config.get(key)!r}, not a positive number")
     _check_weights(folder)
     if not (folder / "tokenizer.json").exists():
         raise UserError(f"{folder}: tokenizer.json is missing")
@@ -135,7 +137,7 @@ def _from_hub(name: str, option: str) -> Path:
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=PATTERNS))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"{option} {name}: no such folder, and not to be had from the Hub: {_first_line(error)}"
+            f"{option} {name}: no such folder, and not to be had from the Hub: {first_line(error)}"
         ) from error
 
 
@@ -143,7 +145,10 @@ def _check_weights(folder: Path) -> None:
     """Every weight file is there and whole (a header and as many bytes as it promises)."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = set(read_json(index).get("weight_map", {}).values())
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index}: has no weight_map")
+        names = set(weight_map.values())
         if any(not isinstance(name, str) or Path(name).name != name for name in names):
             raise UserError(f"{index}: names a file outside its folder")
         files = [folder / name for name in sorted(names)]
@@ -156,7 +161,7 @@ def _check_weights(folder: Path) -> None:
             with safe_open(file, "np"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: damaged or cut short ({_first_line(error)})") from error
+            raise UserError(f"{file}: damaged or cut short ({first_line(error)})") from error
 
 
 def check_same_tokenizer(teacher: Checkpoint, draft: Checkpoint) -> None:
@@ -183,29 +188,15 @@ def _token_table(folder: Path) -> dict[int, tuple[str, bool]]:
     if not isinstance(vocab, dict):
         raise UserError(f"{path}: has no vocabulary")
     table = {token_id: (text, False) for text, token_id in vocab.items()}
-    for added in data.get("added_tokens", []):
-        table[added["id"]] = (added["content"], bool(added.get("special")))
-    return table
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or a UserError that names it."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {_first_line(error)}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: is not a JSON object")
-    return value
+        for added in data.get("added_tokens") or []:
+            table[added["id"]] = (added["content"], bool(added.get("special")))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: its added_tokens are damaged ({error!r})") from error
+    return table
 
 
 def device_name() -> str:
     """What MLX computes on, in words."""
     info = mx.device_info() if hasattr(mx, "device_info") else {}
     return str(info.get("device_name") or mx.default_device())
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

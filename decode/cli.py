@@ -105,7 +105,6 @@ def spec(
     texts = gather_prompts(prompt, prompts, SAMPLES)
     teacher_checkpoint = find_teacher(teacher)
     draft_checkpoint: Checkpoint = find_draft(draft, teacher_checkpoint)
-    say(quiet)(f"draft: {draft_checkpoint.folder}")
     session = Session(
         teacher_checkpoint,
         draft_checkpoint,
@@ -115,6 +114,7 @@ def spec(
         raw=raw,
         seed=seed,
     )
+    say(quiet)(f"draft: {draft_checkpoint.folder}")
     report = _answer_all(session, texts, compare=compare, json_file=json_file, quiet=quiet)
     if compare and sampling.greedy and not report["identical"]:
         raise typer.Exit(1)
@@ -136,7 +136,7 @@ def _answer_all(
     baselines: list[Output] = []
     for index, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
         if len(prompts) > 1:
-            note(f"\n[{index + 1}/{len(prompts)}] {prompt.messages[-1]['content'][:100].splitlines()[0]}")
+            note(f"\n[{index + 1}/{len(prompts)}] {prompt.title}")
         order = [True, False] if index % 2 else [False, True]
         for turn in order if compare else [speculative]:
             shown = show if turn is speculative and not (quiet and json_file == "-") else None
@@ -179,4 +179,4 @@ def summary(report: dict[str, Any]) -> str:
 
 def main() -> None:
     """Entry point of the console script."""
-    run(app)
+    run(app, "decode")

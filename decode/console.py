@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,11 +31,14 @@ TeacherOption = Annotated[
 ]
 
 
-def run(app: typer.Typer) -> None:
-    """Run a command line: 0 done, 1 a check failed, 2 the user's input is at fault, 130 interrupted."""
-    name = Path(sys.argv[0]).name
+def run(app: typer.Typer, name: str) -> None:
+    """Run a command line: 0 done, 1 a check failed, 2 the user's input is at fault, 130 interrupted.
+
+    name: of the command, before each error. A reader that goes away (`| head`) ends it quietly with 1.
+    """
+    _mend_streams()
     try:
-        app(standalone_mode=False)
+        app(prog_name=name, standalone_mode=False)
     except UserError as error:
         fail(name, str(error))
     except (typer.Abort, KeyboardInterrupt) as error:
@@ -42,16 +47,34 @@ def run(app: typer.Typer) -> None:
         raise SystemExit(130) from None
     except typer.Exit as error:
         raise SystemExit(error.exit_code) from None
-    except BrokenPipeError:
-        raise SystemExit(0) from None
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         fail(name, f"{where}{error.strerror or error}")
+    except MemoryError:
+        fail(name, "this needs more memory than there is")
     except Exception as error:
         # typer reports wrong options through click's exceptions.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+            if not error.format_message():  # no command was given, and its help stands above
+                raise SystemExit(error.exit_code) from None
             fail(name, error.format_message())
+        if isinstance(error, RuntimeError) and "llocate" in str(error):  # MLX: "Unable to allocate", "Failed to ..."
+            fail(name, f"this needs more memory than there is ({error})")
         raise
+
+
+def _mend_streams() -> None:
+    """Text that a terminal's encoding lacks is printed as `?`, and closed streams are no streams to trip over."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # or files opened later would be taken for streams
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for stream in ("stdin", "stdout", "stderr"):
+        if getattr(sys, stream) is None:
+            nothing = Path(os.devnull).open("r" if stream == "stdin" else "w", encoding="utf-8")  # noqa: SIM115
+            setattr(sys, stream, nothing)
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):
+            output.reconfigure(errors="replace")
 
 
 def fail(name: str, message: str) -> None:
@@ -64,20 +87,36 @@ def write_json(target: str | None, value: dict[str, Any]) -> None:
     """Write a command's results where --json asks for them."""
     if target is None:
         return
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
     if target == "-":
-        sys.stdout.write(text)
+        sys.stdout.write(json.dumps(value, indent=1) + "\n")  # ASCII, whatever the terminal's encoding
         return
+    path = Path(target)
+    # A new file appears whole or not at all; a pipe or device is written where it is.
+    replaced = path.is_file() or not path.exists()
+    written = path.resolve().with_name(f".{path.resolve().name}.{os.getpid()}.tmp") if replaced else path
     try:
-        Path(target).write_text(text, encoding="utf-8")
+        try:
+            written.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            if replaced:
+                written.replace(path.resolve())
+        finally:
+            if replaced:
+                written.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"--json {target}: cannot be written: {error.strerror}") from error
 
 
 def check_json_target(target: str | None) -> None:
     """Find out before a long run that its results could not be written."""
-    if target is not None and target != "-" and not Path(target).parent.is_dir():
-        raise UserError(f"--json {target}: the folder {Path(target).parent} does not exist")
+    if target is None or target == "-":
+        return
+    path = Path(target)
+    if path.is_dir():
+        raise UserError(f"--json {target}: is a folder")
+    if not path.parent.is_dir():
+        raise UserError(f"--json {target}: the folder {path.parent} does not exist")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"--json {target}: cannot be written: no permission")
 
 
 def say(quiet: bool) -> Callable[[str], None]:

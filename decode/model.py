@@ -17,9 +17,8 @@ import numpy as np
 
 from kernels import BitLinear, UserError, backend
 from kernels.backends import Backend
-from kernels.reference import AttentionShape, Epilogue, Weight, rms_norm, split_heads
+from kernels.reference import SMALL_ROWS, AttentionShape, Epilogue, Weight, rms_norm, split_heads
 
-SMALL_ROWS = 8
 PREFILL_CHUNK = 512
 CACHE_STEP = 256
 
@@ -86,6 +85,7 @@ class Transformer:
         self.embedding = float_weight(model.model.embed_tokens)
         head = self.embedding if args.tie_word_embeddings else float_weight(model.lm_head)
         self.head = self.ops.prepare_dense(head)
+        self._float_head: mx.array | None = None  # for scoring, made when first used
         self.final_norm = model.model.norm.weight.astype(mx.float32)
         self.layers = [self._layer(block) for block in model.layers]
         mx.eval(self.embedding, self.final_norm)
@@ -128,17 +128,21 @@ class Transformer:
         return logits[0] if len(logits) == 1 else mx.concatenate(logits)
 
     def _small_step(self, tokens: mx.array, cache: KVCache) -> mx.array:
+        x = self._extend(tokens, cache)
+        return self.ops.linear(x, self.head, norm=self.final_norm, eps=self.eps)
+
+    def _extend(self, tokens: mx.array, cache: KVCache) -> mx.array:
+        """Put tokens behind the cache. int [m] -> last hidden states, float32 [m, hidden]."""
         cache.reserve(tokens.size)
-        linear, eps = self.ops.linear, self.eps
         x = self.embedding[tokens].astype(mx.float32)
         for i, layer in enumerate(self.layers):
-            qkv = linear(x, layer.qkv, norm=layer.input_norm, eps=eps)
+            qkv = self.ops.linear(x, layer.qkv, norm=layer.input_norm, eps=self.eps)
             a, cache.keys[i], cache.values[i] = self.ops.attention(
                 qkv, cache.keys[i], cache.values[i], cache.offset, self.shape
             )
             x = self._after_attention(x, a, layer)
         cache.offset += tokens.size
-        return linear(x, self.head, norm=self.final_norm, eps=eps)
+        return x
 
     def _after_attention(self, x: mx.array, a: mx.array, layer: Layer) -> mx.array:
         """The rest of a layer. x, a: float32 [m, hidden] and [m, heads * head_dim]."""
@@ -150,64 +154,49 @@ class Transformer:
     def prefill(self, tokens: list[int], cache: KVCache) -> None:
         """Put a prompt into the cache, in chunks that plain and speculative decoding share."""
         for start in range(0, len(tokens), PREFILL_CHUNK):
-            chunk = mx.array(tokens[start : start + PREFILL_CHUNK])
-            cache.reserve(chunk.size)
-            end = cache.offset + chunk.size
-            x = self.embedding[chunk].astype(mx.float32)
-            positions = mx.arange(cache.offset, end)
-            for i, layer in enumerate(self.layers):
-                qkv = self.ops.linear(x, layer.qkv, norm=layer.input_norm, eps=self.eps)
-                q, k, v = split_heads(qkv, positions, self.shape)
-                cache.keys[i][:, cache.offset : end] = k.transpose(1, 0, 2)
-                cache.values[i][:, cache.offset : end] = v.transpose(1, 0, 2)
-                a = mx.fast.scaled_dot_product_attention(
-                    q.transpose(1, 0, 2)[None],
-                    cache.keys[i][None, :, :end],
-                    cache.values[i][None, :, :end],
-                    scale=self.shape.scale,
-                    mask="causal",
-                )
-                x = self._after_attention(x, a[0].transpose(1, 0, 2).reshape(chunk.size, -1), layer)
-            cache.offset = end
+            self._extend(mx.array(tokens[start : start + PREFILL_CHUNK]), cache)
             mx.eval(cache.keys, cache.values)
 
-    def batch_hidden(self, tokens: mx.array, document: mx.array) -> mx.array:
+    def batch_hidden(self, tokens: np.ndarray, document: np.ndarray) -> mx.array:
         """Final hidden states of packed rows, for scoring: attention never crosses a document.
 
         tokens: int [b, t]; document: int [b, t], 0 is padding. Returns float32 [b, t, hidden],
         already normalised for the head.
         """
-        x, _, _ = self._batch(tokens, document_positions(document), document_mask(document))
-        return rms_norm(x, self.final_norm, self.eps).reshape(*tokens.shape, -1)
+        b, t = tokens.shape
+        x = self.embedding[mx.array(tokens)].astype(mx.float32).reshape(b * t, -1)
+        for layer in self.layers:
+            qkv = self.ops.linear(x, layer.qkv, norm=layer.input_norm, eps=self.eps)
+            a = self.ops.attention_packed(qkv.reshape(b, t, -1), document, self.shape)
+            x = self._after_attention(x, a.reshape(b * t, -1), layer)
+        return rms_norm(x, self.final_norm, self.eps).reshape(b, t, -1)
 
-    def batch_prefill(self, tokens: mx.array) -> tuple[list[mx.array], list[mx.array]]:
+    def batch_prefill(self, tokens: np.ndarray) -> tuple[list[mx.array], list[mx.array]]:
         """Keys and values of a batch of sequences, all from position 0 on.
 
         tokens: int [s, t]. Returns two lists of a layer's float32 [s, kv_heads, t, head_dim].
         """
-        positions = mx.broadcast_to(mx.arange(tokens.shape[1])[None], tokens.shape)
-        _, keys, values = self._batch(tokens, positions, "causal")
+        s, t = tokens.shape
+        positions = mx.broadcast_to(mx.arange(t)[None], (s, t))
+        whole = np.ones((s, t), np.int32)
+        keys, values = [], []
+        x = self.embedding[mx.array(tokens)].astype(mx.float32).reshape(s * t, -1)
+        for layer in self.layers:
+            qkv = self.ops.linear(x, layer.qkv, norm=layer.input_norm, eps=self.eps).reshape(s, t, -1)
+            _, k, v = split_heads(qkv, positions, self.shape)
+            keys.append(k.transpose(0, 2, 1, 3))
+            values.append(v.transpose(0, 2, 1, 3))
+            a = self.ops.attention_packed(qkv, whole, self.shape)
+            x = self._after_attention(x, a.reshape(s * t, -1), layer)
         mx.eval(keys, values)
         return keys, values
 
-    def _batch(
-        self, tokens: mx.array, positions: mx.array, mask: mx.array | str
-    ) -> tuple[mx.array, list[mx.array], list[mx.array]]:
-        b, t = tokens.shape
-        keys, values = [], []
-        x = self.embedding[tokens].astype(mx.float32).reshape(b * t, -1)
-        for layer in self.layers:
-            qkv = self.ops.linear(x, layer.qkv, norm=layer.input_norm, eps=self.eps).reshape(b, t, -1)
-            q, k, v = (part.transpose(0, 2, 1, 3) for part in split_heads(qkv, positions, self.shape))
-            keys.append(k)
-            values.append(v)
-            a = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.shape.scale, mask=mask)
-            x = self._after_attention(x, a.transpose(0, 2, 1, 3).reshape(b * t, -1), layer)
-        return x, keys, values
-
     def batch_logits(self, hidden: mx.array) -> mx.array:
         """hidden: float32 [n, hidden], normalised. Returns float32 [n, vocab]."""
-        return hidden @ self.head.data.astype(mx.float32).T
+        if self._float_head is None:
+            self._float_head = self.head.data.astype(mx.float32).T
+            mx.eval(self._float_head)
+        return hidden @ self._float_head
 
     def batch_step(
         self, tokens: mx.array, positions: mx.array, keys: list[mx.array], values: list[mx.array]
@@ -246,18 +235,3 @@ def inverse_frequency(rope: nn.Module) -> mx.array:
     if hasattr(rope, "_freqs"):
         return 1.0 / rope._freqs.astype(mx.float32)
     raise UserError(f"this kind of RoPE is not supported: {rope}")
-
-
-def document_positions(document: mx.array) -> mx.array:
-    """Positions that restart with every document. int [b, t] -> int32 [b, t]."""
-    t = document.shape[1]
-    index = mx.broadcast_to(mx.arange(t)[None], document.shape)
-    first = mx.concatenate([mx.ones_like(document[:, :1]), document[:, 1:] != document[:, :-1]], axis=1)
-    return index - mx.cummax(mx.where(first.astype(mx.bool_), index, 0), axis=1)
-
-
-def document_mask(document: mx.array) -> mx.array:
-    """Causal attention within documents. int [b, t] -> bool [b, 1, t, t]."""
-    t = document.shape[1]
-    causal = mx.arange(t)[:, None] >= mx.arange(t)[None]
-    return ((document[:, :, None] == document[:, None, :]) & causal)[:, None]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from decode.files import first_line, read_json
 from kernels import UserError
+
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -20,23 +24,30 @@ class Prompt:
     id: str
     category: str | None = None
 
+    @property
+    def title(self) -> str:
+        """Its first words, for a line on the screen."""
+        return " ".join(self.messages[-1]["content"].split())[:100]
+
 
 class Tokenizer:
     """A model folder's tokenizer and chat template, through mlx-lm."""
 
     def __init__(self, folder: Path) -> None:
         from mlx_lm.utils import load_tokenizer
+        from transformers.utils import logging
 
+        logging.set_verbosity_error()  # it warns of prompts beyond the context, which we refuse
         try:
             self._wrapped = load_tokenizer(folder)
         except (ValueError, OSError, KeyError, TypeError) as error:
-            raise UserError(f"{folder}: the tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{folder}: the tokenizer cannot be loaded: {first_line(error)}") from error
         self.folder = folder
         config_path = folder / "generation_config.json"
         ends = set(self._wrapped.eos_token_ids)
         if config_path.exists():
-            declared = json.loads(config_path.read_text()).get("eos_token_id", [])
-            ends |= set(declared if isinstance(declared, list) else [declared])
+            declared = read_json(config_path).get("eos_token_id")
+            ends |= set(declared if isinstance(declared, list) else [] if declared is None else [declared])
         # BitNet-2B's config names 128001 only, while its chat turns end with <|eot_id|>.
         vocab = self._wrapped.get_vocab()
         ends |= {vocab[token] for token in ("<|eot_id|>", "<|im_end|>") if token in vocab}
@@ -46,16 +57,35 @@ class Tokenizer:
         """Token ids of a prompt through the chat template, or of its bare text with `raw`."""
         if raw or not self._wrapped.has_chat_template:
             return self.encode_text("\n".join(message["content"] for message in prompt.messages))
-        ids: list[int] = self._wrapped.apply_chat_template(prompt.messages, add_generation_prompt=True)
+        from jinja2 import TemplateError
+
+        try:
+            ids: list[int] = self._wrapped.apply_chat_template(prompt.messages, add_generation_prompt=True)
+        except TemplateError as error:  # such as roles that do not take turns
+            raise UserError(f"prompt {prompt.id}: the chat template refuses it: {first_line(error)}") from error
         return ids
 
     def encode_text(self, text: str) -> list[int]:
         ids: list[int] = self._wrapped.encode(text)
         return ids
 
+    def encode_conversation(self, messages: list[dict[str, str]]) -> tuple[list[int], int]:
+        """Ids of a conversation up to the end token of its last message, a reply, and where that begins."""
+        prompt = self.encode_prompt(Prompt(messages[:-1], "of a conversation"))
+        whole: list[int] = []
+        if self._wrapped.has_chat_template:
+            whole = self._wrapped.apply_chat_template(messages, add_generation_prompt=False)
+        if whole[: len(prompt)] != prompt:  # no template, or one that writes a reply otherwise than it asks for it
+            reply = self._wrapped.encode(messages[-1]["content"], add_special_tokens=False)
+            whole = prompt + reply + sorted(self.end_tokens)[:1]
+        reply_ids = range(len(prompt), len(whole))
+        end = next((i + 1 for i in reply_ids if whole[i] in self.end_tokens), len(whole))
+        return whole[:end], len(prompt)
+
     def decode(self, tokens: list[int]) -> str:
         """The text of a reply; end tokens and other special tokens are left out."""
-        text: str = self._wrapped.decode(tokens, skip_special_tokens=True)
+        # Cleaning up would move spaces that a streamer has printed already.
+        text: str = self._wrapped.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
     def streamer(self) -> Streamer:
@@ -102,7 +132,7 @@ def parse_prompts(data: bytes, name: str, *, jsonl: bool) -> list[Prompt]:
     for number, line in enumerate(io.BytesIO(data), 1):
         where = f"{name}: line {number}"
         try:
-            text = line.decode("utf-8").strip()
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
         except UnicodeDecodeError as error:
             raise UserError(f"{where} is not valid UTF-8 (byte {error.start + 1})") from None
         if text:
@@ -115,7 +145,7 @@ def parse_prompts(data: bytes, name: str, *, jsonl: bool) -> list[Prompt]:
 def _parse_line(text: str, where: str, number: int) -> Prompt:
     try:
         entry = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON: {error}") from None
     if not isinstance(entry, dict):
         raise UserError(f"{where} is not a JSON object")
@@ -127,8 +157,12 @@ def _parse_line(text: str, where: str, number: int) -> Prompt:
     valid = isinstance(messages, list) and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
     )
-    if not valid or not any(m["content"].strip() for m in messages):
-        raise UserError(f"{where}: the prompt is empty or malformed")
+    if not valid or not messages:
+        raise UserError(f"{where}: its messages are not a list of objects with `role` and `content`")
+    if not messages[-1]["content"].strip():
+        raise UserError(f"{where}: the prompt is empty")
+    if SURROGATE.search(json.dumps(entry, ensure_ascii=False)):
+        raise UserError(f"{where}: holds half a surrogate pair, which no UTF-8 text can hold")
     return Prompt(messages, str(entry.get("id", number)), entry.get("category"))
 
 
@@ -136,6 +170,8 @@ def make_prompt(text: str, prompt_id: str) -> Prompt:
     """A prompt of one user turn. Raises UserError if it is empty."""
     if not text.strip():
         raise UserError("the prompt is empty")
+    if SURROGATE.search(text):  # how Python passes on bytes of a command line that are not UTF-8
+        raise UserError("the prompt is not valid UTF-8")
     return Prompt([{"role": "user", "content": text}], prompt_id)
 
 

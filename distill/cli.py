@@ -97,7 +97,7 @@ def collect(
         seq_len=seq_len,
         top_k=top_k,
         batch=batch,
-        temperatures=(1.0, *(t for t in temperature or [] if t != 1.0)),
+        temperatures=tuple(dict.fromkeys((1.0, *(temperature or [])))),
         reply=reply,
         reply_batch=reply_batch,
         max_reply=max_reply,
@@ -107,6 +107,8 @@ def collect(
     plan = make_plan(find_teacher(teacher), settings, out)
     bars = Bars(quiet)
     collector = Collector(plan, bars)
+    if not dry_run:
+        collector.check_folder()
     result: dict[str, Any] = {"out": str(plan.folder), "teacher": plan.teacher.name, "dry_run": dry_run}
     if dry_run or not quiet:
         estimate = collector.estimate()
@@ -279,4 +281,4 @@ def _duration(seconds: float) -> str:
 
 def main() -> None:
     """Entry point of the console script."""
-    run(app)
+    run(app, "distill")

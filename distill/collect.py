@@ -74,6 +74,12 @@ class CollectSettings:
             if value < low or (high is not None and value > high):
                 allowed = f"at least {low}" if high is None else f"{low} to {high}"
                 raise UserError(f"{option} {value}: must be {allowed}")
+        for heat in self.temperatures:
+            if not 0 < heat < float("inf"):
+                raise UserError(f"--temperature {heat}: must be above 0")
+        for heat in self.reply_temperatures:
+            if not 0 <= heat < float("inf"):
+                raise UserError(f"--reply-temperature {heat}: must be 0 (greedy) or more")
         if not self.sources:
             raise UserError("--source: at least one file, folder or dataset is needed")
 
@@ -135,6 +141,10 @@ class Collector:
         self.tokenizer = Tokenizer(plan.teacher.folder)
         self.model: Transformer = plan.teacher.load()
 
+    def check_folder(self) -> None:
+        """Begin or take up the folder, so that one that cannot be used is refused before any work."""
+        ShardWriter.open(self.plan.folder, self.plan.manifest).close()
+
     def run(self) -> Dataset:
         """Collect, or go on where an earlier run with the same settings stopped."""
         with ShardWriter.open(self.plan.folder, self.plan.manifest) as writer:
@@ -191,11 +201,10 @@ class Collector:
             return self._masked(np.array(self.tokenizer.encode_text(document.text or ""), np.int32), 1)
         messages = document.messages or [{"role": "user", "content": document.text or ""}]
         if messages[-1]["role"] == "assistant":
-            prompt = self.tokenizer.encode_prompt(Prompt(messages[:-1], ""))
-            answer = self.tokenizer.encode_text(messages[-1]["content"])
-            end = [min(self.tokenizer.end_tokens)] if self.tokenizer.end_tokens else []
-            return self._masked(np.array(prompt + answer + end, np.int32), len(prompt))
-        return self._masked(np.array(self.tokenizer.encode_prompt(Prompt(messages, "")), np.int32), 1)
+            ids, prompt_length = self.tokenizer.encode_conversation(messages)
+            return self._masked(np.array(ids, np.int32), prompt_length)
+        prompt = Prompt(messages, f"in line {document.line}")
+        return self._masked(np.array(self.tokenizer.encode_prompt(prompt), np.int32), 1)
 
     @staticmethod
     def _masked(tokens: np.ndarray, prompt_length: int) -> Piece:
@@ -237,7 +246,7 @@ class Collector:
         pending: list[tuple[int, list[int]]] = []
         for number, document in enumerate(documents):
             messages = document.messages or [{"role": "user", "content": document.text or ""}]
-            ids = self.tokenizer.encode_prompt(Prompt(messages, ""))
+            ids = self.tokenizer.encode_prompt(Prompt(messages, f"in line {document.line}"))
             if 1 <= len(ids) <= room:
                 pending.append((number, ids))
             if len(pending) == stretch or (pending and number == len(documents) - 1):
@@ -274,7 +283,7 @@ class Collector:
         return Block(*columns)
 
     def _score_batch(self, tokens: np.ndarray, mask: np.ndarray, document: np.ndarray) -> tuple[np.ndarray, ...]:
-        hidden = self.model.batch_hidden(mx.array(tokens), mx.array(document.astype(np.int32)))
+        hidden = self.model.batch_hidden(tokens, document)
         flat = hidden.reshape(-1, hidden.shape[-1])
         ids, logprobs, lses = [], [], []
         for start in range(0, flat.shape[0], LOGIT_ROWS):
@@ -308,7 +317,8 @@ class Collector:
             block = self.score(rows)
             seconds.append(time.perf_counter() - began)
         per_token = seconds[-1] / block.tokens.size
-        asked = [wants_reply(next(iter(read_source(name)))) for name in settings.sources] if settings.reply else []
+        firsts = [next(iter(read_source(name)), None) for name in settings.sources] if settings.reply else []
+        asked = [first is not None and wants_reply(first) for first in firsts]
         if any(asked):
             prompt = row[: min(64, settings.seq_len // 2)].tolist()
             began = time.perf_counter()
@@ -334,17 +344,28 @@ def bytes_per_token(manifest: Settings) -> int:
     return -(-bits // 8) + (2 if manifest.vocab_size <= 1 << 16 else 4) + 4 * len(manifest.temperatures) + 2
 
 
-def top_of(logits: mx.array, k: int, temperatures: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The k highest logits, by falling logit and then by id, and exact log-sum-exps.
+def top_of(
+    logits: mx.array, k: int, temperatures: tuple[float, ...]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The k highest logits, by falling logit and then by id, and log-sum-exps over all of them.
 
     logits: float32 [n, vocab]. Returns int32 [n, k], float32 [n, k], float32 [n, temperatures].
     """
-    ids = mx.argpartition(-logits, k - 1, axis=-1)[:, :k]
-    top = mx.take_along_axis(logits, ids, axis=-1)
-    lse = mx.stack([mx.logsumexp(logits / t, axis=-1) for t in temperatures], axis=-1)
-    ids_host, top_host = np.array(ids).astype(np.int32), np.array(top)
-    order = np.lexsort((ids_host, -top_host), axis=-1)
-    return np.take_along_axis(ids_host, order, -1), np.take_along_axis(top_host, order, -1), np.array(lse)
+    if mx.default_device() == mx.cpu:
+        # numpy's partition and exp are several times faster than MLX's on a CPU.
+        whole = np.asarray(logits)
+        ids = np.argpartition(whole, whole.shape[1] - k, axis=-1)[:, -k:].astype(np.int32)
+        top = np.take_along_axis(whole, ids, -1)
+        highest = top.max(axis=-1, keepdims=True)
+        sums = [np.exp((whole - highest) / np.float32(t)).sum(axis=-1) for t in temperatures]
+        scaled = [highest[:, 0] / np.float32(t) for t in temperatures]
+        lse = np.stack([peak + np.log(total) for peak, total in zip(scaled, sums, strict=True)], axis=-1)
+    else:
+        picked = mx.argpartition(-logits, k - 1, axis=-1)[:, :k]
+        lse = np.array(mx.stack([mx.logsumexp(logits / t, axis=-1) for t in temperatures], axis=-1))
+        ids, top = np.array(picked).astype(np.int32), np.array(mx.take_along_axis(logits, picked, axis=-1))
+    order = np.lexsort((ids, -top), axis=-1)
+    return np.take_along_axis(ids, order, -1), np.take_along_axis(top, order, -1), lse
 
 
 def wants_reply(document: Document) -> bool:

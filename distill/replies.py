@@ -83,7 +83,7 @@ def prefill(teacher: Transformer, prompts: list[list[int]], room: int) -> tuple[
     padded = np.zeros((len(prompts), longest), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
-    keys, values = teacher.batch_prefill(mx.array(padded))
+    keys, values = teacher.batch_prefill(padded)
     spare = mx.zeros((len(prompts), keys[0].shape[1], capacity - longest, keys[0].shape[3]))
     return (
         [mx.concatenate([key, spare], axis=2) for key in keys],

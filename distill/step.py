@@ -69,7 +69,10 @@ def adamw(
 
 
 class Step:
-    """One update of weights and moments, compiled where that pays.
+    """One update of weights and moments.
+
+    Not compiled: on an H100 the plain graph already runs at 0.8 M tokens a second (2 layers, hidden
+    256, vocabulary 16,384), while `mx.compile` of it took over a minute; on CPUs numpy does the work.
 
     dtype: of the computation; weights, moments and gradients stay float32.
     """
@@ -81,12 +84,10 @@ class Step:
         weight_decay: float,
         clip: float,
         dtype: mx.Dtype,
-        compiled: bool,
         attention: Attention = masked_attention,
     ) -> None:
         self.model, self.head, self.attention = model, head, attention
         self.weight_decay, self.clip, self.dtype = weight_decay, clip, dtype
-        self._update = mx.compile(self._plain) if compiled else self._plain
 
     def __call__(self, tensors: dict[str, Tensors], batch: Batch, number: int, rate: float) -> mx.array:
         """Replaces the entries of `tensors` ("weights", "m", "v").
@@ -100,7 +101,7 @@ class Step:
         tensors["weights"], tensors["m"], tensors["v"] = weights, m, v
         return figures
 
-    def _plain(
+    def _update(
         self, weights: Tensors, m: Tensors, v: Tensors, batch: Tensors, schedule: mx.array
     ) -> tuple[Tensors, Tensors, Tensors, mx.array]:
         def loss(weights: Tensors) -> tuple[mx.array, mx.array]:

@@ -188,7 +188,6 @@ class _Run:
             weight_decay=settings.weight_decay,
             clip=settings.clip,
             dtype=mx.bfloat16 if narrow else mx.float32,
-            compiled=on_gpu,
             attention=draft.masked_attention if plain else cpu.attention,
         )
         self.log = out / "log.jsonl"

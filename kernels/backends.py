@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import warnings
+from collections.abc import Callable
 from functools import cache
 from typing import Protocol
 
@@ -16,6 +17,7 @@ from kernels.errors import UserError
 from kernels.reference import AttentionShape, DenseWeight, Epilogue, TernaryWeight, Weight
 
 CHOICES = ("reference", "cpu")
+TOLERANCE = 1e-5  # of the largest value: float32 sums in another order
 
 
 class Backend(Protocol):
@@ -47,6 +49,8 @@ class Backend(Protocol):
     def attention(
         self, qkv: mx.array, k_cache: mx.array, v_cache: mx.array, offset: int, shape: AttentionShape
     ) -> tuple[mx.array, mx.array, mx.array]: ...
+
+    def attention_packed(self, qkv: mx.array, document: np.ndarray, shape: AttentionShape) -> mx.array: ...
 
     def attention_batch(
         self, qkv: mx.array, k_cache: mx.array, v_cache: mx.array, positions: mx.array, shape: AttentionShape
@@ -98,21 +102,58 @@ def _reference() -> Backend:
 
 
 def self_test(candidate: Backend) -> str | None:
-    """Compare BitLinear by bits with the reference, and rows alone with rows together.
+    """Compare BitLinear by bits with the reference, the float operations within TOLERANCE of it, and
+    by bits the rows of a call with the same rows alone.
 
     Returns None, or which operation differs. Costs a few milliseconds.
     """
     rng = np.random.default_rng(0)
+
+    def floats(*shape: int) -> mx.array:
+        return mx.array(rng.normal(0, 1, shape).astype(np.float32))
+
     ternary = rng.integers(-1, 2, (24, 68)).astype(np.int8)
     scale = rng.uniform(0.1, 1, 24).astype(np.float32)
-    x = mx.array(rng.normal(0, 1, (8, 68)).astype(np.float32))
-    ours = candidate.prepare_ternary(ternary, scale)
+    x, norm, residual = floats(8, 68), floats(68), floats(8, 24)
+    ours, defined = candidate.prepare_ternary(ternary, scale), reference.prepare_ternary(ternary, scale)
     xq, s = reference.quantize_rows(x)
-    expected = reference.bitlinear(xq, s, reference.prepare_ternary(ternary, scale))
-    if not mx.array_equal(candidate.bitlinear(xq, s, ours), expected).item():
+    if not _equal(candidate.bitlinear(xq, s, ours), reference.bitlinear(xq, s, defined)):
         return "bitlinear differs from the reference"
-    together = candidate.linear(x, ours)
-    alone = mx.concatenate([candidate.linear(x[i : i + 1], ours) for i in range(8)])
-    if not mx.array_equal(together, alone).item():
-        return "linear gives a row other bits among others than alone"
-    return None
+    if not _equal(candidate.linear(x, ours), reference.linear(x, defined)):
+        return "linear over ternary weights differs from the reference"
+    dense = floats(24, 68).astype(mx.bfloat16)
+    for weight in (ours, candidate.prepare_dense(dense)):
+        kind = "ternary" if weight is ours else "float"
+        together = candidate.linear(x, weight, norm=norm, eps=1e-5, residual=residual)
+        alone = [
+            candidate.linear(x[i : i + 1], weight, norm=norm, eps=1e-5, residual=residual[i : i + 1]) for i in range(8)
+        ]
+        if not _equal(together, mx.concatenate(alone)):
+            return f"linear over {kind} weights gives a row other bits among others than alone"
+    if not _close(
+        together, reference.linear(x, reference.prepare_dense(dense), norm=norm, eps=1e-5, residual=residual)
+    ):
+        return "linear over float weights differs from the reference"
+    return _test_attention(candidate, floats)
+
+
+def _test_attention(candidate: Backend, floats: Callable[..., mx.array]) -> str | None:
+    m, offset, shape = 8, 5, AttentionShape(4, 2, 32, mx.array(0.5 ** np.arange(16, dtype=np.float32)))
+    qkv, keys, values = floats(m, 8 * 32), floats(2, 16, 32), floats(2, 16, 32)
+    expected = reference.attention(qkv, mx.array(keys), mx.array(values), offset, shape)[0]
+    together = candidate.attention(qkv, mx.array(keys), mx.array(values), offset, shape)[0]
+    alone = []
+    for i in range(m):
+        out, keys, values = candidate.attention(qkv[i : i + 1], keys, values, offset + i, shape)
+        alone.append(out)
+    if not _equal(together, mx.concatenate(alone)):
+        return "attention gives a row other bits among others than alone"
+    return None if _close(together, expected) else "attention differs from the reference"
+
+
+def _equal(a: mx.array, b: mx.array) -> bool:
+    return bool(mx.array_equal(a, b).item())
+
+
+def _close(a: mx.array, b: mx.array) -> bool:
+    return bool((mx.abs(a - b).max() <= TOLERANCE * mx.abs(b).max()).item())

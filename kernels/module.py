@@ -9,7 +9,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.models import bitlinear_layers
 
 from kernels.backends import backend
 from kernels.errors import UserError
@@ -51,6 +50,9 @@ class BitLinear(nn.Module):
 
 def swap_bitlinear(model: nn.Module) -> nn.Module:
     """Replace every BitLinear of mlx-lm's in a loaded model by ours, in place."""
+    # Imported here because it brings transformers along: a second that `--help` need not wait for.
+    from mlx_lm.models import bitlinear_layers
+
     ours: list[tuple[str, nn.Module]] = []
     leaves: list[tuple[str, nn.Module]] = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)  # type: ignore[assignment]
     for name, layer in leaves:

@@ -19,6 +19,7 @@ import numpy as np
 Epilogue = Literal["relu2_mul", "silu_mul"]
 
 NAME = "reference"
+SMALL_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def linear(
             x = rms_norm(x, norm, eps)
         w = weight.data.astype(mx.float32).T
         # One row at a time: a library's product may round a row differently among others.
-        y = mx.concatenate([mx.matmul(row, w) for row in mx.split(x, x.shape[0])]) if x.shape[0] <= 8 else x @ w
+        y = mx.concatenate([mx.matmul(row, w) for row in mx.split(x, x.shape[0])]) if x.shape[0] <= SMALL_ROWS else x @ w
     if epilogue is not None:
         gate, up = mx.split(y, 2, axis=-1)
         activated = mx.square(mx.maximum(gate, 0)) if epilogue == "relu2_mul" else gate * mx.sigmoid(gate)
@@ -163,12 +164,22 @@ def attention(
 
     qkv: float32 [m, (heads + 2 kv_heads) * d], not yet rotated; k_cache, v_cache: float32
     [kv_heads, capacity, d], valid below `offset`, with offset + m <= capacity. Returns the output
-    [m, heads * d] and both caches with the new rows written.
+    [m, heads * d] and both caches with the new rows written. Up to SMALL_ROWS rows, a row's bits do
+    not depend on the others; more of them (a prefill) are left to the library.
     """
     m = qkv.shape[0]
     q, k, v = split_heads(qkv, mx.arange(offset, offset + m), shape)
     k_cache[:, offset : offset + m] = k.transpose(1, 0, 2)
     v_cache[:, offset : offset + m] = v.transpose(1, 0, 2)
+    if m > SMALL_ROWS:
+        out = mx.fast.scaled_dot_product_attention(
+            q.transpose(1, 0, 2)[None],
+            k_cache[None, :, : offset + m],
+            v_cache[None, :, : offset + m],
+            scale=shape.scale,
+            mask="causal",
+        )
+        return out[0].transpose(1, 0, 2).reshape(m, -1), k_cache, v_cache
     group = shape.heads // shape.kv_heads
     outputs = []
     for i in range(m):
@@ -195,3 +206,19 @@ def attention_batch(
     mask = (mx.arange(capacity)[None] <= positions[:, None])[:, None, None]
     out = mx.fast.scaled_dot_product_attention(q[:, :, None], k_cache, v_cache, scale=shape.scale, mask=mask)
     return out.reshape(s, -1), k_cache, v_cache
+
+
+def attention_packed(qkv: mx.array, document: np.ndarray, shape: AttentionShape) -> mx.array:
+    """Causal attention within the documents of packed rows; positions restart with each document.
+
+    qkv: float32 [b, t, (heads + 2 kv_heads) * d], not yet rotated; document: int [b, t], equal
+    numbers side by side are one document. Returns float32 [b, t, heads * d].
+    """
+    t = document.shape[1]
+    first = np.ones_like(document, dtype=bool)
+    first[:, 1:] = document[:, 1:] != document[:, :-1]
+    positions = np.arange(t) - np.maximum.accumulate(np.where(first, np.arange(t), 0), axis=1)
+    same = (document[:, :, None] == document[:, None, :]) & np.tri(t, dtype=bool)
+    q, k, v = (part.transpose(0, 2, 1, 3) for part in split_heads(qkv, mx.array(positions), shape))
+    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=shape.scale, mask=mx.array(same[:, None]))
+    return out.transpose(0, 2, 1, 3).reshape(*document.shape, -1)

@@ -8,17 +8,29 @@ override what the processor offers.
 
 from __future__ import annotations
 
+import itertools
+
 import mlx.core as mx
 import numpy as np
 
 from kernels import reference
-from kernels.cpu import _native
 from kernels.openblas import find_openblas
-from kernels.reference import AttentionShape, DenseWeight, Epilogue, TernaryWeight, Weight
+from kernels.reference import SMALL_ROWS, AttentionShape, DenseWeight, Epilogue, TernaryWeight, Weight
+
+_RUNNING = mx.__version__  # type: ignore[attr-defined]
+
+try:
+    from kernels.cpu import _native
+except ImportError as error:
+    message = f"kernels.cpu._native was not built, or was built for another MLX than {_RUNNING}: {error}"
+    raise ImportError(message) from error
+# A nearby version may have all the symbols and yet other data structures.
+if _RUNNING.split("+")[0].split(".dev")[0] != _native.mlx_version:
+    raise ImportError(f"kernels.cpu._native was built for MLX {_native.mlx_version}, not {_RUNNING}")
 
 NAME = "cpu"
 
-_SMALL_ROWS = 8
+
 _EPILOGUES: dict[str | None, int] = {None: 0, "relu2_mul": 1, "silu_mul": 2}
 
 
@@ -59,10 +71,8 @@ def linear(
 ) -> mx.array:
     """As `reference.linear`, in one operation; more than 8 rows of a float weight go to BLAS."""
     if isinstance(weight, TernaryWeight):
-        return _native.ternary_linear(
-            x, weight.data, weight.scale, weight.k, norm, eps, _EPILOGUES[epilogue], residual
-        )
-    if x.shape[0] <= _SMALL_ROWS:
+        return _native.ternary_linear(x, weight.data, weight.scale, weight.k, norm, eps, _EPILOGUES[epilogue], residual)
+    if x.shape[0] <= SMALL_ROWS:
         return _native.dense_linear(x, weight.data, norm, eps, _EPILOGUES[epilogue], residual)
     return reference.linear(x, weight, norm=norm, eps=eps, epilogue=epilogue, residual=residual)
 
@@ -86,6 +96,20 @@ def attention_batch(
         qkv, k_cache, v_cache, positions, shape.heads, shape.kv_heads, shape.inverse_frequency, shape.scale
     )
     return out, k_new, v_new
+
+
+def attention_packed(qkv: mx.array, document: np.ndarray, shape: AttentionShape) -> mx.array:
+    """As `reference.attention_packed`: each document is a sequence of its own."""
+    b, t, width = qkv.shape
+    flat = qkv.reshape(b * t, width)
+    starts = np.ones((b, t), bool)
+    starts[:, 1:] = document[:, 1:] != document[:, :-1]
+    borders = [*np.flatnonzero(starts).tolist(), b * t]
+    outputs = []
+    for start, end in itertools.pairwise(borders):
+        cache = mx.zeros((2, shape.kv_heads, end - start, shape.head_dim))
+        outputs.append(attention(flat[start:end], cache[0], cache[1], 0, shape)[0])
+    return mx.concatenate(outputs).reshape(b, t, -1)
 
 
 def use_fast_blas() -> bool:

@@ -5,37 +5,86 @@
 // added key after key. Nothing here depends on the other queries of the call, and no key or value
 // from n on is ever read.
 
-// Scores of `keys` 16 keys from `first` on; those past the query's last are copies of its last.
-inline void score_block(const Attend& a, const float* query, int first, int length, float* scores) {
+// Scores of sixteen keys from `first` on for Q queries, each by the same steps whatever Q is. Keys past
+// `length` are read as the last one. `ahead`: how many keys further on to fetch into the cache.
+template <int Q, bool fetch>
+inline void score_block(const Attend& a, const float* queries, int first, int length, float* scores,
+                        int ahead) {
   const int whole = a.d / 16, rest = a.d % 16;
-  F groups[4];
+  F groups[Q][4];
 #pragma GCC unroll 4
   for (int g = 0; g < 4; g++) {
     const float* key[4];
-    F sums[4];
+    F sums[Q][4];
 #pragma GCC unroll 4
     for (int l = 0; l < 4; l++) {
       const int j = first + 4 * g + l;
       key[l] = a.keys + static_cast<int64_t>(j < length ? j : length - 1) * a.d;
-      sums[l] = set1(0.0f);
+#pragma GCC unroll 4
+      for (int q = 0; q < Q; q++) {
+        sums[q][l] = set1(0.0f);
+      }
     }
     for (int c = 0; c < whole; c++) {
-      const F q = load(query + 16 * c);
+      F query[Q];
+#pragma GCC unroll 4
+      for (int q = 0; q < Q; q++) {
+        query[q] = load(queries + q * a.padded + 16 * c);
+      }
 #pragma GCC unroll 4
       for (int l = 0; l < 4; l++) {
-        sums[l] = fma(load(key[l] + 16 * c), q, sums[l]);
+        if constexpr (fetch) {
+          __builtin_prefetch(key[l] + 16 * c + static_cast<int64_t>(ahead) * a.d);
+        }
+        const F k = load(key[l] + 16 * c);
+#pragma GCC unroll 4
+        for (int q = 0; q < Q; q++) {
+          sums[q][l] = fma(k, query[q], sums[q][l]);
+        }
       }
     }
     if (rest > 0) {
-      const F q = load(query + 16 * whole);
 #pragma GCC unroll 4
       for (int l = 0; l < 4; l++) {
-        sums[l] = fma(load_part(key[l] + 16 * whole, rest), q, sums[l]);
+        const F k = load_part(key[l] + 16 * whole, rest);
+#pragma GCC unroll 4
+        for (int q = 0; q < Q; q++) {
+          sums[q][l] = fma(k, load(queries + q * a.padded + 16 * whole), sums[q][l]);
+        }
       }
     }
-    groups[g] = reduce4(sums[0], sums[1], sums[2], sums[3]);
+#pragma GCC unroll 4
+    for (int q = 0; q < Q; q++) {
+      groups[q][g] = reduce4(sums[q][0], sums[q][1], sums[q][2], sums[q][3]);
+    }
   }
-  store(scores, reduce_groups(groups[0], groups[1], groups[2], groups[3]));
+#pragma GCC unroll 4
+  for (int q = 0; q < Q; q++) {
+    store(scores + q * a.score_stride, reduce_groups(groups[q][0], groups[q][1], groups[q][2], groups[q][3]));
+  }
+}
+
+// Scores of one block of keys for all queries.
+inline void score_all(const Attend& a, int block) {
+  for (int i = 0; i < a.count;) {
+    // Queries that have all of the block share its loads.
+    int together = i + kScoreQueries <= a.count ? kScoreQueries : 1;
+    for (int q = 0; q < together; q++) {
+      together = a.lengths[i + q] < block + kKeyBlock ? 1 : together;
+    }
+    const float* query = a.queries + i * a.padded;
+    float* scores = a.scores + i * a.score_stride;
+    for (int j = block; j < block + kKeyBlock && j < a.lengths[i]; j += 16) {
+      if (together == 1) {
+        i == 0 ? score_block<1, true>(a, query, j, a.lengths[i], scores + j, kKeyBlock)
+               : score_block<1, false>(a, query, j, a.lengths[i], scores + j, 0);
+      } else {
+        i == 0 ? score_block<kScoreQueries, true>(a, query, j, a.lengths[i], scores + j, kKeyBlock)
+               : score_block<kScoreQueries, false>(a, query, j, a.lengths[i], scores + j, 0);
+      }
+    }
+    i += together;
+  }
 }
 
 // Scores to exp(score - max), zeros behind the last key. Returns the sum.
@@ -68,7 +117,7 @@ inline float softmax_weights(float* scores, int length) {
 // out[q][0..16C) += sum over keys first..last-1 of weight * value, in order, at column `column`.
 template <int Q, int C>
 inline void add_values(const Attend& a, float* const* out, const float* const* weights, int column, int first,
-                       int last) {
+                       int last, int ahead) {
   F sums[Q][C];
 #pragma GCC unroll 4
   for (int q = 0; q < Q; q++) {
@@ -82,6 +131,7 @@ inline void add_values(const Attend& a, float* const* out, const float* const* w
     F v[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; c++) {
+      __builtin_prefetch(value + 16 * c + static_cast<int64_t>(ahead) * a.d);
       v[c] = load(value + 16 * c);
     }
 #pragma GCC unroll 4
@@ -104,70 +154,87 @@ inline void add_values(const Attend& a, float* const* out, const float* const* w
 
 template <int Q>
 inline void add_values_strips(const Attend& a, float* const* out, const float* const* weights, int first,
-                              int last) {
+                              int last, int ahead) {
   int column = 0;
   for (; column + 16 * kValueStrip <= a.d; column += 16 * kValueStrip) {
-    add_values<Q, kValueStrip>(a, out, weights, column, first, last);
+    add_values<Q, kValueStrip>(a, out, weights, column, first, last, ahead);
   }
   for (; column + 16 <= a.d; column += 16) {
-    add_values<Q, 1>(a, out, weights, column, first, last);
+    add_values<Q, 1>(a, out, weights, column, first, last, ahead);
   }
   if (const int rest = a.d - column; rest > 0) {
     for (int q = 0; q < Q; q++) {
       F sum = load(out[q] + column);
       for (int j = first; j < last; j++) {
-        sum = fma(set1(weights[q][j]), load_part(a.values + static_cast<int64_t>(j) * a.d + column, rest), sum);
+        sum =
+            fma(set1(weights[q][j]), load_part(a.values + static_cast<int64_t>(j) * a.d + column, rest), sum);
       }
       store(out[q] + column, sum);
     }
   }
 }
 
+// The weighted values of one block of keys for up to four queries.
+inline void add_block(const Attend& a, int count, float* const* out, const float* const* weights,
+                      const int* lengths, int block, int ahead) {
+  // Where the lengths part, each query goes on alone, in the same order.
+  int common = block + kKeyBlock;
+  for (int q = 0; q < count; q++) {
+    common = lengths[q] < common ? lengths[q] : common;
+  }
+  if (common > block) {
+    switch (count) {
+      case 1:
+        add_values_strips<1>(a, out, weights, block, common, ahead);
+        break;
+      case 2:
+        add_values_strips<2>(a, out, weights, block, common, ahead);
+        break;
+      case 3:
+        add_values_strips<3>(a, out, weights, block, common, ahead);
+        break;
+      default:
+        add_values_strips<4>(a, out, weights, block, common, ahead);
+    }
+  }
+  const int start = common > block ? common : block;
+  for (int q = 0; q < count; q++) {
+    const int end = lengths[q] < block + kKeyBlock ? lengths[q] : block + kKeyBlock;
+    if (end > start) {
+      add_values_strips<1>(a, out + q, weights + q, start, end, 0);
+    }
+  }
+}
+
 void attend(const Attend& a) {
-  constexpr int key_block = 32;
   int longest = 0;
   for (int i = 0; i < a.count; i++) {
     longest = a.lengths[i] > longest ? a.lengths[i] : longest;
   }
-  for (int block = 0; block < longest; block += key_block) {
-    for (int i = 0; i < a.count; i++) {
-      for (int j = block; j < block + key_block && j < a.lengths[i]; j += 16) {
-        score_block(a, a.queries + i * a.padded, j, a.lengths[i], a.scores + i * a.score_stride + j);
-      }
+  for (int block = 0; block < longest; block += kKeyBlock) {
+    score_all(a, block);
+  }
+  alignas(64) float space[kMaxQueries * kMaxHeadDim];
+  float totals[kMaxQueries];
+  float* sums[kMaxQueries];
+  const float* weights[kMaxQueries];
+  for (int i = 0; i < a.count; i++) {
+    float* scores = a.scores + i * a.score_stride;
+    totals[i] = softmax_weights(scores, a.lengths[i]);
+    weights[i] = scores;
+    sums[i] = space + i * a.padded;
+    std::memset(sums[i], 0, static_cast<size_t>(a.padded) * sizeof(float));
+  }
+  for (int block = 0; block < longest; block += kKeyBlock) {
+    for (int i = 0; i < a.count; i += 4) {
+      const int count = a.count - i < 4 ? a.count - i : 4;
+      add_block(a, count, sums + i, weights + i, a.lengths + i, block, i == 0 ? kKeyBlock : 0);
     }
   }
-  // Four queries at a time; where their lengths part, each goes on alone, in the same order.
-  for (int i = 0; i < a.count; i += 4) {
-    const int count = a.count - i < 4 ? a.count - i : 4;
-    alignas(64) float space[4 * kMaxHeadDim];
-    float totals[4];
-    float* sums[4];
-    const float* weights[4];
-    int shortest = longest;
-    for (int q = 0; q < count; q++) {
-      float* scores = a.scores + (i + q) * a.score_stride;
-      totals[q] = softmax_weights(scores, a.lengths[i + q]);
-      weights[q] = scores;
-      sums[q] = space + q * kMaxHeadDim;
-      std::memset(sums[q], 0, static_cast<size_t>(a.padded) * sizeof(float));
-      shortest = a.lengths[i + q] < shortest ? a.lengths[i + q] : shortest;
-    }
-    for (int block = 0; block < shortest; block += key_block) {
-      const int end = block + key_block < shortest ? block + key_block : shortest;
-      switch (count) {
-        case 1: add_values_strips<1>(a, sums, weights, block, end); break;
-        case 2: add_values_strips<2>(a, sums, weights, block, end); break;
-        case 3: add_values_strips<3>(a, sums, weights, block, end); break;
-        default: add_values_strips<4>(a, sums, weights, block, end);
-      }
-    }
-    for (int q = 0; q < count; q++) {
-      add_values_strips<1>(a, sums + q, weights + q, shortest, a.lengths[i + q]);
-      const F factor = set1(1.0f / totals[q]);
-      float* out = a.out[i + q];
-      for (int c = 0; c < a.d; c += 16) {
-        store_valid(out + c, load(sums[q] + c) * factor, a.d - c < 16 ? a.d - c : 16);
-      }
+  for (int i = 0; i < a.count; i++) {
+    const F factor = set1(1.0f / totals[i]);
+    for (int c = 0; c < a.d; c += 16) {
+      store_valid(a.out[i] + c, load(sums[i] + c) * factor, a.d - c < 16 ? a.d - c : 16);
     }
   }
 }

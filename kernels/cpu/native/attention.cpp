@@ -83,12 +83,11 @@ void place_row(const Heads& h, const float* row, int position, const float* freq
 template <class Length, class Out>
 void attend_range(const Kernels& set, const Heads& h, const float* queries, const float* keys,
                   const float* values, int first, int last, Length&& length, Out&& out) {
-  constexpr int kMost = 16;
-  int lengths[kMost];
-  float* places[kMost];
-  for (int start = first; start < last; start += kMost) {
+  int lengths[kMaxQueries];
+  float* places[kMaxQueries];
+  for (int start = first; start < last; start += kMaxQueries) {
     Attend a{};
-    a.count = std::min(kMost, last - start);
+    a.count = std::min(kMaxQueries, last - start);
     int longest = 0;
     for (int i = 0; i < a.count; i++) {
       lengths[i] = length(start + i);
@@ -105,6 +104,16 @@ void attend_range(const Kernels& set, const Heads& h, const float* queries, cons
     a.score_stride = round_up(longest, 16);
     a.scores = scratch_floats(kScores, a.count * a.score_stride);
     set.attend(a);
+  }
+}
+
+// Every output of a primitive holds the inputs; left so, a cache never has one holder only and would
+// be copied each time. MLX drops them all right after the evaluation anyway.
+void drop_spare_inputs(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  for (auto& out : outputs) {
+    if (&out.inputs() != &inputs && !out.is_tracer()) {
+      out.inputs().clear();
+    }
   }
 }
 
@@ -147,14 +156,17 @@ void copy_cache(const mx::array& from, mx::array& to) {
 
 class Attention : public CpuPrimitive {
  public:
-  Attention(mx::Stream stream, Heads heads, int offset) : CpuPrimitive(stream), heads_(heads), offset_(offset) {}
+  Attention(mx::Stream stream, Heads heads, int offset)
+      : CpuPrimitive(stream), heads_(heads), offset_(offset) {}
   DEFINE_NAME(BitdraftAttention)
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     allocate(outputs[0]);
+    drop_spare_inputs(inputs, outputs);
     const bool copy_k = share_cache(inputs[1], outputs[1]), copy_v = share_cache(inputs[2], outputs[2]);
     dispatch(inputs, outputs,
-             [h = heads_, offset = offset_, copy_k, copy_v](std::vector<mx::array>& in, std::vector<mx::array>& out) {
+             [h = heads_, offset = offset_, copy_k, copy_v](std::vector<mx::array>& in,
+                                                            std::vector<mx::array>& out) {
                if (copy_k) copy_cache(in[1], out[1]);
                if (copy_v) copy_cache(in[2], out[2]);
                run(h, offset, in, out);
@@ -173,7 +185,8 @@ class Attention : public CpuPrimitive {
     float* queries = scratch_floats(kQueries, int64_t{h.heads} * m * h.padded());
     float* row_space = scratch_floats(kRow, qkv.cols);
     for (int i = 0; i < m; i++) {
-      place_row(h, qkv.row(i, row_space), offset + i, frequency, queries, queries_per_kv, i, keys, values, capacity);
+      place_row(h, qkv.row(i, row_space), offset + i, frequency, queries, queries_per_kv, i, keys, values,
+                capacity);
     }
     // A few queries a chunk share its keys; a query is never split, so its bits stay its own.
     const int64_t work = 2 * int64_t{h.heads} * m * (offset + m) * h.d;
@@ -184,13 +197,14 @@ class Attention : public CpuPrimitive {
     }
     const int chunks = work >= kParallelFlops ? h.kv_heads * splits : 1;
     parallel_for(chunks, [&](int chunk) {
-      const int first_kv = chunks == 1 ? 0 : chunk / splits, last_kv = chunks == 1 ? h.kv_heads : first_kv + 1;
+      const int first_kv = chunks == 1 ? 0 : chunk / splits,
+                last_kv = chunks == 1 ? h.kv_heads : first_kv + 1;
       const int split = chunks == 1 ? 0 : chunk % splits, pieces = chunks == 1 ? 1 : splits;
       for (int kv = first_kv; kv < last_kv; kv++) {
         attend_range(
             set, h, queries + int64_t{kv} * queries_per_kv * h.padded(), keys + kv * capacity * h.d,
-            values + kv * capacity * h.d, split * queries_per_kv / pieces, (split + 1) * queries_per_kv / pieces,
-            [&](int i) { return offset + i / group + 1; },
+            values + kv * capacity * h.d, split * queries_per_kv / pieces,
+            (split + 1) * queries_per_kv / pieces, [&](int i) { return offset + i / group + 1; },
             [&](int i) { return result + (int64_t{i} / group * h.heads + kv * group + i % group) * h.d; });
       }
     });
@@ -207,6 +221,7 @@ class AttentionBatch : public CpuPrimitive {
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     allocate(outputs[0]);
+    drop_spare_inputs(inputs, outputs);
     const bool copy_k = share_cache(inputs[1], outputs[1]), copy_v = share_cache(inputs[2], outputs[2]);
     dispatch(inputs, outputs,
              [h = heads_, copy_k, copy_v](std::vector<mx::array>& in, std::vector<mx::array>& out) {
@@ -233,7 +248,8 @@ class AttentionBatch : public CpuPrimitive {
     for (int i = 0; i < sequences; i++) {
       // Positions are data, known only now; one outside the cache must not write outside it.
       const int wanted = in[4].data<int32_t>()[i * in[4].strides(0)];
-      const int position = positions[static_cast<size_t>(i)] = std::clamp(wanted, 0, static_cast<int>(capacity) - 1);
+      const int position = positions[static_cast<size_t>(i)] =
+          std::clamp(wanted, 0, static_cast<int>(capacity) - 1);
       const int64_t cache = int64_t{i} * h.kv_heads * capacity * h.d;
       place_row(h, qkv.row(i, row_space), position, frequency, queries + i * sequence_queries, group, 0,
                 keys + cache, values + cache, capacity);
@@ -243,14 +259,15 @@ class AttentionBatch : public CpuPrimitive {
       const int i = task / h.kv_heads, kv = task % h.kv_heads;
       const int64_t cache = int64_t{task} * capacity * h.d;
       attend_range(
-          set, h, queries + i * sequence_queries + int64_t{kv} * group * h.padded(), keys + cache, values + cache, 0,
-          group, [&](int) { return positions[static_cast<size_t>(i)] + 1; },
+          set, h, queries + i * sequence_queries + int64_t{kv} * group * h.padded(), keys + cache,
+          values + cache, 0, group, [&](int) { return positions[static_cast<size_t>(i)] + 1; },
           [&](int q) { return result + (int64_t{i} * h.heads + kv * group + q) * h.d; });
     };
     const int tasks = sequences * h.kv_heads;
     const int chunks = work >= kParallelFlops ? std::min(tasks, 8 * threads()) : 1;
     parallel_for(chunks, [&](int chunk) {
-      for (int64_t task = int64_t{chunk} * tasks / chunks; task < int64_t{chunk + 1} * tasks / chunks; task++) {
+      for (int64_t task = int64_t{chunk} * tasks / chunks; task < int64_t{chunk + 1} * tasks / chunks;
+           task++) {
         one(static_cast<int>(task));
       }
     });
@@ -259,21 +276,22 @@ class AttentionBatch : public CpuPrimitive {
   Heads heads_;
 };
 
-Heads check(const mx::array& qkv, const mx::array& k_cache, const mx::array& v_cache, size_t cache_axes, int heads,
-            int kv_heads, const mx::array& frequency, float scale) {
-  require(k_cache.ndim() == cache_axes && k_cache.shape() == v_cache.shape() && k_cache.dtype() == mx::float32 &&
-              v_cache.dtype() == mx::float32,
+Heads check(const mx::array& qkv, const mx::array& k_cache, const mx::array& v_cache, size_t cache_axes,
+            int heads, int kv_heads, const mx::array& frequency, float scale) {
+  require(k_cache.ndim() == cache_axes && k_cache.shape() == v_cache.shape() &&
+              k_cache.dtype() == mx::float32 && v_cache.dtype() == mx::float32,
           "both caches must be float32 of one shape, [kv_heads, capacity, d] a sequence");
   const int d = k_cache.shape(-1);
   require(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, "heads must be a multiple of kv_heads");
   require(d % 2 == 0 && d > 0 && d <= kMaxHeadDim, "the head dimension must be even and at most 512");
   require(k_cache.shape(-3) == kv_heads, "the caches must have kv_heads heads");
-  require(qkv.ndim() == 2 && qkv.shape(1) == (heads + 2 * kv_heads) * d, "qkv must be [m, (heads + 2 kv_heads) * d]");
+  require(qkv.ndim() == 2 && qkv.shape(1) == (heads + 2 * kv_heads) * d,
+          "qkv must be [m, (heads + 2 kv_heads) * d]");
   require(frequency.ndim() == 1 && frequency.shape(0) == d / 2, "inverse_frequency must have d / 2 values");
   return Heads{heads, kv_heads, d, scale};
 }
 
-} // namespace
+}  // namespace
 
 std::vector<mx::array> attention(const mx::array& qkv, const mx::array& k_cache, const mx::array& v_cache,
                                  int offset, int heads, int kv_heads, const mx::array& inverse_frequency,
@@ -299,4 +317,4 @@ std::vector<mx::array> attention_batch(const mx::array& qkv, const mx::array& k_
                                 {as_float(qkv), k_cache, v_cache, as_float(inverse_frequency), at});
 }
 
-} // namespace bitdraft
+}  // namespace bitdraft

@@ -9,7 +9,6 @@
 #include "ops.h"
 
 namespace nb = nanobind;
-namespace mx = mlx::core;
 using namespace nb::literals;
 
 using TernaryMatrix = nb::ndarray<const int8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
@@ -19,7 +18,9 @@ NB_MODULE(_native, m) {
   // Arrays are MLX's own Python type, so its module has to be loaded first.
   nb::module_::import_("mlx.core");
 
-  m.attr("mlx_version") = mx::version();
+  // The version this was compiled for, which has to be the one that runs.
+  m.attr("mlx_version") = std::to_string(MLX_VERSION_MAJOR) + "." + std::to_string(MLX_VERSION_MINOR) + "." +
+                          std::to_string(MLX_VERSION_PATCH);
   m.def(
       "pack_ternary",
       [](const TernaryMatrix& ternary) {
@@ -29,14 +30,14 @@ NB_MODULE(_native, m) {
       "ternary"_a);
   m.def("quantize_rows", &bitdraft::quantize_rows, "x"_a, "norm"_a.none(), "eps"_a);
   m.def("bitlinear", &bitdraft::bitlinear, "xq"_a, "s"_a, "tiles"_a, "scale"_a, "k"_a);
-  m.def("ternary_linear", &bitdraft::ternary_linear, "x"_a, "tiles"_a, "scale"_a, "k"_a, "norm"_a.none(), "eps"_a,
-        "epilogue"_a, "residual"_a.none());
+  m.def("ternary_linear", &bitdraft::ternary_linear, "x"_a, "tiles"_a, "scale"_a, "k"_a, "norm"_a.none(),
+        "eps"_a, "epilogue"_a, "residual"_a.none());
   m.def("dense_linear", &bitdraft::dense_linear, "x"_a, "weight"_a, "norm"_a.none(), "eps"_a, "epilogue"_a,
         "residual"_a.none());
-  m.def("attention", &bitdraft::attention, "qkv"_a, "k_cache"_a, "v_cache"_a, "offset"_a, "heads"_a, "kv_heads"_a,
-        "inverse_frequency"_a, "scale"_a);
-  m.def("attention_batch", &bitdraft::attention_batch, "qkv"_a, "k_cache"_a, "v_cache"_a, "positions"_a, "heads"_a,
+  m.def("attention", &bitdraft::attention, "qkv"_a, "k_cache"_a, "v_cache"_a, "offset"_a, "heads"_a,
         "kv_heads"_a, "inverse_frequency"_a, "scale"_a);
+  m.def("attention_batch", &bitdraft::attention_batch, "qkv"_a, "k_cache"_a, "v_cache"_a, "positions"_a,
+        "heads"_a, "kv_heads"_a, "inverse_frequency"_a, "scale"_a);
   m.def("isa", [] { return std::string(bitdraft::kernels().name); });
   m.def("available_isas", &bitdraft::available_isas);
   m.def("select_isa", &bitdraft::select_isa, "name"_a);

@@ -18,7 +18,8 @@ namespace {
 enum Order { kRowMajor = 101, kColMajor = 102 };
 enum Transpose { kNoTrans = 111, kTrans = 112, kConjTrans = 113 };
 
-using Sgemm = void (*)(int, int, int, int, int, int, float, const float*, int, const float*, int, float, float*, int);
+using Sgemm = void (*)(int, int, int, int, int, int, float, const float*, int, const float*, int, float,
+                       float*, int);
 using Sgemv = void (*)(int, int, int, int, float, const float*, int, const float*, int, float, float*, int);
 
 Sgemm openblas_sgemm = nullptr;
@@ -76,8 +77,8 @@ void write_slot(const dl_phdr_info& info, uintptr_t slot, void* function) {
   }
 }
 
-void patch_relocations(const dl_phdr_info& info, const ElfW(Rela) * table, size_t bytes, const ElfW(Sym) * symbols,
-                       const char* names, Patch& patch) {
+void patch_relocations(const dl_phdr_info& info, const ElfW(Rela) * table, size_t bytes,
+                       const ElfW(Sym) * symbols, const char* names, Patch& patch) {
   for (size_t i = 0; i < bytes / sizeof(ElfW(Rela)); i++) {
     const auto symbol = ELF64_R_SYM(table[i].r_info);
     if (symbol == 0) {
@@ -102,19 +103,32 @@ int visit_library(dl_phdr_info* info, size_t, void* context) {
       dynamic = reinterpret_cast<const ElfW(Dyn)*>(info->dlpi_addr + info->dlpi_phdr[i].p_vaddr);
     }
   }
-  const ElfW(Rela) *plt = nullptr, *rela = nullptr;
+  const ElfW(Rela)* plt = nullptr, *rela = nullptr;
   const ElfW(Sym)* symbols = nullptr;
   const char* names = nullptr;
   size_t plt_bytes = 0, rela_bytes = 0;
   for (; dynamic != nullptr && dynamic->d_tag != DT_NULL; dynamic++) {
     switch (dynamic->d_tag) {
-      case DT_JMPREL: plt = reinterpret_cast<const ElfW(Rela)*>(dynamic->d_un.d_ptr); break;
-      case DT_PLTRELSZ: plt_bytes = dynamic->d_un.d_val; break;
-      case DT_RELA: rela = reinterpret_cast<const ElfW(Rela)*>(dynamic->d_un.d_ptr); break;
-      case DT_RELASZ: rela_bytes = dynamic->d_un.d_val; break;
-      case DT_SYMTAB: symbols = reinterpret_cast<const ElfW(Sym)*>(dynamic->d_un.d_ptr); break;
-      case DT_STRTAB: names = reinterpret_cast<const char*>(dynamic->d_un.d_ptr); break;
-      default: break;
+      case DT_JMPREL:
+        plt = reinterpret_cast<const ElfW(Rela)*>(dynamic->d_un.d_ptr);
+        break;
+      case DT_PLTRELSZ:
+        plt_bytes = dynamic->d_un.d_val;
+        break;
+      case DT_RELA:
+        rela = reinterpret_cast<const ElfW(Rela)*>(dynamic->d_un.d_ptr);
+        break;
+      case DT_RELASZ:
+        rela_bytes = dynamic->d_un.d_val;
+        break;
+      case DT_SYMTAB:
+        symbols = reinterpret_cast<const ElfW(Sym)*>(dynamic->d_un.d_ptr);
+        break;
+      case DT_STRTAB:
+        names = reinterpret_cast<const char*>(dynamic->d_un.d_ptr);
+        break;
+      default:
+        break;
     }
   }
   if (symbols != nullptr && names != nullptr) {
@@ -136,7 +150,7 @@ void* find(void* library, const char* symbol) {
 std::mutex install_mutex;
 std::atomic<bool> installed{false};
 
-} // namespace
+}  // namespace
 
 int install_blas(const std::string& path) {
   std::lock_guard lock(install_mutex);
@@ -158,4 +172,4 @@ int install_blas(const std::string& path) {
 
 bool blas_installed() { return installed.load(); }
 
-} // namespace bitdraft
+}  // namespace bitdraft

@@ -15,7 +15,8 @@ class DenseLinear : public CpuPrimitive {
   DEFINE_NAME(BitdraftDenseLinear)
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    require(inputs[1].flags().row_contiguous, "a dense weight must be contiguous: make it with prepare_dense");
+    require(inputs[1].flags().row_contiguous,
+            "a dense weight must be contiguous: make it with prepare_dense");
     allocate(outputs[0]);
     dispatch(inputs, outputs,
              [eps = eps_, epilogue = epilogue_, has_norm = norm_, has_residual = residual_](
@@ -57,7 +58,7 @@ class DenseLinear : public CpuPrimitive {
     d.x = rows;
 
     const bool parallel = static_cast<int64_t>(weight.nbytes()) + x.rows * d.n * d.k >= kParallelWork;
-    const int64_t steps = (d.n + 7) / 8; // whole passes a chunk
+    const int64_t steps = (d.n + 7) / 8;  // whole passes a chunk
     const int64_t chunks = parallel ? std::min<int64_t>(steps, 16 * threads()) : 1;
     parallel_for(static_cast<int>(chunks), [&](int c) {
       set.dense(d, c * steps / chunks * 8, std::min((c + 1) * steps / chunks * 8, d.n));
@@ -83,7 +84,7 @@ class DenseLinear : public CpuPrimitive {
   bool residual_;
 };
 
-} // namespace
+}  // namespace
 
 mx::array dense_linear(const mx::array& x, const mx::array& weight, const MaybeArray& norm, float eps,
                        int epilogue, const MaybeArray& residual) {
@@ -109,4 +110,4 @@ mx::array dense_linear(const mx::array& x, const mx::array& weight, const MaybeA
                    std::move(inputs));
 }
 
-} // namespace bitdraft
+}  // namespace bitdraft

@@ -3,7 +3,7 @@
 // Eight outputs. maddubs sums two products of code * x, at most 2 * 2 * 127 = 508 (or -512), so 64 of
 // them fit int16: 16 blocks of 4.
 template <int M>
-inline void dot_half(const uint8_t* half, const int8_t* x, int64_t blocks, int32_t* raw) {
+inline void dot_half(const uint8_t* half, int64_t ahead, const int8_t* x, int64_t blocks, int32_t* raw) {
   constexpr int64_t stretch = 16;
   const __m256i mask = _mm256_set1_epi8(0x03), ones = _mm256_set1_epi16(1);
   __m256i wide[M];
@@ -18,6 +18,7 @@ inline void dot_half(const uint8_t* half, const int8_t* x, int64_t blocks, int32
       sums[r] = _mm256_setzero_si256();
     }
     for (int64_t b = start; b < end; b++, x += 16 * M) {
+      __builtin_prefetch(half + b * kBlockBytes + ahead);
       const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(half + b * kBlockBytes));
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) {
@@ -40,22 +41,30 @@ inline void dot_half(const uint8_t* half, const int8_t* x, int64_t blocks, int32
 }
 
 template <int M>
-void dot_rows(const uint8_t* tile0, const uint8_t* tile1, const int8_t* x, int64_t blocks, int32_t* raw) {
-  dot_half<M>(tile0, x, blocks, raw);
-  dot_half<M>(tile0 + 32, x, blocks, raw + 8);
-  dot_half<M>(tile1, x, blocks, raw + 16);
-  dot_half<M>(tile1 + 32, x, blocks, raw + 24);
+void dot_rows(const Dot& d) {
+  dot_half<M>(d.tile0, d.ahead, d.x, d.blocks, d.raw);
+  dot_half<M>(d.tile0 + 32, 0, d.x, d.blocks, d.raw + 8);
+  dot_half<M>(d.tile1, d.ahead, d.x, d.blocks, d.raw + 16);
+  dot_half<M>(d.tile1 + 32, 0, d.x, d.blocks, d.raw + 24);
 }
 
-void dot(int rows, const uint8_t* tile0, const uint8_t* tile1, const int8_t* x, int64_t blocks, int32_t* raw) {
+void dot(int rows, const Dot& d) {
   switch (rows) {
-    case 1: return dot_rows<1>(tile0, tile1, x, blocks, raw);
-    case 2: return dot_rows<2>(tile0, tile1, x, blocks, raw);
-    case 3: return dot_rows<3>(tile0, tile1, x, blocks, raw);
-    case 4: return dot_rows<4>(tile0, tile1, x, blocks, raw);
-    case 5: return dot_rows<5>(tile0, tile1, x, blocks, raw);
-    case 6: return dot_rows<6>(tile0, tile1, x, blocks, raw);
-    case 7: return dot_rows<7>(tile0, tile1, x, blocks, raw);
-    default: return dot_rows<8>(tile0, tile1, x, blocks, raw);
+    case 1:
+      return dot_rows<1>(d);
+    case 2:
+      return dot_rows<2>(d);
+    case 3:
+      return dot_rows<3>(d);
+    case 4:
+      return dot_rows<4>(d);
+    case 5:
+      return dot_rows<5>(d);
+    case 6:
+      return dot_rows<6>(d);
+    case 7:
+      return dot_rows<7>(d);
+    default:
+      return dot_rows<8>(d);
   }
 }

@@ -20,7 +20,7 @@ inline void dot_tile(int rows, const uint8_t* tile, const int8_t* x, int64_t blo
   }
 }
 
-void dot(int rows, const uint8_t* tile0, const uint8_t* tile1, const int8_t* x, int64_t blocks, int32_t* raw) {
-  dot_tile(rows, tile0, x, blocks, raw);
-  dot_tile(rows, tile1, x, blocks, raw + 16);
+void dot(int rows, const Dot& d) {
+  dot_tile(rows, d.tile0, d.x, d.blocks, d.raw);
+  dot_tile(rows, d.tile1, d.x, d.blocks, d.raw + 16);
 }

@@ -1,7 +1,7 @@
 // Ternary products with the NEON dot product: codes 0..2 are as good signed as unsigned.
 
 template <int M>
-inline void dot_tile(const uint8_t* tile, const int8_t* x, int64_t blocks, int32_t* raw) {
+inline void dot_tile(const uint8_t* tile, int64_t ahead, const int8_t* x, int64_t blocks, int32_t* raw) {
   const uint8x16_t mask = vdupq_n_u8(0x03);
   int32x4_t sums[M][4];
   for (int r = 0; r < M; r++) {
@@ -10,6 +10,7 @@ inline void dot_tile(const uint8_t* tile, const int8_t* x, int64_t blocks, int32
     }
   }
   for (int64_t b = 0; b < blocks; b++, x += 16 * M) {
+    __builtin_prefetch(tile + b * kBlockBytes + ahead);
     uint8x16_t words[4];
     for (int q = 0; q < 4; q++) {
       words[q] = vld1q_u8(tile + b * kBlockBytes + 16 * q);
@@ -38,20 +39,28 @@ inline void dot_tile(const uint8_t* tile, const int8_t* x, int64_t blocks, int32
 }
 
 template <int M>
-void dot_rows(const uint8_t* tile0, const uint8_t* tile1, const int8_t* x, int64_t blocks, int32_t* raw) {
-  dot_tile<M>(tile0, x, blocks, raw);
-  dot_tile<M>(tile1, x, blocks, raw + 16);
+void dot_rows(const Dot& d) {
+  dot_tile<M>(d.tile0, d.ahead, d.x, d.blocks, d.raw);
+  dot_tile<M>(d.tile1, d.ahead, d.x, d.blocks, d.raw + 16);
 }
 
-void dot(int rows, const uint8_t* tile0, const uint8_t* tile1, const int8_t* x, int64_t blocks, int32_t* raw) {
+void dot(int rows, const Dot& d) {
   switch (rows) {
-    case 1: return dot_rows<1>(tile0, tile1, x, blocks, raw);
-    case 2: return dot_rows<2>(tile0, tile1, x, blocks, raw);
-    case 3: return dot_rows<3>(tile0, tile1, x, blocks, raw);
-    case 4: return dot_rows<4>(tile0, tile1, x, blocks, raw);
-    case 5: return dot_rows<5>(tile0, tile1, x, blocks, raw);
-    case 6: return dot_rows<6>(tile0, tile1, x, blocks, raw);
-    case 7: return dot_rows<7>(tile0, tile1, x, blocks, raw);
-    default: return dot_rows<8>(tile0, tile1, x, blocks, raw);
+    case 1:
+      return dot_rows<1>(d);
+    case 2:
+      return dot_rows<2>(d);
+    case 3:
+      return dot_rows<3>(d);
+    case 4:
+      return dot_rows<4>(d);
+    case 5:
+      return dot_rows<5>(d);
+    case 6:
+      return dot_rows<6>(d);
+    case 7:
+      return dot_rows<7>(d);
+    default:
+      return dot_rows<8>(d);
   }
 }

@@ -10,7 +10,7 @@ inline __m512i broadcast4(const int8_t* x) {
 // accumulators of their own, whose sums (below 128 * 127 * k < 2^31, all multiples of 4^i) are
 // shifted back at the end. No shifts in the loop, and enough independent sums to hide latency.
 template <int M>
-void dot_masked(const uint8_t* tile0, const uint8_t* tile1, const int8_t* x, int64_t blocks, int32_t* raw) {
+void dot_masked(const Dot& d) {
   const __m512i mask[4] = {_mm512_set1_epi8(0x03), _mm512_set1_epi8(0x0c), _mm512_set1_epi8(0x30),
                            _mm512_set1_epi8(static_cast<char>(0xc0))};
   __m512i sums[2][M][4];
@@ -21,9 +21,13 @@ void dot_masked(const uint8_t* tile0, const uint8_t* tile1, const int8_t* x, int
       sums[0][r][i] = sums[1][r][i] = _mm512_setzero_si512();
     }
   }
-  for (int64_t b = 0; b < blocks; b++, x += 16 * M) {
-    const __m512i w0 = _mm512_loadu_si512(tile0 + b * kBlockBytes);
-    const __m512i w1 = _mm512_loadu_si512(tile1 + b * kBlockBytes);
+  const int8_t* x = d.x;
+  for (int64_t b = 0; b < d.blocks; b++, x += 16 * M) {
+    const uint8_t *block0 = d.tile0 + b * kBlockBytes, *block1 = d.tile1 + b * kBlockBytes;
+    __builtin_prefetch(block0 + d.ahead);
+    __builtin_prefetch(block1 + d.ahead);
+    const __m512i w0 = _mm512_loadu_si512(block0);
+    const __m512i w1 = _mm512_loadu_si512(block1);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
       const __m512i codes0 = _mm512_and_si512(w0, mask[i]);
@@ -43,23 +47,27 @@ void dot_masked(const uint8_t* tile0, const uint8_t* tile1, const int8_t* x, int
       const __m512i low = _mm512_add_epi32(sums[t][r][0], _mm512_srai_epi32(sums[t][r][1], 2));
       const __m512i high =
           _mm512_add_epi32(_mm512_srai_epi32(sums[t][r][2], 4), _mm512_srai_epi32(sums[t][r][3], 6));
-      _mm512_storeu_si512(raw + r * kPairOutputs + 16 * t, _mm512_add_epi32(low, high));
+      _mm512_storeu_si512(d.raw + r * kPairOutputs + 16 * t, _mm512_add_epi32(low, high));
     }
   }
 }
 
 // More rows: one accumulator an output and row; each decoded vector serves M rows.
 template <int M>
-void dot_shifted(const uint8_t* tile0, const uint8_t* tile1, const int8_t* x, int64_t blocks, int32_t* raw) {
+void dot_shifted(const Dot& d) {
   const __m512i mask = _mm512_set1_epi8(0x03);
   __m512i sums[2][M];
 #pragma GCC unroll 32
   for (int r = 0; r < M; r++) {
     sums[0][r] = sums[1][r] = _mm512_setzero_si512();
   }
-  for (int64_t b = 0; b < blocks; b++, x += 16 * M) {
-    const __m512i w0 = _mm512_loadu_si512(tile0 + b * kBlockBytes);
-    const __m512i w1 = _mm512_loadu_si512(tile1 + b * kBlockBytes);
+  const int8_t* x = d.x;
+  for (int64_t b = 0; b < d.blocks; b++, x += 16 * M) {
+    const uint8_t *block0 = d.tile0 + b * kBlockBytes, *block1 = d.tile1 + b * kBlockBytes;
+    __builtin_prefetch(block0 + d.ahead);
+    __builtin_prefetch(block1 + d.ahead);
+    const __m512i w0 = _mm512_loadu_si512(block0);
+    const __m512i w1 = _mm512_loadu_si512(block1);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
       const __m512i codes0 = _mm512_and_si512(_mm512_srli_epi16(w0, 2 * i), mask);
@@ -74,24 +82,36 @@ void dot_shifted(const uint8_t* tile0, const uint8_t* tile1, const int8_t* x, in
   }
 #pragma GCC unroll 32
   for (int r = 0; r < M; r++) {
-    _mm512_storeu_si512(raw + r * kPairOutputs, sums[0][r]);
-    _mm512_storeu_si512(raw + r * kPairOutputs + 16, sums[1][r]);
+    _mm512_storeu_si512(d.raw + r * kPairOutputs, sums[0][r]);
+    _mm512_storeu_si512(d.raw + r * kPairOutputs + 16, sums[1][r]);
   }
 }
 
-void dot(int rows, const uint8_t* tile0, const uint8_t* tile1, const int8_t* x, int64_t blocks, int32_t* raw) {
+void dot(int rows, const Dot& d) {
   switch (rows) {
-    case 1: return dot_masked<1>(tile0, tile1, x, blocks, raw);
-    case 2: return dot_masked<2>(tile0, tile1, x, blocks, raw);
-    case 3: return dot_shifted<3>(tile0, tile1, x, blocks, raw);
-    case 4: return dot_shifted<4>(tile0, tile1, x, blocks, raw);
-    case 5: return dot_shifted<5>(tile0, tile1, x, blocks, raw);
-    case 6: return dot_shifted<6>(tile0, tile1, x, blocks, raw);
-    case 7: return dot_shifted<7>(tile0, tile1, x, blocks, raw);
-    case 8: return dot_shifted<8>(tile0, tile1, x, blocks, raw);
-    case 9: return dot_shifted<9>(tile0, tile1, x, blocks, raw);
-    case 10: return dot_shifted<10>(tile0, tile1, x, blocks, raw);
-    case 11: return dot_shifted<11>(tile0, tile1, x, blocks, raw);
-    default: return dot_shifted<12>(tile0, tile1, x, blocks, raw);
+    case 1:
+      return dot_masked<1>(d);
+    case 2:
+      return dot_masked<2>(d);
+    case 3:
+      return dot_shifted<3>(d);
+    case 4:
+      return dot_shifted<4>(d);
+    case 5:
+      return dot_shifted<5>(d);
+    case 6:
+      return dot_shifted<6>(d);
+    case 7:
+      return dot_shifted<7>(d);
+    case 8:
+      return dot_shifted<8>(d);
+    case 9:
+      return dot_shifted<9>(d);
+    case 10:
+      return dot_shifted<10>(d);
+    case 11:
+      return dot_shifted<11>(d);
+    default:
+      return dot_shifted<12>(d);
   }
 }

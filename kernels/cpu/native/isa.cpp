@@ -25,7 +25,7 @@ std::vector<const Kernels*> candidates() {
     found.push_back(&kAvx2);
   }
 #elif defined(__aarch64__)
-  constexpr unsigned long dot_product = 1UL << 20; // HWCAP_ASIMDDP
+  constexpr unsigned long dot_product = 1UL << 20;  // HWCAP_ASIMDDP
   if (getauxval(AT_HWCAP) & dot_product) {
     found.push_back(&kNeonDot);
   }
@@ -47,7 +47,7 @@ const Kernels* named(const std::string& name) {
 
 std::atomic<const Kernels*> chosen{nullptr};
 
-} // namespace
+}  // namespace
 
 const Kernels& kernels() {
   const Kernels* k = chosen.load(std::memory_order_acquire);
@@ -67,8 +67,6 @@ std::vector<std::string> available_isas() {
   return names;
 }
 
-void select_isa(const std::string& name) {
-  chosen.store(named(name), std::memory_order_release);
-}
+void select_isa(const std::string& name) { chosen.store(named(name), std::memory_order_release); }
 
-} // namespace bitdraft
+}  // namespace bitdraft

@@ -17,7 +17,8 @@
 namespace bitdraft {
 namespace {
 
-constexpr int kDenseAccumulators = 6; // of 8 pairs of registers
+constexpr int kDenseAccumulators = 6;  // of 8 pairs of registers
+constexpr int kScoreQueries = 1;
 constexpr int kValueStrip = 1;
 
 #include "simd_avx2.inl"
@@ -26,11 +27,11 @@ constexpr int kValueStrip = 1;
 #include "attend.inl"
 #include "dot_avx2.inl"
 
-} // namespace
+}  // namespace
 
 const Kernels kAvx2 = {"avx2", 8, dot, finish, normalise, quantise, gate, dense, attend};
 
-} // namespace bitdraft
+}  // namespace bitdraft
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -8,7 +8,8 @@
 #include "kernels.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma"))), apply_to = function)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma"))), apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")
@@ -17,7 +18,8 @@
 namespace bitdraft {
 namespace {
 
-constexpr int kDenseAccumulators = 24; // of 32 registers
+constexpr int kDenseAccumulators = 24;  // of 32 registers
+constexpr int kScoreQueries = 2;
 constexpr int kValueStrip = 4;
 
 #include "simd_avx512.inl"
@@ -26,11 +28,12 @@ constexpr int kValueStrip = 4;
 #include "attend.inl"
 #include "dot_vnni.inl"
 
-} // namespace
+}  // namespace
 
-const Kernels kAvx512Vnni = {"avx512vnni", kMaxRowBlock, dot, finish, normalise, quantise, gate, dense, attend};
+const Kernels kAvx512Vnni = {"avx512vnni", kMaxRowBlock, dot,   finish, normalise,
+                             quantise,     gate,         dense, attend};
 
-} // namespace bitdraft
+}  // namespace bitdraft
 
 #if defined(__clang__)
 #pragma clang attribute pop

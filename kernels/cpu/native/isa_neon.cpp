@@ -18,7 +18,8 @@
 namespace bitdraft {
 namespace {
 
-constexpr int kDenseAccumulators = 6; // of 8 groups of four registers
+constexpr int kDenseAccumulators = 6;  // of 8 groups of four registers
+constexpr int kScoreQueries = 1;
 constexpr int kValueStrip = 1;
 
 #include "simd_generic.inl"
@@ -27,11 +28,11 @@ constexpr int kValueStrip = 1;
 #include "attend.inl"
 #include "dot_neon.inl"
 
-} // namespace
+}  // namespace
 
 const Kernels kNeonDot = {"neondot", 8, dot, finish, normalise, quantise, gate, dense, attend};
 
-} // namespace bitdraft
+}  // namespace bitdraft
 
 #if defined(__clang__)
 #pragma clang attribute pop

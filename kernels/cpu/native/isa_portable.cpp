@@ -12,6 +12,7 @@ namespace bitdraft {
 namespace {
 
 constexpr int kDenseAccumulators = 4;
+constexpr int kScoreQueries = 1;
 constexpr int kValueStrip = 1;
 
 #include "simd_generic.inl"
@@ -20,8 +21,8 @@ constexpr int kValueStrip = 1;
 #include "attend.inl"
 #include "dot_generic.inl"
 
-} // namespace
+}  // namespace
 
 const Kernels kPortable = {"portable", 8, dot, finish, normalise, quantise, gate, dense, attend};
 
-} // namespace bitdraft
+}  // namespace bitdraft

@@ -15,68 +15,80 @@
 
 namespace bitdraft {
 
-constexpr int kTile = 16;          // outputs a tile, inputs a block
-constexpr int kBlockBytes = 64;    // packed bytes of a (tile, block)
-constexpr int kPairOutputs = 32;   // outputs of one call of `dot`
+constexpr int kTile = 16;         // outputs a tile, inputs a block
+constexpr int kBlockBytes = 64;   // packed bytes of a (tile, block)
+constexpr int kPairOutputs = 32;  // outputs of one call of `dot`
 constexpr int kMaxRowBlock = 12;
-constexpr int kSmallRows = 8;      // rows up to which dense products are row-independent by bits
+constexpr int kSmallRows = 8;  // rows up to which dense products are row-independent by bits
 constexpr int kMaxHeadDim = 512;
+constexpr int kMaxQueries = 16;  // of one call of `attend`
+constexpr int kKeyBlock = 32;    // keys and values that stay in the first cache while queries share them
 
 enum class Epilogue : int { none = 0, relu2_mul = 1, silu_mul = 2 };
 
 inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
+// The product of a pair of tiles with a block of rows.
+struct Dot {
+  const uint8_t* tile0;
+  const uint8_t* tile1;
+  int64_t blocks;  // of 16 inputs
+  // From a tile to the one that will be read next in its place, which is fetched into the cache
+  // meanwhile: two interleaved streams are more than the processor foresees by itself.
+  int64_t ahead;
+  const int8_t* x;  // one block of packed rows
+  int32_t* raw;     // [rows][32]: sums of code * x
+};
+
 // How the raw sums of a pair of tiles become outputs; pointers are to the tiles' first outputs.
 struct Finish {
-  const int32_t* raw;  // [rows][32], sums of code * x
-  const int32_t* sums; // [rows], sum of x: taken off because a code is its weight plus one
-  const float* s;      // [rows], quantisation factors
-  const float* scale0; // scales of both tiles' outputs
+  const int32_t* raw;   // [rows][32], sums of code * x
+  const int32_t* sums;  // [rows], sum of x: taken off because a code is its weight plus one
+  const float* s;       // [rows], quantisation factors
+  const float* scale0;  // scales of both tiles' outputs
   const float* scale1;
-  int valid0; // outputs of each tile that exist, 0..16
+  int valid0;  // outputs of each tile that exist, 0..16
   int valid1;
-  Epilogue epilogue; // other than none: tile 0 is the gate, tile 1 the up part, out0 the result
-  float* out0;       // row r at out0 + r * out_stride
+  Epilogue epilogue;  // other than none: tile 0 is the gate, tile 1 the up part, out0 the result
+  float* out0;        // row r at out0 + r * out_stride
   float* out1;
   int64_t out_stride;
-  const float* residual0; // as out0 and out1, or null
+  const float* residual0;  // as out0 and out1, or null
   const float* residual1;
   int64_t residual_stride;
 };
 
 // Queries that share one key/value head. Query i attends keys 0..lengths[i]-1.
 struct Attend {
-  const float* queries; // [count][padded], rotated, scaled, zero-padded to a multiple of 16
-  const int* lengths;   // [count]
-  float* const* out;    // [count] pointers to d floats
-  const float* keys;    // [capacity][d]
+  const float* queries;  // [count][padded], rotated, scaled, zero-padded to a multiple of 16
+  const int* lengths;    // [count]
+  float* const* out;     // [count] pointers to d floats
+  const float* keys;     // [capacity][d]
   const float* values;
   int count;
   int d;
   int padded;
-  float* scores; // [count][score_stride], score_stride a multiple of 16
+  float* scores;  // [count][score_stride], score_stride a multiple of 16
   int64_t score_stride;
 };
 
 // Rows times rows of a float matrix, float32 accumulation.
 struct Dense {
-  const float* x; // [rows][k_padded], zero-padded
+  const float* x;  // [rows][k_padded], zero-padded
   int64_t k_padded;
-  int rows;            // 1..8
-  const void* weights; // [n][k]
+  int rows;             // 1..8
+  const void* weights;  // [n][k]
   bool bfloat16;
   int64_t n, k;
-  float* out; // [rows][out_stride]
+  float* out;  // [rows][out_stride]
   int64_t out_stride;
 };
 
 struct Kernels {
   const char* name;
-  int row_block; // rows of a block of packed activations when there are more than kSmallRows
+  int row_block;  // rows of a block of packed activations when there are more than kSmallRows
 
-  // raw[r][0..15] and [16..31]: sums of code * x over two tiles. rows <= max(row_block, kSmallRows).
-  void (*dot)(int rows, const uint8_t* tile0, const uint8_t* tile1, const int8_t* x, int64_t blocks,
-              int32_t* raw);
+  void (*dot)(int rows, const Dot& d);
   void (*finish)(int rows, const Finish& f);
   // RMSNorm of a row of k floats; `weight` holds k floats.
   void (*normalise)(const float* x, const float* weight, float eps, int64_t k, float* out);
@@ -88,9 +100,9 @@ struct Kernels {
   void (*attend)(const Attend& args);
 };
 
-const Kernels& kernels();                // the chosen set
-std::vector<std::string> available_isas(); // best first
-void select_isa(const std::string& name);  // throws std::invalid_argument
+const Kernels& kernels();                   // the chosen set
+std::vector<std::string> available_isas();  // best first
+void select_isa(const std::string& name);   // throws std::invalid_argument
 
 extern const Kernels kPortable;
 #if defined(__x86_64__)
@@ -100,4 +112,4 @@ extern const Kernels kAvx2;
 extern const Kernels kNeonDot;
 #endif
 
-} // namespace bitdraft
+}  // namespace bitdraft

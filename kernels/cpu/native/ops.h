@@ -45,8 +45,8 @@ bool blas_installed();
 
 // From here on: shared by the operations' implementations.
 
-// Codes times rows from which a helper thread pays for being woken.
-constexpr int64_t kParallelWork = 512 * 1024;
+// Bytes of codes times rows from which a helper thread pays for being woken.
+constexpr int64_t kParallelWork = 1024 * 1024;
 // Float multiplications from which it does, in attention and elementwise work.
 constexpr int64_t kParallelFlops = 256 * 1024;
 
@@ -56,7 +56,9 @@ inline void require(bool holds, const char* message) {
   }
 }
 
-inline mx::array as_float(const mx::array& a) { return a.dtype() == mx::float32 ? a : mx::astype(a, mx::float32); }
+inline mx::array as_float(const mx::array& a) {
+  return a.dtype() == mx::float32 ? a : mx::astype(a, mx::float32);
+}
 
 // A matrix of any strides, as slices and transposes leave them.
 template <class T>
@@ -65,7 +67,11 @@ struct Matrix {
   int64_t rows, cols, row_stride, col_stride;
 
   explicit Matrix(const mx::array& a)
-      : data(a.data<T>()), rows(a.shape(0)), cols(a.shape(1)), row_stride(a.strides(0)), col_stride(a.strides(1)) {}
+      : data(a.data<T>()),
+        rows(a.shape(0)),
+        cols(a.shape(1)),
+        row_stride(a.strides(0)),
+        col_stride(a.strides(1)) {}
 
   // A contiguous row; `space` holds `cols` values and is used when the row is not contiguous yet.
   const T* row(int64_t r, T* space) const {
@@ -126,4 +132,4 @@ class CpuPrimitive : public mx::Primitive {
 
 inline mx::Stream cpu_stream() { return mx::default_stream(mx::Device(mx::Device::cpu)); }
 
-} // namespace bitdraft
+}  // namespace bitdraft

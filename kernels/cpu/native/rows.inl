@@ -21,7 +21,7 @@ inline float max_lanes(F x) {
 inline F exp_lanes(F x) {
   x = max(set1(-87.0f), min(x, set1(88.0f)));
   const F n = round_even(x * set1(1.44269504088896341f));
-  F r = fma(n, set1(-0.693359375f), x); // ln 2 in two parts, the first with few bits: n * it is exact
+  F r = fma(n, set1(-0.693359375f), x);  // ln 2 in two parts, the first with few bits: n * it is exact
   r = fma(n, set1(2.12194440e-4f), r);
   F p = set1(1.0f / 720);
   p = fma(p, r, set1(1.0f / 120));
@@ -100,23 +100,17 @@ float quantise(const float* x, int64_t k, int8_t* q) {
 }
 
 inline F load_valid(const float* p, int valid) { return valid == 16 ? load(p) : load_part(p, valid); }
-inline void store_valid(float* p, F x, int valid) {
-  valid == 16 ? store(p, x) : store_part(p, x, valid);
-}
+inline void store_valid(float* p, F x, int valid) { valid == 16 ? store(p, x) : store_part(p, x, valid); }
 
 // y = float(sum) * (scale / s): the division first and no fused rounding, as the reference has it.
 void finish(int rows, const Finish& f) {
   const F scale0 = load_valid(f.scale0, f.valid0);
   const F scale1 = load_valid(f.scale1, f.valid1);
-  alignas(64) int32_t exact[32];
   for (int r = 0; r < rows; r++) {
     const int32_t* raw = f.raw + r * kPairOutputs;
-    for (int j = 0; j < kPairOutputs; j++) {
-      exact[j] = raw[j] - f.sums[r];
-    }
     const F s = set1(f.s[r]);
-    F y0 = from_int(exact) * (scale0 / s);
-    F y1 = from_int(exact + 16) * (scale1 / s);
+    F y0 = from_int(raw, f.sums[r]) * (scale0 / s);
+    F y1 = from_int(raw + 16, f.sums[r]) * (scale1 / s);
     if (f.epilogue != Epilogue::none) {
       y0 = gate_lanes(f.epilogue, y0, y1);
     }

@@ -36,10 +36,13 @@ inline F abs(F x) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
 }
-inline __m256 int_to_float(const int32_t* p) {
-  return _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+inline __m256 half_from_int(const int32_t* p, int32_t minus) {
+  const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm256_cvtepi32_ps(_mm256_sub_epi32(v, _mm256_set1_epi32(minus)));
 }
-inline F from_int(const int32_t* p) { return {int_to_float(p), int_to_float(p + 8)}; }
+inline F from_int(const int32_t* p, int32_t minus) {
+  return {half_from_int(p, minus), half_from_int(p + 8, minus)};
+}
 inline __m256 half_pow2(__m256 n) {
   const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
   return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
@@ -51,24 +54,26 @@ inline F round_even(F x) {
 }
 inline void store_i8(int8_t* p, F x) {
   const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
-  const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8); // packs works within 128-bit halves
-  const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
+  const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);  // packs works within 128-bit halves
+  const __m128i bytes =
+      _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }
 
 inline __m256 half_reduce4(__m256 a, __m256 b, __m256 c, __m256 d) {
   const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
   const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
-  return _mm256_add_ps(
-      _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(ab), _mm256_castps_pd(cd))),
-      _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(ab), _mm256_castps_pd(cd))));
+  return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(ab), _mm256_castps_pd(cd))),
+                       _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(ab), _mm256_castps_pd(cd))));
 }
 inline F reduce4(F a, F b, F c, F d) {
   return {half_reduce4(a.a, b.a, c.a, d.a), half_reduce4(a.b, b.b, c.b, d.b)};
 }
 inline __m256 fold_two(F x, F y) {
-  const __m256 first = _mm256_add_ps(_mm256_permute2f128_ps(x.a, y.a, 0x20), _mm256_permute2f128_ps(x.a, y.a, 0x31));
-  const __m256 second = _mm256_add_ps(_mm256_permute2f128_ps(x.b, y.b, 0x20), _mm256_permute2f128_ps(x.b, y.b, 0x31));
+  const __m256 first =
+      _mm256_add_ps(_mm256_permute2f128_ps(x.a, y.a, 0x20), _mm256_permute2f128_ps(x.a, y.a, 0x31));
+  const __m256 second =
+      _mm256_add_ps(_mm256_permute2f128_ps(x.b, y.b, 0x20), _mm256_permute2f128_ps(x.b, y.b, 0x31));
   return _mm256_add_ps(first, second);
 }
 inline F reduce_groups(F x, F y, F z, F w) { return {fold_two(x, y), fold_two(z, w)}; }

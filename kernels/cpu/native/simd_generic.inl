@@ -18,7 +18,8 @@ inline Quad load_quad(const float* p) {
 }
 inline Quad quad(float x) { return Quad{x, x, x, x}; }
 inline Quad select(IntQuad mask, Quad yes, Quad no) {
-  return reinterpret_cast<Quad>((mask & reinterpret_cast<IntQuad>(yes)) | (~mask & reinterpret_cast<IntQuad>(no)));
+  return reinterpret_cast<Quad>((mask & reinterpret_cast<IntQuad>(yes)) |
+                                (~mask & reinterpret_cast<IntQuad>(no)));
 }
 
 inline F load(const float* p) {
@@ -53,7 +54,8 @@ inline F operator/(F a, F b) {
 }
 inline F fma(F a, F b, F c) {
 #if defined(__aarch64__)
-  return each([&](int i) { return Quad(vfmaq_f32(float32x4_t(c.q[i]), float32x4_t(a.q[i]), float32x4_t(b.q[i]))); });
+  return each(
+      [&](int i) { return Quad(vfmaq_f32(float32x4_t(c.q[i]), float32x4_t(a.q[i]), float32x4_t(b.q[i]))); });
 #else
   return each([&](int i) { return a.q[i] * b.q[i] + c.q[i]; });
 #endif
@@ -67,17 +69,16 @@ inline F min(F a, F b) {
 inline F abs(F a) {
   return each([&](int i) { return reinterpret_cast<Quad>(reinterpret_cast<IntQuad>(a.q[i]) & 0x7fffffff); });
 }
-inline F from_int(const int32_t* p) {
+inline F from_int(const int32_t* p, int32_t minus) {
   return each([&](int i) {
     IntQuad q;
     std::memcpy(&q, p + 4 * i, sizeof(q));
-    return __builtin_convertvector(q, Quad);
+    return __builtin_convertvector(q - minus, Quad);
   });
 }
 inline F pow2(F n) {
-  return each([&](int i) {
-    return reinterpret_cast<Quad>((__builtin_convertvector(n.q[i], IntQuad) + 127) << 23);
-  });
+  return each(
+      [&](int i) { return reinterpret_cast<Quad>((__builtin_convertvector(n.q[i], IntQuad) + 127) << 23); });
 }
 // Adding 1.5 * 2^23 leaves no bits for a fraction, so the addition itself rounds half to even.
 inline F round_even(F a) {

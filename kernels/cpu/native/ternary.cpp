@@ -40,7 +40,7 @@ struct RowBlocks {
 struct Activations {
   RowBlocks blocks;
   int64_t k;
-  int64_t padded; // k rounded up to a block
+  int64_t padded;  // k rounded up to a block
   int8_t* packed;
   int32_t* sums;
   float* s;
@@ -76,8 +76,7 @@ struct Activations {
 template <class Body>
 void for_rows(int64_t rows, int64_t k, Body&& body) {
   const int64_t chunks = rows * k < kParallelFlops ? 1 : std::min<int64_t>(rows, 4 * threads());
-  parallel_for(static_cast<int>(chunks),
-               [&](int c) { body(c * rows / chunks, (c + 1) * rows / chunks); });
+  parallel_for(static_cast<int>(chunks), [&](int c) { body(c * rows / chunks, (c + 1) * rows / chunks); });
 }
 
 // x -> [norm ->] int8, for each row; put(row, q, s) gets `padded` values, zero from k on.
@@ -104,7 +103,7 @@ struct Product {
   const float* scale;
   int64_t n;
   Epilogue epilogue;
-  const float* residual; // contiguous rows of the output's width, or null
+  const float* residual;  // contiguous rows of the output's width, or null
   int64_t residual_stride;
   float* out;
 };
@@ -135,7 +134,10 @@ void multiply(const Kernels& kernels, const Activations& x, const Product& p) {
     for (int64_t b = first_block; b < last_block; b++) {
       const int rows = x.blocks.size(b);
       const int64_t row = x.blocks.begin(b);
-      kernels.dot(rows, p.tiles + tile0 * tile_bytes, p.tiles + tile1 * tile_bytes, x.block(b), k_blocks, raw);
+      // The next pair is fetched once, while the first block of rows uses this one.
+      const int64_t ahead = b > first_block ? 0 : gated ? tile_bytes : 2 * tile_bytes;
+      kernels.dot(rows, Dot{p.tiles + tile0 * tile_bytes, p.tiles + tile1 * tile_bytes, k_blocks, ahead,
+                            x.block(b), raw});
       f.raw = raw;
       f.sums = x.sums + row;
       f.s = x.s + row;
@@ -155,7 +157,8 @@ void multiply(const Kernels& kernels, const Activations& x, const Product& p) {
   const bool parallel = tiles * tile_bytes * x.blocks.rows >= kParallelWork;
   const int64_t spans = parallel ? std::min<int64_t>(pairs, 8 * threads()) : 1;
   parallel_for(static_cast<int>(parallel ? spans * groups : 1), [&](int chunk) {
-    const int64_t first_group = parallel ? chunk / spans : 0, last_group = parallel ? first_group + 1 : groups;
+    const int64_t first_group = parallel ? chunk / spans : 0,
+                  last_group = parallel ? first_group + 1 : groups;
     const int64_t span = parallel ? chunk % spans : 0;
     for (int64_t g = first_group; g < last_group; g++) {
       for (int64_t pair = span * pairs / spans; pair < (span + 1) * pairs / spans; pair++) {
@@ -294,12 +297,12 @@ class TernaryLinear : public CpuPrimitive {
 void check_tiles(const mx::array& tiles, const mx::array& scale, int64_t k) {
   require(scale.dtype() == mx::float32 && scale.ndim() == 1, "a ternary weight's scale must be float32 [n]");
   require(tiles.dtype() == mx::uint8 && tiles.ndim() == 1 && k > 0 &&
-              static_cast<int64_t>(tiles.size()) ==
-                  round_up(static_cast<int64_t>(scale.size()), kTile) / kTile * (round_up(k, kTile) / kTile) * kBlockBytes,
+              static_cast<int64_t>(tiles.size()) == round_up(static_cast<int64_t>(scale.size()), kTile) /
+                                                        kTile * (round_up(k, kTile) / kTile) * kBlockBytes,
           "a ternary weight's data does not have the size that n and k ask for");
 }
 
-} // namespace
+}  // namespace
 
 mx::array pack_ternary(const int8_t* ternary, int64_t n, int64_t k) {
   uint8_t wrong = 0;
@@ -332,7 +335,8 @@ mx::array pack_ternary(const int8_t* ternary, int64_t n, int64_t k) {
         const int64_t row = int64_t{tile} * kTile + j;
         int8_t weights[kTile] = {};
         if (row < n) {
-          std::memcpy(weights, ternary + row * k + b * kTile, static_cast<size_t>(std::min<int64_t>(kTile, k - b * kTile)));
+          std::memcpy(weights, ternary + row * k + b * kTile,
+                      static_cast<size_t>(std::min<int64_t>(kTile, k - b * kTile)));
         }
         uint8_t lane[4];
         for (int byte = 0; byte < 4; byte++) {
@@ -392,4 +396,4 @@ mx::array ternary_linear(const mx::array& x, const mx::array& tiles, const mx::a
                    std::move(inputs));
 }
 
-} // namespace bitdraft
+}  // namespace bitdraft

@@ -17,7 +17,7 @@
 namespace bitdraft {
 namespace {
 
-constexpr auto kSpin = std::chrono::microseconds(50); // longer than the gap between a layer's operations
+constexpr auto kSpin = std::chrono::microseconds(50);  // longer than the gap between a layer's operations
 constexpr int kMaxThreads = 256;
 
 inline void relax() {
@@ -86,7 +86,7 @@ class Pool {
       const uint32_t job = wait_for_job(last);
       last = job;
       if (index >= active_.load(std::memory_order_relaxed)) {
-        continue; // fewer threads are wanted now
+        continue;  // fewer threads are wanted now
       }
       while (claim_and_run(job)) {
         finished_.fetch_add(1, std::memory_order_acq_rel);
@@ -160,7 +160,7 @@ int default_threads() {
 
 std::atomic<int> thread_count{0};
 
-} // namespace
+}  // namespace
 
 int threads() {
   int count = thread_count.load(std::memory_order_relaxed);
@@ -171,7 +171,8 @@ int threads() {
 }
 
 void set_threads(int count) {
-  thread_count.store(count <= 0 ? default_threads() : std::min(count, kMaxThreads), std::memory_order_relaxed);
+  thread_count.store(count <= 0 ? default_threads() : std::min(count, kMaxThreads),
+                     std::memory_order_relaxed);
 }
 
 void detail::parallel_chunks(int chunks, ChunkFn fn, void* context) {
@@ -204,4 +205,4 @@ float* scratch_floats(int slot, int64_t count) {
   return s.data;
 }
 
-} // namespace bitdraft
+}  // namespace bitdraft

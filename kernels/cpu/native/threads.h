@@ -15,7 +15,7 @@ void set_threads(int count);
 namespace detail {
 using ChunkFn = void (*)(void* context, int chunk);
 void parallel_chunks(int chunks, ChunkFn fn, void* context);
-} // namespace detail
+}  // namespace detail
 
 // Calls body(chunk) once for every chunk in 0..chunks-1, in any order, on the caller and whatever
 // helpers are free. Body must not throw.
@@ -34,4 +34,4 @@ inline int8_t* scratch_bytes(int slot, int64_t count) {
   return reinterpret_cast<int8_t*>(scratch_floats(slot, (count + 3) / 4));
 }
 
-} // namespace bitdraft
+}  // namespace bitdraft

@@ -1,0 +1,54 @@
+import mlx.core as mx
+import numpy as np
+
+mlx_version: str
+
+def pack_ternary(ternary: np.ndarray) -> mx.array: ...
+def quantize_rows(x: mx.array, norm: mx.array | None, eps: float) -> list[mx.array]: ...
+def bitlinear(xq: mx.array, s: mx.array, tiles: mx.array, scale: mx.array, k: int) -> mx.array: ...
+def ternary_linear(
+    x: mx.array,
+    tiles: mx.array,
+    scale: mx.array,
+    k: int,
+    norm: mx.array | None,
+    eps: float,
+    epilogue: int,
+    residual: mx.array | None,
+) -> mx.array: ...
+def dense_linear(
+    x: mx.array,
+    weight: mx.array,
+    norm: mx.array | None,
+    eps: float,
+    epilogue: int,
+    residual: mx.array | None,
+) -> mx.array: ...
+def attention(
+    qkv: mx.array,
+    k_cache: mx.array,
+    v_cache: mx.array,
+    offset: int,
+    heads: int,
+    kv_heads: int,
+    inverse_frequency: mx.array,
+    scale: float,
+) -> list[mx.array]: ...
+def attention_batch(
+    qkv: mx.array,
+    k_cache: mx.array,
+    v_cache: mx.array,
+    positions: mx.array,
+    heads: int,
+    kv_heads: int,
+    inverse_frequency: mx.array,
+    scale: float,
+) -> list[mx.array]: ...
+def isa() -> str: ...
+def available_isas() -> list[str]: ...
+def select_isa(name: str) -> None: ...
+def threads() -> int: ...
+def set_threads(count: int) -> None: ...
+def parallel_sum(chunks: int) -> int: ...
+def install_blas(path: str) -> int: ...
+def blas_installed() -> bool: ...

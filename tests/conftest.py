@@ -1,0 +1,93 @@
+"""Models and commands that several tests share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TEACHER = ROOT / "checkpoints" / "bitnet-smol-43m"
+
+Command = Callable[..., "Result"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def refused(self, program: str, *parts: str) -> None:
+        """Assert the form every bad input has: exit code 2 and one line that names the culprit."""
+        assert self.code == 2, (self.code, self.err)
+        lines = self.err.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith(f"{program}: error: "), self.err
+        for part in parts:
+            assert part in lines[0], lines[0]
+        assert self.out == ""
+
+
+def arguments(program: str, *options: object) -> list[str]:
+    """A command line that runs `decode` or `distill` of this checkout."""
+    start = f"import sys; sys.argv[0] = {program!r}; from {program}.cli import main; main()"
+    return [sys.executable, "-c", start, *map(str, options)]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """This process's, the checkout importable, the Hub out of reach."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "COLUMNS": "120", **variables}
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder commands run in: no drafts or datasets of the checkout's own runs/ can be found."""
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture(scope="session")
+def command(work: Path) -> Command:
+    def run(program: str, *options: object, stdin: str | bytes = b"", **variables: str) -> Result:
+        done = subprocess.run(
+            arguments(program, *options),
+            input=stdin.encode() if isinstance(stdin, str) else stdin,
+            capture_output=True,
+            cwd=work,
+            env=environment(**variables),
+            timeout=120,
+        )
+        return Result(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def weak_draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random draft for the embedded teacher: almost nothing it proposes is accepted."""
+    from distill import draft
+    from distill.draft_config import DraftConfig
+
+    folder = tmp_path_factory.mktemp("drafts") / "weak"
+    config = DraftConfig.for_teacher(TEACHER, layers=1, hidden=64)
+    draft.save(folder, draft.create(config, seed=0), config, TEACHER, {"complete": True})
+    return folder
+
+
+def changed_copy(source: Path, target: Path, **replaced: bytes | None) -> Path:
+    """A model folder of links to another's files; `name__ext=content` replaces or (None) leaves out a file."""
+    target.mkdir(parents=True)
+    new = {name.replace("__", "."): content for name, content in replaced.items()}
+    for file in source.iterdir():
+        if file.name not in new:
+            (target / file.name).symlink_to(file)
+    for name, content in new.items():
+        if content is not None:
+            (target / name).write_bytes(content)
+    return target

@@ -1,0 +1,333 @@
+"""Speculative decoding says what the teacher says, and counts honestly."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from conftest import ROOT, TEACHER, environment
+from decode.checkpoint import find_model, find_teacher
+from decode.engine import ModelDrafter, Round, generate, margin_at
+from decode.model import Transformer
+from decode.prompts import Tokenizer, make_prompt
+from decode.sampling import Sampling
+from decode.session import Session
+from decode.statistics import Tally
+from kernels import UserError
+
+TEXTS = (
+    "Explain in two sentences why the sky is blue.",
+    "The old man",
+    "Write a Python function that adds two numbers.",
+    "1, 2, 3, 4, 5,",
+)
+NEVER: frozenset[int] = frozenset()
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Transformer:
+    return find_teacher(None).load()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(TEACHER)
+
+
+@pytest.fixture(scope="module")
+def weak(weak_draft: Path) -> Transformer:
+    return find_model(str(weak_draft), "--draft").load()
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer: Tokenizer) -> list[list[int]]:
+    return [tokenizer.encode_prompt(make_prompt(text, "1"), raw=i % 2 == 1) for i, text in enumerate(TEXTS)]
+
+
+def speak(
+    teacher: Transformer,
+    prompt: list[int],
+    draft: Transformer | None = None,
+    *,
+    k: int = 0,
+    max_tokens: int = 40,
+    end_tokens: frozenset[int] = NEVER,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+) -> list[Round]:
+    sampling = sampling or Sampling()
+    drafter = ModelDrafter(draft, sampling, end_tokens, seed) if draft else None
+    return list(
+        generate(
+            teacher,
+            prompt,
+            max_tokens=max_tokens,
+            end_tokens=end_tokens,
+            drafter=drafter,
+            k=k,
+            sampling=sampling,
+            seed=seed,
+        )
+    )
+
+
+def said(rounds: list[Round]) -> list[int]:
+    return [token for step in rounds for token in step.tokens]
+
+
+class Oracle:
+    """A drafter that knows the reply, and errs at chosen places of it."""
+
+    def __init__(self, teacher: Transformer, prompt: list[int], reply: list[int], wrong: set[int]) -> None:
+        self.model, self.prompt, self.wrong = teacher, len(prompt), wrong
+        self.reply = [token + 1 if i in wrong else token for i, token in enumerate(reply)]
+        self.asked: list[int] = []
+
+    def start(self, prompt: list[int]) -> None:
+        self.truth = prompt
+
+    def propose(self, sequence: list[int], k: int) -> tuple[list[int], np.ndarray]:
+        at = len(sequence) - self.prompt
+        self.asked.append(k)
+        return self.reply[at : at + k], np.empty(0)
+
+    def confirm(self, sequence: list[int], accepted: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 6, 7, 8, 12])
+def test_greedy_speculation_changes_nothing(
+    teacher: Transformer, weak: Transformer, prompts: list[list[int]], k: int
+) -> None:
+    for prompt in prompts[: 4 if k in (3, 8) else 2]:
+        plain = said(speak(teacher, prompt))
+        assert len(plain) == 40
+        assert said(speak(teacher, prompt, weak, k=k)) == plain
+
+
+@pytest.mark.parametrize("k", [1, 3, 7, 12])
+def test_partly_right_drafts_change_nothing(teacher: Transformer, prompts: list[list[int]], k: int) -> None:
+    """Rounds that accept some and reject others are where a cache rewound wrongly shows."""
+    plain = said(speak(teacher, prompts[0], max_tokens=60))
+    wrong = set(np.random.default_rng(k).choice(60, 15, replace=False).tolist())
+    oracle = Oracle(teacher, prompts[0], plain, wrong)
+    rounds = list(
+        generate(teacher, prompts[0], max_tokens=60, end_tokens=NEVER, drafter=oracle, k=k)  # type: ignore[arg-type]
+    )
+    assert said(rounds) == plain
+    assert 0 < sum(r.accepted for r in rounds) < sum(r.drafted for r in rounds)
+    for step in rounds:
+        assert len(step.tokens) == step.accepted + 1 and step.accepted <= step.drafted <= k
+
+
+def test_the_teacher_as_its_own_draft_accepts_everything(teacher: Transformer, prompts: list[list[int]]) -> None:
+    for k, prompt in zip((1, 3, 8, 12), prompts, strict=True):
+        tally = Tally()
+        rounds = speak(teacher, prompt, teacher, k=k, max_tokens=50)
+        for step in rounds:
+            tally.add(step)
+        assert tally.acceptance_rate == 1.0 and tally.drafted > 0
+        # Full rounds emit k + 1 tokens; nothing is drafted for the place of the very last token.
+        assert [len(step.tokens) for step in rounds[:-1]] == [k + 1] * (len(rounds) - 1)
+        assert tally.tokens == 50 and tally.accepted == 50 - len(rounds)
+
+
+def test_the_teacher_as_its_own_draft_when_sampling(teacher: Transformer, prompts: list[list[int]]) -> None:
+    rounds = speak(teacher, prompts[0], teacher, k=4, sampling=Sampling(1.0), seed=5)
+    assert sum(r.accepted for r in rounds) == sum(r.drafted for r in rounds) > 0
+
+
+def test_reference_kernels_are_lossless_too(weak_draft: Path) -> None:
+    """In a process of its own, as the backend is chosen once."""
+    script = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+from pathlib import Path
+from decode.checkpoint import find_model, find_teacher
+from decode.engine import ModelDrafter, generate
+from decode.sampling import Sampling
+from kernels import backend
+assert backend().NAME == "reference"
+teacher = find_teacher(None).load()
+draft = find_model({str(weak_draft)!r}, "--draft").load()
+prompt = list(range(100, 120))
+def say(drafter):
+    rounds = generate(teacher, prompt, max_tokens=12, end_tokens=frozenset(), drafter=drafter, k=3)
+    return [token for step in rounds for token in step.tokens]
+plain = say(None)
+assert len(plain) == 12
+for model in (draft, teacher):
+    assert say(ModelDrafter(model, Sampling(), frozenset(), 0)) == plain
+print("same")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment(BITDRAFT_KERNELS="reference"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout == "same\n", done.stderr
+
+
+def test_end_token_stops_and_nothing_behind_it_counts(teacher: Transformer, prompts: list[list[int]]) -> None:
+    prompt = prompts[0]
+    plain = said(speak(teacher, prompt))
+    at = next(i for i in range(6, 40) if plain[i] not in plain[:i])
+    ends = frozenset({plain[at]})
+    assert said(speak(teacher, prompt, end_tokens=ends)) == plain[: at + 1]
+
+    # A drafter that goes on behind the end: the round's proposals there count in neither number.
+    for k in (at, at + 1, at + 6):
+        rounds = list(
+            generate(
+                teacher,
+                prompt,
+                max_tokens=40,
+                end_tokens=ends,
+                drafter=Oracle(teacher, prompt, plain, set()),  # type: ignore[arg-type]
+                k=k,
+            )
+        )
+        assert said(rounds) == plain[: at + 1]
+        assert sum(r.drafted for r in rounds) == sum(r.accepted for r in rounds) == min(k, at + 1)
+
+    # The end token as the teacher's correction: the wrong proposal before it was drafted, those behind were not.
+    oracle = Oracle(teacher, prompt, plain, {at})
+    rounds = list(generate(teacher, prompt, max_tokens=40, end_tokens=ends, drafter=oracle, k=at + 6))  # type: ignore[arg-type]
+    assert said(rounds) == plain[: at + 1]
+    assert (rounds[0].drafted, rounds[0].accepted) == (at + 1, at)
+
+
+def test_a_model_drafter_stops_at_an_end_token(teacher: Transformer, prompts: list[list[int]]) -> None:
+    prompt = prompts[0]
+    plain = said(speak(teacher, prompt))
+    at = next(i for i in range(2, 40) if plain[i] not in plain[:i])
+    drafter = ModelDrafter(teacher, Sampling(), frozenset({plain[at]}), 0)
+    drafter.start(prompt)
+    assert drafter.propose(list(prompt), at + 5)[0] == plain[: at + 1]
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 3, 5, 8])
+def test_max_tokens_is_never_exceeded(teacher: Transformer, prompts: list[list[int]], max_tokens: int) -> None:
+    plain = said(speak(teacher, prompts[0], max_tokens=max_tokens))
+    oracle = Oracle(teacher, prompts[0], said(speak(teacher, prompts[0])), set())
+    rounds = list(
+        generate(teacher, prompts[0], max_tokens=max_tokens, end_tokens=NEVER, drafter=oracle, k=4)  # type: ignore[arg-type]
+    )
+    assert said(rounds) == plain and len(plain) == max_tokens
+    # The last token of all is the teacher's own: a proposal for it could not have been emitted.
+    assert sum(r.drafted for r in rounds) == sum(r.accepted for r in rounds) == max_tokens - len(rounds)
+
+
+def test_the_context_ends_generation(teacher: Transformer, weak: Transformer) -> None:
+    prompt = np.random.default_rng(0).integers(3, 1000, teacher.context - 6).tolist()
+    plain = said(speak(teacher, prompt))
+    assert len(plain) == 6
+    assert said(speak(teacher, prompt, weak, k=4)) == plain
+
+
+def test_a_draft_with_a_shorter_context_falls_silent(
+    teacher: Transformer, weak: Transformer, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weak, "context", len(prompts[0]) + 10)
+    rounds = speak(teacher, prompts[0], weak, k=4)
+    assert said(rounds) == said(speak(teacher, prompts[0]))
+    assert 0 <= sum(r.drafted for r in rounds) <= 40
+
+
+def junk(cache_arrays: list[mx.array], offset: int) -> list[mx.array]:
+    """Arrays whose rows from `offset` on are finite nonsense, as a rewind leaves them."""
+    return [mx.concatenate([a[:, :offset], mx.full(a[:, offset:].shape, 1e4)], axis=1) for a in cache_arrays]
+
+
+@pytest.mark.parametrize("prefix", [1, 7, 64, 255, 300])
+def test_rows_together_have_the_bits_of_rows_alone(teacher: Transformer, prefix: int) -> None:
+    tokens = np.random.default_rng(prefix).integers(3, 16000, prefix + 8).tolist()
+    cache = teacher.new_cache()
+    teacher.prefill(tokens[:prefix], cache)
+    alone = [np.array(teacher.step([token], cache)) for token in tokens[prefix:]]
+    for m in range(1, 9):
+        cache.offset = prefix  # what stands behind is junk now
+        if m % 2:
+            cache.keys, cache.values = junk(cache.keys, prefix), junk(cache.values, prefix)
+        together = np.array(teacher.step(tokens[prefix : prefix + m], cache))
+        assert cache.offset == prefix + m
+        assert together.dtype == np.float32 and together.shape == (m, teacher.vocab_size)
+        assert np.array_equal(together.view(np.uint32), np.concatenate(alone[:m]).view(np.uint32)), m
+
+
+def test_margin(teacher: Transformer, prompts: list[list[int]]) -> None:
+    plain = said(speak(teacher, prompts[0], max_tokens=4))
+    cache = teacher.new_cache()
+    teacher.prefill(prompts[0][:-1], cache)
+    logits = np.sort(np.array(teacher.step([prompts[0][-1], *plain[:2]], cache))[-1])
+    assert margin_at(teacher, prompts[0], plain[:2]) == pytest.approx(logits[-1] - logits[-2])
+
+
+def test_sampling_follows_the_seed(teacher: Transformer, weak: Transformer, prompts: list[list[int]]) -> None:
+    sampling = Sampling(1.0, top_p=0.95)
+    replies = [said(speak(teacher, prompts[1], weak, k=3, sampling=sampling, seed=seed)) for seed in (1, 1, 2)]
+    assert replies[0] == replies[1] != replies[2]
+
+
+# --- sessions
+
+
+@pytest.fixture(scope="module")
+def session(weak_draft: Path) -> Session:
+    return Session(find_teacher(None), find_model(str(weak_draft), "--draft"), k=3, max_tokens=24)
+
+
+def test_report(session: Session) -> None:
+    prompts = [make_prompt(text, str(i)) for i, text in enumerate(TEXTS[:2])]
+    encoded = session.encode(prompts)
+    pairs = list(zip(prompts, encoded, strict=True))
+    outputs = [session.answer(p, ids, i, speculative=True) for i, (p, ids) in enumerate(pairs)]
+    baselines = [session.answer(p, ids, i, speculative=False) for i, (p, ids) in enumerate(pairs)]
+    report = session.report(outputs, baselines)
+    assert report["identical"] is True and all(entry["identical"] for entry in report["outputs"])
+    assert report["tokens"] == sum(len(entry["token_ids"]) for entry in report["outputs"])
+    assert report["drafted"] == sum(entry["drafted"] for entry in report["outputs"])
+    assert report["acceptance_rate"] == report["accepted"] / report["drafted"]
+    assert report["speedup"] == pytest.approx(report["tok_per_s"] / report["baseline_tok_per_s"])
+
+    baselines[0].tokens = [*baselines[0].tokens[:5], 7, *baselines[0].tokens[6:]]
+    broken = session.report(outputs, baselines)
+    assert broken["identical"] is False
+    assert [entry["identical"] for entry in broken["outputs"]] == [False, True]
+    assert broken["outputs"][0]["first_difference"] == 5
+    assert broken["outputs"][0]["logit_margin"] > 0
+
+
+def test_finish_reason_and_streamed_text(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = make_prompt(TEXTS[0], "1")
+    (ids,) = session.encode([prompt])
+    shown: list[str] = []
+    whole = session.answer(prompt, ids, 0, speculative=True, show=shown.append)
+    assert whole.finish_reason == "length" and len(whole.tokens) == 24
+    assert "".join(shown) == session.tokenizer.decode(whole.tokens)
+    at = next(i for i in range(3, 24) if whole.tokens[i] not in whole.tokens[:i])
+    monkeypatch.setattr(session.tokenizer, "end_tokens", frozenset({whole.tokens[at]}))
+    ended = session.answer(prompt, ids, 0, speculative=True)
+    assert ended.finish_reason == "stop" and ended.tokens == whole.tokens[: at + 1]
+
+
+def test_prompts_are_checked_before_the_first_is_answered(session: Session) -> None:
+    long = make_prompt("word " * 5000, "long-one")
+    with pytest.raises(UserError, match=r"prompt long-one: 50\d\d tokens .* context of 2048"):
+        session.encode([make_prompt("short", "1"), long])
+
+
+def test_bad_sessions(weak_draft: Path) -> None:
+    draft = find_model(str(weak_draft), "--draft")
+    for k in (0, -1):
+        with pytest.raises(UserError, match=f"--k {k}"):
+            Session(find_teacher(None), draft, k=k)
+    with pytest.raises(UserError, match="--max-tokens 0"):
+        Session(find_teacher(None), max_tokens=0)

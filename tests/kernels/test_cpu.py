@@ -1,0 +1,404 @@
+"""The native CPU backend against the reference, for every instruction set of this processor."""
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from kernels import reference
+from kernels.reference import AttentionShape, DenseWeight, Epilogue, TernaryWeight
+
+if platform.system() != "Linux":
+    pytest.skip("the native CPU backend is built on Linux only", allow_module_level=True)
+
+from kernels import cpu
+from kernels.cpu import _native
+
+EPILOGUES: list[Epilogue | None] = [None, "relu2_mul", "silu_mul"]
+# Shapes of the embedded teacher (fused QKV, output, fused gate and up, down), and odd ones: less than a
+# tile, no whole tiles or blocks, gates whose halves are no whole tiles.
+SHAPES = [(960, 576), (576, 576), (3072, 576), (576, 1536), (12, 20), (33, 70), (40, 1)]
+ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 64, 130]
+
+
+@pytest.fixture(params=_native.available_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _native.isa()
+    _native.select_isa(request.param)
+    yield request.param
+    _native.select_isa(before)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    _native.set_threads(request.param)
+    yield request.param
+    _native.set_threads(0)
+
+
+def same_bits(a: mx.array, b: mx.array) -> bool:
+    """Equality by bits: unlike `==`, it tells -0 from 0 and takes a NaN for itself."""
+    x, y = np.array(a), np.array(b)
+    return x.shape == y.shape and x.dtype == y.dtype and x.tobytes() == y.tobytes()
+
+
+def random_ternary(n: int, k: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng([seed, n, k])
+    return rng.integers(-1, 2, (n, k)).astype(np.int8), rng.uniform(0.01, 2, n).astype(np.float32)
+
+
+def normal(*shape: int, seed: int = 0) -> mx.array:
+    return mx.array(np.random.default_rng([seed, *shape]).normal(0, 1, shape).astype(np.float32))
+
+
+# BitLinear
+
+
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_bitlinear_equals_the_reference_by_bits(isa: str, threads: int, n: int, k: int) -> None:
+    ternary, scale = random_ternary(n, k)
+    ours, theirs = cpu.prepare_ternary(ternary, scale), reference.prepare_ternary(ternary, scale)
+    assert (ours.n, ours.k) == (n, k)
+    for m in ROWS:
+        xq, s = reference.quantize_rows(normal(m, k, seed=m))
+        assert same_bits(cpu.bitlinear(xq, s, ours), reference.bitlinear(xq, s, theirs)), m
+
+
+@pytest.mark.parametrize("m", [1, 3, 8, 13])
+@pytest.mark.parametrize("value", [127, -127, -128])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_the_largest_sums_do_not_overflow(isa: str, m: int, value: int, sign: int) -> None:
+    n, k = 48, 8192  # longer than any stretch of 16-bit sums
+    ternary = np.full((n, k), sign, np.int8)
+    xq = mx.full((m, k), value, mx.int8)
+    s = mx.full((m,), 3.0)
+    y = cpu.bitlinear(xq, s, cpu.prepare_ternary(ternary, np.ones(n, np.float32)))
+    expected = np.float32(sign * value * k) * (np.float32(1) / np.float32(3))
+    assert (np.array(y) == expected).all()
+
+
+def test_sums_are_exact_at_the_longest_k_that_the_definition_allows(isa: str) -> None:
+    k = 132_096
+    xq = mx.full((1, k), 127, mx.int8)
+    y = cpu.bitlinear(xq, mx.ones((1,)), cpu.prepare_ternary(np.ones((16, k), np.int8), np.ones(16, np.float32)))
+    assert (np.array(y) == 127 * k).all()
+
+
+def extreme_rows(k: int) -> mx.array:
+    rng = np.random.default_rng(k)
+    rows = rng.normal(0, 1, (8, k)).astype(np.float32)
+    rows[0] = 0
+    rows[1, k // 2] = 1e30  # all others round to zero
+    rows[2] = np.arange(k) % 254 - 126.5  # halves: s is nearly 1
+    rows[2, 0] = 127
+    rows[3] = np.where(np.arange(k) % 2, 127, -127)
+    rows[4] = 1e-7  # below the smallest divisor
+    rows[5] *= 1e-30
+    rows[6] = 3e38
+    rows[7, k - 1] = -1e4  # the largest magnitude is negative, and last
+    return mx.array(rows)
+
+
+@pytest.mark.parametrize("k", [1, 15, 16, 20, 63, 576, 1536])
+def test_quantised_rows_equal_the_reference_by_bits(isa: str, k: int) -> None:
+    for x in (extreme_rows(k), normal(40, k), normal(k, 9).T):  # the last is strided
+        ours, theirs = cpu.quantize_rows(x), reference.quantize_rows(x)
+        assert same_bits(ours[0], theirs[0])
+        assert same_bits(ours[1], theirs[1])
+
+
+def test_linear_without_a_norm_equals_the_reference_by_bits(isa: str, threads: int) -> None:
+    n, k = 3072, 576
+    ternary, scale = random_ternary(n, k)
+    ours, theirs = cpu.prepare_ternary(ternary, scale), reference.prepare_ternary(ternary, scale)
+    for x in (extreme_rows(k)[:6], normal(64, k)):
+        assert same_bits(cpu.linear(x, ours), reference.linear(x, theirs))
+        residual = normal(x.shape[0], n)
+        assert same_bits(cpu.linear(x, ours, residual=residual), reference.linear(x, theirs, residual=residual))
+        relu2: dict[str, Any] = {"epilogue": "relu2_mul"}
+        assert same_bits(cpu.linear(x, ours, **relu2), reference.linear(x, theirs, **relu2))
+
+
+def test_packing_refuses_what_is_not_ternary() -> None:
+    for wrong in (2, -2, 127, -128):
+        ternary = np.zeros((4, 20), np.int8)
+        ternary[3, 19] = wrong
+        with pytest.raises(ValueError, match="-1, 0 or 1"):
+            cpu.prepare_ternary(ternary, np.ones(4, np.float32))
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    weight = cpu.prepare_ternary(*random_ternary(32, 64))
+    with pytest.raises(ValueError, match="weight's k"):
+        cpu.linear(normal(1, 63), weight)
+    with pytest.raises(ValueError, match="residual"):
+        cpu.linear(normal(1, 64), weight, residual=normal(1, 31))
+    with pytest.raises(ValueError, match="size"):
+        cpu.linear(normal(1, 64), TernaryWeight(weight.data[:-1], weight.scale, 32, 64))
+    with pytest.raises(ValueError, match="even"):
+        cpu.linear(normal(1, 64), cpu.prepare_ternary(*random_ternary(33, 64)), epilogue="silu_mul")
+
+
+# The fused linear, ternary and dense
+
+
+def weights_of(kind: str, n: int, k: int) -> tuple[TernaryWeight | DenseWeight, TernaryWeight | DenseWeight]:
+    """Ours and the reference's."""
+    if kind == "ternary":
+        ternary, scale = random_ternary(n, k)
+        return cpu.prepare_ternary(ternary, scale), reference.prepare_ternary(ternary, scale)
+    data = normal(n, k, seed=3).astype(getattr(mx, kind))
+    return cpu.prepare_dense(data), reference.prepare_dense(data)
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("kind", ["ternary", "bfloat16", "float32"])
+@pytest.mark.parametrize(("n", "k"), [(960, 576), (36, 70), (2, 1)])
+def test_linear_gives_a_row_the_same_bits_alone_and_among_others(
+    isa: str, threads: int, kind: str, n: int, k: int, epilogue: Epilogue | None
+) -> None:
+    ours, theirs = weights_of(kind, n, k)
+    x, norm = normal(8, k), normal(k)
+    residual = normal(8, n if epilogue is None else n // 2, seed=5)
+    options: dict[str, Any] = {"norm": norm, "eps": 1e-5, "epilogue": epilogue}
+    alone = [cpu.linear(x[i : i + 1], ours, residual=residual[i : i + 1], **options) for i in range(8)]
+    for m in range(1, 9):
+        for first in {0, 8 - m}:
+            rows = slice(first, first + m)
+            together = cpu.linear(x[rows], ours, residual=residual[rows], **options)
+            assert same_bits(together, mx.concatenate(alone[rows])), (m, first)
+    expected = np.array(reference.linear(x, theirs, residual=residual, **options))
+    close_to_reference(np.concatenate([np.array(a) for a in alone]), expected, kind)
+
+
+def close_to_reference(y: np.ndarray, expected: np.ndarray, kind: str) -> None:
+    """Ternary products follow an int8 rounding, which may fall the other way after a norm that
+    differs in its last bit: one step of one input. Float ones are within float32's own error."""
+    top = np.abs(expected).max()
+    error = np.abs(y - expected).max() / top
+    assert error < (0.02 if kind == "ternary" else 1e-5), error
+    if kind == "ternary" and y.size > 1000:
+        assert np.median(np.abs(y - expected)) < 1e-6 * top
+
+
+@pytest.mark.parametrize("kind", ["ternary", "bfloat16", "float32"])
+@pytest.mark.parametrize("m", [9, 130])
+def test_many_rows_are_close_to_the_reference(isa: str, kind: str, m: int) -> None:
+    ours, theirs = weights_of(kind, 960, 576)
+    options: dict[str, Any] = {"norm": normal(576), "eps": 1e-5, "epilogue": "silu_mul", "residual": normal(m, 480)}
+    x = normal(m, 576)
+    y, expected = cpu.linear(x, ours, **options), reference.linear(x, theirs, **options)
+    close_to_reference(np.array(y), np.array(expected), kind)
+
+
+def test_inputs_may_be_slices_transposes_and_broadcasts(isa: str) -> None:
+    weight, _ = weights_of("ternary", 48, 64)
+    dense, _ = weights_of("bfloat16", 48, 64)
+    wide = normal(4, 200)
+    for x in (wide[:, 40:104], wide[:, :128:2], normal(64, 4).T, mx.broadcast_to(wide[:1, :64], (4, 64))):
+        for w in (weight, dense):
+            residual = normal(48, 4).T
+            copied = cpu.linear(mx.array(np.array(x)), w, residual=mx.array(np.array(residual)))
+            assert same_bits(cpu.linear(x, w, residual=residual), copied)
+
+
+# Attention
+
+
+def attention_shape(heads: int = 6, kv_heads: int = 2, d: int = 32) -> AttentionShape:
+    frequency = (1e4 ** (-np.arange(0, d, 2) / d)).astype(np.float32)
+    return AttentionShape(heads, kv_heads, d, mx.array(frequency))
+
+
+def caches(shape: AttentionShape, valid: int, capacity: int) -> tuple[mx.array, mx.array]:
+    """Caches with random rows below `valid` and NaN from there on."""
+    rng = np.random.default_rng(11)
+    filled = rng.normal(0, 1, (2, 2100, shape.kv_heads, shape.head_dim)).astype(np.float32)
+    out = np.full((2, shape.kv_heads, capacity, shape.head_dim), np.nan, np.float32)
+    out[:, :, :valid] = filled[:, :valid].transpose(0, 2, 1, 3)
+    return mx.array(out[0]), mx.array(out[1])
+
+
+def qkv_rows(shape: AttentionShape, m: int, seed: int = 0) -> mx.array:
+    return normal(m, (shape.heads + 2 * shape.kv_heads) * shape.head_dim, seed=seed)
+
+
+@pytest.mark.parametrize("keys", [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1000, 2048, 2050])
+def test_attention_gives_a_row_the_same_bits_alone_and_among_others(isa: str, threads: int, keys: int) -> None:
+    """Row i of a group attends `keys` + i keys; alone, in a cache of another capacity, it is the same."""
+    shape = attention_shape()
+    offset = keys - 1
+    qkv = qkv_rows(shape, 8)
+    alone = []
+    k_cache, v_cache = caches(shape, offset, offset + 8)
+    for i in range(8):
+        out, k_cache, v_cache = cpu.attention(qkv[i : i + 1], k_cache, v_cache, offset + i, shape)
+        alone.append(out)
+    assert np.isfinite(np.array(mx.concatenate(alone))).all()
+    for m in range(1, 9):
+        out, k_new, v_new = cpu.attention(qkv[:m], *caches(shape, offset, offset + m + 37 * m), offset, shape)
+        assert same_bits(out, mx.concatenate(alone[:m])), m
+        end = offset + m
+        assert same_bits(k_new[:, :end], k_cache[:, :end])
+        assert same_bits(v_new[:, :end], v_cache[:, :end])
+        assert np.isnan(np.array(k_new[:, end:])).all(), "spare room was written to"
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "d"), [(9, 3, 64), (20, 5, 128), (3, 1, 20), (4, 4, 2)])
+@pytest.mark.parametrize(("offset", "m"), [(0, 1), (0, 8), (3, 40), (100, 4), (1990, 5)])
+def test_attention_is_close_to_the_reference(isa: str, heads: int, kv_heads: int, d: int, offset: int, m: int) -> None:
+    shape = attention_shape(heads, kv_heads, d)
+    qkv = qkv_rows(shape, m)
+    ours = cpu.attention(qkv, *caches(shape, offset, offset + m + 3), offset, shape)
+    theirs = reference.attention(qkv, *caches(shape, offset, offset + m + 3), offset, shape)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-5, atol=2e-6)
+
+
+def test_large_scores_make_no_infinities(isa: str) -> None:
+    """A key that wins by hundreds: its value is the output, all others weigh nothing."""
+    shape = attention_shape(2, 1, 16)
+    k_cache, v_cache = caches(shape, 40, 60)
+    qkv = qkv_rows(shape, 1) * 300
+    out, _, _ = cpu.attention(qkv, k_cache, v_cache, 40, shape)
+    expected, _, _ = reference.attention(qkv, *caches(shape, 40, 60), 40, shape)
+    np.testing.assert_allclose(np.array(out), np.array(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_batched_attention_equals_each_sequence_alone_by_bits(isa: str, threads: int) -> None:
+    shape = attention_shape()
+    positions, capacity = [0, 1, 15, 16, 40, 255, 256, 699], 700
+    qkv = qkv_rows(shape, len(positions))
+    singles = [caches(shape, p, capacity) for p in positions]
+    k_all, v_all = (mx.stack([pair[i] for pair in singles]) for i in range(2))
+    out, k_new, v_new = cpu.attention_batch(qkv, k_all, v_all, mx.array(positions, mx.int32), shape)
+    for i, (position, (k, v)) in enumerate(zip(positions, singles, strict=True)):
+        alone, k, v = cpu.attention(qkv[i : i + 1], k, v, position, shape)
+        assert same_bits(out[i : i + 1], alone)
+        assert same_bits(k_new[i], k)
+        assert same_bits(v_new[i], v)
+
+
+def test_batched_attention_is_close_to_the_reference(isa: str) -> None:
+    shape, positions = attention_shape(9, 3, 64), mx.array([3, 99, 50], mx.int32)
+    k_cache, v_cache = normal(3, 3, 100, 64, seed=1), normal(3, 3, 100, 64, seed=2)
+    qkv = qkv_rows(shape, 3)
+    ours = cpu.attention_batch(qkv, k_cache, v_cache, positions, shape)
+    theirs = reference.attention_batch(qkv, k_cache, v_cache, positions, shape)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-5, atol=2e-6)
+
+
+def test_a_cache_that_someone_else_holds_is_not_overwritten() -> None:
+    shape = attention_shape()
+    k_cache, v_cache = caches(shape, 5, 9)
+    before = np.array(k_cache).tobytes(), np.array(v_cache).tobytes()
+    mx.eval(*cpu.attention(qkv_rows(shape, 2), k_cache, v_cache, 5, shape))
+    mx.eval(*cpu.attention(qkv_rows(shape, 2), k_cache[:, :8], v_cache[:, :8], 5, shape))
+    assert (np.array(k_cache).tobytes(), np.array(v_cache).tobytes()) == before
+
+
+def test_a_cache_of_our_own_is_updated_in_place() -> None:
+    """Twenty steps over a large cache must not copy it: no second one is ever allocated."""
+    shape = attention_shape(4, 4, 128)
+    k_cache, v_cache = mx.zeros((4, 8192, 128)), mx.zeros((4, 8192, 128))
+    qkv = qkv_rows(shape, 1)
+    mx.eval(k_cache, v_cache, qkv)
+    mx.reset_peak_memory()
+    base = mx.get_active_memory()
+    for step in range(20):
+        out, k_cache, v_cache = cpu.attention(qkv, k_cache, v_cache, step, shape)
+        mx.eval(out, k_cache, v_cache)
+    assert mx.get_peak_memory() - base < k_cache.nbytes / 2
+
+
+def test_rows_that_do_not_fit_the_cache_are_refused() -> None:
+    shape = attention_shape()
+    with pytest.raises(ValueError, match="fit the cache"):
+        cpu.attention(qkv_rows(shape, 2), *caches(shape, 8, 9), 8, shape)
+
+
+# Threads, processes, BLAS
+
+
+def test_results_from_several_streams_at_once_are_right() -> None:
+    weight, theirs = weights_of("ternary", 3072, 576)
+    x = normal(8, 576)
+    expected = reference.linear(x, theirs)
+    mx.eval(expected)
+    streams = [mx.new_stream(mx.cpu) for _ in range(3)]
+    results = []
+    for _ in range(20):
+        for stream in streams:
+            with mx.stream(stream):
+                results.append(cpu.linear(x, weight))
+    mx.eval(results)
+    assert all(same_bits(y, expected) for y in results)
+
+
+def test_a_forked_child_has_helpers_of_its_own() -> None:
+    """Helper threads do not survive a fork: the child must make new ones, and not wait for the old."""
+    script = """
+import os, signal
+from kernels.cpu import _native
+_native.set_threads(4)
+expected = sum(range(1, 2001))
+assert _native.parallel_sum(2000) == expected
+for _ in range(5):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        right = all(_native.parallel_sum(2000) == expected for _ in range(200))
+        os._exit(0 if right and len(os.listdir("/proc/self/task")) == 4 else 1)
+    assert os.waitpid(child, 0)[1] == 0
+assert _native.parallel_sum(2000) == expected
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_environment_variables_choose_instructions_and_threads() -> None:
+    script = "from kernels.cpu import _native; print(_native.isa(), _native.threads())"
+    environment = {**os.environ, "BITDRAFT_ISA": "portable", "BITDRAFT_THREADS": "3"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["portable", "3"]
+    with pytest.raises(ValueError, match="not available here"):
+        _native.select_isa("z80")
+
+
+def test_fast_blas_gives_the_same_products() -> None:
+    script = """
+import mlx.core as mx, numpy as np
+from kernels import cpu
+from kernels.cpu import _native
+rng = np.random.default_rng(0)
+pairs = [((m, 70), (70, n)) for m in (1, 2, 33) for n in (1, 2, 40)] + [((3, 5, 7), (3, 7, 6))]
+def products():
+    out = []
+    for left, right in pairs:
+        a, b = rng.normal(0, 1, left).astype(np.float32), rng.normal(0, 1, right).astype(np.float32)
+        x, y = mx.array(a), mx.array(b)
+        turned = mx.array(np.ascontiguousarray(np.swapaxes(b, -1, -2))).swapaxes(-1, -2)
+        left_turned = mx.array(np.ascontiguousarray(np.swapaxes(a, -1, -2))).swapaxes(-1, -2)
+        for got in (x @ y, x @ turned, left_turned @ y, left_turned @ turned):
+            np.testing.assert_allclose(np.array(got), a.astype(np.float64) @ b, rtol=1e-4, atol=1e-4)
+products()
+assert not _native.blas_installed()
+installed = cpu.use_fast_blas()
+assert installed == _native.blas_installed()
+assert cpu.use_fast_blas() == installed
+products()
+print(installed)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    try:
+        import scipy_openblas32  # noqa: F401
+    except ImportError:
+        assert done.stdout.strip() == "False"
+    else:
+        assert done.stdout.strip() == "True"
