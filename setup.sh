@@ -72,7 +72,7 @@ rm -rf "$venv"
 "$found" -m venv "$venv"
 say "installing (a minute or more; about 1 GB in $venv; details in $log)"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
-"$venv/bin/python" -m pip install --quiet --log "$log" --editable ".[$extras]"
+"$venv/bin/python" -m pip install -qq --progress-bar off --log "$log" --editable ".[$extras]"
 
 if [ "$extras" = cpu,dev ] && ! "$venv/bin/python" -c 'import kernels.cpu' 2>/dev/null; then
   say "the C++ extension was not built (no C++ compiler?): everything works, but slowly; see $log"

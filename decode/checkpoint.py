@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +37,7 @@ class Checkpoint:
 
         try:
             model, config = load_model(self.folder, lazy=True)
-            swap_bitlinear(model)
+            swap_bitlinear(model, config.get("quantization_config") or {})
             return Transformer(model, config)
         except UserError as error:
             raise UserError(f"{self.folder}: {error}") from None
@@ -109,8 +110,9 @@ def _made_for(draft_json: Path, teacher: Checkpoint) -> bool:
 
 def find_model(name: str, option: str) -> Checkpoint:
     """Resolve a path or a Hub name (`owner/name[@revision]`) to a checked model folder."""
-    folder = Path(name).expanduser()
-    if not folder.exists():
+    folder = Path(os.path.expanduser(name))  # noqa: PTH111  (Path.expanduser raises for an unknown ~user)
+    local = folder.exists()
+    if not local:
         folder = _from_hub(name, option)
     if not folder.is_dir():
         raise UserError(f"{option} {name}: not a folder")
@@ -123,7 +125,7 @@ def find_model(name: str, option: str) -> Checkpoint:
     _check_weights(folder)
     if not (folder / "tokenizer.json").exists():
         raise UserError(f"{folder}: tokenizer.json is missing")
-    return Checkpoint(folder, folder.resolve().name if Path(name).exists() else name, config)
+    return Checkpoint(folder, folder.resolve().name if local else name, config)
 
 
 def _from_hub(name: str, option: str) -> Path:

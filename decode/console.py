@@ -31,6 +31,10 @@ TeacherOption = Annotated[
 ]
 
 
+class Interrupted(Exception):
+    """Ctrl-C, with what the user should know of it."""
+
+
 def run(app: typer.Typer, name: str) -> None:
     """Run a command line: 0 done, 1 a check failed, 2 the user's input is at fault, 130 interrupted.
 
@@ -38,15 +42,13 @@ def run(app: typer.Typer, name: str) -> None:
     """
     _mend_streams()
     try:
-        app(prog_name=name, standalone_mode=False)
+        # typer swallows typer.Exit and KeyboardInterrupt, and returns their codes; no command returns a value.
+        code = app(prog_name=name, standalone_mode=False) or 0
     except UserError as error:
         fail(name, str(error))
-    except (typer.Abort, KeyboardInterrupt) as error:
-        detail = f": {error}" if str(error) else ""
-        print(f"\n{name}: interrupted{detail}", file=sys.stderr)
+    except (Interrupted, typer.Abort) as error:
+        print(f"\n{name}: interrupted{f': {error}' if str(error) else ''}", file=sys.stderr)
         raise SystemExit(130) from None
-    except typer.Exit as error:
-        raise SystemExit(error.exit_code) from None
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         fail(name, f"{where}{error.strerror or error}")
@@ -61,6 +63,9 @@ def run(app: typer.Typer, name: str) -> None:
         if isinstance(error, RuntimeError) and "llocate" in str(error):  # MLX: "Unable to allocate", "Failed to ..."
             fail(name, f"this needs more memory than there is ({error})")
         raise
+    if code == 130:
+        print(f"\n{name}: interrupted", file=sys.stderr)
+    raise SystemExit(code)
 
 
 def _mend_streams() -> None:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from decode.checkpoint import ROOT, RUNS, find_teacher
 from decode.console import (
+    Interrupted,
     JsonOption,
     QuietOption,
     SeedOption,
@@ -121,7 +122,7 @@ def collect(
         try:
             dataset = collector.run()
         except KeyboardInterrupt:
-            raise KeyboardInterrupt("finished shards are kept; the same command goes on from there") from None
+            raise Interrupted("finished shards are kept; the same command goes on from there") from None
         finally:
             bars.close()
         size = sum(entry.bytes for entry in dataset.shards)
@@ -242,7 +243,10 @@ def train(
         digest = sha256(name.encode()).hexdigest()[:8]
         out = RUNS / f"draft-{Path(checkpoint.name).name}-{layers}x{hidden}-{digest}"
     backend()  # hooks a fast BLAS into MLX on Linux CPUs
-    summary = run_training(data, checkpoint.folder, out, settings, quiet=quiet)
+    try:
+        summary = run_training(data, checkpoint.folder, out, settings, quiet=quiet)
+    except KeyboardInterrupt as error:
+        raise Interrupted(str(error)) from None
     facts = {name: str(value) if isinstance(value, Path) else value for name, value in vars(summary).items()}
     write_json(json_file, {"teacher": checkpoint.name, "data": str(data), **facts, "settings": asdict(settings)})
     say(quiet)(

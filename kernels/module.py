@@ -5,6 +5,8 @@ mlx-lm's BitLinear runs on Metal only and skips the int8 activations that BitNet
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -48,18 +50,23 @@ class BitLinear(nn.Module):
         return y.reshape(*x.shape[:-1], -1).astype(x.dtype)
 
 
-def swap_bitlinear(model: nn.Module) -> nn.Module:
-    """Replace every BitLinear of mlx-lm's in a loaded model by ours, in place."""
+def swap_bitlinear(model: nn.Module, quantization_config: dict[str, Any]) -> nn.Module:
+    """Replace every BitLinear of mlx-lm's in a loaded model by ours, in place.
+
+    quantization_config: as in config.json. Its `linear_class` alone says whether scales divide: mlx-lm
+    heeds it in a `llama`, but not in a `bitnet`.
+    """
     # Imported here because it brings transformers along: a second that `--help` need not wait for.
     from mlx_lm.models import bitlinear_layers
 
+    invert = quantization_config.get("linear_class") != "autobitlinear"
     ours: list[tuple[str, nn.Module]] = []
     leaves: list[tuple[str, nn.Module]] = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)  # type: ignore[assignment]
     for name, layer in leaves:
         if isinstance(layer, bitlinear_layers.BitLinear):
             if layer.bias is not None:
                 raise UserError(f"{name}: a BitLinear with a bias is not supported")
-            swapped = BitLinear(layer.weight, layer.weight_scale, invert_scale=layer.invert_weight_scales, name=name)
+            swapped = BitLinear(layer.weight, layer.weight_scale, invert_scale=invert, name=name)
             ours.append((name, swapped))
     model.update_modules(tree_unflatten(ours))
     return model

@@ -126,7 +126,8 @@ def linear(
             x = rms_norm(x, norm, eps)
         w = weight.data.astype(mx.float32).T
         # One row at a time: a library's product may round a row differently among others.
-        y = mx.concatenate([mx.matmul(row, w) for row in mx.split(x, x.shape[0])]) if x.shape[0] <= SMALL_ROWS else x @ w
+        rows = mx.split(x, x.shape[0]) if x.shape[0] <= SMALL_ROWS else [x]
+        y = mx.concatenate([mx.matmul(row, w) for row in rows])
     if epilogue is not None:
         gate, up = mx.split(y, 2, axis=-1)
         activated = mx.square(mx.maximum(gate, 0)) if epilogue == "relu2_mul" else gate * mx.sigmoid(gate)

@@ -6,23 +6,19 @@ inline __m512i broadcast4(const int8_t* x) {
   return _mm512_set1_epi32(four);
 }
 
-// Few rows: the codes are masked where they stand, so those of shift 2i count 4^i times. They have
-// accumulators of their own, whose sums (below 128 * 127 * k < 2^31, all multiples of 4^i) are
-// shifted back at the end. No shifts in the loop, and enough independent sums to hide latency.
-template <int M>
-void dot_masked(const Dot& d) {
+// One row: the codes are masked where they stand, so those of shift 2i count 4^i times. They have
+// accumulators of their own, whose sums (below 128 * 127 * k < 2^31, all multiples of 4^i) are shifted
+// back at the end. No shifts in the loop, and eight independent sums to hide latency.
+void dot_one(const Dot& d) {
   const __m512i mask[4] = {_mm512_set1_epi8(0x03), _mm512_set1_epi8(0x0c), _mm512_set1_epi8(0x30),
                            _mm512_set1_epi8(static_cast<char>(0xc0))};
-  __m512i sums[2][M][4];
-#pragma GCC unroll 32
-  for (int r = 0; r < M; r++) {
+  __m512i sums[2][4];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-      sums[0][r][i] = sums[1][r][i] = _mm512_setzero_si512();
-    }
+  for (int i = 0; i < 4; i++) {
+    sums[0][i] = sums[1][i] = _mm512_setzero_si512();
   }
   const int8_t* x = d.x;
-  for (int64_t b = 0; b < d.blocks; b++, x += 16 * M) {
+  for (int64_t b = 0; b < d.blocks; b++, x += 16) {
     const uint8_t *block0 = d.tile0 + b * kBlockBytes, *block1 = d.tile1 + b * kBlockBytes;
     __builtin_prefetch(block0 + d.ahead);
     __builtin_prefetch(block1 + d.ahead);
@@ -30,36 +26,32 @@ void dot_masked(const Dot& d) {
     const __m512i w1 = _mm512_loadu_si512(block1);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
-      const __m512i codes0 = _mm512_and_si512(w0, mask[i]);
-      const __m512i codes1 = _mm512_and_si512(w1, mask[i]);
-#pragma GCC unroll 32
-      for (int r = 0; r < M; r++) {
-        const __m512i four = broadcast4(x + 4 * (i * M + r));
-        sums[0][r][i] = _mm512_dpbusd_epi32(sums[0][r][i], codes0, four);
-        sums[1][r][i] = _mm512_dpbusd_epi32(sums[1][r][i], codes1, four);
-      }
+      const __m512i four = broadcast4(x + 4 * i);
+      sums[0][i] = _mm512_dpbusd_epi32(sums[0][i], _mm512_and_si512(w0, mask[i]), four);
+      sums[1][i] = _mm512_dpbusd_epi32(sums[1][i], _mm512_and_si512(w1, mask[i]), four);
     }
   }
-#pragma GCC unroll 32
-  for (int r = 0; r < M; r++) {
 #pragma GCC unroll 2
-    for (int t = 0; t < 2; t++) {
-      const __m512i low = _mm512_add_epi32(sums[t][r][0], _mm512_srai_epi32(sums[t][r][1], 2));
-      const __m512i high =
-          _mm512_add_epi32(_mm512_srai_epi32(sums[t][r][2], 4), _mm512_srai_epi32(sums[t][r][3], 6));
-      _mm512_storeu_si512(d.raw + r * kPairOutputs + 16 * t, _mm512_add_epi32(low, high));
-    }
+  for (int t = 0; t < 2; t++) {
+    const __m512i low = _mm512_add_epi32(sums[t][0], _mm512_srai_epi32(sums[t][1], 2));
+    const __m512i high = _mm512_add_epi32(_mm512_srai_epi32(sums[t][2], 4), _mm512_srai_epi32(sums[t][3], 6));
+    _mm512_storeu_si512(d.raw + 16 * t, _mm512_add_epi32(low, high));
   }
 }
 
-// More rows: one accumulator an output and row; each decoded vector serves M rows.
+// More rows: each decoded vector serves M rows, whose accumulators are independent sums enough; fewer
+// than ten would wait for each other, so up to four rows take two accumulators an output.
 template <int M>
 void dot_shifted(const Dot& d) {
+  constexpr int ways = M <= 4 ? 2 : 1;
   const __m512i mask = _mm512_set1_epi8(0x03);
-  __m512i sums[2][M];
+  __m512i sums[2][M][ways];
 #pragma GCC unroll 32
   for (int r = 0; r < M; r++) {
-    sums[0][r] = sums[1][r] = _mm512_setzero_si512();
+#pragma GCC unroll 2
+    for (int i = 0; i < ways; i++) {
+      sums[0][r][i] = sums[1][r][i] = _mm512_setzero_si512();
+    }
   }
   const int8_t* x = d.x;
   for (int64_t b = 0; b < d.blocks; b++, x += 16 * M) {
@@ -75,24 +67,27 @@ void dot_shifted(const Dot& d) {
 #pragma GCC unroll 32
       for (int r = 0; r < M; r++) {
         const __m512i four = broadcast4(x + 4 * (i * M + r));
-        sums[0][r] = _mm512_dpbusd_epi32(sums[0][r], codes0, four);
-        sums[1][r] = _mm512_dpbusd_epi32(sums[1][r], codes1, four);
+        sums[0][r][i % ways] = _mm512_dpbusd_epi32(sums[0][r][i % ways], codes0, four);
+        sums[1][r][i % ways] = _mm512_dpbusd_epi32(sums[1][r][i % ways], codes1, four);
       }
     }
   }
 #pragma GCC unroll 32
   for (int r = 0; r < M; r++) {
-    _mm512_storeu_si512(d.raw + r * kPairOutputs, sums[0][r]);
-    _mm512_storeu_si512(d.raw + r * kPairOutputs + 16, sums[1][r]);
+#pragma GCC unroll 2
+    for (int t = 0; t < 2; t++) {
+      const __m512i sum = ways == 2 ? _mm512_add_epi32(sums[t][r][0], sums[t][r][ways - 1]) : sums[t][r][0];
+      _mm512_storeu_si512(d.raw + r * kPairOutputs + 16 * t, sum);
+    }
   }
 }
 
 void dot(int rows, const Dot& d) {
   switch (rows) {
     case 1:
-      return dot_masked<1>(d);
+      return dot_one(d);
     case 2:
-      return dot_masked<2>(d);
+      return dot_shifted<2>(d);
     case 3:
       return dot_shifted<3>(d);
     case 4:

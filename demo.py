@@ -1,0 +1,145 @@
+"""`make demo`: the whole path on the embedded teacher, and one table at the end.
+
+    distill collect   the teacher answers prompts and reads texts of data/; its logits become shards
+    distill train     a small draft learns from them
+    decode spec       the teacher decodes with that draft, and with the shipped one
+
+It runs the commands a user would, and shows each. Everything it makes is in runs/demo. A finished
+demo is started anew; an interrupted one goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent
+OUT = Path("runs/demo")
+DATASET, DRAFT, RESULTS = OUT / "dataset", OUT / "draft", OUT / "results.json"
+SHIPPED = Path("checkpoints/bitnet-smol-43m-draft")
+PROMPTS = Path("data/prompts-sample.jsonl")
+COLLECT_TOKENS, TRAIN_TOKENS = 60_000, 300_000
+SLOWER = 10  # without the native kernels a Linux CPU gets this much less to do
+COLUMNS = ("draft", "acceptance rate", "tokens per verification", "tok/s", "plain tok/s", "speed-up", "identical")
+
+
+def main() -> int:
+    os.chdir(ROOT)
+    began = time.perf_counter()
+    if RESULTS.exists():
+        shutil.rmtree(OUT)
+    OUT.mkdir(parents=True, exist_ok=True)
+    share = SLOWER if lacks_native_kernels() else 1
+
+    heading("1/4 the teacher answers prompts and reads texts; its top logits become shards")
+    run("distill", "collect", "--tokens", COLLECT_TOKENS // share, "--out", DATASET)
+    heading("2/4 a draft learns to say what the teacher would")
+    if not (DRAFT / "draft.json").exists() or not complete(DRAFT):
+        run("distill", "train", "--data", DATASET, "--tokens", TRAIN_TOKENS // share, "--out", DRAFT)
+    drafts = {"trained just now": DRAFT}
+    if complete(SHIPPED):
+        drafts["shipped"] = SHIPPED
+    reports = {}
+    for number, (name, folder) in enumerate(drafts.items(), 3):
+        heading(f"{number}/4 the teacher decodes, plainly and with the draft {name}, in turn")
+        report = OUT / f"{folder.name}.json"
+        run("decode", "spec", "--draft", folder, "--prompts", PROMPTS, "--compare", "--json", report)
+        reports[name] = json.loads(report.read_text(encoding="utf-8"))
+
+    rows = {name: facts(report) for name, report in reports.items()}
+    RESULTS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    any_report = next(iter(reports.values()))
+    minutes, seconds = divmod(round(time.perf_counter() - began), 60)
+    heading(
+        f"{any_report['prompts']} prompts, k = {any_report['k']}, {any_report['backend']} kernels"
+        f" on {any_report['device']}; the demo took {minutes} min {seconds} s"
+    )
+    print(table(rows))
+    print(f"\npictures  {DRAFT / 'curves.png'}")
+    if complete(SHIPPED):
+        print(f"          {SHIPPED / 'curves.png'}")
+    print(
+        f"results   {RESULTS}, and with every token {', '.join(str(OUT / f'{f.name}.json') for f in drafts.values())}"
+    )
+    return 0 if all(report["identical"] for report in reports.values()) else 1
+
+
+def lacks_native_kernels() -> bool:
+    """Whether this is Linux without the C++ extension (no compiler at setup)."""
+    if sys.platform != "linux":
+        return False
+    from kernels import backend
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return backend().NAME == "reference"
+
+
+def complete(folder: Path) -> bool:
+    """Whether a folder holds a finished draft."""
+    try:
+        return bool(json.loads((folder / "draft.json").read_text(encoding="utf-8"))["complete"])
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def run(command: str, *arguments: object) -> None:
+    """Show a command, run it, and end the demo with its exit code if it fails."""
+    words = [command, *map(str, arguments)]
+    print(f"$ {shlex.join(words)}", flush=True)
+    script = Path(sys.executable).parent / command
+    try:
+        done = subprocess.run([str(script), *words[1:]], stdin=subprocess.DEVNULL, check=False)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    # 1 from `decode spec --compare` says that an output differs: the table will show it.
+    if done.returncode and not (command == "decode" and done.returncode == 1):
+        raise SystemExit(done.returncode)
+
+
+def facts(report: dict[str, Any]) -> dict[str, Any]:
+    """What the table shows of one `decode spec --compare --json`."""
+    return {
+        "acceptance rate": report["acceptance_rate"],
+        "tokens per verification": report["mean_acceptance_length"],
+        "tok/s": report["tok_per_s"],
+        "plain tok/s": report["baseline_tok_per_s"],
+        "speed-up": report["speedup"],
+        "identical": report["identical"],
+    }
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """The rows in aligned columns."""
+    formats = {
+        "acceptance rate": "{:.1%}",
+        "tokens per verification": "{:.2f}",
+        "tok/s": "{:.0f}",
+        "plain tok/s": "{:.0f}",
+        "speed-up": "{:.2f}x",
+    }
+    lines = [list(COLUMNS)]
+    for name, row in rows.items():
+        lines.append([name, *(formats[c].format(row[c]) for c in COLUMNS[1:-1]), "yes" if row["identical"] else "NO"])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    )  # fmt: skip
+
+
+def heading(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,205 @@
+"""`decode` as its users meet it: a process, its output, its exit code."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import TEACHER, Command, arguments, changed_copy, environment
+
+PLAIN_KEYS = {
+    "teacher", "draft", "k", "prompts", "tokens", "rounds", "drafted", "accepted", "acceptance_rate",
+    "mean_acceptance_length", "acceptance_per_position", "tok_per_s", "prefill_seconds", "decode_seconds",
+    "draft_seconds", "verify_seconds", "looping", "backend", "device", "versions", "outputs",
+}  # fmt: skip
+OUTPUT_KEYS = {
+    "id", "category", "prompt_tokens", "token_ids", "text", "finish_reason", "looping",
+    "prefill_seconds", "decode_seconds", "draft_seconds", "verify_seconds",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "p.jsonl"
+    lines = [
+        {"id": "sky", "category": "chat", "prompt": "Why is the sky blue?"},
+        {"messages": [{"role": "user", "content": "Count to ten, Zoë 🙂"}]},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_two_processes_say_the_same(command: Command, weak_draft: Path, prompts: Path, tmp_path: Path) -> None:
+    plain = command("decode", "plain", "--prompts", prompts, "--max-tokens", 24, "--json", tmp_path / "plain.json")
+    assert plain.code == 0, plain.err
+    a = json.loads((tmp_path / "plain.json").read_text(encoding="utf-8"))
+    spec = command(
+        "decode", "spec", "--draft", weak_draft, "--prompts", prompts, "--max-tokens", 24, "--compare", "--json", "-"
+    )  # fmt: skip
+    assert spec.code == 0, spec.err
+    b = json.loads(spec.out)  # nothing else is there
+    assert [o["token_ids"] for o in a["outputs"]] == [o["token_ids"] for o in b["outputs"]]
+    assert [o["text"] for o in a["outputs"]] == [o["text"] for o in b["outputs"]]
+    for output in a["outputs"]:
+        assert output["text"] in plain.out
+
+    assert a.keys() >= PLAIN_KEYS and all(output.keys() >= OUTPUT_KEYS for output in a["outputs"])
+    assert b.keys() >= PLAIN_KEYS | {"baseline_tok_per_s", "speedup", "identical"}
+    assert all(o.keys() >= OUTPUT_KEYS | {"rounds", "drafted", "accepted", "identical"} for o in b["outputs"])
+    assert b["identical"] is True and b["k"] == 3 and b["draft"] == "weak" and a["draft"] is None
+    assert b["teacher"] == TEACHER.name and b["prompts"] == 2 and len(b["acceptance_per_position"]) <= 3
+    assert [o["id"] for o in b["outputs"]] == ["sky", "2"]
+    assert [o["category"] for o in b["outputs"]] == ["chat", None]
+    assert {"mlx", "mlx-lm", "bitdraft", "python"} <= b["versions"].keys()
+    for words in ("acceptance rate", "tok/s", "speed-up", "identical to plain decoding: 2 of 2", str(weak_draft)):
+        assert words in spec.err
+
+
+def test_quiet_and_raw(command: Command) -> None:
+    done = command("decode", "plain", "--raw", "--quiet", "--max-tokens", 4, stdin="Once upon a time, Zoë\n")
+    assert done.code == 0 and done.err == "" and done.out.strip()
+
+
+def test_a_terminal_without_unicode(command: Command) -> None:
+    """Characters it lacks must not end the program."""
+    done = command("decode", "plain", "--prompts", "gone-🙂", PYTHONIOENCODING="ascii")
+    done.refused("decode", "gone-?")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["plain", "--nope"], ["--nope"]),
+        (["frob"], ["frob"]),
+        (["plain", "--max-tokens", "many"], ["--max-tokens", "integer"]),
+        (["plain", "--max-tokens", 0, "--prompt", "a"], ["--max-tokens 0"]),
+        (["plain", "--prompt", ""], ["prompt is empty"]),
+        (["plain", "--prompt", "a", "--prompts", "b"], ["--prompt or --prompts"]),
+        (["plain", "--prompts", "gone.jsonl"], ["gone.jsonl"]),
+        (["plain", "--prompts", "bad.jsonl"], ["bad.jsonl: line 2 is not JSON"]),
+        (["plain", "--prompts", "latin1.txt"], ["latin1.txt: line 1 is not valid UTF-8"]),
+        (["plain", "--prompts", "long.txt"], ["prompt 1", "2048"]),
+        (["plain", "--prompt", "a", "--json", "no/such/x.json"], ["--json no/such/x.json", "no/such"]),
+        (["plain", "--prompt", "a", "--json", "."], ["--json .", "folder"]),
+        (["plain", "--prompt", "a", "--temperature", "-1"], ["--temperature -1.0"]),
+        (["plain", "--prompt", "a", "--seed", "-1"], ["--seed"]),
+        (["plain", "--prompt", "a", "--teacher", "gone"], ["--teacher gone"]),
+        (["plain", "--prompt", "a", "--teacher", "owner/not-there"], ["--teacher owner/not-there", "Hub"]),
+        (["plain", "--prompt", "a", "--teacher", "cut"], ["cut/model.safetensors", "cut short"]),
+        (["spec", "--prompt", "a", "--draft", TEACHER, "--k", 0], ["--k 0"]),
+        (["spec", "--prompt", "a", "--draft", "gone"], ["--draft gone"]),
+        (["spec", "--prompt", "a", "--draft", "other"], ["token 9000", "other"]),
+    ],
+)
+def test_bad_input_is_one_line(command: Command, work: Path, options: list[object], named: list[str]) -> None:
+    if not (work / "cut").exists():
+        (work / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
+        (work / "latin1.txt").write_bytes("caf\xe9\n".encode("latin-1"))
+        (work / "long.txt").write_text("word " * 3000 + "\n")
+        tokenizer = (TEACHER / "tokenizer.json").read_text()
+        for old, new in ((9000, -1), (9001, 9000), (-1, 9001)):
+            tokenizer = tokenizer.replace(f": {old},", f": {new},")
+        changed_copy(TEACHER, work / "other", tokenizer__json=tokenizer.encode())
+        changed_copy(TEACHER, work / "cut", model__safetensors=(TEACHER / "model.safetensors").read_bytes()[:9999])
+    before = sorted(work.rglob("*"))
+    command("decode", *options).refused("decode", *named)
+    assert sorted(work.rglob("*")) == before
+
+
+def test_no_command_shows_help(command: Command) -> None:
+    done = command("decode")
+    assert done.code == 2 and "Usage: decode" in done.out + done.err and "error" not in done.err
+    for words in ("plain", "spec"):
+        assert words in done.out + done.err
+
+
+def test_help(command: Command) -> None:
+    for options, words in (
+        ([], ("plain", "spec")),
+        (
+            ["plain"],
+            ("--teacher", "--prompt", "--prompts", "--raw", "--max-tokens", "--temperature", "--json", "--seed"),
+        ),
+        (["spec"], ("--draft", "--k", "--compare", "--top-p", "--top-k", "default: 3")),
+    ):
+        done = command("decode", *options, "--help")
+        assert done.code == 0 and done.err == ""
+        assert "Usage: decode" in done.out
+        for word in words:
+            assert word in done.out, word
+
+
+def test_closed_streams(work: Path) -> None:
+    """`<&-` and `>&-`: files opened later must not be mistaken for the streams."""
+    start = arguments("decode", "plain", "--prompt", "a", "--raw", "--max-tokens", 2)
+    quoted = " ".join("'" + part.replace("'", "'\\''") + "'" for part in start)
+    for closed in ("<&-", ">&-"):
+        done = subprocess.run(
+            ["sh", "-c", f"{quoted} {closed}"], env=environment(), cwd=work, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0 and "error" not in done.stderr, done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_error(work: Path) -> None:
+    process = subprocess.Popen(
+        arguments("decode", "plain", "--prompt", "Tell me a story", "--max-tokens", 200, "-q"),
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), cwd=work,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait(60) == 1
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+def test_interrupt(work: Path, prompts: Path) -> None:
+    many = work / "many.jsonl"
+    many.write_text(prompts.read_text(encoding="utf-8") * 200, encoding="utf-8")
+    process = subprocess.Popen(
+        arguments("decode", "plain", "--prompts", many, "--max-tokens", 500, "-q", "--json", "out.json"),
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), cwd=work,
+    )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.decode()) == (130, "\ndecode: interrupted\n")
+    assert not (work / "out.json").exists()
+
+
+def test_a_check_that_fails_gives_one(weak_draft: Path, work: Path) -> None:
+    """--compare with a teacher that errs in rows among others: exit code 1, and where it differs."""
+    spoil = (
+        "from decode.model import Transformer; right = Transformer.step"
+        "\ndef step(self, tokens, cache):"
+        "\n    y = right(self, tokens, cache)"
+        "\n    return -y if len(tokens) > 1 and len(self.layers) > 1 else y"
+        "\nTransformer.step = step\n"
+    )
+    start = arguments("decode", "spec", "--draft", weak_draft, "--prompt", "Hi", "--max-tokens", 8, "--compare")
+    done = subprocess.run(
+        [start[0], "-c", spoil + start[2], *start[3:]], stdin=subprocess.DEVNULL, env=environment(), cwd=work,
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "identical to plain decoding: 0 of 1" in done.stderr and "prompt 1 differs at token 0" in done.stderr
+
+
+def test_json_file_is_replaced_whole_or_not_at_all(command: Command, work: Path, tmp_path: Path) -> None:
+    target = tmp_path / "r.json"
+    target.write_text("old")
+    start = arguments("decode", "plain", "--prompt", "a", "--raw", "--max-tokens", 2, "-q", "--json", target)
+    code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); {start[2]}"
+    full = subprocess.run(
+        [start[0], "-c", code, *start[3:]], stdin=subprocess.DEVNULL, env=environment(), cwd=work, capture_output=True,
+        text=True, timeout=60,
+    )  # fmt: skip
+    assert full.returncode == 2
+    assert full.stderr.strip() == f"decode: error: --json {target}: cannot be written: File too large"
+    assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+    assert command("decode", "plain", "--prompt", "a", "--raw", "--max-tokens", 2, "--json", target).code == 0
+    assert json.loads(target.read_text())["tokens"] == 2

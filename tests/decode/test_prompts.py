@@ -1,0 +1,209 @@
+"""Prompts from files, arguments and pipes; text that comes out in whole characters."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT, TEACHER, changed_copy
+
+from decode.prompts import Prompt, Tokenizer, gather_prompts, make_prompt, read_prompts
+from kernels import UserError
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(TEACHER)
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+# --- files
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    lines = [
+        {"prompt": "one"},
+        {"id": "b", "category": "chat", "prompt": "zwei äöü 🙂"},
+        {"messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "three"}], "extra": 1},
+    ]
+    text = "\r\n".join(json.dumps(line, ensure_ascii=i == 0) for i, line in enumerate(lines)) + "\n\n"
+    for start in ("", "\ufeff", "\n"):
+        prompts = read_prompts(write(tmp_path / "p.jsonl", start + text))
+        assert [p.messages[-1]["content"] for p in prompts] == ["one", "zwei äöü 🙂", "three"]
+        assert prompts[1].id == "b" and prompts[1].category == "chat"
+        assert prompts[0].category is None
+        assert prompts[2].messages[0] == {"role": "system", "content": "be brief"}
+
+
+def test_plain_text(tmp_path: Path) -> None:
+    prompts = read_prompts(write(tmp_path / "p.txt", '\ufefffirst\r\n\n  \nsecond {"prompt": 1}'))
+    assert [(p.id, p.messages) for p in prompts] == [
+        ("1", [{"role": "user", "content": "first"}]),
+        ("4", [{"role": "user", "content": 'second {"prompt": 1}'}]),
+    ]
+
+
+def test_the_projects_own_prompts() -> None:
+    held_out = read_prompts(ROOT / "data" / "eval.jsonl")
+    categories = [prompt.category for prompt in held_out]
+    assert len(held_out) == 384 and len({prompt.id for prompt in held_out}) == 384
+    assert {categories.count(category) for category in categories} == {48}
+    assert read_prompts(ROOT / "data" / "prompts-sample.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("{oops}", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ('["a list"]', "is not a JSON object"),
+        ('{"text": "t"}', "neither `prompt` nor `messages`"),
+        ('{"prompt": 3}', "neither `prompt` nor `messages`"),
+        ('{"prompt": "  "}', "prompt is empty"),
+        ('{"messages": []}', "its messages are not"),
+        ('{"messages": "hello"}', "its messages are not"),
+        ('{"messages": [{"role": "user"}]}', "its messages are not"),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": ""}]}', "prompt is empty"),
+        ('{"prompt": "half \\ud83d"}', "half a surrogate pair"),
+        ('{"prompt": "fine", "id": "\\udc00"}', "half a surrogate pair"),
+        (b'{"prompt": "caf\xe9"}', "is not valid UTF-8 (byte 16)"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, line: str | bytes, complaint: str) -> None:
+    bad = line.encode() if isinstance(line, str) else line
+    path = write(tmp_path / "p.jsonl", b'{"prompt": "good"}\n\n' + bad + b"\n")
+    with pytest.raises(UserError, match=re.escape(f"{path}: line 3")) as caught:
+        read_prompts(path)
+    assert complaint in str(caught.value)
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    for name, content in (("empty.jsonl", ""), ("blank.txt", "\n \n")):
+        with pytest.raises(UserError, match=f"{name}: holds no prompt"):
+            read_prompts(write(tmp_path / name, content))
+    with pytest.raises(UserError, match=r"binary.txt: line 2 is not valid UTF-8"):
+        read_prompts(write(tmp_path / "binary.txt", b"fine\n\xff\xfe"))
+    with pytest.raises(UserError, match=r"missing.jsonl: cannot be read"):
+        read_prompts(tmp_path / "missing.jsonl")
+
+
+# --- where prompts come from
+
+
+def standard_input(monkeypatch: pytest.MonkeyPatch, data: bytes, terminal: bool = False) -> None:
+    fake = SimpleNamespace(buffer=io.BytesIO(data), isatty=lambda: terminal)
+    monkeypatch.setattr(sys, "stdin", fake)
+
+
+def test_sources_of_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = write(tmp_path / "samples.txt", "sample one\nsample two\n")
+    file = write(tmp_path / "mine.txt", "mine\n")
+
+    def asked(prompt: str | None = None, path: Path | None = None) -> list[str]:
+        return [p.messages[-1]["content"] for p in gather_prompts(prompt, path, samples)]
+
+    standard_input(monkeypatch, b"not read, as an option is given")
+    assert asked("said") == ["said"]
+    assert asked(path=file) == ["mine"]
+    with pytest.raises(UserError, match="--prompt or --prompts, not both"):
+        asked("said", file)
+    with pytest.raises(UserError, match="prompt is empty"):
+        asked(" \n")
+    with pytest.raises(UserError, match="prompt is not valid UTF-8"):
+        asked("caf\udce9")  # how Python passes on a byte that is not UTF-8
+
+    standard_input(monkeypatch, "two lines\nof one prompt ü\n".encode())
+    assert asked() == ["two lines\nof one prompt ü"]
+    standard_input(monkeypatch, b'\n{"prompt": "a"}\n{"prompt": "b"}\n')
+    assert asked() == ["a", "b"]
+    standard_input(monkeypatch, b"\xff")
+    with pytest.raises(UserError, match="standard input is not valid UTF-8"):
+        asked()
+    standard_input(monkeypatch, b" \n")
+    assert asked() == ["sample one", "sample two"]
+    standard_input(monkeypatch, b"typed", terminal=True)
+    assert asked() == ["sample one", "sample two"]
+
+
+def test_title() -> None:
+    assert make_prompt("\n  Tell me\nmore  of it ", "1").title == "Tell me more of it"
+
+
+# --- the tokenizer
+
+
+def test_chat_template(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode_prompt(make_prompt("Hi", "1"))
+    text = tokenizer._wrapped.decode(ids)
+    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    assert tokenizer.decode(tokenizer.encode_prompt(make_prompt("Hi", "1"), raw=True)) == "Hi"
+
+
+def test_conversations_end_with_the_end_token(tokenizer: Tokenizer) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there."}]
+    ids, start = tokenizer.encode_conversation(messages)
+    assert ids[:start] == tokenizer.encode_prompt(Prompt(messages[:1], "1"))
+    assert tokenizer.decode(ids[start:]) == "Hello there."
+    assert ids[-1] in tokenizer.end_tokens and not tokenizer.end_tokens & set(ids[start:-1])
+
+
+def test_a_template_that_refuses_is_one_line(tmp_path: Path) -> None:
+    config = json.loads((TEACHER / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{{ raise_exception('roles must take turns') }}"
+    picky = Tokenizer(changed_copy(TEACHER, tmp_path / "m", tokenizer_config__json=json.dumps(config).encode()))
+    with pytest.raises(UserError, match="prompt p7: the chat template refuses it: roles must take turns"):
+        picky.encode_prompt(Prompt([{"role": "user", "content": "a"}], "p7"))
+
+
+@pytest.mark.parametrize(("declared", "ends"), [("[2, 5]", {2, 5}), ("7", {2, 7}), ("null", {2})])
+def test_end_tokens(tmp_path: Path, declared: str, ends: set[int]) -> None:
+    config = b'{"eos_token_id": %s}' % declared.encode()
+    folder = changed_copy(TEACHER, tmp_path / "m", generation_config__json=config)
+    assert Tokenizer(folder).end_tokens == ends
+
+
+def test_damaged_tokenizers(tmp_path: Path) -> None:
+    for i, (name, content) in enumerate(
+        (("generation_config", b"{"), ("tokenizer", b"{}"), ("tokenizer_config", b"nope"))
+    ):
+        folder = changed_copy(TEACHER, tmp_path / str(i), **{f"{name}__json": content})
+        with pytest.raises(UserError, match=re.escape(str(folder))):
+            Tokenizer(folder)
+
+
+TEXTS = (
+    "naïve café, 東京タワー 🙂👩‍👩‍👧 ﷽ done",
+    "two  spaces , and a stop . It 's so !\n\n  indented\n",
+    ("a line of text that is long enough to start a new window, äöü 🙂\n" * 9),
+    "🙂🙂🙂",
+)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_streams_whole_characters(tokenizer: Tokenizer, text: str, size: int) -> None:
+    ids = tokenizer.encode_text(text)
+    streamer = tokenizer.streamer()
+    pieces = [streamer.push(ids[i : i + size]) for i in range(0, len(ids), size)]
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert "".join(pieces) + streamer.finish() == tokenizer.decode(ids) == text
+    if size == 1 and "🙂" in text:
+        assert "" in pieces  # an emoji takes several tokens: the first of them print nothing
+
+
+def test_a_reply_cut_within_a_character_ends_visibly(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode_text("ok 🙂")
+    cut = ids[:-1]
+    streamer = tokenizer.streamer()
+    shown = "".join(streamer.push([token]) for token in cut)
+    assert "\ufffd" not in shown
+    assert shown + streamer.finish() == tokenizer.decode(cut)
