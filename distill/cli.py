@@ -55,7 +55,7 @@ def collect(
             "--exclude", metavar="FILE", help="Prompts to leave out, beside the held-out ones in data/eval.jsonl."
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", help="Size of the dataset in tokens.")] = 200_000,
+    tokens: Annotated[int, typer.Option("--tokens", help="Size of the dataset in tokens.")] = 150_000,
     seq_len: Annotated[int, typer.Option("--seq-len", help="Tokens a row.")] = 512,
     top_k: Annotated[int, typer.Option("--top-k", help="Logits kept a token.")] = 32,
     temperature: Annotated[
@@ -192,8 +192,8 @@ def train(
     temperature: Annotated[
         float, typer.Option("--temperature", help="Temperature of the loss; the dataset must have it.")
     ] = 1.0,
-    tokens: Annotated[int, typer.Option("--tokens", help="Tokens trained on; the dataset is repeated.")] = 1_000_000,
-    batch: Annotated[int, typer.Option("--batch", help="Rows a step.")] = 8,
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens trained on; the dataset is repeated.")] = 500_000,
+    batch: Annotated[int, typer.Option("--batch", help="Rows a step.")] = 2,
     lr: Annotated[float, typer.Option("--lr", help="Peak learning rate.")] = 2e-3,
     bits: Annotated[
         int | None, typer.Option("--bits", help="Quantise the saved weights to 4 or 8 bits. Default: bfloat16.")

@@ -48,7 +48,7 @@ class CollectSettings:
 
     sources: tuple[str, ...]
     exclude: tuple[str, ...] = ()
-    tokens: int = 200_000
+    tokens: int = 150_000
     seq_len: int = 512
     top_k: int = 32
     batch: int = 8
@@ -308,6 +308,8 @@ class Collector:
     def estimate(self) -> Estimate:
         """Time one batch of each kind of work, and extrapolate."""
         settings = self.settings
+        firsts = [next(iter(read_source(name)), None) for name in settings.sources] if settings.reply else []
+        asked = [first is not None and wants_reply(first) for first in firsts]
         row = np.full(settings.seq_len, min(self.tokenizer.end_tokens, default=0), np.int32)
         rows = [(row, np.ones_like(row, bool), np.ones_like(row, np.uint8))] * settings.batch
         silent, self.progress = self.progress, lambda stage, done, total: None
@@ -317,8 +319,6 @@ class Collector:
             block = self.score(rows)
             seconds.append(time.perf_counter() - began)
         per_token = seconds[-1] / block.tokens.size
-        firsts = [next(iter(read_source(name)), None) for name in settings.sources] if settings.reply else []
-        asked = [first is not None and wants_reply(first) for first in firsts]
         if any(asked):
             prompt = row[: min(64, settings.seq_len // 2)].tolist()
             began = time.perf_counter()
@@ -344,9 +344,7 @@ def bytes_per_token(manifest: Settings) -> int:
     return -(-bits // 8) + (2 if manifest.vocab_size <= 1 << 16 else 4) + 4 * len(manifest.temperatures) + 2
 
 
-def top_of(
-    logits: mx.array, k: int, temperatures: tuple[float, ...]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def top_of(logits: mx.array, k: int, temperatures: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The k highest logits, by falling logit and then by id, and log-sum-exps over all of them.
 
     logits: float32 [n, vocab]. Returns int32 [n, k], float32 [n, k], float32 [n, temperatures].

@@ -47,8 +47,8 @@ class TrainSettings:
     hidden: int = 256
     loss: str = "kl"
     temperature: float = 1.0
-    tokens: int = 1_000_000  # tokens trained on, passes repeated
-    batch: int = 8  # rows
+    tokens: int = 500_000  # tokens trained on, passes repeated
+    batch: int = 2  # rows
     lr: float = 2e-3
     warmup: float = 0.05  # share of the steps
     weight_decay: float = 0.1  # of matrices, not of norms

@@ -1,0 +1,97 @@
+"""`distill` as its users meet it: a process, its output, its exit code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import TEACHER, Command, changed_copy
+from synthetic import dataset, teacher_folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("cli")
+    return dataset(root / "data", teacher_folder(root / "teacher"))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--nope"], ["--nope"]),
+        (["frob"], ["frob"]),
+        (["inspect"], ["dataset"]),
+        (["inspect", "gone"], ["gone: no such dataset folder"]),
+        (["verify", "."], ["not a dataset"]),
+        (["collect", "--tokens", 0], ["--tokens 0"]),
+        (["collect", "--source", "gone.jsonl"], ["gone.jsonl"]),
+        (["collect", "--source", "bad.jsonl", "--dry-run", "--max-reply", 4], ["bad.jsonl: line 1 is not JSON"]),
+        (["collect", "--teacher", "gone"], ["--teacher gone"]),
+        (["collect", "--temperature", 0], ["--temperature 0.0"]),
+        (["collect", "--json", "no/x.json"], ["--json no/x.json"]),
+        (["collect", "--out", "foreign"], ["foreign", "holds thesis.txt"]),
+        (["collect", "--out", "bad.jsonl"], ["bad.jsonl"]),
+        (["collect", "--teacher", "spoilt"], ["spoilt", "no positive number"]),
+        (["train", "--layers", 0, "--data", "gone"], ["gone"]),
+        (["train"], ["distill collect", "--data"]),
+    ],
+)
+def test_bad_input_is_one_line(command: Command, work: Path, options: list[object], named: list[str]) -> None:
+    if not (work / "foreign").exists():
+        import mlx.core as mx
+
+        (work / "bad.jsonl").write_text('{"prompt": \n{"prompt": "a"}\n')
+        arrays = mx.load(str(TEACHER / "model.safetensors"))
+        assert isinstance(arrays, dict)
+        arrays["model.layers.4.mlp.up_proj.weight_scale"] = mx.array([0.0])
+        mx.save_safetensors(str(work / "spoilt.safetensors"), arrays, {"format": "mlx"})
+        changed_copy(TEACHER, work / "spoilt", model__safetensors=(work / "spoilt.safetensors").read_bytes())
+        (work / "foreign").mkdir()
+        (work / "foreign" / "thesis.txt").write_text("years of work")
+    before = sorted(work.rglob("*"))
+    command("distill", *options).refused("distill", *named)
+    assert sorted(work.rglob("*")) == before
+
+
+def test_inspect_and_verify(command: Command, data: Path) -> None:
+    inspected = command("distill", "inspect", data, "--json", "-")
+    assert inspected.code == 0 and json.loads(inspected.out)["complete"] is True
+    fine = command("distill", "verify", data)
+    assert (fine.code, fine.err) == (0, "") and "all well" in fine.out
+
+    shard = sorted(data.glob("shard-*"))[1]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    wrong = command("distill", "verify", data, "--json", "-")
+    assert wrong.code == 1  # a check that failed
+    report = json.loads(wrong.out)
+    assert report["ok"] is False and report["problems"][0]["file"] == shard.name
+    told = command("distill", "verify", data)
+    assert told.code == 1 and str(shard) in told.out
+
+
+def test_dry_run_writes_nothing(command: Command, work: Path) -> None:
+    (work / "one.txt").write_text("It was a bright cold day in April. " * 50)
+    before = sorted(work.rglob("*"))
+    done = command(
+        "distill", "collect", "--source", "one.txt", "--dry-run", "--tokens", 5000, "--seq-len", 64, "--json", "-"
+    )  # fmt: skip
+    assert done.code == 0 and sorted(work.rglob("*")) == before
+    estimate = json.loads(done.out)["estimate"]
+    assert estimate["tokens"] == 5000 and estimate["seconds"] > 0
+    assert 5000 * 50 < estimate["bytes"] <= 5000 * 128
+    assert "about 5,000 tokens" in done.err and "tok/s" in done.err
+
+
+def test_help(command: Command) -> None:
+    for options, words in (
+        ([], ("collect", "inspect", "verify", "train")),
+        (["collect"], ("--source", "--no-reply", "--exclude", "--tokens", "--seq-len", "--dry-run", "200000")),
+        (["train"], ("--layers", "--hidden", "--loss", "--tokens", "--bits")),
+    ):
+        done = command("distill", *options, "--help")
+        assert done.code == 0 and done.err == "" and "Usage: distill" in done.out
+        for word in words:
+            assert word in done.out, word
