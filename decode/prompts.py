@@ -175,6 +175,15 @@ def make_prompt(text: str, prompt_id: str) -> Prompt:
     return Prompt([{"role": "user", "content": text}], prompt_id)
 
 
+def is_jsonl(data: bytes) -> bool:
+    """Whether text is a prompts file: its first line is an object with `prompt` or `messages`."""
+    try:
+        first = json.loads(data.lstrip().splitlines()[0])
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(first, dict) and ("prompt" in first or "messages" in first)
+
+
 def gather_prompts(prompt: str | None, file: Path | None, samples: Path) -> list[Prompt]:
     """Prompts from --prompt, --prompts, standard input, or else the samples shipped in data/."""
     if prompt is not None and file is not None:
@@ -186,8 +195,7 @@ def gather_prompts(prompt: str | None, file: Path | None, samples: Path) -> list
     if not sys.stdin.isatty():
         data = sys.stdin.buffer.read()
         if data.strip():
-            jsonl = data.lstrip().startswith(b"{")
-            if jsonl:
+            if is_jsonl(data):
                 return parse_prompts(data, "standard input", jsonl=True)
             try:
                 return [make_prompt(data.decode("utf-8").strip(), "1")]

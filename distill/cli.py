@@ -66,7 +66,9 @@ def collect(
     ] = None,
     batch: Annotated[int, typer.Option("--batch", help="Rows scored at a time.")] = 8,
     reply_batch: Annotated[int, typer.Option("--reply-batch", help="Prompts answered at a time.")] = 64,
-    max_reply: Annotated[int, typer.Option("--max-reply", help="Most tokens a reply.")] = 256,
+    max_reply: Annotated[
+        int | None, typer.Option("--max-reply", help="Most tokens a reply. Default: half of --seq-len.")
+    ] = None,
     reply_temperature: Annotated[
         list[float] | None,
         typer.Option(
@@ -101,7 +103,7 @@ def collect(
         temperatures=tuple(dict.fromkeys((1.0, *(temperature or [])))),
         reply=reply,
         reply_batch=reply_batch,
-        max_reply=max_reply,
+        max_reply=seq_len // 2 if max_reply is None else max_reply,
         reply_temperatures=tuple(reply_temperature or (0.0, 0.8)),
         seed=seed,
     )

@@ -80,6 +80,8 @@ class CollectSettings:
         for heat in self.reply_temperatures:
             if not 0 <= heat < float("inf"):
                 raise UserError(f"--reply-temperature {heat}: must be 0 (greedy) or more")
+        if self.reply and self.seq_len - self.max_reply < MIN_PIECE:
+            raise UserError(f"--max-reply {self.max_reply}: leaves no room for prompts in --seq-len {self.seq_len}")
         if not self.sources:
             raise UserError("--source: at least one file, folder or dataset is needed")
 
@@ -114,8 +116,12 @@ class Estimate:
 
 
 def make_plan(teacher: Checkpoint, settings: CollectSettings, out: Path | None) -> Plan:
-    """Check the settings, hash what they name, and choose the folder."""
+    """Check the settings, read the sources once for faults, hash what is named, and choose the folder."""
     settings.check(teacher)
+    for name in settings.sources:
+        if Path(name).exists():  # a fault in a source's last line must not show after hours of work
+            for _ in read_source(name):
+                pass
     values: dict[str, Any] = {
         **asdict(settings),
         "collection_format": FORMAT,
@@ -217,10 +223,6 @@ class Collector:
         """Answer prompts batch by batch until there are `quota` tokens of conversation."""
         settings = self.settings
         room = min(self.model.context, settings.seq_len) - settings.max_reply
-        if room < MIN_PIECE:
-            raise UserError(
-                f"--max-reply {settings.max_reply}: leaves no room for prompts in --seq-len {settings.seq_len}"
-            )
         folder = self.plan.folder / f"replies-{index}"
         with ReplyWriter.open(folder, self.plan.manifest) as writer:
             tokens = sum(entry.tokens for entry in Replies.open(folder).shards)

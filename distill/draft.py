@@ -21,7 +21,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from distill.draft_config import DraftConfig, load_tensors, read_json
+from decode.files import read_json
+from distill.draft_config import DraftConfig, load_tensors
 from kernels.errors import UserError
 
 FORMAT = "bitdraft-draft-1"

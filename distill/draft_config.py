@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from decode.files import read_json
 from kernels.errors import UserError
 
 HEAD_DIM = 64
@@ -116,19 +116,6 @@ class DraftConfig:
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         layer = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
         return self.layers * layer + self.vocab_size * self.hidden * (1 if self.tied else 2) + self.hidden
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; UserError naming the file where there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: not there") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return content
 
 
 def load_tensors(path: Path) -> dict[str, mx.array]:

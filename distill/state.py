@@ -9,7 +9,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from distill.draft_config import load_tensors, read_json
+from decode.files import read_json
+from distill.draft_config import load_tensors
 from distill.replies_store import write_atomic
 from kernels.errors import UserError
 

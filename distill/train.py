@@ -23,6 +23,7 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
+from decode.files import read_json
 from distill import cpu, draft
 from distill.batches import Feed
 from distill.cpu import CpuHead
@@ -126,7 +127,7 @@ def train(
         )
     check_memory(config, settings.batch, dataset.settings.seq_len)
     draft.check_out(out)
-    if (out / "draft.json").is_file() and draft.read_json(out / "draft.json").get("complete"):
+    if (out / "draft.json").is_file() and read_json(out / "draft.json").get("complete"):
         raise UserError(f"{out}: holds a finished draft; give another --out or delete it")
     feed = Feed(dataset, settings.temperature, settings.batch, settings.seed, settings.eval_share, settings.eval_rows)
     identity = asdict(settings) | {"data": draft.sha256(data / MANIFEST)}

@@ -88,7 +88,7 @@ def test_dry_run_writes_nothing(command: Command, work: Path) -> None:
 def test_help(command: Command) -> None:
     for options, words in (
         ([], ("collect", "inspect", "verify", "train")),
-        (["collect"], ("--source", "--no-reply", "--exclude", "--tokens", "--seq-len", "--dry-run", "200000")),
+        (["collect"], ("--source", "--no-reply", "--exclude", "--tokens", "--seq-len", "--dry-run", "default: 512")),
         (["train"], ("--layers", "--hidden", "--loss", "--tokens", "--bits")),
     ):
         done = command("distill", *options, "--help")

@@ -161,9 +161,9 @@ def test_save_replaces_drafts_and_nothing_else(tmp_path: Path, teacher: Path, co
     ("damage", "message"),
     [
         (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: not there"),
-        (lambda f: (f / "config.json").write_text("{"), "config.json: not readable JSON"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json: cannot be read"),
         (lambda f: (f / "config.json").write_text('{"model_type": "bitnet"}'), "'bitnet', not 'llama'"),
-        (lambda f: (f / "config.json").unlink(), "config.json: not there"),
+        (lambda f: (f / "config.json").unlink(), "config.json: missing"),
         (lambda f: _cut(f / "model.safetensors"), "model.safetensors: differs"),
         (lambda f: (_cut(f / "model.safetensors"), (f / "draft.json").unlink()), "not a readable safetensors"),
         (lambda f: _edit(f, hidden_size=64), "config.json: differs|asks for"),

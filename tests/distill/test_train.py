@@ -222,7 +222,7 @@ def test_faults_are_named(made: tuple[Path, Path], tmp_path: Path) -> None:
     fails("--hidden 65", hidden=65)
     fails("100000 layers x 64", layers=100_000)
     fails("no such dataset", data=tmp_path / "nowhere")
-    fails("config.json: not there|tokenizer.json", teacher=tmp_path)
+    fails("config.json: missing|tokenizer.json", teacher=tmp_path)
     fails("no position is marked", data=dataset(tmp_path / "masked", teacher, mask=False))
     fails("holds 0 rows", data=dataset(tmp_path / "empty", teacher, shards=0))
     other = teacher_folder(tmp_path / "other", vocab=VOCAB + 1)
