@@ -23,9 +23,9 @@ from decode.model import Transformer
 from decode.prompts import Prompt, Tokenizer
 from distill.bits import Settings
 from distill.replies import write_replies
-from distill.replies_store import Replies, Reply, ReplyWriter
 from distill.shards import Block, Dataset, ShardWriter
 from distill.sources import Document, identity, is_excluded, load_excluded, read_source
+from distill.store import Replies, Reply, ReplyWriter
 from kernels import UserError
 
 FORMAT = 1

@@ -1,6 +1,6 @@
 """Datasets of teacher logits: writing, reading, checking and describing them.
 
-A dataset is a folder with `manifest.json` and `shard-00000.safetensors` onwards; `replies_store`
+A dataset is a folder with `manifest.json` and `shard-00000.safetensors` onwards; `store`
 says how files come to exist, `bits` what is in them.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from distill import bits
 from distill.bits import Block, Settings
-from distill.replies_store import DamagedManifest, Entry, Manifest, Reader, Writer
+from distill.store import DamagedManifest, Entry, Manifest, Reader, Writer
 from kernels.errors import UserError
 
 __all__ = [

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from decode.files import read_json
 from distill.draft_config import load_tensors
-from distill.replies_store import write_atomic
+from distill.store import write_atomic
 from kernels.errors import UserError
 
 Tensors = dict[str, mx.array]

@@ -29,10 +29,10 @@ from distill.batches import Feed
 from distill.cpu import CpuHead
 from distill.draft_config import DraftConfig, check_memory
 from distill.losses import FusedHead, bucket_loss
-from distill.replies_store import MANIFEST
 from distill.shards import Dataset
 from distill.state import State
 from distill.step import Step, learning_rate, measure
+from distill.store import MANIFEST
 from kernels.errors import UserError
 
 DRAW_SECONDS = 20.0  # a picture takes part of a second

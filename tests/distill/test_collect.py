@@ -18,9 +18,9 @@ from conftest import ROOT, arguments, environment
 from decode.checkpoint import Checkpoint, find_teacher
 from distill.collect import Collector, CollectSettings, Piece, cut, make_plan, pack, split_text, top_of, wants_reply
 from distill.replies import choose, write_replies
-from distill.replies_store import Replies
 from distill.shards import Dataset, verify
 from distill.sources import Document, normalise_prompt
+from distill.store import Replies
 from kernels import UserError
 
 OPTIONS = ("--tokens", 1200, "--seq-len", 128, "--max-reply", 16, "--reply-batch", 4, "--batch", 2)

@@ -20,8 +20,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from distill import bits
-from distill.replies_store import Replies, Reply, ReplyWriter
 from distill.shards import (
     Block,
     Dataset,
@@ -108,41 +106,6 @@ def reseal(folder: Path, index: int, change: Any) -> None:
     path.write_bytes(data)
     facts = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
     edit_manifest(folder, lambda manifest: manifest["shards"][index].update(facts))
-
-
-# --- packing
-
-
-@pytest.mark.parametrize("width", [1, 3, 7, 8, 9, 12, 16, 17, 18, 24, 25])
-@pytest.mark.parametrize("k", [1, 2, 3, 5, 32])
-def test_packing_is_exact(width: int, k: int) -> None:
-    values = np.random.default_rng(width).integers(0, 2**width, (301, k)).astype(np.int32)
-    values[0], values[-1] = 0, 2**width - 1
-    packed = bits.pack(values, width)
-    assert packed.shape == (301, bits.packed_bytes(k, width)) and packed.dtype == np.uint8
-    assert np.array_equal(bits.unpack(packed, k, width), values)
-    # The definition: bit i of the stream is bit i % 8 of byte i // 8.
-    stream = ((values[:, :, None] >> np.arange(width)) & 1).reshape(301, -1).astype(np.uint8)
-    assert np.array_equal(packed, np.packbits(stream, axis=1, bitorder="little"))
-
-
-def test_packing_refuses_what_does_not_fit() -> None:
-    for bad in (np.array([[8]]), np.array([[-1]])):
-        with pytest.raises(ValueError, match="fit"):
-            bits.pack(bad, 3)
-    assert bits.unpack(bits.pack(np.zeros((0, 5), np.int32), 17), 5, 17).shape == (0, 5)
-    assert [bits.id_bits(v) for v in (1, 2, 3, 256, 257, 65536, BIG)] == [1, 1, 2, 8, 9, 16, 17]
-
-
-def test_error_of_stored_probabilities() -> None:
-    """The figure that docs state: at most 6.7e-4 in any probability, everywhere in [0, 1]."""
-    assert 6e-4 < bits.probability_error() < 6.7e-4
-    logprobs = -np.linspace(0, 60, 100_001, dtype=np.float32)
-    stored = bits.decode_logprobs(bits.encode_logprobs(logprobs))
-    assert (np.diff(stored) <= 0).all() and stored.max() == 0 and stored.min() == -40
-    assert np.array_equal(bits.encode_logprobs(stored), bits.encode_logprobs(logprobs))
-    extremes = np.array([1e-6, 0, -np.inf], np.float32)
-    assert bits.encode_logprobs(extremes).tolist() == [0, 0, 4095]
 
 
 # --- round trip
@@ -548,56 +511,3 @@ def test_newest_dataset(tmp_path: Path) -> None:
     assert newest_dataset(tmp_path, "h") == tmp_path / "deep/a"
     assert newest_dataset(tmp_path, "o") == tmp_path / "other"
     assert newest_dataset(tmp_path, "nobody") is None
-
-
-# --- replies
-
-
-def reply_settings(vocab_size: int = BIG) -> Settings:
-    return Settings({"teacher": {"name": "t", "hash": "h"}, "tokenizer_hash": "x", "vocab_size": vocab_size})
-
-
-def make_replies(batch: int, vocab_size: int = BIG) -> list[Reply]:
-    rng = np.random.default_rng(batch)
-    sizes = rng.integers(0, 40, 6)
-    return [
-        Reply(6 * batch + i, rng.integers(0, vocab_size, n).astype(np.int32), int(rng.integers(0, n + 1)))
-        for i, n in enumerate(sizes)
-    ]
-
-
-@pytest.mark.parametrize("vocab_size", [500, BIG])
-def test_replies(tmp_path: Path, vocab_size: int) -> None:
-    with ReplyWriter.open(tmp_path, reply_settings(vocab_size)) as writer:
-        for index in (1, 0):
-            writer.write(make_replies(index, vocab_size), index)
-        writer.write([])
-        writer.finish()
-    replies = Replies.open(tmp_path)
-    expected = make_replies(0, vocab_size) + make_replies(1, vocab_size)
-    read = list(replies)
-    assert replies.complete and replies.tokens == sum(len(reply.tokens) for reply in expected)
-    assert [(r.prompt, r.prompt_length) for r in read] == [(r.prompt, r.prompt_length) for r in expected]
-    assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(read, expected, strict=True))
-    with pytest.raises(UserError, match="holds replies, not shards"):
-        Dataset.open(tmp_path)
-    path = tmp_path / "reply-00001.safetensors"
-    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
-    with pytest.raises(UserError, match="reply-00001"):
-        replies.read(1)
-
-
-def test_replies_resume(tmp_path: Path) -> None:
-    for folder, stops in ((tmp_path / "a", [3]), (tmp_path / "b", [1, 2, 3])):
-        for stop in stops:
-            with ReplyWriter.open(folder, reply_settings()) as writer:
-                for index in writer.missing(stop):
-                    writer.write(make_replies(index), index)
-        with ReplyWriter.open(folder, reply_settings()) as writer:
-            writer.finish()
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    with ReplyWriter.open(tmp_path / "c", reply_settings()) as writer:
-        with pytest.raises(ValueError, match="within the vocabulary"):
-            writer.write([Reply(0, np.array([BIG], np.int32), 0)])
-        with pytest.raises(ValueError, match="shorter than its prompt"):
-            writer.write([Reply(0, np.zeros(3, np.int32), 4)])
