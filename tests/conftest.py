@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TEACHER = ROOT / "checkpoints" / "bitnet-smol-43m"
 
 Command = Callable[..., "Result"]
+
+# Started in the background of a script, this process ignores Ctrl-C, and so would the commands it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True)

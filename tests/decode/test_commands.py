@@ -166,7 +166,10 @@ def test_interrupt(work: Path, prompts: Path) -> None:
     assert process.stdout is not None
     process.stdout.read(1)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    try:
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert (process.returncode, err.decode()) == (130, "\ndecode: interrupted\n")
     assert not (work / "out.json").exists()
 
