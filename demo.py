@@ -26,7 +26,7 @@ OUT = Path("runs/demo")
 DATASET, DRAFT, RESULTS = OUT / "dataset", OUT / "draft", OUT / "results.json"
 SHIPPED = Path("checkpoints/bitnet-smol-43m-draft")
 PROMPTS = Path("data/prompts-sample.jsonl")
-COLLECT_TOKENS, TRAIN_TOKENS = 90_000, 500_000
+COLLECT_TOKENS, TRAIN_TOKENS = 90_000, 300_000
 SHAPE = ("--layers", 2, "--hidden", 128, "--batch", 2, "--lr", 0.004)  # for few tokens: small, many steps
 COLUMNS = ("draft", "acceptance rate", "tokens per verification", "tok/s", "plain tok/s", "speed-up", "identical")
 
@@ -40,9 +40,9 @@ def main() -> int:
     drafts = {}
     if lacks_native_kernels():
         print(
-            "the native CPU kernels are missing (no C++ compiler at setup?): collecting and training would take hours,"
+            "The native CPU kernels are missing (no C++ compiler at setup?). Collecting and training would take hours"
         )
-        print("so this demo only decodes, with the shipped draft")
+        print("without them, so this demo only decodes, with the shipped draft.")
     else:
         heading("1/4 the teacher answers prompts and reads texts; its top logits become shards")
         run("distill", "collect", "--tokens", COLLECT_TOKENS, "--out", DATASET)
@@ -97,13 +97,15 @@ def run(command: str, *arguments: object) -> None:
     words = [command, *map(str, arguments)]
     print(f"$ {shlex.join(words)}", flush=True)
     script = Path(sys.executable).parent / command
-    try:
-        done = subprocess.run([str(script), *words[1:]], stdin=subprocess.DEVNULL, check=False)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    with subprocess.Popen([str(script), *words[1:]], stdin=subprocess.DEVNULL) as process:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:  # the command got it too, and may want to save what it has
+            process.wait()
+            raise SystemExit(130) from None
     # 1 from `decode spec --compare` says that an output differs: the table will show it.
-    if done.returncode and not (command == "decode" and done.returncode == 1):
-        raise SystemExit(done.returncode)
+    if code and not (command == "decode" and code == 1):
+        raise SystemExit(code)
 
 
 def facts(report: dict[str, Any]) -> dict[str, Any]:
