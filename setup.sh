@@ -75,6 +75,6 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 "$venv/bin/python" -m pip install -qq --progress-bar off --log "$log" --editable ".[$extras]"
 
 if [ "$extras" = cpu,dev ] && ! "$venv/bin/python" -c 'import kernels.cpu' 2>/dev/null; then
-  say "the C++ extension was not built (no C++ compiler?): everything works, but slowly; see $log"
+  say "the C++ extension was not built (no C++ compiler?): decoding works, but slowly; see $log"
 fi
 say "done: $venv/bin holds the commands distill and decode"
