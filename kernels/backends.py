@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import warnings
@@ -14,9 +15,9 @@ import numpy as np
 
 from kernels import reference
 from kernels.errors import UserError
-from kernels.reference import AttentionShape, DenseWeight, Epilogue, TernaryWeight, Weight
+from kernels.reference import AttentionShape, DenseWeight, Epilogue, Int8Weight, TernaryWeight, Weight
 
-CHOICES = ("reference", "cpu")
+CHOICES = ("reference", "cpu", "metal", "cuda")
 TOLERANCE = 1e-5  # of the largest value: float32 sums in another order
 
 
@@ -29,11 +30,15 @@ class Backend(Protocol):
 
     def prepare_dense(self, weight: mx.array) -> DenseWeight: ...
 
+    def prepare_int8(self, weight: mx.array) -> Int8Weight: ...
+
     def quantize_rows(
         self, x: mx.array, norm: mx.array | None = None, eps: float = 0.0
     ) -> tuple[mx.array, mx.array]: ...
 
     def bitlinear(self, xq: mx.array, s: mx.array, weight: TernaryWeight) -> mx.array: ...
+
+    def int8_linear(self, xq: mx.array, s: mx.array, weight: Int8Weight) -> mx.array: ...
 
     def linear(
         self,
@@ -59,46 +64,64 @@ class Backend(Protocol):
 
 @cache
 def backend() -> Backend:
-    """The backend for this process. `BITDRAFT_KERNELS=reference|cpu` forces one.
+    """The backend for this process. `BITDRAFT_KERNELS=reference|cpu|metal|cuda` forces one.
 
     A backend that cannot be loaded, or whose BitLinear differs from the reference in one bit, is
     replaced by the reference with one warning.
     """
+    chosen, reason = choose()
+    if chosen is reference:
+        if reason:
+            warnings.warn(f"{reason}; using the slow reference", stacklevel=2)
+        _use_fast_blas()
+    return chosen
+
+
+def device_backend() -> str:
+    """The backend made for what MLX runs on: "cpu", "metal" or "cuda"."""
+    if mx.default_device() == mx.cpu:
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def choose() -> tuple[Backend, str | None]:
+    """The backend, and why it is the reference where nobody asked for that (else None).
+
+    Raises UserError where BITDRAFT_KERNELS asks for what this device cannot run.
+    """
     wanted = os.environ.get("BITDRAFT_KERNELS", "")
     if wanted and wanted not in CHOICES:
         raise UserError(f"BITDRAFT_KERNELS={wanted}: choose one of {', '.join(CHOICES)}")
-    on_cpu = mx.default_device() == mx.cpu
-    if wanted == "reference" or not (on_cpu or wanted):
-        return _reference()
-    if not on_cpu:
-        raise UserError("BITDRAFT_KERNELS=cpu: MLX runs on a GPU here")
-    if platform.system() != "Linux" and not wanted:
-        return _reference()
+    device = device_backend()
+    if wanted == "reference":
+        return reference, None
+    if wanted and wanted != device:
+        raise UserError(f"BITDRAFT_KERNELS={wanted}: MLX runs on {device} here")
+    if device == "cpu" and platform.system() != "Linux" and not wanted:
+        return reference, "MLX was told to run on this Mac's CPU, for which no native kernels are built"
     try:
-        from kernels import cpu
+        candidate: Backend = importlib.import_module(f"kernels.{device}")  # type: ignore[assignment]
     except ImportError as error:
-        warnings.warn(
-            f"the native CPU kernels cannot be loaded ({error}); using the slow reference."
-            " Rebuild them with: pip install --force-reinstall --no-deps .",
-            stacklevel=2,
-        )
-        return _reference()
-    cpu.use_fast_blas()
-    if (fault := self_test(cpu)) is not None:
-        warnings.warn(f"the native CPU kernels fail their self-test ({fault}); using the slow reference.", stacklevel=2)
-        return _reference()
-    return cpu
+        return reference, f"the native {device} kernels cannot be loaded ({error})"
+    if device == "cpu":
+        _use_fast_blas()
+    try:
+        fault = self_test(candidate)
+    except Exception as error:  # a compiler's complaint about a kernel has no type of its own
+        fault = str(error).strip().splitlines()[0][:200]
+    if fault is not None:
+        return reference, f"the {device} kernels fail their self-test ({fault})"
+    return candidate, None
 
 
-def _reference() -> Backend:
-    """The reference for small rows; its large products still deserve a fast BLAS on Linux CPUs."""
+def _use_fast_blas() -> None:
+    """Large products on Linux CPUs deserve a fast BLAS, whichever backend runs."""
     try:
         from kernels.cpu import use_fast_blas
 
         use_fast_blas()
     except ImportError:
         pass
-    return reference
 
 
 def self_test(candidate: Backend) -> str | None:
@@ -122,8 +145,11 @@ def self_test(candidate: Backend) -> str | None:
     if not _equal(candidate.linear(x, ours), reference.linear(x, defined)):
         return "linear over ternary weights differs from the reference"
     dense = floats(24, 68).astype(mx.bfloat16)
-    for weight in (ours, candidate.prepare_dense(dense)):
-        kind = "ternary" if weight is ours else "float"
+    eight = candidate.prepare_int8(dense)
+    if not _equal(candidate.int8_linear(xq, s, eight), reference.int8_linear(xq, s, reference.prepare_int8(dense))):
+        return "int8_linear differs from the reference"
+    for weight in (ours, eight, candidate.prepare_dense(dense)):
+        kind = {TernaryWeight: "ternary", Int8Weight: "int8", DenseWeight: "float"}[type(weight)]
         together = candidate.linear(x, weight, norm=norm, eps=1e-5, residual=residual)
         alone = [
             candidate.linear(x[i : i + 1], weight, norm=norm, eps=1e-5, residual=residual[i : i + 1]) for i in range(8)

@@ -45,7 +45,21 @@ class DenseWeight:
     k: int
 
 
-Weight = TernaryWeight | DenseWeight
+@dataclass(frozen=True)
+class Int8Weight:
+    """A float matrix rounded to 8 bits, one scale an output, for int8 rows (an LM head, a draft).
+
+    data: the layout; here int8 [n, k] within -127..127.
+    scale: float32 [n], what an output is multiplied by.
+    """
+
+    data: mx.array
+    scale: mx.array
+    n: int
+    k: int
+
+
+Weight = TernaryWeight | DenseWeight | Int8Weight
 
 
 @dataclass(frozen=True)
@@ -77,6 +91,23 @@ def prepare_dense(weight: mx.array) -> DenseWeight:
     return DenseWeight(weight, n, k)
 
 
+def round_int8(weight: mx.array) -> tuple[mx.array, mx.array]:
+    """Round a matrix to 8 bits by each output's largest magnitude; what every backend starts from.
+
+    weight: float [n, k]. Returns int8 [n, k] within -127..127 and float32 [n], with
+    weight ~ int8 * scale.
+    """
+    weight = weight.astype(mx.float32)
+    scale = mx.maximum(mx.max(mx.abs(weight), axis=-1), 1e-12) / 127.0
+    return mx.round(weight / scale[:, None]).astype(mx.int8), scale
+
+
+def prepare_int8(weight: mx.array) -> Int8Weight:
+    """weight: bfloat16 or float32 [n, k]."""
+    n, k = weight.shape
+    return Int8Weight(*round_int8(weight), n, k)
+
+
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     """x: float32 [..., k]; weight: [k]. Returns float32 [..., k]."""
     return x * mx.rsqrt(mx.mean(x * x, axis=-1, keepdims=True) + eps) * weight.astype(mx.float32)
@@ -104,6 +135,20 @@ def bitlinear(xq: mx.array, s: mx.array, weight: TernaryWeight) -> mx.array:
     return exact * (weight.scale[None, :] / s[:, None])
 
 
+def int8_linear(xq: mx.array, s: mx.array, weight: Int8Weight) -> mx.array:
+    """int8 rows times an int8 matrix, the same bits on every backend.
+
+    xq: int8 [m, k]; s: float32 [m]. Returns float32 [m, n] = (xq W^T) * (scale / s), the sum an
+    int32 rounded to float32 once. Here the weights are taken as 16 * high + low, so that both
+    products stay below 2^24 for k up to 8,256, where float32 holds them exactly.
+    """
+    high = mx.floor(weight.data.astype(mx.float32) / 16.0)
+    low = weight.data.astype(mx.float32) - 16.0 * high
+    x = xq.astype(mx.float32)
+    exact = mx.matmul(x, high.T).astype(mx.int32) * 16 + mx.matmul(x, low.T).astype(mx.int32)
+    return exact.astype(mx.float32) * (weight.scale[None, :] / s[:, None])
+
+
 def linear(
     x: mx.array,
     weight: Weight,
@@ -121,6 +166,8 @@ def linear(
     """
     if isinstance(weight, TernaryWeight):
         y = bitlinear(*quantize_rows(x, norm, eps), weight)
+    elif isinstance(weight, Int8Weight):
+        y = int8_linear(*quantize_rows(x, norm, eps), weight)
     else:
         if norm is not None:
             x = rms_norm(x, norm, eps)

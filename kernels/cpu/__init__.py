@@ -8,6 +8,7 @@ override what the processor offers.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 
 import mlx.core as mx
@@ -15,18 +16,20 @@ import numpy as np
 
 from kernels import reference
 from kernels.openblas import find_openblas
-from kernels.reference import SMALL_ROWS, AttentionShape, DenseWeight, Epilogue, TernaryWeight, Weight
+from kernels.reference import SMALL_ROWS, AttentionShape, DenseWeight, Epilogue, Int8Weight, TernaryWeight, Weight
 
-_RUNNING = mx.__version__  # type: ignore[attr-defined]
+_RUNNING: str = mx.__version__  # type: ignore[attr-defined]
+_REBUILD = "build it, in bitdraft's folder, with: pip install --force-reinstall --no-deps --editable ."
 
+if importlib.util.find_spec("kernels.cpu._native") is None:
+    raise ImportError(f"the extension was not built, for want of a C++ compiler perhaps; {_REBUILD}")
 try:
     from kernels.cpu import _native
 except ImportError as error:
-    message = f"kernels.cpu._native was not built, or was built for another MLX than {_RUNNING}: {error}"
-    raise ImportError(message) from error
+    raise ImportError(f"the extension was built for another MLX than {_RUNNING}: {error}; {_REBUILD}") from error
 # A nearby version may have all the symbols and yet other data structures.
 if _RUNNING.split("+")[0].split(".dev")[0] != _native.mlx_version:
-    raise ImportError(f"kernels.cpu._native was built for MLX {_native.mlx_version}, not {_RUNNING}")
+    raise ImportError(f"the extension was built for MLX {_native.mlx_version}, not {_RUNNING}; {_REBUILD}")
 
 NAME = "cpu"
 
@@ -49,6 +52,11 @@ def prepare_dense(weight: mx.array) -> DenseWeight:
     return DenseWeight(data, n, k)
 
 
+def prepare_int8(weight: mx.array) -> Int8Weight:
+    """weight: bfloat16 or float32 [n, k]."""
+    return reference.prepare_int8(weight)
+
+
 def quantize_rows(x: mx.array, norm: mx.array | None = None, eps: float = 0.0) -> tuple[mx.array, mx.array]:
     """As `reference.quantize_rows`; without a norm, the same bits."""
     xq, s = _native.quantize_rows(x, norm, eps)
@@ -58,6 +66,11 @@ def quantize_rows(x: mx.array, norm: mx.array | None = None, eps: float = 0.0) -
 def bitlinear(xq: mx.array, s: mx.array, weight: TernaryWeight) -> mx.array:
     """As `reference.bitlinear`, the same bits."""
     return _native.bitlinear(xq, s, weight.data, weight.scale, weight.k)
+
+
+def int8_linear(xq: mx.array, s: mx.array, weight: Int8Weight) -> mx.array:
+    """As `reference.int8_linear`, the same bits."""
+    return reference.int8_linear(xq, s, weight)
 
 
 def linear(
@@ -72,7 +85,7 @@ def linear(
     """As `reference.linear`, in one operation; more than 8 rows of a float weight go to BLAS."""
     if isinstance(weight, TernaryWeight):
         return _native.ternary_linear(x, weight.data, weight.scale, weight.k, norm, eps, _EPILOGUES[epilogue], residual)
-    if x.shape[0] <= SMALL_ROWS:
+    if isinstance(weight, DenseWeight) and x.shape[0] <= SMALL_ROWS:
         return _native.dense_linear(x, weight.data, norm, eps, _EPILOGUES[epilogue], residual)
     return reference.linear(x, weight, norm=norm, eps=eps, epilogue=epilogue, residual=residual)
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, environment
 
 from kernels import reference
-from kernels.backends import CHOICES, Backend, self_test
+from kernels.backends import CHOICES, Backend, device_backend, self_test
 
 SHOW = "from kernels import backend; print(backend().NAME)"
 # The package as it is where no extension was built.
@@ -47,18 +47,19 @@ def spoiled(operation: str) -> Backend:
         m = y.shape[0]
         spoilt = mx.array(y)
         # For the float operations: only where rows stand among others.
-        if operation == "bitlinear" or m > 1:
+        if operation in ("bitlinear", "int8_linear") or m > 1:
             bits = mx.array(y).view(mx.uint32)
             bits[m - 1, 3] = bits[m - 1, 3] ^ 1
             spoilt = bits.view(mx.float32)
         return (spoilt, *result[1:]) if isinstance(result, tuple) else spoilt
 
-    names = ("prepare_ternary", "prepare_dense", "quantize_rows", "bitlinear", "linear", "attention", "attention_batch")
+    names = ["prepare_ternary", "prepare_int8", "prepare_dense", "quantize_rows"]
+    names += ["bitlinear", "int8_linear", "linear", "attention", "attention_batch"]
     operations = {name: getattr(reference, name) for name in names}
     return SimpleNamespace(NAME="spoiled", **{**operations, operation: wrong})  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("operation", ["bitlinear", "linear", "attention"])
+@pytest.mark.parametrize("operation", ["bitlinear", "int8_linear", "linear", "attention"])
 def test_one_wrong_bit_is_found(operation: str) -> None:
     fault = self_test(spoiled(operation))
     assert fault is not None and operation in fault
@@ -81,6 +82,9 @@ def test_a_wrong_result_is_found_though_it_is_the_same_for_all_rows() -> None:
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_a_backend_can_be_forced(choice: str) -> None:
+    if choice not in ("reference", device_backend()):
+        assert f"UserError: BITDRAFT_KERNELS={choice}: MLX runs on" in shell(SHOW, BITDRAFT_KERNELS=choice).stderr
+        return
     if choice == "cpu" and len(candidates()) == 1:
         pytest.skip("the native kernels are not built here")
     done = shell(SHOW, BITDRAFT_KERNELS=choice)
@@ -97,7 +101,7 @@ def test_without_the_extension_the_reference_is_used_with_one_warning() -> None:
     done = shell(UNBUILT + "from kernels import backend; backend(); " + SHOW, BITDRAFT_KERNELS="")
     assert done.stdout == "reference\n"
     assert done.stderr.count("UserWarning") == 1
-    assert "native CPU kernels cannot be loaded" in done.stderr and "slow reference" in done.stderr
+    assert "native cpu kernels cannot be loaded" in done.stderr and "slow reference" in done.stderr
 
 
 @pytest.mark.skipif(len(candidates()) == 1, reason="the native kernels are not built here")
