@@ -89,6 +89,17 @@ class Transformer:
         self.final_norm = model.model.norm.weight.astype(mx.float32)
         self.layers = [self._layer(block) for block in model.layers]
         mx.eval(self.embedding, self.final_norm)
+        self.whole_step = self.ops.whole_step(
+            layers=self.layers,
+            embedding=self.embedding,
+            final_norm=self.final_norm,
+            head=self.head,
+            shape=self.shape,
+            epilogue=self.epilogue,
+            eps=self.eps,
+        )
+        if self.whole_step is not None:
+            self.layers = self.whole_step.share_weights(self.layers)
 
     def _layer(self, block: nn.Module) -> Layer:
         attention, mlp = block.self_attn, block.mlp
@@ -123,11 +134,16 @@ class Transformer:
         tokens: m ids. Returns float32 [m, vocab]; the cache moves on by m. More than eight rows
         are run in groups of eight.
         """
+        cache.reserve(len(tokens))
         groups = [tokens[i : i + SMALL_ROWS] for i in range(0, len(tokens), SMALL_ROWS)]
         logits = [self._small_step(mx.array(group), cache) for group in groups]
         return logits[0] if len(logits) == 1 else mx.concatenate(logits)
 
     def _small_step(self, tokens: mx.array, cache: KVCache) -> mx.array:
+        if self.whole_step is not None:
+            logits = self.whole_step(tokens, cache.keys, cache.values, cache.offset)
+            cache.offset += tokens.size
+            return logits
         x = self._extend(tokens, cache)
         return self.ops.linear(x, self.head, norm=self.final_norm, eps=self.eps)
 

@@ -6,9 +6,9 @@ import importlib
 import os
 import platform
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -19,6 +19,14 @@ from kernels.reference import AttentionShape, DenseWeight, Epilogue, Int8Weight,
 
 CHOICES = ("reference", "cpu", "metal", "cuda")
 TOLERANCE = 1e-5  # of the largest value: float32 sums in another order
+
+
+class WholeStep(Protocol):
+    """A model's decoding step of 1..8 rows as one operation (kernels.cuda.step)."""
+
+    def __call__(self, tokens: mx.array, keys: list[mx.array], values: list[mx.array], offset: int) -> mx.array: ...
+
+    def share_weights(self, layers: Sequence[Any]) -> list[Any]: ...
 
 
 class Backend(Protocol):
@@ -60,6 +68,18 @@ class Backend(Protocol):
     def attention_batch(
         self, qkv: mx.array, k_cache: mx.array, v_cache: mx.array, positions: mx.array, shape: AttentionShape
     ) -> tuple[mx.array, mx.array, mx.array]: ...
+
+    def whole_step(
+        self,
+        *,
+        layers: Sequence[Any],
+        embedding: mx.array,
+        final_norm: mx.array,
+        head: Weight,
+        shape: AttentionShape,
+        epilogue: Epilogue,
+        eps: float,
+    ) -> WholeStep | None: ...
 
 
 @cache

@@ -176,10 +176,15 @@ def linear(
         rows = mx.split(x, x.shape[0]) if x.shape[0] <= SMALL_ROWS else [x]
         y = mx.concatenate([mx.matmul(row, w) for row in rows])
     if epilogue is not None:
-        gate, up = mx.split(y, 2, axis=-1)
-        activated = mx.square(mx.maximum(gate, 0)) if epilogue == "relu2_mul" else gate * mx.sigmoid(gate)
-        y = activated * up
+        y = gated(y, epilogue)
     return y if residual is None else y + residual
+
+
+def gated(y: mx.array, epilogue: Epilogue) -> mx.array:
+    """float32 [m, n], gates before ups -> activation(gate) * up, float32 [m, n / 2]."""
+    gate, up = mx.split(y, 2, axis=-1)
+    activated = mx.square(mx.maximum(gate, 0)) if epilogue == "relu2_mul" else gate * mx.sigmoid(gate)
+    return activated * up
 
 
 def rope(x: mx.array, positions: mx.array, inverse_frequency: mx.array) -> mx.array:
@@ -254,6 +259,10 @@ def attention_batch(
     mask = (mx.arange(capacity)[None] <= positions[:, None])[:, None, None]
     out = mx.fast.scaled_dot_product_attention(q[:, :, None], k_cache, v_cache, scale=shape.scale, mask=mask)
     return out.reshape(s, -1), k_cache, v_cache
+
+
+def whole_step(**model: object) -> None:
+    """A whole decoding step as one operation, where a backend has that (kernels.cuda); this one has not."""
 
 
 def attention_packed(qkv: mx.array, document: np.ndarray, shape: AttentionShape) -> mx.array:

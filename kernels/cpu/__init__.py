@@ -125,6 +125,9 @@ def attention_packed(qkv: mx.array, document: np.ndarray, shape: AttentionShape)
     return mx.concatenate(outputs).reshape(b, t, -1)
 
 
+whole_step = reference.whole_step
+
+
 def use_fast_blas() -> bool:
     """Let MLX's float32, float64 and complex products use the OpenBLAS of the wheel scipy-openblas32.
 

@@ -1,0 +1,254 @@
+"""The CUDA backend: the operations of `kernels.reference` as kernels of our own, through MLX's CUDA build.
+
+Products of 1..8 rows read the weights once for all rows (dp4a), larger ones use the int8 tensor cores;
+BitLinear equals the reference bit for bit. Attention works in chunks of keys that are combined in order,
+for any number of rows, so that no library plans anew for every length of context. `step.WholeStep` runs a
+whole decoding step as one launch of the same functions.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+
+from kernels import reference
+from kernels.cuda.launch import float_bits, launch
+from kernels.cuda.step import WholeStep
+from kernels.errors import UserError
+from kernels.reference import SMALL_ROWS, AttentionShape, DenseWeight, Epilogue, Int8Weight, TernaryWeight, Weight
+
+NAME = "cuda"
+TUNABLE = {"quads": (1, 2, 4, 8, 16), "threads": (64, 128, 256, 512)}
+_tuning = {"quads": 4, "threads": 256}
+
+_GATES: dict[str | None, int] = {None: 0, "relu2_mul": 1, "silu_mul": 2}
+_ROW_THREADS = 256  # of the kernels that take a row a block
+_CHUNK = 32  # keys, as in attention.cuh
+
+
+def set_tuning(values: dict[str, int]) -> None:
+    """Block shapes of the small product: quads of outputs a block, threads a block."""
+    _tuning.update(values)
+
+
+def _blocks(k: int) -> int:
+    return -(-k // 16)
+
+
+def _on_device(array: np.ndarray) -> mx.array:
+    """A copy in the GPU's own memory: what comes from NumPy stays in memory that both sides share."""
+    moved = mx.contiguous(mx.array(array) + 0)
+    mx.eval(moved)
+    return moved
+
+
+def prepare_ternary(ternary: np.ndarray, scale: np.ndarray) -> TernaryWeight:
+    """ternary: int8 [n, k] in {-1, 0, 1}; scale: float32 [n]. Laid out as products.cuh says."""
+    n, k = ternary.shape
+    if k % 4:
+        raise UserError(f"the CUDA kernels need a number of inputs that is a multiple of 4, not {k}")
+    quads, blocks = -(-n // 4), _blocks(k)
+    codes = np.ones((4 * quads, 16 * blocks), np.uint8)
+    codes[:n, :k] = ternary + 1
+    # [quad, output, block, i, byte] -> words [quad, block, output], two bits for each i.
+    parts = codes.reshape(quads, 4, blocks, 4, 4).transpose(3, 0, 2, 1, 4)
+    packed = parts[0] | parts[1] << 2 | parts[2] << 4 | parts[3] << 6
+    return TernaryWeight(
+        _on_device(np.ascontiguousarray(packed).view(np.uint32).reshape(-1)), _on_device(scale.astype(np.float32)), n, k
+    )
+
+
+def prepare_int8(weight: mx.array) -> Int8Weight:
+    """weight: bfloat16 or float32 [n, k]. Laid out as products.cuh says."""
+    n, k = weight.shape
+    if k % 4:
+        raise UserError(f"the CUDA kernels need a number of inputs that is a multiple of 4, not {k}")
+    rounded, scale = reference.round_int8(weight)
+    quads, blocks = -(-n // 4), _blocks(k)
+    padded = mx.pad(rounded, [(0, 4 * quads - n), (0, 16 * blocks - k)])
+    data = mx.contiguous(padded.reshape(quads, 4, blocks, 16).transpose(0, 2, 1, 3)).view(mx.uint32).reshape(-1)
+    mx.eval(data, scale)
+    return Int8Weight(data, scale, n, k)
+
+
+def prepare_dense(weight: mx.array) -> DenseWeight:
+    """weight: bfloat16 or float32 [n, k]."""
+    n, k = weight.shape
+    data = mx.contiguous(weight)
+    mx.eval(data)
+    return DenseWeight(data, n, k)
+
+
+def quantize_rows(x: mx.array, norm: mx.array | None = None, eps: float = 0.0) -> tuple[mx.array, mx.array]:
+    """As `reference.quantize_rows`; without a norm, the same bits."""
+    xq, s = _quantize_padded(x.astype(mx.float32), norm, eps)
+    return xq[:, : x.shape[1]], s
+
+
+def _quantize_padded(x: mx.array, norm: mx.array | None, eps: float) -> tuple[mx.array, mx.array]:
+    """int8 rows filled up with zeros to whole blocks of sixteen, and their factors."""
+    m, k = x.shape
+    padded = 16 * _blocks(k)
+    xq, s = launch(
+        "quantize_rows",
+        {"x": x, "norm": x if norm is None else norm.astype(mx.float32)},
+        {"xq": ((m, padded), mx.int8), "s": ((m,), mx.float32)},
+        (m, 1, 1),
+        _ROW_THREADS,
+        {"K": k, "PADDED": padded, "NORM": norm is not None, "EPS": float_bits(eps), "THREADS": _ROW_THREADS},
+    )
+    return xq, s
+
+
+def _padded(xq: mx.array) -> mx.array:
+    k = xq.shape[1]
+    return mx.pad(xq, [(0, 0), (0, 16 * _blocks(k) - k)]) if k % 16 else xq
+
+
+def bitlinear(xq: mx.array, s: mx.array, weight: TernaryWeight) -> mx.array:
+    """As `reference.bitlinear`, the same bits."""
+    return _product(_padded(xq), s, weight, None, None)
+
+
+def int8_linear(xq: mx.array, s: mx.array, weight: Int8Weight) -> mx.array:
+    """As `reference.int8_linear`, the same bits."""
+    return _product(_padded(xq), s, weight, None, None)
+
+
+def _product(
+    xq: mx.array,
+    s: mx.array,
+    weight: TernaryWeight | Int8Weight,
+    epilogue: Epilogue | None,
+    residual: mx.array | None,
+) -> mx.array:
+    """xq: int8 [m, k filled up to whole blocks]; the rest as `linear`."""
+    m, gate = xq.shape[0], _GATES[epilogue]
+    inputs = {"xq": xq, "s": s, "weight": weight.data, "scale": weight.scale}
+    constants: dict[str, int | bool | mx.Dtype] = {
+        "KIND": int(isinstance(weight, Int8Weight)),
+        "N": -(-weight.n // 4) * 4,
+        "OUTPUTS": weight.n,
+        "BLOCKS": _blocks(weight.k),
+        "RESIDUAL": residual is not None and (m <= SMALL_ROWS or not gate),
+    }
+    if m <= SMALL_ROWS and (not gate or weight.n % 8 == 0):
+        width = weight.n // 2 if gate else weight.n
+        threads, quads = _tuning["threads"], _tuning["quads"]
+        return launch(
+            "small",
+            inputs | {"residual": s if residual is None else residual},
+            {"out": ((m, width), mx.float32)},
+            (-(-width // (4 * quads)), 1, 1),
+            threads,
+            constants | {"M": m, "GATE": gate, "QUADS": quads, "THREADS": threads},
+        )[0]
+    if epilogue is not None:
+        y = reference.gated(_product(xq, s, weight, None, None), epilogue)
+        return y if residual is None else y + residual
+    return launch(
+        "large",
+        inputs | {"residual": s if residual is None else residual, "rows": mx.array([m], mx.int32)},
+        {"out": ((m, weight.n), mx.float32)},
+        (-(-weight.n // 128), -(-m // 64), 1),
+        128,
+        constants,
+    )[0]
+
+
+def linear(
+    x: mx.array,
+    weight: Weight,
+    *,
+    norm: mx.array | None = None,
+    eps: float = 0.0,
+    epilogue: Epilogue | None = None,
+    residual: mx.array | None = None,
+) -> mx.array:
+    """As `reference.linear`; more than 8 rows of a float weight go to the library."""
+    x = x.astype(mx.float32)
+    if not isinstance(weight, DenseWeight):
+        return _product(*_quantize_padded(x, norm, eps), weight, epilogue, residual)
+    m = x.shape[0]
+    if m > SMALL_ROWS:
+        return reference.linear(x, weight, norm=norm, eps=eps, epilogue=epilogue, residual=residual)
+    if norm is not None:
+        x = _rms_norm(x, norm, eps)
+    width = weight.n // 2 if epilogue else weight.n
+    return launch(
+        "dense",
+        {"x": x, "weight": weight.data, "residual": x if residual is None else residual},
+        {"out": ((m, width), mx.float32)},
+        (-(-width // (4 * _ROW_THREADS // 32)), 1, 1),
+        _ROW_THREADS,
+        {
+            "T": weight.data.dtype,
+            "M": m,
+            "N": weight.n,
+            "K": weight.k,
+            "GATE": _GATES[epilogue],
+            "RESIDUAL": residual is not None,
+            "THREADS": _ROW_THREADS,
+        },
+        shared_memory=4 * m * weight.k,
+    )[0]
+
+
+def _rms_norm(x: mx.array, norm: mx.array, eps: float) -> mx.array:
+    m, k = x.shape
+    return launch(
+        "rms_norm",
+        {"x": x, "norm": norm.astype(mx.float32)},
+        {"y": ((m, k), mx.float32)},
+        (m, 1, 1),
+        _ROW_THREADS,
+        {"K": k, "EPS": float_bits(eps), "THREADS": _ROW_THREADS},
+    )[0]
+
+
+def attention(
+    qkv: mx.array, k_cache: mx.array, v_cache: mx.array, offset: int, shape: AttentionShape
+) -> tuple[mx.array, mx.array, mx.array]:
+    """As `reference.attention`, for any number of rows."""
+    m, heads, kv_heads, dim = qkv.shape[0], shape.heads, shape.kv_heads, shape.head_dim
+    model: dict[str, int | bool | mx.Dtype] = {"HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim}
+    queries, keys, values = launch(
+        "rope",
+        {"qkv": qkv, "frequency": shape.inverse_frequency, "rows": mx.array([m, offset], mx.int32)},
+        {
+            "queries": ((m, heads * dim), mx.float32),
+            "keys": ((kv_heads, m, dim), mx.float32),
+            "values": ((kv_heads, m, dim), mx.float32),
+        },
+        (m, 1, 1),
+        _ROW_THREADS,
+        model | {"SCALE": float_bits(shape.scale), "THREADS": _ROW_THREADS},
+    )
+    k_cache[:, offset : offset + m] = keys
+    v_cache[:, offset : offset + m] = values
+    group, capacity = heads // kv_heads, k_cache.shape[1]
+    chunks = -(-(offset + m) // _CHUNK)
+    lines = SMALL_ROWS * group
+    parts = launch(
+        "attend",
+        {"queries": queries, "keys": k_cache, "values": v_cache, "rows": mx.array([m, offset, capacity], mx.int32)},
+        {"parts": ((kv_heads, chunks, m * group, dim + 2), mx.float32)},
+        (chunks, kv_heads, -(-m // SMALL_ROWS)),
+        _ROW_THREADS,
+        model | {"M": SMALL_ROWS, "THREADS": _ROW_THREADS},
+        shared_memory=4 * (lines * dim + _CHUNK * (dim + 4) + lines * _CHUNK),
+    )[0]
+    out = launch(
+        "combine",
+        {"parts": parts, "rows": mx.array([m, offset, chunks], mx.int32)},
+        {"out": ((m, heads * dim), mx.float32)},
+        (m, heads, 1),
+        dim,
+        model,
+    )[0]
+    return out, k_cache, v_cache
+
+
+attention_batch = reference.attention_batch
+attention_packed = reference.attention_packed
+whole_step = WholeStep.of

@@ -1,0 +1,116 @@
+// Attention of a few rows over the KV cache, in chunks of 32 keys that are combined in order.
+//
+// A query's chunk holds its largest score, the sum of its exponentials and its weighted values; keys
+// behind a query's own position count as exact zeros, and chunks behind it are left out. So a row's
+// bits depend on its position only, never on how many rows or keys stand beside it.
+#pragma once
+
+#include "rows.cuh"
+
+namespace bitdraft {
+
+constexpr int kChunk = 32;  // keys: one a lane
+
+__device__ inline float minus_infinity() { return __int_as_float(0xff800000); }
+
+__host__ __device__ constexpr int padded_dim(int dim) { return dim + 4; }  // keeps lanes' keys in different banks
+
+// cos and sin of pos * frequency for M rows: table [M][DIM / 2].
+template <int M, int DIM, int THREADS>
+__device__ void rope_table(const float* frequency, int offset, float2* table) {
+  for (int i = threadIdx.x; i < M * DIM / 2; i += THREADS) {
+    const float angle = __fmul_rn(static_cast<float>(offset + i / (DIM / 2)), __ldg(frequency + i % (DIM / 2)));
+    float sine, cosine;
+    sincosf(angle, &sine, &cosine);
+    table[i] = make_float2(cosine, sine);
+  }
+}
+
+// Element i of the first half of a head, rotated with its partner (rotate-half layout).
+__device__ inline float2 rotated(float a, float b, float2 turn) {
+  return make_float2(__fsub_rn(__fmul_rn(a, turn.x), __fmul_rn(b, turn.y)),
+                     __fadd_rn(__fmul_rn(b, turn.x), __fmul_rn(a, turn.y)));
+}
+
+// QUERIES queries of one key/value head over one chunk of keys.
+// queries: shared [QUERIES][DIM], rotated and scaled; keys: shared [kChunk][padded_dim(DIM)];
+// values: global [..][DIM], the chunk's first row; weights: shared [QUERIES][kChunk].
+// last(query): the highest key of the chunk, counted from its start, that a query sees (negative: none);
+// count: keys of the chunk that exist for any query.
+// out: [QUERIES][DIM + 2]: weighted values, then the largest score and the sum of exponentials.
+template <int QUERIES, int DIM, int THREADS, class Last>
+__device__ void attend_chunk(const float* queries, const float* keys, const float* values, int count, Last last,
+                             float* weights, float* out) {
+  constexpr int width = DIM + 2;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (int query = warp; query < QUERIES; query += THREADS / 32) {
+    if (last(query) < 0) {
+      continue;
+    }
+    const float4* a = reinterpret_cast<const float4*>(queries + query * DIM);
+    const float4* b = reinterpret_cast<const float4*>(keys + lane * padded_dim(DIM));
+    float score[4] = {};
+#pragma unroll 8
+    for (int i = 0; i < DIM / 4; i++) {
+      const float4 q = a[i], k = b[i];
+      score[0] = __fmaf_rn(q.x, k.x, score[0]);
+      score[1] = __fmaf_rn(q.y, k.y, score[1]);
+      score[2] = __fmaf_rn(q.z, k.z, score[2]);
+      score[3] = __fmaf_rn(q.w, k.w, score[3]);
+    }
+    const float total = __fadd_rn(__fadd_rn(score[0], score[1]), __fadd_rn(score[2], score[3]));
+    const bool seen = lane <= last(query);
+    const float top = max_lanes(seen ? total : minus_infinity());
+    const float weight = seen ? expf(total - top) : 0.0f;
+    const float sum = sum_lanes(weight);
+    weights[query * kChunk + lane] = weight;
+    if (lane == 0) {
+      out[query * width + DIM] = top;
+      out[query * width + DIM + 1] = sum;
+    }
+  }
+  __syncthreads();
+  constexpr int teams = THREADS / DIM;  // of DIM threads
+  const int d = threadIdx.x % DIM, team = threadIdx.x / DIM;
+  constexpr int share = (QUERIES + teams - 1) / teams;
+  if (team < teams) {
+    float sums[share] = {};
+    for (int key = 0; key < count; key++) {
+      const float value = values[key * DIM + d];
+#pragma unroll
+      for (int i = 0; i < share; i++) {
+        const int query = team + i * teams;
+        if (query < QUERIES && key <= last(query)) {
+          sums[i] = __fmaf_rn(weights[query * kChunk + key], value, sums[i]);
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < share; i++) {
+      const int query = team + i * teams;
+      if (query < QUERIES && last(query) >= 0) {
+        out[query * width + d] = sums[i];
+      }
+    }
+  }
+}
+
+// One value of a query from its chunks: parts of all chunks are `stride` floats apart.
+template <int DIM>
+__device__ float combine_chunks(const float* parts, int64_t stride, int chunks, int d) {
+  float top = minus_infinity();
+  for (int c = 0; c < chunks; c++) {
+    top = fmaxf(top, __ldcg(parts + c * stride + DIM));
+  }
+  float value = 0, sum = 0;
+#pragma unroll 4
+  for (int c = 0; c < chunks; c++) {
+    const float* part = parts + c * stride;
+    const float factor = expf(__ldcg(part + DIM) - top);
+    value = __fmaf_rn(__ldcg(part + d), factor, value);
+    sum = __fmaf_rn(__ldcg(part + DIM + 1), factor, sum);
+  }
+  return __fdiv_rn(value, sum);
+}
+
+}  // namespace bitdraft
