@@ -14,7 +14,7 @@ import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
 from decode.files import first_line, read_json
-from decode.model import Transformer
+from decode.model import Head, Transformer
 from kernels import UserError, swap_bitlinear
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,14 +31,14 @@ class Checkpoint:
     name: str
     config: dict[str, Any]
 
-    def load(self) -> Transformer:
-        """Load through mlx-lm, with its BitLinear swapped for ours."""
+    def load(self, head: Head = "float") -> Transformer:
+        """Load through mlx-lm, with its BitLinear swapped for ours; head as `Transformer` takes it."""
         from mlx_lm.utils import load_model
 
         try:
             model, config = load_model(self.folder, lazy=True)
             swap_bitlinear(model, config.get("quantization_config") or {})
-            return Transformer(model, config)
+            return Transformer(model, config, head)
         except UserError as error:
             raise UserError(f"{self.folder}: {error}") from None
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, ZeroDivisionError, OSError) as error:

@@ -9,7 +9,7 @@ matrix products.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,8 +17,18 @@ import numpy as np
 
 from kernels import BitLinear, UserError, backend
 from kernels.backends import Backend
-from kernels.reference import SMALL_ROWS, AttentionShape, Epilogue, Weight, rms_norm, split_heads
+from kernels.reference import (
+    SMALL_ROWS,
+    AttentionShape,
+    DenseWeight,
+    Epilogue,
+    Int8Weight,
+    Weight,
+    rms_norm,
+    split_heads,
+)
 
+Head = Literal["float", "int8"]
 PREFILL_CHUNK = 512
 CACHE_STEP = 256
 
@@ -62,8 +72,11 @@ class KVCache:
 class Transformer:
     """A decoder-only model whose every product goes through the kernels."""
 
-    def __init__(self, model: nn.Module, config: dict[str, Any]) -> None:
-        """model: an mlx-lm `bitnet` or `llama` model, BitLinear already swapped; config: its config.json."""
+    def __init__(self, model: nn.Module, config: dict[str, Any], head: Head = "float") -> None:
+        """model: an mlx-lm `bitnet` or `llama` model, BitLinear already swapped; config: its config.json.
+
+        head: "float" as the checkpoint has it, or "int8", rounded to 8 bits (kernels.reference.Int8Weight).
+        """
         self.config = config
         self.ops: Backend = backend()
         args = model.args
@@ -83,8 +96,10 @@ class Transformer:
         self.eps: float = args.rms_norm_eps
         self.epilogue: Epilogue = "relu2_mul" if args.model_type == "bitnet" else "silu_mul"
         self.embedding = float_weight(model.model.embed_tokens)
-        head = self.embedding if args.tie_word_embeddings else float_weight(model.lm_head)
-        self.head = self.ops.prepare_dense(head)
+        float_head = self.embedding if args.tie_word_embeddings else float_weight(model.lm_head)
+        self.head: DenseWeight | Int8Weight = (
+            self.ops.prepare_int8(float_head) if head == "int8" else self.ops.prepare_dense(float_head)
+        )
         self._float_head: mx.array | None = None  # for scoring, made when first used
         self.final_norm = model.model.norm.weight.astype(mx.float32)
         self.layers = [self._layer(block) for block in model.layers]
@@ -136,15 +151,15 @@ class Transformer:
         """
         cache.reserve(len(tokens))
         groups = [tokens[i : i + SMALL_ROWS] for i in range(0, len(tokens), SMALL_ROWS)]
-        logits = [self._small_step(mx.array(group), cache) for group in groups]
+        logits = [self._small_step(group, cache) for group in groups]
         return logits[0] if len(logits) == 1 else mx.concatenate(logits)
 
-    def _small_step(self, tokens: mx.array, cache: KVCache) -> mx.array:
+    def _small_step(self, tokens: list[int] | np.ndarray, cache: KVCache) -> mx.array:
         if self.whole_step is not None:
-            logits = self.whole_step(tokens, cache.keys, cache.values, cache.offset)
-            cache.offset += tokens.size
+            logits = self.whole_step([int(t) for t in tokens], cache.keys, cache.values, cache.offset)
+            cache.offset += len(tokens)
             return logits
-        x = self._extend(tokens, cache)
+        x = self._extend(mx.array(tokens), cache)
         return self.ops.linear(x, self.head, norm=self.final_norm, eps=self.eps)
 
     def _extend(self, tokens: mx.array, cache: KVCache) -> mx.array:
@@ -209,6 +224,8 @@ class Transformer:
 
     def batch_logits(self, hidden: mx.array) -> mx.array:
         """hidden: float32 [n, hidden], normalised. Returns float32 [n, vocab]."""
+        if isinstance(self.head, Int8Weight):
+            return self.ops.linear(hidden, self.head)
         if self._float_head is None:
             self._float_head = self.head.data.astype(mx.float32).T
             mx.eval(self._float_head)

@@ -48,14 +48,15 @@ def prepare_ternary(ternary: np.ndarray, scale: np.ndarray) -> TernaryWeight:
     if k % 4:
         raise UserError(f"the CUDA kernels need a number of inputs that is a multiple of 4, not {k}")
     quads, blocks = -(-n // 4), _blocks(k)
-    codes = np.ones((4 * quads, 16 * blocks), np.uint8)
-    codes[:n, :k] = ternary + 1
-    # [quad, output, block, i, byte] -> words [quad, block, output], two bits for each i.
-    parts = codes.reshape(quads, 4, blocks, 4, 4).transpose(3, 0, 2, 1, 4)
-    packed = parts[0] | parts[1] << 2 | parts[2] << 4 | parts[3] << 6
-    return TernaryWeight(
-        _on_device(np.ascontiguousarray(packed).view(np.uint32).reshape(-1)), _on_device(scale.astype(np.float32)), n, k
+    codes = mx.pad(
+        mx.array(ternary) + 1, [(0, 4 * quads - n), (0, 16 * blocks - k)], constant_values=mx.array(1, mx.int8)
     )
+    # [quad, output, block, i, byte] -> bytes [quad, block, output, byte] of four codes, two bits for each i.
+    parts = codes.astype(mx.uint8).reshape(quads, 4, blocks, 4, 4).transpose(3, 0, 2, 1, 4)
+    packed = parts[0] | parts[1] << 2 | parts[2] << 4 | parts[3] << 6
+    data = mx.contiguous(packed).view(mx.uint32).reshape(-1)
+    mx.eval(data)
+    return TernaryWeight(data, _on_device(scale.astype(np.float32)), n, k)
 
 
 def prepare_int8(weight: mx.array) -> Int8Weight:

@@ -160,15 +160,14 @@ class WholeStep:
         ]
         return max(stages)
 
-    def __call__(self, tokens: mx.array, keys: list[mx.array], values: list[mx.array], offset: int) -> mx.array:
+    def __call__(self, tokens: Sequence[int], keys: list[mx.array], values: list[mx.array], offset: int) -> mx.array:
         """Logits of m new tokens, float32 [m, vocab]; their keys and values go into the caches in place.
 
-        tokens: int32 [m], m <= 8; keys, values: a layer's float32 [kv_heads, capacity, head_dim] each, of
+        tokens: m <= 8 ids; keys, values: a layer's float32 [kv_heads, capacity, head_dim] each, of
         which nobody else may hold a part, with offset + m <= capacity.
         """
-        m, c = tokens.size, self.constants
+        m, c = len(tokens), self.constants
         capacity, layers = keys[0].shape[1], len(keys)
-        request = mx.concatenate([mx.array([offset, capacity], mx.int32), tokens.astype(mx.int32)])
         caches = {f"k{i}": k for i, k in enumerate(keys)} | {f"v{i}": v for i, v in enumerate(values)}
         prelude = "".join(
             f"const float* const {name}_caches[] = {{{', '.join(f'{name}{i}' for i in range(layers))}}};\n"
@@ -181,7 +180,7 @@ class WholeStep:
         logits, self.after = launch(
             "step",
             {
-                "request": request,
+                "request": mx.array([offset, capacity, *tokens], mx.int32),
                 "after": self.after,
                 "state": self.state,
                 "weights": self.weights.view(mx.uint8),
