@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
 from decode.files import first_line, read_json
@@ -196,9 +195,3 @@ def _token_table(folder: Path) -> dict[int, tuple[str, bool]]:
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: its added_tokens are damaged ({error!r})") from error
     return table
-
-
-def device_name() -> str:
-    """What MLX computes on, in words."""
-    info = mx.device_info() if hasattr(mx, "device_info") else {}
-    return str(info.get("device_name") or mx.default_device())

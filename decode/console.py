@@ -1,25 +1,39 @@
-"""What every command shares: one-line errors, exit codes, JSON output, progress bars."""
+"""What the commands of `decode` and `distill` share, beside `kernels.console`."""
 
 from __future__ import annotations
 
-import io
-import json
-import os
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated
 
 import typer
-from tqdm import tqdm
 
-from kernels import UserError
+from kernels.console import (
+    Interrupted,
+    JsonOption,
+    QuietOption,
+    check_json_target,
+    fail,
+    progress,
+    run,
+    say,
+    text_sink,
+    write_json,
+)
 
-JsonOption = Annotated[
-    str | None,
-    typer.Option("--json", metavar="FILE", help="Write the results as one JSON object; - is standard output."),
+__all__ = [
+    "Interrupted",
+    "JsonOption",
+    "QuietOption",
+    "SeedOption",
+    "TeacherOption",
+    "check_json_target",
+    "fail",
+    "progress",
+    "run",
+    "say",
+    "text_sink",
+    "write_json",
 ]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars or summaries.")]
+
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
 TeacherOption = Annotated[
     str | None,
@@ -29,114 +43,3 @@ TeacherOption = Annotated[
         help="BitNet teacher: a folder or a Hub name. Default: the embedded one.",
     ),
 ]
-
-
-class Interrupted(Exception):
-    """Ctrl-C, with what the user should know of it."""
-
-
-def run(app: typer.Typer, name: str) -> None:
-    """Run a command line: 0 done, 1 a check failed, 2 the user's input is at fault, 130 interrupted.
-
-    name: of the command, before each error. A reader that goes away (`| head`) ends it quietly with 1.
-    """
-    _mend_streams()
-    try:
-        # typer swallows typer.Exit and KeyboardInterrupt, and returns their codes; no command returns a value.
-        code = app(prog_name=name, standalone_mode=False) or 0
-    except UserError as error:
-        fail(name, str(error))
-    except (Interrupted, typer.Abort) as error:
-        print(f"\n{name}: interrupted{f': {error}' if str(error) else ''}", file=sys.stderr)
-        raise SystemExit(130) from None
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        fail(name, f"{where}{error.strerror or error}")
-    except MemoryError:
-        fail(name, "this needs more memory than there is")
-    except Exception as error:
-        # typer reports wrong options through click's exceptions.
-        if hasattr(error, "format_message") and hasattr(error, "exit_code"):
-            if not error.format_message():  # no command was given, and its help stands above
-                raise SystemExit(error.exit_code) from None
-            fail(name, error.format_message())
-        if isinstance(error, RuntimeError) and "llocate" in str(error):  # MLX: "Unable to allocate", "Failed to ..."
-            fail(name, f"this needs more memory than there is ({error})")
-        raise
-    if code == 130:
-        print(f"\n{name}: interrupted", file=sys.stderr)
-    raise SystemExit(code)
-
-
-def _mend_streams() -> None:
-    """Text that a terminal's encoding lacks is printed as `?`, and closed streams are no streams to trip over."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # or files opened later would be taken for streams
-        os.set_inheritable(descriptor, True)
-    os.close(descriptor)
-    for stream in ("stdin", "stdout", "stderr"):
-        if getattr(sys, stream) is None:
-            nothing = Path(os.devnull).open("r" if stream == "stdin" else "w", encoding="utf-8")  # noqa: SIM115
-            setattr(sys, stream, nothing)
-    for output in (sys.stdout, sys.stderr):
-        if isinstance(output, io.TextIOWrapper):
-            output.reconfigure(errors="replace")
-
-
-def fail(name: str, message: str) -> None:
-    """One line on standard error, exit code 2."""
-    print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def write_json(target: str | None, value: dict[str, Any]) -> None:
-    """Write a command's results where --json asks for them."""
-    if target is None:
-        return
-    if target == "-":
-        sys.stdout.write(json.dumps(value, indent=1) + "\n")  # ASCII, whatever the terminal's encoding
-        return
-    path = Path(target)
-    # A new file appears whole or not at all; a pipe or device is written where it is.
-    replaced = path.is_file() or not path.exists()
-    written = path.resolve().with_name(f".{path.resolve().name}.{os.getpid()}.tmp") if replaced else path
-    try:
-        try:
-            written.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            if replaced:
-                written.replace(path.resolve())
-        finally:
-            if replaced:
-                written.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"--json {target}: cannot be written: {error.strerror}") from error
-
-
-def check_json_target(target: str | None) -> None:
-    """Find out before a long run that its results could not be written."""
-    if target is None or target == "-":
-        return
-    path = Path(target)
-    if path.is_dir():
-        raise UserError(f"--json {target}: is a folder")
-    if not path.parent.is_dir():
-        raise UserError(f"--json {target}: the folder {path.parent} does not exist")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(f"--json {target}: cannot be written: no permission")
-
-
-def say(quiet: bool) -> Callable[[str], None]:
-    """A printer to standard error that --quiet silences."""
-    return (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
-
-
-def progress(total: int | None, label: str, unit: str, quiet: bool, initial: int = 0) -> tqdm:
-    """A bar on standard error with rate and ETA."""
-    return tqdm(
-        total=total, desc=label, unit=unit, unit_scale=True, disable=quiet, initial=initial,
-        file=sys.stderr, dynamic_ncols=True, smoothing=0.1,
-    )  # fmt: skip
-
-
-def text_sink(json_target: str | None) -> TextIO:
-    """Where generated text goes: standard output, unless the JSON is to be alone there."""
-    return sys.stderr if json_target == "-" else sys.stdout

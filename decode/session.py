@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from decode.checkpoint import Checkpoint, check_same_tokenizer, device_name
+from decode.checkpoint import Checkpoint, check_same_tokenizer
 from decode.engine import ModelDrafter, generate, margin_at
 from decode.model import Transformer
 from decode.prompts import Prompt, Tokenizer
 from decode.sampling import Sampling
 from decode.statistics import Tally, is_looping
 from kernels import UserError, backend
+from kernels.device import device_name, versions
 
 Show = Callable[[str], None]
 
@@ -189,17 +188,3 @@ class Session:
         if not (total.rounds and plain.verify_seconds):
             return 0.0
         return (total.verify_seconds / total.rounds) / (plain.verify_seconds / plain.rounds)
-
-
-def versions() -> dict[str, str]:
-    """What decides how a run went, for reports."""
-    packages = {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "numpy")}
-    try:
-        packages["bitdraft"] = importlib.metadata.version("bitdraft")
-    except importlib.metadata.PackageNotFoundError:
-        packages["bitdraft"] = "uninstalled"
-    return {
-        **packages,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
