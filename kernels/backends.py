@@ -6,7 +6,7 @@ import importlib
 import os
 import platform
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, Protocol
 
@@ -127,10 +127,7 @@ def choose() -> tuple[Backend, str | None]:
         return reference, f"the native {device} kernels cannot be loaded ({error})"
     if device == "cpu":
         _use_fast_blas()
-    try:
-        fault = self_test(candidate)
-    except Exception as error:  # a compiler's complaint about a kernel has no type of its own
-        fault = str(error).strip().splitlines()[0][:200]
+    fault = self_test(candidate)
     if fault is not None:
         return reference, f"the {device} kernels fail their self-test ({fault})"
     return candidate, None
@@ -150,44 +147,85 @@ def self_test(candidate: Backend) -> str | None:
     """Compare BitLinear by bits with the reference, the float operations within TOLERANCE of it, and
     by bits the rows of a call with the same rows alone.
 
-    Returns None, or which operation differs. Costs a few milliseconds.
+    Returns None, or what is wrong with the first operation that fails. Costs a few milliseconds.
     """
-    rng = np.random.default_rng(0)
+    return next((fault for _, fault in operation_faults(candidate) if fault is not None), None)
 
-    def floats(*shape: int) -> mx.array:
-        return mx.array(rng.normal(0, 1, shape).astype(np.float32))
 
-    ternary = rng.integers(-1, 2, (24, 68)).astype(np.int8)
-    scale = rng.uniform(0.1, 1, 24).astype(np.float32)
-    x, norm, residual = floats(8, 68), floats(68), floats(8, 24)
-    ours, defined = candidate.prepare_ternary(ternary, scale), reference.prepare_ternary(ternary, scale)
+def operation_faults(candidate: Backend) -> Iterator[tuple[str, str | None]]:
+    """The self-test operation by operation: its name, and None or what is wrong with it."""
+    for name, check in _CHECKS.items():
+        try:
+            fault = check(candidate, np.random.default_rng(0))
+        except Exception as error:  # a compiler's complaint about a kernel has no type of its own
+            fault = f"{name}: {(str(error).strip() or type(error).__name__).splitlines()[0][:200]}"
+        yield name, fault
+
+
+def _floats(rng: np.random.Generator, *shape: int) -> mx.array:
+    return mx.array(rng.normal(0, 1, shape).astype(np.float32))
+
+
+def _ternary(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    return rng.integers(-1, 2, (24, 68)).astype(np.int8), rng.uniform(0.1, 1, 24).astype(np.float32)
+
+
+def _test_bitlinear(candidate: Backend, rng: np.random.Generator) -> str | None:
+    weight, x = _ternary(rng), _floats(rng, 8, 68)
+    ours, defined = candidate.prepare_ternary(*weight), reference.prepare_ternary(*weight)
     xq, s = reference.quantize_rows(x)
-    if not _equal(candidate.bitlinear(xq, s, ours), reference.bitlinear(xq, s, defined)):
-        return "bitlinear differs from the reference"
-    if not _equal(candidate.linear(x, ours), reference.linear(x, defined)):
+    same = _equal(candidate.bitlinear(xq, s, ours), reference.bitlinear(xq, s, defined))
+    return None if same else "bitlinear differs from the reference"
+
+
+def _test_int8_linear(candidate: Backend, rng: np.random.Generator) -> str | None:
+    weight = _floats(rng, 24, 68).astype(mx.bfloat16)
+    xq, s = reference.quantize_rows(_floats(rng, 8, 68))
+    ours, defined = candidate.prepare_int8(weight), reference.prepare_int8(weight)
+    same = _equal(candidate.int8_linear(xq, s, ours), reference.int8_linear(xq, s, defined))
+    return None if same else "int8_linear differs from the reference"
+
+
+def _test_ternary(candidate: Backend, rng: np.random.Generator) -> str | None:
+    weight, x = _ternary(rng), _floats(rng, 8, 68)
+    ours = candidate.prepare_ternary(*weight)
+    if not _equal(candidate.linear(x, ours), reference.linear(x, reference.prepare_ternary(*weight))):
         return "linear over ternary weights differs from the reference"
-    dense = floats(24, 68).astype(mx.bfloat16)
-    eight = candidate.prepare_int8(dense)
-    if not _equal(candidate.int8_linear(xq, s, eight), reference.int8_linear(xq, s, reference.prepare_int8(dense))):
-        return "int8_linear differs from the reference"
-    for weight in (ours, eight, candidate.prepare_dense(dense)):
-        kind = {TernaryWeight: "ternary", Int8Weight: "int8", DenseWeight: "float"}[type(weight)]
-        together = candidate.linear(x, weight, norm=norm, eps=1e-5, residual=residual)
-        alone = [
-            candidate.linear(x[i : i + 1], weight, norm=norm, eps=1e-5, residual=residual[i : i + 1]) for i in range(8)
-        ]
-        if not _equal(together, mx.concatenate(alone)):
-            return f"linear over {kind} weights gives a row other bits among others than alone"
-    if not _close(
-        together, reference.linear(x, reference.prepare_dense(dense), norm=norm, eps=1e-5, residual=residual)
-    ):
+    return _test_rows(candidate, ours, "ternary", x, _floats(rng, 68), _floats(rng, 8, 24))
+
+
+def _test_int8(candidate: Backend, rng: np.random.Generator) -> str | None:
+    weight = candidate.prepare_int8(_floats(rng, 24, 68).astype(mx.bfloat16))
+    return _test_rows(candidate, weight, "int8", _floats(rng, 8, 68), _floats(rng, 68), _floats(rng, 8, 24))
+
+
+def _test_float(candidate: Backend, rng: np.random.Generator) -> str | None:
+    weight = _floats(rng, 24, 68).astype(mx.bfloat16)
+    x, norm, residual = _floats(rng, 8, 68), _floats(rng, 68), _floats(rng, 8, 24)
+    ours, defined = candidate.prepare_dense(weight), reference.prepare_dense(weight)
+    y, expected = (
+        ops.linear(x, prepared, norm=norm, eps=1e-5, residual=residual)
+        for ops, prepared in ((candidate, ours), (reference, defined))
+    )
+    if not _close(y, expected):
         return "linear over float weights differs from the reference"
-    return _test_attention(candidate, floats)
+    return _test_rows(candidate, ours, "float", x, norm, residual)
 
 
-def _test_attention(candidate: Backend, floats: Callable[..., mx.array]) -> str | None:
+def _test_rows(
+    candidate: Backend, weight: Weight, kind: str, x: mx.array, norm: mx.array, residual: mx.array
+) -> str | None:
+    together = candidate.linear(x, weight, norm=norm, eps=1e-5, residual=residual)
+    alone = [
+        candidate.linear(x[i : i + 1], weight, norm=norm, eps=1e-5, residual=residual[i : i + 1]) for i in range(8)
+    ]
+    same = _equal(together, mx.concatenate(alone))
+    return None if same else f"linear over {kind} weights gives a row other bits among others than alone"
+
+
+def _test_attention(candidate: Backend, rng: np.random.Generator) -> str | None:
     m, offset, shape = 8, 5, AttentionShape(4, 2, 32, mx.array(0.5 ** np.arange(16, dtype=np.float32)))
-    qkv, keys, values = floats(m, 8 * 32), floats(2, 16, 32), floats(2, 16, 32)
+    qkv, keys, values = _floats(rng, m, 8 * 32), _floats(rng, 2, 16, 32), _floats(rng, 2, 16, 32)
     expected = reference.attention(qkv, mx.array(keys), mx.array(values), offset, shape)[0]
     together = candidate.attention(qkv, mx.array(keys), mx.array(values), offset, shape)[0]
     alone = []
@@ -205,3 +243,13 @@ def _equal(a: mx.array, b: mx.array) -> bool:
 
 def _close(a: mx.array, b: mx.array) -> bool:
     return bool((mx.abs(a - b).max() <= TOLERANCE * mx.abs(b).max()).item())
+
+
+_CHECKS: dict[str, Callable[[Backend, np.random.Generator], str | None]] = {
+    "bitlinear": _test_bitlinear,
+    "int8_linear": _test_int8_linear,
+    "linear, ternary": _test_ternary,
+    "linear, int8": _test_int8,
+    "linear, float": _test_float,
+    "attention": _test_attention,
+}
