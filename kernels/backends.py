@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
-from kernels import reference
+from kernels import reference, tuning
 from kernels.errors import UserError
 from kernels.reference import AttentionShape, DenseWeight, Epilogue, Int8Weight, TernaryWeight, Weight
 
@@ -89,13 +89,15 @@ def backend() -> Backend:
     """The backend for this process. `BITDRAFT_KERNELS=reference|cpu|metal|cuda` forces one.
 
     A backend that cannot be loaded, or whose BitLinear differs from the reference in one bit, is
-    replaced by the reference with one warning.
+    replaced by the reference with one warning. What `python -m kernels tune` found here is applied.
     """
     chosen, reason = choose()
     if chosen is reference:
         if reason:
             warnings.warn(f"{reason}; using the slow reference", stacklevel=2)
         _use_fast_blas()
+    else:
+        tuning.apply(chosen)
     return chosen
 
 

@@ -33,6 +33,11 @@ def memory_bytes() -> int:
     return int(known) if known else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cache_bytes() -> int:
     """Size of the processor's last-level cache; 0 where the system does not tell."""
     sizes = []
