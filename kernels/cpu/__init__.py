@@ -32,7 +32,7 @@ if _RUNNING.split("+")[0].split(".dev")[0] != _native.mlx_version:
     raise ImportError(f"the extension was built for MLX {_native.mlx_version}, not {_RUNNING}; {_REBUILD}")
 
 NAME = "cpu"
-
+ROUNDED_AT_ONCE = 8192  # outputs of an int8 weight
 
 _EPILOGUES: dict[str | None, int] = {None: 0, "relu2_mul": 1, "silu_mul": 2}
 
@@ -53,8 +53,14 @@ def prepare_dense(weight: mx.array) -> DenseWeight:
 
 
 def prepare_int8(weight: mx.array) -> Int8Weight:
-    """weight: bfloat16 or float32 [n, k]."""
-    return reference.prepare_int8(weight)
+    """weight: bfloat16 or float32 [n, k]. A byte a weight (native/kernels.h)."""
+    n, k = weight.shape
+    rounded, scales = np.empty((n, k), np.int8), []
+    for start in range(0, n, ROUNDED_AT_ONCE):  # float32 copies of a whole head would take gigabytes
+        data, scale = reference.round_int8(weight[start : start + ROUNDED_AT_ONCE])
+        rounded[start : start + ROUNDED_AT_ONCE] = np.array(data)
+        scales.append(scale)
+    return Int8Weight(_native.pack_int8(rounded), mx.contiguous(mx.concatenate(scales)), n, k)
 
 
 def quantize_rows(x: mx.array, norm: mx.array | None = None, eps: float = 0.0) -> tuple[mx.array, mx.array]:
@@ -70,7 +76,7 @@ def bitlinear(xq: mx.array, s: mx.array, weight: TernaryWeight) -> mx.array:
 
 def int8_linear(xq: mx.array, s: mx.array, weight: Int8Weight) -> mx.array:
     """As `reference.int8_linear`, the same bits."""
-    return reference.int8_linear(xq, s, weight)
+    return _native.int8_product(xq, s, weight.data, weight.scale, weight.k)
 
 
 def linear(
@@ -85,6 +91,8 @@ def linear(
     """As `reference.linear`, in one operation; more than 8 rows of a float weight go to BLAS."""
     if isinstance(weight, TernaryWeight):
         return _native.ternary_linear(x, weight.data, weight.scale, weight.k, norm, eps, _EPILOGUES[epilogue], residual)
+    if isinstance(weight, Int8Weight):
+        return _native.int8_linear(x, weight.data, weight.scale, weight.k, norm, eps, _EPILOGUES[epilogue], residual)
     if isinstance(weight, DenseWeight) and x.shape[0] <= SMALL_ROWS:
         return _native.dense_linear(x, weight.data, norm, eps, _EPILOGUES[epilogue], residual)
     return reference.linear(x, weight, norm=norm, eps=eps, epilogue=epilogue, residual=residual)

@@ -4,9 +4,21 @@ import numpy as np
 mlx_version: str
 
 def pack_ternary(ternary: np.ndarray) -> mx.array: ...
+def pack_int8(weight: np.ndarray) -> mx.array: ...
 def quantize_rows(x: mx.array, norm: mx.array | None, eps: float) -> list[mx.array]: ...
 def bitlinear(xq: mx.array, s: mx.array, tiles: mx.array, scale: mx.array, k: int) -> mx.array: ...
+def int8_product(xq: mx.array, s: mx.array, tiles: mx.array, scale: mx.array, k: int) -> mx.array: ...
 def ternary_linear(
+    x: mx.array,
+    tiles: mx.array,
+    scale: mx.array,
+    k: int,
+    norm: mx.array | None,
+    eps: float,
+    epilogue: int,
+    residual: mx.array | None,
+) -> mx.array: ...
+def int8_linear(
     x: mx.array,
     tiles: mx.array,
     scale: mx.array,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from kernels import reference
-from kernels.reference import AttentionShape, DenseWeight, Epilogue, TernaryWeight
+from kernels.reference import AttentionShape, Epilogue, Int8Weight, TernaryWeight, Weight
 
 if platform.system() != "Linux":
     pytest.skip("the native CPU backend is built on Linux only", allow_module_level=True)
@@ -90,6 +90,71 @@ def test_sums_are_exact_at_the_longest_k_that_the_definition_allows(isa: str) ->
     assert (np.array(y) == 127 * k).all()
 
 
+# int8 weights
+
+
+def int8_pair(n: int, k: int, seed: int = 0) -> tuple[Int8Weight, Int8Weight]:
+    """Ours and the reference's."""
+    data = normal(n, k, seed=seed)
+    return cpu.prepare_int8(data), reference.prepare_int8(data)
+
+
+def exact_product(xq: np.ndarray, s: np.ndarray, weight: Int8Weight) -> np.ndarray:
+    """The definition in whole numbers: one rounding of the sum, one of scale / s and one of their product."""
+    sums = xq.astype(np.int64) @ np.array(weight.data).astype(np.int64).T
+    assert np.abs(sums).max() < 2**31
+    return sums.astype(np.float32) * (np.array(weight.scale)[None] / s[:, None])
+
+
+@pytest.mark.parametrize(("n", "k"), [*SHAPES, (16, 8192), (2, 6912)])
+def test_int8_products_equal_the_reference_by_bits(isa: str, threads: int, n: int, k: int) -> None:
+    ours, theirs = int8_pair(n, k)
+    assert (ours.n, ours.k) == (n, k) and same_bits(ours.scale, theirs.scale)
+    for m in ROWS:
+        xq, s = reference.quantize_rows(normal(m, k, seed=m))
+        y = cpu.int8_linear(xq, s, ours)
+        assert same_bits(y, reference.int8_linear(xq, s, theirs)), m
+        assert same_bits(y, mx.array(exact_product(np.array(xq), np.array(s), theirs))), m
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 5, 8, 13])
+@pytest.mark.parametrize("k", [37, 576, 8192, 65536])
+def test_int8_sums_are_exact_and_rounded_once(isa: str, m: int, k: int) -> None:
+    """Extreme codes reach 2^30, where float32 has steps of 64, and saturate any sum of pairs in int16."""
+    rng = np.random.default_rng(k)
+    rows = rng.choice(np.array([-128, -127, 127], np.int8), (m, k))
+    rows[0] = 127
+    rows[-1] = rows[-1] if m == 1 else -128
+    if m > 2:
+        rows[1] = 0
+    data = rng.choice(np.array([-127, 126, 127], np.int8), (40, k)).astype(np.float32)
+    data[0], data[1], data[2] = 127, -127, np.where(np.arange(k) % 2, 127, -127)
+    data[3] = 0
+    data[4:, 0] = 127  # so that every scale is one
+    s = rng.uniform(0.5, 2, m).astype(np.float32)
+    theirs = reference.prepare_int8(mx.array(data))
+    y = cpu.int8_linear(mx.array(rows), mx.array(s), cpu.prepare_int8(mx.array(data)))
+    assert same_bits(y, mx.array(exact_product(rows, s, theirs)))
+
+
+def test_rows_of_zeros_have_products_of_zero(isa: str) -> None:
+    ours, _ = int8_pair(40, 100)
+    assert (np.array(cpu.linear(mx.zeros((3, 100)), ours)) == 0).all()
+    assert (np.array(cpu.linear(normal(3, 100), cpu.prepare_int8(mx.zeros((40, 100))))) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
+def test_rounding_part_by_part_gives_the_same_weight(monkeypatch: pytest.MonkeyPatch, dtype: mx.Dtype) -> None:
+    data = normal(100, 70).astype(dtype)
+    whole = cpu.prepare_int8(data)
+    monkeypatch.setattr(cpu, "ROUNDED_AT_ONCE", 33)
+    parts = cpu.prepare_int8(data)
+    assert same_bits(whole.data, parts.data) and same_bits(whole.scale, parts.scale)
+
+
+# Both kinds of rounded weights
+
+
 def extreme_rows(k: int) -> mx.array:
     rng = np.random.default_rng(k)
     rows = rng.normal(0, 1, (8, k)).astype(np.float32)
@@ -113,10 +178,10 @@ def test_quantised_rows_equal_the_reference_by_bits(isa: str, k: int) -> None:
         assert same_bits(ours[1], theirs[1])
 
 
-def test_linear_without_a_norm_equals_the_reference_by_bits(isa: str, threads: int) -> None:
+@pytest.mark.parametrize("kind", ["ternary", "int8"])
+def test_linear_without_a_norm_equals_the_reference_by_bits(isa: str, threads: int, kind: str) -> None:
     n, k = 3072, 576
-    ternary, scale = random_ternary(n, k)
-    ours, theirs = cpu.prepare_ternary(ternary, scale), reference.prepare_ternary(ternary, scale)
+    ours, theirs = weights_of(kind, n, k)
     for x in (extreme_rows(k)[:6], normal(64, k)):
         assert same_bits(cpu.linear(x, ours), reference.linear(x, theirs))
         residual = normal(x.shape[0], n)
@@ -143,22 +208,31 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         cpu.linear(normal(1, 64), TernaryWeight(weight.data[:-1], weight.scale, 32, 64))
     with pytest.raises(ValueError, match="even"):
         cpu.linear(normal(1, 64), cpu.prepare_ternary(*random_ternary(33, 64)), epilogue="silu_mul")
+    eight, _ = int8_pair(32, 64)
+    with pytest.raises(ValueError, match="size"):
+        cpu.linear(normal(1, 64), Int8Weight(weight.data, weight.scale, 32, 64))  # ternary data
+    with pytest.raises(ValueError, match="weight's k"):
+        cpu.int8_linear(mx.zeros((1, 63), mx.int8), mx.ones((1,)), eight)
+    with pytest.raises(ValueError, match="not exact"):
+        cpu.linear(mx.zeros((1, 65_537)), cpu.prepare_int8(mx.zeros((1, 65_537))))
 
 
-# The fused linear, ternary and dense
+# The fused linear, whatever the weights are
 
 
-def weights_of(kind: str, n: int, k: int) -> tuple[TernaryWeight | DenseWeight, TernaryWeight | DenseWeight]:
+def weights_of(kind: str, n: int, k: int) -> tuple[Weight, Weight]:
     """Ours and the reference's."""
     if kind == "ternary":
         ternary, scale = random_ternary(n, k)
         return cpu.prepare_ternary(ternary, scale), reference.prepare_ternary(ternary, scale)
+    if kind == "int8":
+        return int8_pair(n, k, seed=3)
     data = normal(n, k, seed=3).astype(getattr(mx, kind))
     return cpu.prepare_dense(data), reference.prepare_dense(data)
 
 
 @pytest.mark.parametrize("epilogue", EPILOGUES)
-@pytest.mark.parametrize("kind", ["ternary", "bfloat16", "float32"])
+@pytest.mark.parametrize("kind", ["ternary", "int8", "bfloat16", "float32"])
 @pytest.mark.parametrize(("n", "k"), [(960, 576), (36, 70), (2, 1)])
 def test_linear_gives_a_row_the_same_bits_alone_and_among_others(
     isa: str, threads: int, kind: str, n: int, k: int, epilogue: Epilogue | None
@@ -178,16 +252,16 @@ def test_linear_gives_a_row_the_same_bits_alone_and_among_others(
 
 
 def close_to_reference(y: np.ndarray, expected: np.ndarray, kind: str) -> None:
-    """Ternary products follow an int8 rounding, which may fall the other way after a norm that
+    """Ternary and int8 products follow an int8 rounding, which may fall the other way after a norm that
     differs in its last bit: one step of one input. Float ones are within float32's own error."""
     top = np.abs(expected).max()
     error = np.abs(y - expected).max() / top
-    assert error < (0.02 if kind == "ternary" else 1e-5), error
-    if kind == "ternary" and y.size > 1000:
+    assert error < (0.02 if kind in ("ternary", "int8") else 1e-5), error
+    if kind in ("ternary", "int8") and y.size > 1000:
         assert np.median(np.abs(y - expected)) < 1e-6 * top
 
 
-@pytest.mark.parametrize("kind", ["ternary", "bfloat16", "float32"])
+@pytest.mark.parametrize("kind", ["ternary", "int8", "bfloat16", "float32"])
 @pytest.mark.parametrize("m", [9, 130])
 def test_many_rows_are_close_to_the_reference(isa: str, kind: str, m: int) -> None:
     ours, theirs = weights_of(kind, 960, 576)
@@ -199,10 +273,11 @@ def test_many_rows_are_close_to_the_reference(isa: str, kind: str, m: int) -> No
 
 def test_inputs_may_be_slices_transposes_and_broadcasts(isa: str) -> None:
     weight, _ = weights_of("ternary", 48, 64)
+    eight, _ = weights_of("int8", 48, 64)
     dense, _ = weights_of("bfloat16", 48, 64)
     wide = normal(4, 200)
     for x in (wide[:, 40:104], wide[:, :128:2], normal(64, 4).T, mx.broadcast_to(wide[:1, :64], (4, 64))):
-        for w in (weight, dense):
+        for w in (weight, eight, dense):
             residual = normal(48, 4).T
             copied = cpu.linear(mx.array(np.array(x)), w, residual=mx.array(np.array(residual)))
             assert same_bits(cpu.linear(x, w, residual=residual), copied)

@@ -11,7 +11,7 @@
 namespace nb = nanobind;
 using namespace nb::literals;
 
-using TernaryMatrix = nb::ndarray<const int8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Int8Matrix = nb::ndarray<const int8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 NB_MODULE(_native, m) {
   m.doc() = "BitLinear, attention and small float products on the CPU; see kernels/reference.py.";
@@ -23,15 +23,25 @@ NB_MODULE(_native, m) {
                           std::to_string(MLX_VERSION_PATCH);
   m.def(
       "pack_ternary",
-      [](const TernaryMatrix& ternary) {
+      [](const Int8Matrix& ternary) {
         return bitdraft::pack_ternary(ternary.data(), static_cast<int64_t>(ternary.shape(0)),
                                       static_cast<int64_t>(ternary.shape(1)));
       },
       "ternary"_a);
+  m.def(
+      "pack_int8",
+      [](const Int8Matrix& weight) {
+        return bitdraft::pack_int8(weight.data(), static_cast<int64_t>(weight.shape(0)),
+                                   static_cast<int64_t>(weight.shape(1)));
+      },
+      "weight"_a);
   m.def("quantize_rows", &bitdraft::quantize_rows, "x"_a, "norm"_a.none(), "eps"_a);
   m.def("bitlinear", &bitdraft::bitlinear, "xq"_a, "s"_a, "tiles"_a, "scale"_a, "k"_a);
+  m.def("int8_product", &bitdraft::int8_product, "xq"_a, "s"_a, "tiles"_a, "scale"_a, "k"_a);
   m.def("ternary_linear", &bitdraft::ternary_linear, "x"_a, "tiles"_a, "scale"_a, "k"_a, "norm"_a.none(),
         "eps"_a, "epilogue"_a, "residual"_a.none());
+  m.def("int8_linear", &bitdraft::int8_linear, "x"_a, "tiles"_a, "scale"_a, "k"_a, "norm"_a.none(), "eps"_a,
+        "epilogue"_a, "residual"_a.none());
   m.def("dense_linear", &bitdraft::dense_linear, "x"_a, "weight"_a, "norm"_a.none(), "eps"_a, "epilogue"_a,
         "residual"_a.none());
   m.def("attention", &bitdraft::attention, "qkv"_a, "k_cache"_a, "v_cache"_a, "offset"_a, "heads"_a,

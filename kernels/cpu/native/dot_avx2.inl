@@ -48,7 +48,7 @@ void dot_rows(const Dot& d) {
   dot_half<M>(d.tile1 + 32, 0, d.x, d.blocks, d.raw + 24);
 }
 
-void dot(int rows, const Dot& d) {
+void dot_ternary(int rows, const Dot& d) {
   switch (rows) {
     case 1:
       return dot_rows<1>(d);

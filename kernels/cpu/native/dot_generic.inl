@@ -20,7 +20,7 @@ inline void dot_tile(int rows, const uint8_t* tile, const int8_t* x, int64_t blo
   }
 }
 
-void dot(int rows, const Dot& d) {
+void dot_ternary(int rows, const Dot& d) {
   dot_tile(rows, d.tile0, d.x, d.blocks, d.raw);
   dot_tile(rows, d.tile1, d.x, d.blocks, d.raw + 16);
 }

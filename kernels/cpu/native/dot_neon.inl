@@ -44,7 +44,7 @@ void dot_rows(const Dot& d) {
   dot_tile<M>(d.tile1, d.ahead, d.x, d.blocks, d.raw + 16);
 }
 
-void dot(int rows, const Dot& d) {
+void dot_ternary(int rows, const Dot& d) {
   switch (rows) {
     case 1:
       return dot_rows<1>(d);

@@ -82,7 +82,7 @@ void dot_shifted(const Dot& d) {
   }
 }
 
-void dot(int rows, const Dot& d) {
+void dot_ternary(int rows, const Dot& d) {
   switch (rows) {
     case 1:
       return dot_one(d);

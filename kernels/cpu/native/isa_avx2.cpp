@@ -26,10 +26,12 @@ constexpr int kValueStrip = 1;
 #include "dense.inl"
 #include "attend.inl"
 #include "dot_avx2.inl"
+#include "int8_avx2.inl"
 
 }  // namespace
 
-const Kernels kAvx2 = {"avx2", 8, dot, finish, normalise, quantise, gate, dense, attend};
+const Kernels kAvx2 = {"avx2",    8,        dot_ternary, dot_int8, finish,
+                       normalise, quantise, gate,        dense,    attend};
 
 }  // namespace bitdraft
 

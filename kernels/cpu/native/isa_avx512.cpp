@@ -27,11 +27,12 @@ constexpr int kValueStrip = 4;
 #include "dense.inl"
 #include "attend.inl"
 #include "dot_vnni.inl"
+#include "int8_vnni.inl"
 
 }  // namespace
 
-const Kernels kAvx512Vnni = {"avx512vnni", kMaxRowBlock, dot,   finish, normalise,
-                             quantise,     gate,         dense, attend};
+const Kernels kAvx512Vnni = {"avx512vnni", kMaxRowBlock, dot_ternary, dot_int8, finish,
+                             normalise,    quantise,     gate,        dense,    attend};
 
 }  // namespace bitdraft
 

@@ -27,10 +27,12 @@ constexpr int kValueStrip = 1;
 #include "dense.inl"
 #include "attend.inl"
 #include "dot_neon.inl"
+#include "int8_neon.inl"
 
 }  // namespace
 
-const Kernels kNeonDot = {"neondot", 8, dot, finish, normalise, quantise, gate, dense, attend};
+const Kernels kNeonDot = {"neondot", 8,        dot_ternary, dot_int8, finish,
+                          normalise, quantise, gate,        dense,    attend};
 
 }  // namespace bitdraft
 

@@ -20,9 +20,11 @@ constexpr int kValueStrip = 1;
 #include "dense.inl"
 #include "attend.inl"
 #include "dot_generic.inl"
+#include "int8_generic.inl"
 
 }  // namespace
 
-const Kernels kPortable = {"portable", 8, dot, finish, normalise, quantise, gate, dense, attend};
+const Kernels kPortable = {"portable", 8,        dot_ternary, dot_int8, finish,
+                           normalise,  quantise, gate,        dense,    attend};
 
 }  // namespace bitdraft

@@ -6,6 +6,9 @@
 // inputs of 16 outputs, the operand of a u8 x s8 dot product whose 32-bit lanes are outputs: no
 // horizontal sum is ever needed. Spare outputs and inputs hold code 1 (a zero weight).
 //
+// Packed int8 layout: the same tiles and blocks, 256 bytes each: four such operands side by side. Byte
+// 64i + 4j + b is W[16 * tile + j, 16 * block + 4i + b] + 128; spare ones hold 128.
+//
 // Packed activations: rows in blocks of up to `row_block`; [inputs / 4][rows of the block][4] int8.
 #pragma once
 
@@ -15,9 +18,10 @@
 
 namespace bitdraft {
 
-constexpr int kTile = 16;         // outputs a tile, inputs a block
-constexpr int kBlockBytes = 64;   // packed bytes of a (tile, block)
-constexpr int kPairOutputs = 32;  // outputs of one call of `dot`
+constexpr int kTile = 16;             // outputs a tile, inputs a block
+constexpr int kBlockBytes = 64;       // packed bytes of a (tile, block), ternary
+constexpr int kInt8BlockBytes = 256;  // and int8
+constexpr int kPairOutputs = 32;      // outputs of one call of `dot`
 constexpr int kMaxRowBlock = 12;
 constexpr int kSmallRows = 8;  // rows up to which dense products are row-independent by bits
 constexpr int kMaxHeadDim = 512;
@@ -36,14 +40,15 @@ struct Dot {
   // From a tile to the one that will be read next in its place, which is fetched into the cache
   // meanwhile: two interleaved streams are more than the processor foresees by itself.
   int64_t ahead;
-  const int8_t* x;  // one block of packed rows
-  int32_t* raw;     // [rows][32]: sums of code * x
+  const int8_t* x;      // one block of packed rows
+  const int32_t* sums;  // as in Finish, for where only a signed product is to be had
+  int32_t* raw;         // [rows][32]: sums of code * x
 };
 
 // How the raw sums of a pair of tiles become outputs; pointers are to the tiles' first outputs.
 struct Finish {
   const int32_t* raw;   // [rows][32], sums of code * x
-  const int32_t* sums;  // [rows], sum of x: taken off because a code is its weight plus one
+  const int32_t* sums;  // [rows], bias * sum of x: taken off because a code is its weight plus the bias
   const float* s;       // [rows], quantisation factors
   const float* scale0;  // scales of both tiles' outputs
   const float* scale1;
@@ -88,7 +93,8 @@ struct Kernels {
   const char* name;
   int row_block;  // rows of a block of packed activations when there are more than kSmallRows
 
-  void (*dot)(int rows, const Dot& d);
+  void (*dot_ternary)(int rows, const Dot& d);
+  void (*dot_int8)(int rows, const Dot& d);
   void (*finish)(int rows, const Finish& f);
   // RMSNorm of a row of k floats; `weight` holds k floats.
   void (*normalise)(const float* x, const float* weight, float eps, int64_t k, float* out);

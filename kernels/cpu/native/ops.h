@@ -24,12 +24,18 @@ using MaybeArray = std::optional<mx::array>;
 
 // int8 [n, k] in {-1, 0, 1} -> uint8 tiles. Throws std::invalid_argument on any other value.
 mx::array pack_ternary(const int8_t* ternary, int64_t n, int64_t k);
+// int8 [n, k] -> uint8 tiles.
+mx::array pack_int8(const int8_t* weight, int64_t n, int64_t k);
 
 std::vector<mx::array> quantize_rows(const mx::array& x, const MaybeArray& norm, float eps);
 mx::array bitlinear(const mx::array& xq, const mx::array& s, const mx::array& tiles, const mx::array& scale,
                     int k);
+mx::array int8_product(const mx::array& xq, const mx::array& s, const mx::array& tiles,
+                       const mx::array& scale, int k);
 mx::array ternary_linear(const mx::array& x, const mx::array& tiles, const mx::array& scale, int k,
                          const MaybeArray& norm, float eps, int epilogue, const MaybeArray& residual);
+mx::array int8_linear(const mx::array& x, const mx::array& tiles, const mx::array& scale, int k,
+                      const MaybeArray& norm, float eps, int epilogue, const MaybeArray& residual);
 mx::array dense_linear(const mx::array& x, const mx::array& weight, const MaybeArray& norm, float eps,
                        int epilogue, const MaybeArray& residual);
 std::vector<mx::array> attention(const mx::array& qkv, const mx::array& k_cache, const mx::array& v_cache,

@@ -1,4 +1,4 @@
-// Row operations in float: norm, rounding to int8, activations, finishing ternary products.
+// Row operations in float: norm, rounding to int8, activations, finishing products of int8 rows.
 
 inline float sum_lanes(F x) {
   const F zero = set1(0.0f);

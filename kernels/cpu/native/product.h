@@ -1,0 +1,123 @@
+// Products of int8 rows with coded weights, ternary or int8: rows in blocks, threads, gate and residual.
+#pragma once
+
+#include <algorithm>
+
+#include "ops.h"
+
+namespace bitdraft {
+
+// Scratch slots of these products (threads.h).
+enum ProductSlot { kPacked = 0, kRow = 1, kOutput = 2, kFloatRow = 3 };
+
+// How weights are coded (kernels.h).
+struct Format {
+  int64_t block_bytes;  // of a (tile, block)
+  int32_t bias;         // a code less its weight
+  void (*Kernels::*dot)(int rows, const Dot& d);
+  int64_t most_k;  // inputs up to which sums are exact (ternary: in float32; int8: of codes, in int32)
+};
+
+inline constexpr Format kTernary = {kBlockBytes, 1, &Kernels::dot_ternary, 132'104};
+inline constexpr Format kInt8 = {kInt8BlockBytes, 128, &Kernels::dot_int8, 65'536};
+
+// Rows in blocks: one block up to kSmallRows, else as even as can be and at most row_block rows each.
+struct RowBlocks {
+  int64_t rows;
+  int64_t count;
+
+  RowBlocks(int64_t rows, int row_block)
+      : rows(rows), count(rows <= kSmallRows ? 1 : (rows + row_block - 1) / row_block) {}
+  int64_t begin(int64_t block) const { return block * rows / count; }
+  int size(int64_t block) const { return static_cast<int>(begin(block + 1) - begin(block)); }
+  // The block that holds a row.
+  int64_t of(int64_t row) const {
+    int64_t block = row * count / rows;
+    while (begin(block + 1) <= row) {
+      block++;
+    }
+    while (begin(block) > row) {
+      block--;
+    }
+    return block;
+  }
+};
+
+// Activations of a product: packed int8 rows with their sums and factors.
+struct Activations {
+  RowBlocks blocks;
+  int64_t k;
+  int64_t padded;  // k rounded up to a block
+  int32_t bias;
+  int8_t* packed;
+  int32_t* sums;  // bias * sum of x
+  float* s;
+
+  Activations(int64_t rows, int64_t k, int32_t bias, const Kernels& kernels)
+      : blocks(rows, kernels.row_block), k(k), padded(round_up(k, kTile)), bias(bias) {
+    // One piece of scratch: the packed rows, then sums, then factors.
+    packed = scratch_bytes(kPacked, rows * padded + 8 * rows + 64);
+    sums = reinterpret_cast<int32_t*>(packed + round_up(rows * padded, 64));
+    s = reinterpret_cast<float*>(sums + rows);
+  }
+
+  const int8_t* block(int64_t b) const { return packed + blocks.begin(b) * padded; }
+
+  // Stores one row; q holds `padded` values, those from k on zero.
+  void set_row(int64_t row, const int8_t* q, float factor) {
+    const int64_t b = blocks.of(row);
+    const int64_t size = blocks.size(b);
+    int8_t* to = packed + blocks.begin(b) * padded + 4 * (row - blocks.begin(b));
+    int32_t sum = 0;
+    for (int64_t i = 0; i < padded; i++) {
+      sum += q[i];
+    }
+    for (int64_t i = 0; i < padded; i += 4) {
+      std::memcpy(to + i * size, q + i, 4);
+    }
+    sums[row] = bias * sum;
+    s[row] = factor;
+  }
+};
+
+// Calls body(first, last) over ranges of rows, on all threads when there is enough to do.
+template <class Body>
+void for_rows(int64_t rows, int64_t k, Body&& body) {
+  const int64_t chunks = rows * k < kParallelFlops ? 1 : std::min<int64_t>(rows, 4 * threads());
+  parallel_for(static_cast<int>(chunks), [&](int c) { body(c * rows / chunks, (c + 1) * rows / chunks); });
+}
+
+// x -> [norm ->] int8, for each row; put(row, q, s) gets `padded` values, zero from k on.
+template <class Put>
+void quantise_all(const Kernels& kernels, const Matrix<float>& x, const float* norm, float eps, Put&& put) {
+  const int64_t padded = round_up(x.cols, kTile);
+  for_rows(x.rows, x.cols, [&](int64_t first, int64_t last) {
+    float* space = scratch_floats(kFloatRow, x.cols + padded);
+    int8_t* q = scratch_bytes(kRow, padded);
+    std::memset(q, 0, static_cast<size_t>(padded));
+    for (int64_t r = first; r < last; r++) {
+      const float* row = x.row(r, space);
+      if (norm != nullptr) {
+        kernels.normalise(row, norm, eps, x.cols, space + padded);
+        row = space + padded;
+      }
+      put(r, q, kernels.quantise(row, x.cols, q));
+    }
+  });
+}
+
+struct Product {
+  const Format* format;
+  const uint8_t* tiles;
+  const float* scale;
+  int64_t n;
+  Epilogue epilogue;
+  const float* residual;  // contiguous rows of the output's width, or null
+  int64_t residual_stride;
+  float* out;
+};
+
+// The product with everything behind it.
+void multiply(const Kernels& kernels, const Activations& x, const Product& p);
+
+}  // namespace bitdraft
