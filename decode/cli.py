@@ -19,6 +19,7 @@ from decode.console import (
     text_sink,
     write_json,
 )
+from decode.metal import capture, check_trace
 from decode.prompts import gather_prompts
 from decode.sampling import Sampling
 from decode.session import Output, Session
@@ -53,6 +54,14 @@ def plain(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     top_k: TopK = 0,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            "--trace",
+            metavar="FILE.gputrace",
+            help="Record what the GPU does, for Xcode; on a Mac, with MTL_CAPTURE_ENABLED=1 and few tokens.",
+        ),
+    ] = None,
     seed: SeedOption = 0,
     json_file: JsonOption = None,
     quiet: QuietOption = False,
@@ -63,9 +72,10 @@ def plain(
     """
     sampling = Sampling(temperature, top_p, top_k)
     check_json_target(json_file)
+    check_trace(trace)
     texts = gather_prompts(prompt, prompts, SAMPLES)
     session = Session(find_teacher(teacher), max_tokens=max_tokens, sampling=sampling, raw=raw, seed=seed)
-    _answer_all(session, texts, compare=False, json_file=json_file, quiet=quiet)
+    _answer_all(session, texts, compare=False, json_file=json_file, quiet=quiet, trace=trace)
 
 
 @app.command()
@@ -120,8 +130,35 @@ def spec(
         raise typer.Exit(1)
 
 
+@app.command()
+def doctor(
+    teacher: TeacherOption = None,
+    json_file: JsonOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Look whether all is well here: device, kernels by bits, teacher, versions; exit 1 if something is wrong."""
+    from decode.doctor import examine, report
+
+    check_json_target(json_file)
+    checks = []
+    for check in examine(teacher):
+        checks.append(check)
+        if json_file != "-" and not quiet:
+            print(check.line(), flush=True)
+    facts = report(checks)
+    write_json(json_file, facts)
+    if not facts["ok"]:
+        raise typer.Exit(1)
+
+
 def _answer_all(
-    session: Session, prompts: list[Any], *, compare: bool, json_file: str | None, quiet: bool
+    session: Session,
+    prompts: list[Any],
+    *,
+    compare: bool,
+    json_file: str | None,
+    quiet: bool,
+    trace: Path | None = None,
 ) -> dict[str, Any]:
     """Answer every prompt, with --compare plainly and speculatively in turn, and report."""
     encoded = session.encode(prompts)
@@ -134,16 +171,17 @@ def _answer_all(
 
     outputs: list[Output] = []
     baselines: list[Output] = []
-    for index, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
-        if len(prompts) > 1:
-            note(f"\n[{index + 1}/{len(prompts)}] {prompt.title}")
-        order = [True, False] if index % 2 else [False, True]
-        for turn in order if compare else [speculative]:
-            shown = show if turn is speculative and not (quiet and json_file == "-") else None
-            output = session.answer(prompt, ids, index, speculative=turn, show=shown)
-            (outputs if turn is speculative else baselines).append(output)
-        if not (quiet and json_file == "-"):
-            show("\n")
+    with capture(trace):  # after warming up: what compiles once is not what to look at
+        for index, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
+            if len(prompts) > 1:
+                note(f"\n[{index + 1}/{len(prompts)}] {prompt.title}")
+            order = [True, False] if index % 2 else [False, True]
+            for turn in order if compare else [speculative]:
+                shown = show if turn is speculative and not (quiet and json_file == "-") else None
+                output = session.answer(prompt, ids, index, speculative=turn, show=shown)
+                (outputs if turn is speculative else baselines).append(output)
+            if not (quiet and json_file == "-"):
+                show("\n")
     report = session.report(outputs, baselines)
     write_json(json_file, report)
     note("\n" + summary(report))

@@ -9,6 +9,7 @@ from typing import Any
 
 from decode.checkpoint import Checkpoint, check_same_tokenizer
 from decode.engine import ModelDrafter, generate, margin_at
+from decode.metal import raise_wired_limit
 from decode.model import Transformer
 from decode.prompts import Prompt, Tokenizer
 from decode.sampling import Sampling
@@ -54,6 +55,7 @@ class Session:
         self.tokenizer = Tokenizer(teacher.folder)
         self.k, self.max_tokens, self.raw, self.seed = k, max_tokens, raw, seed
         self.sampling = sampling or Sampling()
+        raise_wired_limit()
         self.teacher: Transformer = teacher.load()
         self.draft = draft.load() if draft is not None else None
 

@@ -1,0 +1,163 @@
+"""`decode doctor`: what is well passes, and what is spoilt is found and named."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TEACHER, Command, Result, arguments, changed_copy, environment
+
+from decode import doctor
+from kernels.backends import choose
+
+NATIVE = choose()[0].NAME == "cpu"
+
+
+def spoiled(code: str, cwd: Path, *options: object) -> Result:
+    """`decode doctor` in a process that runs `code` first."""
+    start = arguments("decode", "doctor", *options)
+    done = subprocess.run(
+        [start[0], "-c", f"{code}\n{start[2]}", *start[3:]], stdin=subprocess.DEVNULL, env=environment(), cwd=cwd,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def statuses(result: Result) -> dict[str, str]:
+    return {check["name"]: check["status"] for check in json.loads(result.out)["checks"]}
+
+
+def test_all_is_well(command: Command, tmp_path: Path) -> None:
+    done = command("decode", "doctor", "--json", tmp_path / "d.json")
+    assert done.code == 0 and done.err == "", done.out + done.err
+    report = json.loads((tmp_path / "d.json").read_text(encoding="utf-8"))
+    assert report["ok"] is True and report["failed"] == []
+    names = [check["name"] for check in report["checks"]]
+    assert len(names) == len(set(names)) == len(done.out.splitlines())
+    for name in ("python", "system", "mlx", "backend", "self-test bitlinear", "self-test attention", "name clash",
+                 "memory", "teacher", "tokenizer", "perplexity", "disk", "hub", "compiler"):  # fmt: skip
+        assert name in names
+    for check, line in zip(report["checks"], done.out.splitlines(), strict=True):
+        assert check["status"] in ("ok", "warning")
+        assert line.split()[0] == check["status"] and check["name"] in line and check["detail"] in line
+    perplexity = report["checks"][names.index("perplexity")]
+    assert perplexity["value"] == pytest.approx(doctor.EXPECTED[TEACHER_HASH], rel=doctor.MARGIN)
+
+
+TEACHER_HASH = next(iter(doctor.EXPECTED))
+
+
+def test_the_recorded_weights_are_the_shipped_ones() -> None:
+    from decode.checkpoint import find_teacher
+
+    assert find_teacher(None).weights_hash == TEACHER_HASH
+
+
+def test_json_alone_and_quiet(command: Command) -> None:
+    done = command("decode", "doctor", "--json", "-")
+    assert done.code == 0 and json.loads(done.out)["ok"] is True
+    done = command("decode", "doctor", "--quiet")
+    assert (done.code, done.out, done.err) == (0, "", "")
+
+
+@pytest.mark.skipif(not NATIVE, reason="the native CPU kernels do not run here")
+def test_a_wrong_kernel_is_found(work: Path) -> None:
+    spoil = (
+        "import mlx.core as mx; from kernels import cpu; right = cpu.bitlinear\n"
+        "cpu.bitlinear = lambda *args: right(*args) + mx.array(1e-3)"
+    )
+    done = spoiled(spoil, work, "--json", "-")
+    assert done.code == 1
+    found = statuses(done)
+    assert found["self-test bitlinear"] == "FAILED" and found["backend"] == "warning"
+    assert found["self-test attention"] == found["perplexity"] == "ok"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the native kernels are looked for on Linux only")
+def test_without_the_extension_it_says_how_to_build_it(work: Path) -> None:
+    done = spoiled("import sys; sys.modules['kernels.cpu._native'] = None", work)
+    assert done.code == 0, done.out + done.err
+    line = next(line for line in done.out.splitlines() if " backend " in line)
+    assert line.startswith("warning") and "pip install" in line
+
+
+def test_a_wrong_step_shows_in_the_perplexity(work: Path) -> None:
+    """Kernels that pass, and a model that is wrong all the same."""
+    spoil = (
+        "import mlx.core as mx; from decode.model import Transformer; right = Transformer.step\n"
+        "Transformer.step = lambda *args: {}"
+    )
+    done = spoiled(spoil.format("right(*args) * 0.3"), work, "--json", "-")
+    assert done.code == 1 and json.loads(done.out)["failed"] == ["perplexity"]
+    done = spoiled(spoil.format("right(*args) * mx.array(float('nan'))"), work)
+    assert done.code == 1 and "not a number" in done.out
+
+
+def test_without_mlx_it_says_so(work: Path) -> None:
+    code = "import sys; sys.modules['mlx.core'] = None\nfrom decode.doctor import main\nmain()"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=work, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == ""
+    assert done.stdout.splitlines()[-1].startswith("FAILED   mlx ")
+
+
+def test_a_broken_teacher_is_named(command: Command, tmp_path: Path) -> None:
+    weights = (TEACHER / "model.safetensors").read_bytes()
+    cut = changed_copy(TEACHER, tmp_path / "cut", model__safetensors=weights[:9999])
+    done = command("decode", "doctor", "--teacher", cut)
+    assert done.code == 1 and done.err == ""
+    failed = [line for line in done.out.splitlines() if line.startswith("FAILED")]
+    assert len(failed) == 1 and str(cut / "model.safetensors") in failed[0]
+    assert "compiler" in done.out  # the other checks go on
+
+    gone = command("decode", "doctor", "--teacher", tmp_path / "gone")
+    assert gone.code == 1 and str(tmp_path / "gone") in gone.out
+
+    speechless = changed_copy(TEACHER, tmp_path / "speechless", tokenizer__json=b"{}")
+    done = command("decode", "doctor", "--teacher", speechless, "--json", "-")
+    assert done.code == 1 and json.loads(done.out)["failed"] == ["tokenizer"]
+
+
+def test_another_teacher_has_no_expected_perplexity(command: Command, tmp_path: Path) -> None:
+    import mlx.core as mx
+
+    weights = mx.load(str(TEACHER / "model.safetensors"))
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 0.9
+    other = changed_copy(TEACHER, tmp_path / "other", model__safetensors=None)
+    mx.save_safetensors(str(other / "model.safetensors"), weights, {"format": "mlx"})
+    done = command("decode", "doctor", "--teacher", other, "--json", "-")
+    assert done.code == 0
+    perplexity = next(check for check in json.loads(done.out)["checks"] if check["name"] == "perplexity")
+    assert perplexity["value"] > 0 and "expected" not in perplexity["detail"]
+
+
+def test_another_package_called_kernels_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [check.status for check in doctor._name_clash()] == ["ok"]
+    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "0.12.1")
+    (check,) = doctor._name_clash()
+    assert check.status == "warning" and "kernels 0.12.1" in check.detail
+    monkeypatch.setattr("kernels.__file__", "/elsewhere/kernels/__init__.py")
+    (check,) = doctor._name_clash()
+    assert check.status == "FAILED" and "/elsewhere/kernels" in check.detail
+
+
+@pytest.mark.parametrize(
+    ("machine", "version", "translated", "said"),
+    [
+        ("arm64", "15.1", False, None),
+        ("x86_64", "15.1", True, "Rosetta"),
+        ("x86_64", "15.1", False, "Apple Silicon"),
+        ("arm64", "13.7", False, "macOS 14"),
+    ],
+)
+def test_macs(monkeypatch: pytest.MonkeyPatch, machine: str, version: str, translated: bool, said: str | None) -> None:
+    monkeypatch.setattr(doctor.sys, "platform", "darwin")
+    monkeypatch.setattr(doctor.platform, "machine", lambda: machine)
+    monkeypatch.setattr(doctor.platform, "mac_ver", lambda: (version, ("", "", ""), machine))
+    monkeypatch.setattr(doctor, "_translated", lambda: translated)
+    check = doctor._system()
+    assert check.status == ("ok" if said is None else "FAILED") and (said or "") in check.detail
+    if said is not None:
+        assert [entry.name for entry in doctor.examine(None)] == ["python", "system"]

@@ -1,0 +1,75 @@
+"""What only Metal has, with a Metal that records its calls, and refused elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import Command
+
+from decode import metal
+from kernels import UserError
+from kernels.backends import device_backend
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """A Metal device with 12,000 bytes, and what it was told."""
+    seen: list[tuple[Any, ...]] = []
+    fake = SimpleNamespace(
+        device_info=lambda: {"max_recommended_working_set_size": 12000},
+        set_wired_limit=lambda size: seen.append(("wired", size)),
+        synchronize=lambda: seen.append(("synchronize",)),
+        metal=SimpleNamespace(
+            start_capture=lambda path: seen.append(("start", path)), stop_capture=lambda: seen.append(("stop",))
+        ),
+    )
+    monkeypatch.setattr(metal, "mx", fake)
+    monkeypatch.setattr(metal, "device_backend", lambda: "metal")
+    monkeypatch.setenv("MTL_CAPTURE_ENABLED", "1")
+    return seen
+
+
+def test_the_wired_limit_is_what_the_device_recommends(
+    calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metal.raise_wired_limit()
+    assert calls == [("wired", 12000)]
+    monkeypatch.setattr(metal, "device_backend", lambda: "cuda")
+    metal.raise_wired_limit()
+    assert calls == [("wired", 12000)]
+
+
+def test_a_trace_covers_what_runs_inside(calls: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    file = tmp_path / "a.gputrace"
+    metal.check_trace(file)
+    metal.check_trace(None)
+    with metal.capture(None):
+        assert calls == []
+    with metal.capture(file):
+        assert calls == [("start", str(file))]
+    assert calls == [("start", str(file)), ("synchronize",), ("stop",)]
+    with pytest.raises(KeyboardInterrupt), metal.capture(file):
+        raise KeyboardInterrupt
+    assert calls[-1] == ("stop",)
+
+
+def test_what_cannot_be_traced_is_refused(
+    calls: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there.gputrace").mkdir()
+    for name, said in (("a.trace", ".gputrace"), ("there.gputrace", "already"), ("no/a.gputrace", "does not exist")):
+        with pytest.raises(UserError, match=said):
+            metal.check_trace(tmp_path / name)
+    monkeypatch.delenv("MTL_CAPTURE_ENABLED")
+    with pytest.raises(UserError, match="MTL_CAPTURE_ENABLED=1"):
+        metal.check_trace(tmp_path / "a.gputrace")
+
+
+@pytest.mark.skipif(device_backend() == "metal", reason="traces can be made here")
+def test_elsewhere_it_is_one_line(command: Command, work: Path) -> None:
+    done = command("decode", "plain", "--prompt", "a", "--trace", "a.gputrace")
+    done.refused("decode", "--trace a.gputrace", device_backend())
+    assert not (work / "a.gputrace").exists()
