@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from decode.files import first_line, read_json
-from decode.model import Head, Transformer
+from decode.model import Precision, Transformer
 from kernels import UserError, swap_bitlinear
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,14 +30,14 @@ class Checkpoint:
     name: str
     config: dict[str, Any]
 
-    def load(self, head: Head = "float") -> Transformer:
-        """Load through mlx-lm, with its BitLinear swapped for ours; head as `Transformer` takes it."""
+    def load(self, head: Precision = "float", layers: Precision = "float") -> Transformer:
+        """Load through mlx-lm, with its BitLinear swapped for ours; head and layers as `Transformer` takes them."""
         from mlx_lm.utils import load_model
 
         try:
             model, config = load_model(self.folder, lazy=True)
             swap_bitlinear(model, config.get("quantization_config") or {})
-            return Transformer(model, config, head)
+            return Transformer(model, config, head, layers)
         except UserError as error:
             raise UserError(f"{self.folder}: {error}") from None
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, ZeroDivisionError, OSError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from decode.console import (
     write_json,
 )
 from decode.metal import capture, check_trace
+from decode.model import Precision
 from decode.prompts import gather_prompts
 from decode.sampling import Sampling
 from decode.session import Output, Session
@@ -29,6 +31,18 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+class HeadChoice(StrEnum):
+    """What `--head` takes."""
+
+    bf16 = "bf16"
+    int8 = "int8"
+
+    @property
+    def precision(self) -> Precision:
+        return "int8" if self is HeadChoice.int8 else "float"
+
 
 SAMPLES = ROOT / "data" / "prompts-sample.jsonl"
 
@@ -41,6 +55,10 @@ Raw = Annotated[bool, typer.Option("--raw", help="Continue the bare text: no cha
 MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Most new tokens a prompt.")]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Sample from the smallest set with this probability.")]
+Head = Annotated[
+    HeadChoice,
+    typer.Option("--head", help="The teacher's output layer as the checkpoint has it, or rounded to 8 bits."),
+]
 TopK = Annotated[int, typer.Option("--top-k", help="Sample from this many tokens; 0 is all.")]
 
 
@@ -54,6 +72,7 @@ def plain(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     top_k: TopK = 0,
+    head: Head = HeadChoice.bf16,
     trace: Annotated[
         Path | None,
         typer.Option(
@@ -74,7 +93,9 @@ def plain(
     check_json_target(json_file)
     check_trace(trace)
     texts = gather_prompts(prompt, prompts, SAMPLES)
-    session = Session(find_teacher(teacher), max_tokens=max_tokens, sampling=sampling, raw=raw, seed=seed)
+    session = Session(
+        find_teacher(teacher), max_tokens=max_tokens, sampling=sampling, raw=raw, seed=seed, head=head.precision
+    )
     _answer_all(session, texts, compare=False, json_file=json_file, quiet=quiet, trace=trace)
 
 
@@ -97,6 +118,7 @@ def spec(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     top_k: TopK = 0,
+    head: Head = HeadChoice.bf16,
     compare: Annotated[
         bool,
         typer.Option("--compare", help="Decode plainly too, in turn: speed-up, and whether outputs are identical."),
@@ -107,7 +129,7 @@ def spec(
 ) -> None:
     """Generate speculatively: a draft proposes K tokens, the teacher verifies them in one pass.
 
-    Greedy output is the same, token for token, as that of `decode plain`. Prompts come from
+    Greedy output is the same, token for token, as that of `decode plain` with the same --head. Prompts come from
     --prompt, --prompts or standard input, else from data/.
     """
     sampling = Sampling(temperature, top_p, top_k)
@@ -123,6 +145,7 @@ def spec(
         sampling=sampling,
         raw=raw,
         seed=seed,
+        head=head.precision,
     )
     say(quiet)(f"draft: {draft_checkpoint.folder}")
     report = _answer_all(session, texts, compare=compare, json_file=json_file, quiet=quiet)

@@ -28,7 +28,7 @@ from kernels.reference import (
     split_heads,
 )
 
-Head = Literal["float", "int8"]
+Precision = Literal["float", "int8"]
 PREFILL_CHUNK = 512
 CACHE_STEP = 256
 
@@ -72,12 +72,16 @@ class KVCache:
 class Transformer:
     """A decoder-only model whose every product goes through the kernels."""
 
-    def __init__(self, model: nn.Module, config: dict[str, Any], head: Head = "float") -> None:
+    def __init__(
+        self, model: nn.Module, config: dict[str, Any], head: Precision = "float", layers: Precision = "float"
+    ) -> None:
         """model: an mlx-lm `bitnet` or `llama` model, BitLinear already swapped; config: its config.json.
 
-        head: "float" as the checkpoint has it, or "int8", rounded to 8 bits (kernels.reference.Int8Weight).
+        head: "float" as the checkpoint has it, or "int8", rounded to 8 bits (kernels.reference.Int8Weight);
+        layers: the same of the layers' float matrices. Ternary ones stay what they are.
         """
         self.config = config
+        self._precision = layers
         self.ops: Backend = backend()
         args = model.args
         if args.model_type not in ("bitnet", "llama"):
@@ -138,7 +142,8 @@ class Transformer:
         if isinstance(parts[0], BitLinear):
             scales = np.concatenate([part.scales() for part in parts])
             return self.ops.prepare_ternary(np.concatenate([part.ternary() for part in parts]), scales)
-        return self.ops.prepare_dense(mx.concatenate([float_weight(part) for part in parts]))
+        weight = mx.concatenate([float_weight(part) for part in parts])
+        return self.ops.prepare_int8(weight) if self._precision == "int8" else self.ops.prepare_dense(weight)
 
     def new_cache(self) -> KVCache:
         return KVCache(len(self.layers), self.shape.kv_heads, self.shape.head_dim)

@@ -10,11 +10,11 @@ from typing import Any
 from decode.checkpoint import Checkpoint, check_same_tokenizer
 from decode.engine import ModelDrafter, generate, margin_at
 from decode.metal import raise_wired_limit
-from decode.model import Transformer
+from decode.model import Precision, Transformer
 from decode.prompts import Prompt, Tokenizer
 from decode.sampling import Sampling
 from decode.statistics import Tally, is_looping
-from kernels import UserError, backend
+from kernels import UserError, backend, reference
 from kernels.device import device_name, versions
 
 Show = Callable[[str], None]
@@ -44,7 +44,9 @@ class Session:
         sampling: Sampling | None = None,
         raw: bool = False,
         seed: int = 0,
+        head: Precision = "float",
     ) -> None:
+        """head: the teacher's. A draft only proposes, so where the kernels are native it is all int8."""
         if draft is not None:
             if k < 1:
                 raise UserError(f"--k {k}: at least one token must be drafted (decode plain drafts none)")
@@ -55,9 +57,11 @@ class Session:
         self.tokenizer = Tokenizer(teacher.folder)
         self.k, self.max_tokens, self.raw, self.seed = k, max_tokens, raw, seed
         self.sampling = sampling or Sampling()
+        self.head = head
         raise_wired_limit()
-        self.teacher: Transformer = teacher.load()
-        self.draft = draft.load() if draft is not None else None
+        self.teacher: Transformer = teacher.load(head)
+        rounded: Precision = "float" if backend() is reference else "int8"
+        self.draft = draft.load(rounded, rounded) if draft is not None else None
 
     def encode(self, prompts: list[Prompt]) -> list[list[int]]:
         """Token ids of every prompt, checked before the first is answered."""
@@ -131,6 +135,7 @@ class Session:
         report: dict[str, Any] = {
             "teacher": self.teacher_checkpoint.name,
             "draft": self.draft_checkpoint.name if self.draft_checkpoint else None,
+            "head": "int8" if self.head == "int8" else "bf16",
             "k": self.k,
             "prompts": len(outputs),
             "tokens": total.tokens,

@@ -53,9 +53,21 @@ def test_two_processes_say_the_same(command: Command, weak_draft: Path, prompts:
     assert b["teacher"] == TEACHER.name and b["prompts"] == 2 and len(b["acceptance_per_position"]) <= 3
     assert [o["id"] for o in b["outputs"]] == ["sky", "2"]
     assert [o["category"] for o in b["outputs"]] == ["chat", None]
+    assert a["head"] == b["head"] == "bf16"
     assert {"mlx", "mlx-lm", "bitdraft", "python"} <= b["versions"].keys()
     for words in ("acceptance rate", "tok/s", "speed-up", "identical to plain decoding: 2 of 2", str(weak_draft)):
         assert words in spec.err
+
+
+def test_an_int8_head_is_lossless_too(command: Command, weak_draft: Path, prompts: Path, tmp_path: Path) -> None:
+    """Against plain decoding with the same head, in another process."""
+    options = ("--prompts", prompts, "--max-tokens", 40, "--head", "int8", "-q", "--json")
+    plain = command("decode", "plain", *options, tmp_path / "plain.json")
+    spec = command("decode", "spec", "--draft", weak_draft, "--compare", *options, "-")
+    assert (plain.code, spec.code) == (0, 0), plain.err + spec.err
+    a, b = json.loads((tmp_path / "plain.json").read_text(encoding="utf-8")), json.loads(spec.out)
+    assert a["head"] == b["head"] == "int8" and b["identical"] is True
+    assert [o["token_ids"] for o in a["outputs"]] == [o["token_ids"] for o in b["outputs"]]
 
 
 def test_quiet_and_raw(command: Command) -> None:
@@ -90,6 +102,7 @@ def test_a_terminal_without_unicode(command: Command) -> None:
         (["plain", "--prompt", "a", "--teacher", "owner/not-there"], ["--teacher owner/not-there", "Hub"]),
         (["plain", "--prompt", "a", "--teacher", "cut"], ["cut/model.safetensors", "cut short"]),
         (["spec", "--prompt", "a", "--draft", TEACHER, "--k", 0], ["--k 0"]),
+        (["plain", "--prompt", "a", "--head", "int4"], ["--head", "int4"]),
         (["spec", "--prompt", "a", "--draft", "gone"], ["--draft gone"]),
         (["spec", "--prompt", "a", "--draft", "other"], ["token 9000", "other"]),
     ],

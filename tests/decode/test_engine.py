@@ -19,6 +19,7 @@ from decode.sampling import Sampling
 from decode.session import Session
 from decode.statistics import Tally
 from kernels import UserError
+from kernels.reference import DenseWeight, Int8Weight
 
 TEXTS = (
     "Explain in two sentences why the sky is blue.",
@@ -248,8 +249,20 @@ def junk(cache_arrays: list[mx.array], offset: int) -> list[mx.array]:
     return [mx.concatenate([a[:, :offset], mx.full(a[:, offset:].shape, 1e4)], axis=1) for a in cache_arrays]
 
 
+@pytest.fixture(scope="module")
+def int8_teacher() -> Transformer:
+    return find_teacher(None).load("int8")
+
+
+@pytest.fixture(scope="module")
+def int8_draft(weak_draft: Path) -> Transformer:
+    return find_model(str(weak_draft), "--draft").load("int8", "int8")
+
+
 @pytest.mark.parametrize("prefix", [1, 7, 64, 255, 300])
-def test_rows_together_have_the_bits_of_rows_alone(teacher: Transformer, prefix: int) -> None:
+@pytest.mark.parametrize("name", ["teacher", "int8_teacher", "int8_draft"])
+def test_rows_together_have_the_bits_of_rows_alone(request: pytest.FixtureRequest, name: str, prefix: int) -> None:
+    teacher: Transformer = request.getfixturevalue(name)
     tokens = np.random.default_rng(prefix).integers(3, 16000, prefix + 8).tolist()
     cache = teacher.new_cache()
     teacher.prefill(tokens[:prefix], cache)
@@ -262,6 +275,35 @@ def test_rows_together_have_the_bits_of_rows_alone(teacher: Transformer, prefix:
         assert cache.offset == prefix + m
         assert together.dtype == np.float32 and together.shape == (m, teacher.vocab_size)
         assert np.array_equal(together.view(np.uint32), np.concatenate(alone[:m]).view(np.uint32)), m
+
+
+def test_an_int8_head_speaks_for_itself(
+    teacher: Transformer, int8_teacher: Transformer, int8_draft: Transformer, prompts: list[list[int]]
+) -> None:
+    """Its logits are close to the float head's and not the same, and no draft changes what it says."""
+    for model in (teacher, int8_teacher):
+        assert isinstance(model.head, DenseWeight if model is teacher else Int8Weight)
+    logits = [np.array(model.step(prompts[0][:8], model.new_cache())) for model in (teacher, int8_teacher)]
+    error = np.abs(logits[0] - logits[1]).max() / np.abs(logits[0]).max()
+    assert 0 < error < 0.1, error
+    plain = said(speak(int8_teacher, prompts[0]))
+    assert said(speak(int8_teacher, prompts[0], int8_draft, k=4)) == plain
+    assert said(speak(int8_teacher, prompts[0], int8_teacher, k=4)) == plain
+
+
+def test_int8_layers_are_close_to_float_ones(
+    weak: Transformer, int8_draft: Transformer, prompts: list[list[int]]
+) -> None:
+    for layer in int8_draft.layers:
+        assert all(isinstance(w, Int8Weight) for w in (layer.qkv, layer.o, layer.gate_up, layer.down))
+    a, b = (np.array(model.step(prompts[0][:8], model.new_cache())) for model in (weak, int8_draft))
+    assert 0 < np.abs(a - b).max() < 0.1 * np.abs(a).max()
+    # A prefill's many rows take another path.
+    caches = [model.new_cache() for model in (weak, int8_draft)]
+    for model, cache in zip((weak, int8_draft), caches, strict=True):
+        model.prefill(prompts[0], cache)
+    a, b = (np.array(cache.keys[0][:, : cache.offset]) for cache in caches)
+    assert 0 < np.abs(a - b).max() < 0.1 * np.abs(a).max()
 
 
 def test_margin(teacher: Transformer, prompts: list[list[int]]) -> None:
@@ -287,6 +329,8 @@ def session(weak_draft: Path) -> Session:
 
 
 def test_report(session: Session) -> None:
+    assert session.draft is not None and isinstance(session.draft.head, Int8Weight)
+    assert isinstance(session.draft.layers[0].down, Int8Weight) and isinstance(session.teacher.head, DenseWeight)
     prompts = [make_prompt(text, str(i)) for i, text in enumerate(TEXTS[:2])]
     encoded = session.encode(prompts)
     pairs = list(zip(prompts, encoded, strict=True))
