@@ -8,6 +8,8 @@ whole decoding step as one launch of the same functions.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import mlx.core as mx
 import numpy as np
 
@@ -18,21 +20,22 @@ from kernels.errors import UserError
 from kernels.reference import SMALL_ROWS, AttentionShape, DenseWeight, Epilogue, Int8Weight, TernaryWeight, Weight
 
 NAME = "cuda"
-TUNABLE = {"quads": (1, 2, 4, 8, 16), "threads": (64, 128, 256, 512)}
-_tuning = {"quads": 4, "threads": 256}
+TUNABLE = {"tiles": (1, 2, 4), "threads": (64, 128, 256, 512)}
+_tuning = {"tiles": 1, "threads": 128}
 
 _GATES: dict[str | None, int] = {None: 0, "relu2_mul": 1, "silu_mul": 2}
 _ROW_THREADS = 256  # of the kernels that take a row a block
+_TILE, _SPAN = 16, 128  # outputs and inputs, as in products.cuh
 _CHUNK = 32  # keys, as in attention.cuh
 
 
 def set_tuning(values: dict[str, int]) -> None:
-    """Block shapes of the small product: quads of outputs a block, threads a block."""
+    """Block shapes of the small product: tiles of 16 outputs a block, threads a block."""
     _tuning.update(values)
 
 
-def _blocks(k: int) -> int:
-    return -(-k // 16)
+def _spans(k: int) -> int:
+    return -(-k // _SPAN)
 
 
 def _on_device(array: np.ndarray) -> mx.array:
@@ -42,19 +45,25 @@ def _on_device(array: np.ndarray) -> mx.array:
     return moved
 
 
+def _fragments(weight: mx.array, fill: int) -> mx.array:
+    """int8 [n, k], filled up to whole tiles and spans, with the axes that products.cuh names:
+    [tile, half of its outputs, g, span, q, step, half of its inputs, four inputs]."""
+    n, k = weight.shape
+    tiles, spans = -(-n // _TILE), _spans(k)
+    room = [(0, _TILE * tiles - n), (0, _SPAN * spans - k)]
+    padded = mx.pad(weight, room, constant_values=mx.array(fill, mx.int8))
+    return padded.reshape(tiles, 2, 8, spans, 4, 4, 2, 4)
+
+
 def prepare_ternary(ternary: np.ndarray, scale: np.ndarray) -> TernaryWeight:
     """ternary: int8 [n, k] in {-1, 0, 1}; scale: float32 [n]. Laid out as products.cuh says."""
     n, k = ternary.shape
     if k % 4:
         raise UserError(f"the CUDA kernels need a number of inputs that is a multiple of 4, not {k}")
-    quads, blocks = -(-n // 4), _blocks(k)
-    codes = mx.pad(
-        mx.array(ternary) + 1, [(0, 4 * quads - n), (0, 16 * blocks - k)], constant_values=mx.array(1, mx.int8)
-    )
-    # [quad, output, block, i, byte] -> bytes [quad, block, output, byte] of four codes, two bits for each i.
-    parts = codes.astype(mx.uint8).reshape(quads, 4, blocks, 4, 4).transpose(3, 0, 2, 1, 4)
-    packed = parts[0] | parts[1] << 2 | parts[2] << 4 | parts[3] << 6
-    data = mx.contiguous(packed).view(mx.uint32).reshape(-1)
+    codes = _fragments(mx.array(ternary) + 1, 1).astype(mx.uint8)
+    # [half of outputs, half of inputs] first: the operands a0..a3 as bits 2i..2i+1 of a step's bytes.
+    a = codes.transpose(6, 1, 0, 3, 2, 4, 5, 7)
+    data = mx.contiguous(a[0, 0] | a[0, 1] << 2 | a[1, 0] << 4 | a[1, 1] << 6).view(mx.uint32).reshape(-1)
     mx.eval(data)
     return TernaryWeight(data, _on_device(scale.astype(np.float32)), n, k)
 
@@ -65,9 +74,8 @@ def prepare_int8(weight: mx.array) -> Int8Weight:
     if k % 4:
         raise UserError(f"the CUDA kernels need a number of inputs that is a multiple of 4, not {k}")
     rounded, scale = reference.round_int8(weight)
-    quads, blocks = -(-n // 4), _blocks(k)
-    padded = mx.pad(rounded, [(0, 4 * quads - n), (0, 16 * blocks - k)])
-    data = mx.contiguous(padded.reshape(quads, 4, blocks, 16).transpose(0, 2, 1, 3)).view(mx.uint32).reshape(-1)
+    fragments = _fragments(rounded, 0).transpose(0, 3, 5, 2, 4, 6, 1, 7)
+    data = mx.contiguous(fragments).view(mx.uint32).reshape(-1)
     mx.eval(data, scale)
     return Int8Weight(data, scale, n, k)
 
@@ -87,23 +95,23 @@ def quantize_rows(x: mx.array, norm: mx.array | None = None, eps: float = 0.0) -
 
 
 def _quantize_padded(x: mx.array, norm: mx.array | None, eps: float) -> tuple[mx.array, mx.array]:
-    """int8 rows filled up with zeros to whole blocks of sixteen, and their factors."""
+    """int8 rows filled up with zeros to whole spans, and their factors."""
     m, k = x.shape
-    padded = 16 * _blocks(k)
+    padded = _SPAN * _spans(k)
     xq, s = launch(
         "quantize_rows",
-        {"x": x, "norm": x if norm is None else norm.astype(mx.float32)},
+        {"x": x, "norm": x if norm is None else norm.astype(mx.float32), "sizes": _sizes(k, padded)},
         {"xq": ((m, padded), mx.int8), "s": ((m,), mx.float32)},
         (m, 1, 1),
         _ROW_THREADS,
-        {"K": k, "PADDED": padded, "NORM": norm is not None, "EPS": float_bits(eps), "THREADS": _ROW_THREADS},
+        {"NORM": norm is not None, "EPS": float_bits(eps), "THREADS": _ROW_THREADS},
     )
     return xq, s
 
 
 def _padded(xq: mx.array) -> mx.array:
     k = xq.shape[1]
-    return mx.pad(xq, [(0, 0), (0, 16 * _blocks(k) - k)]) if k % 16 else xq
+    return mx.pad(xq, [(0, 0), (0, _SPAN * _spans(k) - k)]) if k % _SPAN else xq
 
 
 def bitlinear(xq: mx.array, s: mx.array, weight: TernaryWeight) -> mx.array:
@@ -123,38 +131,41 @@ def _product(
     epilogue: Epilogue | None,
     residual: mx.array | None,
 ) -> mx.array:
-    """xq: int8 [m, k filled up to whole blocks]; the rest as `linear`."""
+    """xq: int8 [m, k filled up to whole spans]; the rest as `linear`."""
     m, gate = xq.shape[0], _GATES[epilogue]
     inputs = {"xq": xq, "s": s, "weight": weight.data, "scale": weight.scale}
-    constants: dict[str, int | bool | mx.Dtype] = {
-        "KIND": int(isinstance(weight, Int8Weight)),
-        "N": -(-weight.n // 4) * 4,
-        "OUTPUTS": weight.n,
-        "BLOCKS": _blocks(weight.k),
-        "RESIDUAL": residual is not None and (m <= SMALL_ROWS or not gate),
-    }
-    if m <= SMALL_ROWS and (not gate or weight.n % 8 == 0):
+    inputs["residual"] = s if residual is None else residual
+    constants: dict[str, int | bool | mx.Dtype] = {"KIND": int(isinstance(weight, Int8Weight))}
+    if m <= SMALL_ROWS and (not gate or weight.n % (2 * _TILE) == 0):
         width = weight.n // 2 if gate else weight.n
-        threads, quads = _tuning["threads"], _tuning["quads"]
+        threads, tiles = _tuning["threads"], _tuning["tiles"]
         return launch(
             "small",
-            inputs | {"residual": s if residual is None else residual},
+            inputs | {"sizes": _sizes(weight.n, _spans(weight.k))},
             {"out": ((m, width), mx.float32)},
-            (-(-width // (4 * quads)), 1, 1),
+            (-(-width // (_TILE * tiles)), 1, 1),
             threads,
-            constants | {"M": m, "GATE": gate, "QUADS": quads, "THREADS": threads},
+            constants | {"M": m, "GATE": gate, "RESIDUAL": residual is not None, "TILES": tiles, "THREADS": threads},
         )[0]
     if epilogue is not None:
         y = reference.gated(_product(xq, s, weight, None, None), epilogue)
         return y if residual is None else y + residual
     return launch(
         "large",
-        inputs | {"residual": s if residual is None else residual, "rows": mx.array([m], mx.int32)},
+        inputs | {"sizes": _sizes(weight.n, _spans(weight.k), m)},
         {"out": ((m, weight.n), mx.float32)},
         (-(-weight.n // 128), -(-m // 64), 1),
         128,
-        constants,
+        constants | {"RESIDUAL": residual is not None},
     )[0]
+
+
+@lru_cache(maxsize=256)
+def _sizes(*values: int) -> mx.array:
+    """Sizes as an input: constants would make MLX compile a kernel for every one."""
+    sizes = mx.array(values, mx.int32)
+    mx.eval(sizes)
+    return sizes
 
 
 def linear(
@@ -178,15 +189,18 @@ def linear(
     width = weight.n // 2 if epilogue else weight.n
     return launch(
         "dense",
-        {"x": x, "weight": weight.data, "residual": x if residual is None else residual},
+        {
+            "x": x,
+            "weight": weight.data,
+            "residual": x if residual is None else residual,
+            "sizes": _sizes(weight.n, weight.k),
+        },
         {"out": ((m, width), mx.float32)},
         (-(-width // (4 * _ROW_THREADS // 32)), 1, 1),
         _ROW_THREADS,
         {
             "T": weight.data.dtype,
             "M": m,
-            "N": weight.n,
-            "K": weight.k,
             "GATE": _GATES[epilogue],
             "RESIDUAL": residual is not None,
             "THREADS": _ROW_THREADS,
@@ -199,11 +213,11 @@ def _rms_norm(x: mx.array, norm: mx.array, eps: float) -> mx.array:
     m, k = x.shape
     return launch(
         "rms_norm",
-        {"x": x, "norm": norm.astype(mx.float32)},
+        {"x": x, "norm": norm.astype(mx.float32), "sizes": _sizes(k)},
         {"y": ((m, k), mx.float32)},
         (m, 1, 1),
         _ROW_THREADS,
-        {"K": k, "EPS": float_bits(eps), "THREADS": _ROW_THREADS},
+        {"EPS": float_bits(eps), "THREADS": _ROW_THREADS},
     )[0]
 
 
@@ -237,7 +251,7 @@ def attention(
         (chunks, kv_heads, -(-m // SMALL_ROWS)),
         _ROW_THREADS,
         model | {"M": SMALL_ROWS, "THREADS": _ROW_THREADS},
-        shared_memory=4 * (lines * dim + _CHUNK * (dim + 4) + lines * _CHUNK),
+        shared_memory=4 * (lines * dim + _CHUNK * (2 * dim + 4) + lines * _CHUNK),
     )[0]
     out = launch(
         "combine",

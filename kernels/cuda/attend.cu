@@ -6,7 +6,8 @@ constexpr int GROUP = HEADS / KV_HEADS, width = DIM + 2, lines = M * GROUP;
 extern __shared__ __align__(128) uint8_t work[];
 float* mine = reinterpret_cast<float*>(work);
 float* chunk_keys = mine + lines * DIM;
-float* weights = chunk_keys + kChunk * padded_dim(DIM);
+float* chunk_values = chunk_keys + kChunk * padded_dim(DIM);
+float* weights = chunk_values + kChunk * DIM;
 const int m = rows[0], offset = rows[1], capacity = rows[2];
 const int chunk = blockIdx.x, head = blockIdx.y, first = blockIdx.z * M, start = chunk * kChunk;
 const int here = m - first < M ? m - first : M, total = offset + first + here;
@@ -19,6 +20,7 @@ if (start < total) {
   }
   for (int i = threadIdx.x; i < count * DIM; i += THREADS) {
     chunk_keys[i / DIM * padded_dim(DIM) + i % DIM] = keys[at + i];
+    chunk_values[i] = values[at + i];
   }
   __syncthreads();
   const auto last = [&](int query) {
@@ -26,5 +28,5 @@ if (start < total) {
     return query / GROUP >= here ? -1 : seen < kChunk - 1 ? seen : kChunk - 1;
   };
   float* part = parts + ((static_cast<int64_t>(head) * gridDim.x + chunk) * m + first) * GROUP * width;
-  attend_chunk<lines, DIM, THREADS>(mine, chunk_keys, values + at, count, last, weights, part);
+  attend_chunk<lines, DIM, THREADS>(mine, chunk_keys, chunk_values, count, last, weights, part);
 }

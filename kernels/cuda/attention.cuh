@@ -34,7 +34,7 @@ __device__ inline float2 rotated(float a, float b, float2 turn) {
 
 // QUERIES queries of one key/value head over one chunk of keys.
 // queries: shared [QUERIES][DIM], rotated and scaled; keys: shared [kChunk][padded_dim(DIM)];
-// values: global [..][DIM], the chunk's first row; weights: shared [QUERIES][kChunk].
+// values: shared [kChunk][DIM]; weights: shared [QUERIES][kChunk].
 // last(query): the highest key of the chunk, counted from its start, that a query sees (negative: none);
 // count: keys of the chunk that exist for any query.
 // out: [QUERIES][DIM + 2]: weighted values, then the largest score and the sum of exponentials.
@@ -75,12 +75,13 @@ __device__ void attend_chunk(const float* queries, const float* keys, const floa
   constexpr int share = (QUERIES + teams - 1) / teams;
   if (team < teams) {
     float sums[share] = {};
+#pragma unroll 4
     for (int key = 0; key < count; key++) {
       const float value = values[key * DIM + d];
 #pragma unroll
       for (int i = 0; i < share; i++) {
         const int query = team + i * teams;
-        if (query < QUERIES && key <= last(query)) {
+        if (query < QUERIES) {  // a key that the query does not see weighs zero
           sums[i] = __fmaf_rn(weights[query * kChunk + key], value, sums[i]);
         }
       }

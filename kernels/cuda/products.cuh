@@ -1,13 +1,14 @@
 // Products of 1..8 rows with ternary, int8 and bfloat16 matrices: weights are read once for all rows.
 //
-// Layouts. Outputs in quads of four, inputs in blocks of sixteen; a (quad, block) is contiguous:
-//   ternary: four 32-bit words, one an output; bits 2i..2i+1 of byte b hold W[16 block + 4i + b] + 1,
-//            so (word >> 2i) & 0x03030303 is four consecutive inputs, an operand of dp4a;
-//   int8:    four times sixteen bytes, one sixteen an output.
+// The tensor cores' m16n8k32 takes sixteen outputs, eight rows and 32 inputs, so one row costs what eight
+// do, and its integer sums are exact in any order. Weights lie as the fragments that lanes hold, which
+// are loaded straight into registers. Outputs in tiles of 16, inputs in spans of 128; in each (tile,
+// span), lane 4g + q holds for each of four steps s the operands a0..a3 of four consecutive inputs each:
+//   a0: output g,     inputs 32q + 8s + 0..3      a2: output g,     inputs 32q + 8s + 4..7
+//   a1: output g + 8, the same                    a3: output g + 8, the same
+//   ternary: a 32-bit word a step; bits 2i..2i+1 of its byte b are weight + 1 of ai's byte b; [lane][step];
+//   int8:    sixteen bytes, a0..a3, a step; [step][lane].
 // bfloat16 matrices stay as they are, [n][k].
-//
-// Integer sums are exact in any order, so a block's warps share them by the (quad, slice of 512 inputs)
-// and meet in shared memory. Float sums keep one order: a warp has an output to itself.
 #pragma once
 
 #include "rows.cuh"
@@ -16,16 +17,17 @@ namespace bitdraft {
 
 enum Kind { kTernary = 0, kInt8 = 1 };
 
+constexpr int kTile = 16;   // outputs
+constexpr int kSpan = 128;  // inputs
+constexpr int kSteps = 4;   // of 32 inputs a span
+
 template <int KIND>
-struct Word;  // what a lane reads of a (quad, block)
-template <>
-struct Word<kTernary> {
-  uint4 codes;
-};
-template <>
-struct Word<kInt8> {
-  int4 rows[4];
-};
+constexpr int kPieceBytes = KIND == kTernary ? 512 : 2048;  // of a (tile, span)
+
+__host__ __device__ constexpr int spans_of(int k) { return (k + kSpan - 1) / kSpan; }
+
+// Rows in shared memory stand this far apart: sixteen bytes more spread them over the banks.
+__host__ __device__ constexpr int row_stride(int k) { return spans_of(k) * kSpan + 16; }
 
 __device__ inline uint4 stream16(const void* p) {
   uint4 v;
@@ -35,111 +37,115 @@ __device__ inline uint4 stream16(const void* p) {
   return v;
 }
 
+// What a lane holds of a (tile, span).
 template <int KIND>
-__device__ inline Word<KIND> load_word(const uint8_t* weights, int64_t index) {
-  Word<KIND> word;
-  if constexpr (KIND == kTernary) {
-    word.codes = stream16(weights + 16 * index);
-  } else {
+struct Piece {
+  uint4 words[KIND == kTernary ? 1 : kSteps];
+
+  __device__ void load(const uint8_t* piece) {
+    const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-      const uint4 v = stream16(weights + 64 * index + 16 * j);
-      word.rows[j] = make_int4(v.x, v.y, v.z, v.w);
+    for (int i = 0; i < (KIND == kTernary ? 1 : kSteps); i++) {
+      words[i] = stream16(piece + 512 * i + 16 * lane);
     }
   }
-  return word;
-}
 
-// acc[j][m] += four outputs' products with sixteen inputs of M rows.
-template <int KIND, int M>
-__device__ inline void multiply_word(const Word<KIND>& word, const int8_t* x, int64_t stride, int (&acc)[4][M]) {
-  int4 rows[M];
-#pragma unroll
-  for (int m = 0; m < M; m++) {
-    rows[m] = *reinterpret_cast<const int4*>(x + m * stride);
-  }
-#pragma unroll
-  for (int j = 0; j < 4; j++) {
-    int parts[4];
+  // The operands of a step.
+  __device__ void operands(int step, unsigned (&a)[4]) const {
     if constexpr (KIND == kTernary) {
-      const unsigned w = j == 0 ? word.codes.x : j == 1 ? word.codes.y : j == 2 ? word.codes.z : word.codes.w;
+      const unsigned w = step == 0 ? words[0].x : step == 1 ? words[0].y : step == 2 ? words[0].z : words[0].w;
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        parts[i] = static_cast<int>(w >> (2 * i) & 0x03030303u);
+        a[i] = w >> (2 * i) & 0x03030303u;
       }
     } else {
-      parts[0] = word.rows[j].x;
-      parts[1] = word.rows[j].y;
-      parts[2] = word.rows[j].z;
-      parts[3] = word.rows[j].w;
-    }
-#pragma unroll
-    for (int m = 0; m < M; m++) {
-      acc[j][m] = __dp4a(parts[0], rows[m].x, acc[j][m]);
-      acc[j][m] = __dp4a(parts[1], rows[m].y, acc[j][m]);
-      acc[j][m] = __dp4a(parts[2], rows[m].z, acc[j][m]);
-      acc[j][m] = __dp4a(parts[3], rows[m].w, acc[j][m]);
+      a[0] = words[step].x;
+      a[1] = words[step].y;
+      a[2] = words[step].z;
+      a[3] = words[step].w;
     }
   }
+};
+
+// A lane's operands of eight rows and a span: 32 consecutive inputs of one row.
+struct RowPiece {
+  uint4 halves[2];
+
+  __device__ void load(const int8_t* x) {
+    halves[0] = *reinterpret_cast<const uint4*>(x);
+    halves[1] = *reinterpret_cast<const uint4*>(x + 16);
+  }
+  __device__ void clear() { halves[0] = halves[1] = make_uint4(0, 0, 0, 0); }
+  __device__ unsigned operand(int step, int which) const {
+    const uint4 v = halves[step / 2];
+    return step % 2 == 0 ? (which == 0 ? v.x : v.y) : (which == 0 ? v.z : v.w);
+  }
+};
+
+__device__ inline void multiply(int (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Adds a range of quads' products into acc, [quads][4][M] int32 of shared memory that starts at zero.
-// The range is cut into pieces of (quad, slice of 32 blocks), of which warps take equal, contiguous parts.
+// Adds the products of a range of tiles into acc, [tiles][kTile][M] int32 of shared memory.
+// x: M rows of int8, `stride` bytes apart, zeros behind their end up to whole spans. Warps take equal,
+// contiguous parts of the pieces (tile, span) and meet in acc.
 template <int KIND, int M, int THREADS>
-__device__ void multiply_quads(const uint8_t* weights, int blocks, int first_quad, int quads, const int8_t* x,
+__device__ void multiply_tiles(const uint8_t* weights, int spans, int first_tile, int tiles, const int8_t* x,
                                int64_t stride, int* acc) {
   constexpr int warps = THREADS / 32, depth = KIND == kTernary ? 4 : 2;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int slices = (blocks + 31) / 32, pieces = quads * slices;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, part = lane % 4;
+  const int pieces = tiles * spans;
   const int begin = pieces * warp / warps, end = pieces * (warp + 1) / warps;
+  if (begin == end) {
+    return;
+  }
+  const uint8_t* from = weights + static_cast<int64_t>(first_tile) * spans * kPieceBytes<KIND>;
+  const int8_t* mine = x + (row < M ? row : 0) * stride + 32 * part;
 
   // The weights of the next `depth` pieces are on their way while one is multiplied.
-  Word<KIND> ahead[depth];
-  int load_quad = begin / slices, load_slice = begin % slices, loaded = begin;
-  const auto fetch = [&](Word<KIND>& word) {
-    const int block = load_slice * 32 + lane;
-    if (loaded < end && block < blocks) {
-      word = load_word<KIND>(weights, static_cast<int64_t>(first_quad + load_quad) * blocks + block);
-    }
-    loaded++;
-    if (++load_slice == slices) {
-      load_slice = 0;
-      load_quad++;
-    }
-  };
+  Piece<KIND> ahead[depth];
 #pragma unroll
   for (int u = 0; u < depth; u++) {
-    fetch(ahead[u]);
+    if (begin + u < end) {
+      ahead[u].load(from + static_cast<int64_t>(begin + u) * kPieceBytes<KIND>);
+    }
   }
-
-  int sums[4][M] = {};
-  int quad = begin / slices, slice = begin % slices;
+  int c[4] = {};
+  int tile = begin / spans, span = begin % spans;
   for (int piece = begin; piece < end; piece += depth) {
 #pragma unroll
     for (int u = 0; u < depth; u++) {
       if (piece + u < end) {
-        const Word<KIND> word = ahead[u];
-        fetch(ahead[u]);
-        const int block = slice * 32 + lane;
-        if (block < blocks) {
-          multiply_word<KIND, M>(word, x + 16 * block, stride, sums);
+        const Piece<KIND> now = ahead[u];
+        if (piece + u + depth < end) {
+          ahead[u].load(from + static_cast<int64_t>(piece + u + depth) * kPieceBytes<KIND>);
         }
-        if (++slice == slices || piece + u + 1 == end) {
-          int mine = 0;
+        RowPiece rows;
+        rows.clear();
+        if (row < M) {
+          rows.load(mine + span * kSpan);
+        }
 #pragma unroll
-          for (int j = 0; j < 4; j++) {
+        for (int step = 0; step < kSteps; step++) {
+          unsigned a[4];
+          now.operands(step, a);
+          multiply(c, a, rows.operand(step, 0), rows.operand(step, 1));
+        }
+        if (++span == spans || piece + u + 1 == end) {
+          int* to = acc + (tile * kTile + row) * M + 2 * part;  // here `row` is an output, `part` two rows
 #pragma unroll
-            for (int m = 0; m < M; m++) {
-              const int total = __reduce_add_sync(kAllLanes, sums[j][m]);
-              mine = lane == j * M + m ? total : mine;
-              sums[j][m] = 0;
+          for (int i = 0; i < 2; i++) {
+            if (2 * part + i < M) {
+              atomicAdd(to + i, c[i]);
+              atomicAdd(to + 8 * M + i, c[2 + i]);
             }
           }
-          if (lane < 4 * M) {
-            atomicAdd(acc + quad * 4 * M + lane, mine);
-          }
-          slice = 0;
-          quad++;
+          c[0] = c[1] = c[2] = c[3] = 0;
+          span = 0;
+          tile++;
         }
       }
     }

@@ -1,5 +1,6 @@
-// x [m][K] -> y [m][K]. One block a row. Constants: K, EPS, THREADS.
+// x [m][k] -> y [m][k]. One block a row. sizes: k. Constants: EPS (bits), THREADS.
 using namespace bitdraft;
 __shared__ float scratch[32];
 const int64_t row = blockIdx.x;
-normalise_rows<1, THREADS>(x + row * K, K, K, norm, __int_as_float(EPS), y + row * K, scratch);
+const int k = sizes[0];
+normalise_rows<1, THREADS>(x + row * k, k, k, norm, __int_as_float(EPS), y + row * k, scratch);

@@ -31,7 +31,7 @@ __device__ inline float4 load_shared4(const float* p) { return __ldcg(reinterpre
 
 // Norm and int8 of M rows at once, by a whole block of THREADS.
 // x: rows of k floats, k a multiple of 4, `stride` apart; norm: k floats or null.
-// q: [M][q_stride] int8 (shared or global), filled up to `padded` with zeros; s: [M] factors; sums: [M]
+// q: [M][q_stride] int8 (shared or global), filled with zeros up to `padded`; s: [M] factors; sums: [M]
 // sums of a row's int8, which take off the "plus one" of ternary codes. scratch: 3 * M * 32 floats of
 // shared memory. Ends with a barrier.
 template <int M, int THREADS>

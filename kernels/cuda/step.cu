@@ -62,7 +62,7 @@ for (int layer = 0; layer < LAYERS; layer++) {
 const float* final_norm = floats + LAYERS * Model::LAYER_FLOATS;
 if constexpr (INT8_HEAD) {
   using Head = ModelShape<kInt8, 1, HIDDEN, FFN, HEADS, KV_HEADS, DIM, false, false>;
-  product_stage<Head, M, false>(reinterpret_cast<const uint8_t*>(head), head_scale, (VOCAB + 3) / 4 * 4, HIDDEN, x,
+  product_stage<Head, M, false>(reinterpret_cast<const uint8_t*>(head), head_scale, (VOCAB + kTile - 1) / kTile * kTile, HIDDEN, x,
                                 final_norm, eps, memory, work, [&](int j, int m, float y) {
                                   if (j < VOCAB) {
                                     logits[static_cast<int64_t>(m) * VOCAB + j] = y;

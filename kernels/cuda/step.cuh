@@ -70,17 +70,16 @@ struct ModelShape {
                        KV_HEADS = KV_HEADS_, DIM = DIM_;
   static constexpr bool SUB_NORM = SUB_NORM_, RELU2 = RELU2_;
   static constexpr int Q = HEADS * DIM, KV = KV_HEADS * DIM, QKV = Q + 2 * KV, GROUP = HEADS / KV_HEADS;
-  static constexpr int64_t PER_BLOCK = KIND == kTernary ? 16 : 64;  // bytes of a (quad, block of 16 inputs)
-  static constexpr int64_t bytes(int64_t n, int64_t k) { return n / 4 * (k / 16) * PER_BLOCK; }
+  static constexpr int64_t bytes(int n, int k) {
+    return static_cast<int64_t>(n / kTile) * spans_of(k) * kPieceBytes<KIND>;
+  }
   // Where a layer's matrices start, in bytes, and its norms and scales, in floats.
   static constexpr int64_t O_AT = bytes(QKV, HIDDEN), GATE_UP_AT = O_AT + bytes(HIDDEN, Q),
                            DOWN_AT = GATE_UP_AT + bytes(2 * FFN, HIDDEN), LAYER_BYTES = DOWN_AT + bytes(HIDDEN, FFN);
   static constexpr int64_t ATTENTION_NORM_AT = HIDDEN, POST_NORM_AT = ATTENTION_NORM_AT + Q,
                            FFN_NORM_AT = POST_NORM_AT + HIDDEN, QKV_SCALE_AT = FFN_NORM_AT + FFN,
                            O_SCALE_AT = QKV_SCALE_AT + QKV, GATE_UP_SCALE_AT = O_SCALE_AT + HIDDEN,
-                           DOWN_SCALE_AT = GATE_UP_SCALE_AT + 2 * FFN, LAYER_FLOATS = DOWN_SCALE_AT + HIDDEN;
-  static constexpr int WIDEST = (HIDDEN > FFN ? HIDDEN : FFN) > Q ? (HIDDEN > FFN ? HIDDEN : FFN) : Q;
-};
+                           DOWN_SCALE_AT = GATE_UP_SCALE_AT + 2 * FFN, LAYER_FLOATS = DOWN_SCALE_AT + HIDDEN;};
 
 // Shared memory of a block; the parts that are never used together lie upon each other.
 template <int M>
@@ -91,33 +90,33 @@ struct Memory {
   int flag;
 };
 
-// A product stage: quantise the rows of `x`, multiply with this block's share of quads, finish.
-// work: dynamic shared memory for [M][k] int8 and the integer sums. store(output, m, value) gets every
+// A product stage: quantise the rows of `x`, multiply with this block's share of tiles, finish.
+// work: dynamic shared memory for M int8 rows and the integer sums. store(output, m, value) gets every
 // result of this block; with a gate, of n / 2 outputs.
 template <class Shape, int M, bool GATE, class Store>
 __device__ void product_stage(const uint8_t* weights, const float* scale, int n, int k, const float* x,
                               const float* norm, float eps, Memory<M>& memory, uint8_t* work, Store store) {
+  const int stride = row_stride(k), spans = spans_of(k), tiles = n / kTile / (GATE ? 2 : 1);
   int8_t* q = reinterpret_cast<int8_t*>(work);
-  int* acc = reinterpret_cast<int*>(work + M * k);
-  const Share share(GATE ? n / 8 : n / 4);
-  const int sets = GATE ? 2 : 1, blocks = k / 16;
-  for (int i = threadIdx.x; i < sets * share.count * 4 * M; i += kThreads) {
+  int* acc = reinterpret_cast<int*>(work + M * stride);
+  const Share share(tiles);
+  const int results = share.count * kTile * M;
+  for (int i = threadIdx.x; i < (GATE ? 2 : 1) * results; i += kThreads) {
     acc[i] = 0;
   }
-  quantise_rows<M, kThreads>(x, k, k, norm, eps, q, k, k, memory.s, memory.sums, memory.scratch);
-  multiply_quads<Shape::KIND, M, kThreads>(weights, blocks, share.first, share.count, q, k, acc);
+  quantise_rows<M, kThreads>(x, k, k, norm, eps, q, stride, spans * kSpan, memory.s, memory.sums, memory.scratch);
+  multiply_tiles<Shape::KIND, M, kThreads>(weights, spans, share.first, share.count, q, stride, acc);
   if (GATE) {
-    multiply_quads<Shape::KIND, M, kThreads>(weights, blocks, n / 8 + share.first, share.count, q, k,
-                                             acc + share.count * 4 * M);
+    multiply_tiles<Shape::KIND, M, kThreads>(weights, spans, tiles + share.first, share.count, q, stride,
+                                             acc + results);
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < share.count * 4 * M; i += kThreads) {
-    const int m = i % M, j = i / M % 4, quad = i / (4 * M), output = 4 * (share.first + quad) + j;
+  for (int i = threadIdx.x; i < results; i += kThreads) {
+    const int m = i % M, output = kTile * share.first + i / M;
     const int taken_off = Shape::KIND == kTernary ? memory.sums[m] : 0;
     float y = scaled(acc[i] - taken_off, __ldg(scale + output), memory.s[m]);
     if (GATE) {
-      const float up = scaled(acc[share.count * 4 * M + i] - taken_off, __ldg(scale + n / 2 + output), memory.s[m]);
-      y = gated<Shape::RELU2>(y, up);
+      y = gated<Shape::RELU2>(y, scaled(acc[results + i] - taken_off, __ldg(scale + n / 2 + output), memory.s[m]));
     }
     store(output, m, y);
   }
@@ -126,11 +125,12 @@ __device__ void product_stage(const uint8_t* weights, const float* scale, int n,
 // Calls into L2 what `product_stage` will read.
 template <class Shape, bool GATE>
 __device__ inline void call_ahead_stage(const uint8_t* weights, int n, int k) {
-  const Share share(GATE ? n / 8 : n / 4);
-  const int64_t quad = k / 16 * Shape::PER_BLOCK;
-  call_ahead(weights + share.first * quad, share.count * quad);
+  const int tiles = n / kTile / (GATE ? 2 : 1);
+  const Share share(tiles);
+  const int64_t tile = static_cast<int64_t>(spans_of(k)) * kPieceBytes<Shape::KIND>;
+  call_ahead(weights + share.first * tile, share.count * tile);
   if (GATE) {
-    call_ahead(weights + (n / 8 + share.first) * quad, share.count * quad);
+    call_ahead(weights + (tiles + share.first) * tile, share.count * tile);
   }
 }
 
@@ -144,7 +144,8 @@ __device__ void attention_stage(const float* qkv, float* k_cache, float* v_cache
   constexpr int DIM = Shape::DIM, GROUP = Shape::GROUP, QUERIES = M * GROUP, half = DIM / 2, width = DIM + 2;
   float* queries = reinterpret_cast<float*>(work);  // query m * GROUP + g
   float* keys = queries + QUERIES * DIM;
-  float* weights = keys + kChunk * padded_dim(DIM);
+  float* values = keys + kChunk * padded_dim(DIM);
+  float* weights = values + kChunk * DIM;
   const int total = offset + M, chunks = (total + kChunk - 1) / kChunk;
   for (int task = blockIdx.x; task < chunks * Shape::KV_HEADS; task += gridDim.x) {
     const int head = task % Shape::KV_HEADS, chunk = task / Shape::KV_HEADS, start = chunk * kChunk;
@@ -166,14 +167,16 @@ __device__ void attention_stage(const float* qkv, float* k_cache, float* v_cache
         const float2 y = rotated(__ldcg(from + d), __ldcg(from + d + half), turns[m * half + d]);
         keys[key * padded_dim(DIM) + d] = k_rows[key * DIM + d] = y.x;
         keys[key * padded_dim(DIM) + d + half] = k_rows[key * DIM + d + half] = y.y;
-        v_rows[key * DIM + d] = __ldcg(from + Shape::KV + d);
-        v_rows[key * DIM + d + half] = __ldcg(from + Shape::KV + d + half);
+        values[key * DIM + d] = v_rows[key * DIM + d] = __ldcg(from + Shape::KV + d);
+        values[key * DIM + d + half] = v_rows[key * DIM + d + half] = __ldcg(from + Shape::KV + d + half);
       }
     }
     const int old = offset - start < kChunk ? offset - start : kChunk;
     for (int i = threadIdx.x; i < old * DIM / 4; i += kThreads) {
       const int key = i / (DIM / 4), d = i % (DIM / 4) * 4;
-      *reinterpret_cast<float4*>(keys + key * padded_dim(DIM) + d) = *reinterpret_cast<const float4*>(k_rows + key * DIM + d);
+      *reinterpret_cast<float4*>(keys + key * padded_dim(DIM) + d) =
+          *reinterpret_cast<const float4*>(k_rows + key * DIM + d);
+      *reinterpret_cast<float4*>(values + key * DIM + d) = *reinterpret_cast<const float4*>(v_rows + key * DIM + d);
     }
     __syncthreads();
     float* part = parts + static_cast<int64_t>(head * chunks + chunk) * QUERIES * width;
@@ -181,7 +184,7 @@ __device__ void attention_stage(const float* qkv, float* k_cache, float* v_cache
       const int seen = offset + query / GROUP - start;
       return seen < kChunk - 1 ? seen : kChunk - 1;
     };
-    attend_chunk<QUERIES, DIM, kThreads>(queries, keys, v_rows, count, last, weights, part);
+    attend_chunk<QUERIES, DIM, kThreads>(queries, keys, values, count, last, weights, part);
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {

@@ -14,6 +14,7 @@ from kernels.cuda.launch import float_bits, launch
 from kernels.reference import SMALL_ROWS, AttentionShape, DenseWeight, Epilogue, Int8Weight, TernaryWeight, Weight
 
 THREADS = 512
+TILE, SPAN = 16, 128  # outputs and inputs, as in products.cuh
 CHUNK = 32  # keys, as in attention.cuh
 _MULTIPROCESSORS = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 _SHARED_MEMORY = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
@@ -145,18 +146,19 @@ class WholeStep:
         """Bytes of dynamic shared memory a block needs for m rows: the largest of its stages."""
         c, blocks = self.constants, device_attribute(_MULTIPROCESSORS)
 
-        def product(n: int, k: int) -> int:
-            return m * k + (n // 4 // blocks + 2) * 4 * m * 4
+        def product(n: int, k: int, sets: int = 1) -> int:
+            tiles = -(-n // sets // TILE // blocks) + 1
+            return m * (-(-k // SPAN) * SPAN + 16) + sets * tiles * TILE * m * 4
 
         q, group = c["HEADS"] * c["DIM"], c["HEADS"] // c["KV_HEADS"]
         lines = m * group
         stages = [
             product(q + 2 * c["KV_HEADS"] * c["DIM"], c["HIDDEN"]),
             product(c["HIDDEN"], q),
-            product(2 * c["FFN"], c["HIDDEN"]),
+            product(2 * c["FFN"], c["HIDDEN"], 2),
             product(c["HIDDEN"], c["FFN"]),
-            product(c["VOCAB"] + 4, c["HIDDEN"]) if c["INT8_HEAD"] else 4 * m * c["HIDDEN"],
-            4 * (lines * c["DIM"] + CHUNK * (c["DIM"] + 4) + lines * CHUNK),
+            product(c["VOCAB"], c["HIDDEN"]) if c["INT8_HEAD"] else 4 * m * c["HIDDEN"],
+            4 * (lines * c["DIM"] + CHUNK * (2 * c["DIM"] + 4) + lines * CHUNK),
         ]
         return max(stages)
 
