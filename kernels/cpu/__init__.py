@@ -32,7 +32,7 @@ if _RUNNING.split("+")[0].split(".dev")[0] != _native.mlx_version:
     raise ImportError(f"the extension was built for MLX {_native.mlx_version}, not {_RUNNING}; {_REBUILD}")
 
 NAME = "cpu"
-ROUNDED_AT_ONCE = 8192  # outputs of an int8 weight
+ROUNDED_AT_ONCE = 512  # outputs of an int8 weight: so many float copies stay in cache, a head's would take gigabytes
 
 _EPILOGUES: dict[str | None, int] = {None: 0, "relu2_mul": 1, "silu_mul": 2}
 
@@ -56,7 +56,7 @@ def prepare_int8(weight: mx.array) -> Int8Weight:
     """weight: bfloat16 or float32 [n, k]. A byte a weight (native/kernels.h)."""
     n, k = weight.shape
     rounded, scales = np.empty((n, k), np.int8), []
-    for start in range(0, n, ROUNDED_AT_ONCE):  # float32 copies of a whole head would take gigabytes
+    for start in range(0, n, ROUNDED_AT_ONCE):
         data, scale = reference.round_int8(weight[start : start + ROUNDED_AT_ONCE])
         rounded[start : start + ROUNDED_AT_ONCE] = np.array(data)
         scales.append(scale)
