@@ -60,8 +60,14 @@ class Session:
         self.head = head
         raise_wired_limit()
         self.teacher: Transformer = teacher.load(head)
+        self.draft = self._load_draft(draft) if draft is not None else None
+
+    def _load_draft(self, draft: Checkpoint) -> Transformer:
+        """The draft's model. A teacher that drafts for itself is the same one, so that all it drafts is accepted."""
+        if draft.folder.resolve() == self.teacher_checkpoint.folder.resolve():
+            return self.teacher
         rounded: Precision = "float" if backend() is reference else "int8"
-        self.draft = draft.load(rounded, rounded) if draft is not None else None
+        return draft.load(rounded, rounded)
 
     def encode(self, prompts: list[Prompt]) -> list[list[int]]:
         """Token ids of every prompt, checked before the first is answered."""

@@ -13,7 +13,7 @@ from conftest import ROOT, TEACHER, environment
 
 from decode.checkpoint import find_model, find_teacher
 from decode.engine import ModelDrafter, Round, generate, margin_at
-from decode.model import Transformer
+from decode.model import Precision, Transformer
 from decode.prompts import Tokenizer, make_prompt
 from decode.sampling import Sampling
 from decode.session import Session
@@ -289,6 +289,16 @@ def test_an_int8_head_speaks_for_itself(
     plain = said(speak(int8_teacher, prompts[0]))
     assert said(speak(int8_teacher, prompts[0], int8_draft, k=4)) == plain
     assert said(speak(int8_teacher, prompts[0], int8_teacher, k=4)) == plain
+
+
+@pytest.mark.parametrize("head", ["float", "int8"])
+def test_a_teacher_drafts_for_itself_with_its_own_head(head: Precision) -> None:
+    """However other drafts are rounded, every one of its proposals is accepted."""
+    session = Session(find_teacher(None), find_model(str(TEACHER), "--draft"), k=3, max_tokens=64, head=head)
+    for text in TEXTS:
+        prompt = make_prompt(text, "1")
+        output = session.answer(prompt, session.encode([prompt])[0], 0, speculative=True)
+        assert output.tally.drafted == output.tally.accepted > 0
 
 
 def test_int8_layers_are_close_to_float_ones(
