@@ -12,6 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from decode import trimmed
 from decode.files import first_line, read_json
 from decode.model import Precision, Transformer
 from kernels import UserError, swap_bitlinear
@@ -34,8 +35,11 @@ class Checkpoint:
         """Load through mlx-lm, with its BitLinear swapped for ours; head and layers as `Transformer` takes them."""
         from mlx_lm.utils import load_model
 
+        own: Any = {}
+        if self.config.get("model_type") == trimmed.MODEL_TYPE:
+            own = {"get_model_classes": trimmed.model_classes}
         try:
-            model, config = load_model(self.folder, lazy=True)
+            model, config = load_model(self.folder, lazy=True, **own)
             swap_bitlinear(model, config.get("quantization_config") or {})
             return Transformer(model, config, head, layers)
         except UserError as error:
@@ -171,7 +175,7 @@ def check_same_tokenizer(teacher: Checkpoint, draft: Checkpoint) -> None:
     Vocabulary, every token's text and the special tokens must agree; the files may differ
     in anything else.
     """
-    ours, theirs = (_token_table(checkpoint.folder) for checkpoint in (teacher, draft))
+    ours, theirs = (token_table(checkpoint.folder) for checkpoint in (teacher, draft))
     where = f"draft {draft.folder} and teacher {teacher.folder}"
     if len(ours) != len(theirs) or teacher.config.get("vocab_size") != draft.config.get("vocab_size"):
         sizes = f"{draft.config.get('vocab_size')} and {teacher.config.get('vocab_size')}"
@@ -181,7 +185,7 @@ def check_same_tokenizer(teacher: Checkpoint, draft: Checkpoint) -> None:
             raise UserError(f"{where} disagree on token {token_id}: {theirs.get(token_id)} and {entry}")
 
 
-def _token_table(folder: Path) -> dict[int, tuple[str, bool]]:
+def token_table(folder: Path) -> dict[int, tuple[str, bool]]:
     """Token id -> (text, is special), from tokenizer.json."""
     path = folder / "tokenizer.json"
     data = read_json(path)

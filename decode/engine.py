@@ -55,9 +55,9 @@ class ModelDrafter:
         while len(drafted) < k:
             logits = self.model.step(feed, self.cache)[-1:]
             if self.sampling.greedy:
-                token = greedy_tokens(logits)[0]
+                token = self.model.token_of(greedy_tokens(logits)[0])
             else:
-                q = self.sampling.probabilities(np.array(logits))[0]
+                q = self.model.over_vocabulary(self.sampling.probabilities(np.array(logits))[0])
                 token = draw(q, self.rng)
                 distributions.append(q)
             drafted.append(token)

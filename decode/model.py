@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from decode.trimmed import check_kept
 from kernels import BitLinear, UserError, backend
 from kernels.backends import Backend
 from kernels.reference import (
@@ -101,6 +102,11 @@ class Transformer:
         self.epilogue: Epilogue = "relu2_mul" if args.model_type == "bitnet" else "silu_mul"
         self.embedding = float_weight(model.model.embed_tokens)
         float_head = self.embedding if args.tie_word_embeddings else float_weight(model.lm_head)
+        # The ids that the head's rows stand for, where it is trimmed (decode.trimmed).
+        self.kept: np.ndarray | None = None
+        if "kept" in model:
+            self.kept = check_kept(model.kept, self.vocab_size)
+            float_head = float_head[mx.array(self.kept)]
         self.head: DenseWeight | Int8Weight = (
             self.ops.prepare_int8(float_head) if head == "int8" else self.ops.prepare_dense(float_head)
         )
@@ -145,14 +151,26 @@ class Transformer:
         weight = mx.concatenate([float_weight(part) for part in parts])
         return self.ops.prepare_int8(weight) if self._precision == "int8" else self.ops.prepare_dense(weight)
 
+    def token_of(self, row: int) -> int:
+        """The id that a row of the head stands for."""
+        return row if self.kept is None else int(self.kept[row])
+
+    def over_vocabulary(self, p: np.ndarray) -> np.ndarray:
+        """A distribution over the head's rows, float64 [v], as one over all ids, [vocab_size]: zero for the others."""
+        if self.kept is None:
+            return p
+        whole = np.zeros(self.vocab_size, p.dtype)
+        whole[self.kept] = p
+        return whole
+
     def new_cache(self) -> KVCache:
         return KVCache(len(self.layers), self.shape.kv_heads, self.shape.head_dim)
 
     def step(self, tokens: list[int] | np.ndarray, cache: KVCache) -> mx.array:
         """Logits of each of a few new tokens; a token's bits are the same alone or among others.
 
-        tokens: m ids. Returns float32 [m, vocab]; the cache moves on by m. More than eight rows
-        are run in groups of eight.
+        tokens: m ids. Returns float32 [m, vocab], one logit a row of the head; the cache moves on by m.
+        More than eight rows are run in groups of eight.
         """
         cache.reserve(len(tokens))
         groups = [tokens[i : i + SMALL_ROWS] for i in range(0, len(tokens), SMALL_ROWS)]

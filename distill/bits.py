@@ -249,6 +249,13 @@ def encode(block: Block, settings: Settings) -> Tensors:
     }
 
 
+def decode_text(tensors: Tensors) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The tokens, loss mask and documents of a shard, as a Block has them."""
+    seq_len = tensors["tokens"].shape[1]
+    mask = np.unpackbits(tensors["loss_mask"].view(np.uint8), axis=1, count=seq_len, bitorder="little")
+    return tensors["tokens"].astype(np.int32), mask.view(np.bool_), tensors["document"].view(np.uint8)
+
+
 def decode(tensors: Tensors, settings: Settings) -> Block:
     """The tensors of a shard -> Block; the inverse of `encode` up to the coding of probabilities."""
     rows, seq_len = tensors["tokens"].shape
@@ -259,11 +266,11 @@ def decode(tensors: Tensors, settings: Settings) -> Block:
         flat = tensors[name].reshape(positions, packed_bytes(k, bits)).view(np.uint8)
         return unpack(flat, k, bits).reshape(rows, seq_len, k)
 
-    mask = np.unpackbits(tensors["loss_mask"].view(np.uint8), axis=1, count=seq_len, bitorder="little")
+    tokens, loss_mask, document = decode_text(tensors)
     return Block(
-        tokens=tensors["tokens"].astype(np.int32),
-        loss_mask=mask.view(np.bool_),
-        document=tensors["document"].view(np.uint8),
+        tokens=tokens,
+        loss_mask=loss_mask,
+        document=document,
         top_ids=values("top_ids", id_bits(vocab_size)),
         top_logprobs=decode_logprobs(values("top_logits", CODE_BITS)),
         lse=tensors["lse"].view(np.float32),

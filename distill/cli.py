@@ -188,6 +188,14 @@ def train(
     teacher: TeacherOption = None,
     layers: Annotated[int, typer.Option("--layers", help="Transformer layers of the draft.")] = 2,
     hidden: Annotated[int, typer.Option("--hidden", help="Width of the draft, a multiple of 64.")] = 256,
+    vocab: Annotated[
+        int | None,
+        typer.Option(
+            "--vocab",
+            metavar="N",
+            help="Trim the head to the N most frequent tokens of the dataset and all special ones. Default: all.",
+        ),
+    ] = None,
     loss: Annotated[
         str, typer.Option("--loss", help="kl: KL with the tail as a bucket; ce: the teacher's first choice.")
     ] = "kl",
@@ -232,6 +240,7 @@ def train(
     settings = TrainSettings(
         layers=layers,
         hidden=hidden,
+        vocab=vocab,
         loss=loss,
         temperature=temperature,
         tokens=tokens,
@@ -251,6 +260,10 @@ def train(
         raise Interrupted(str(error)) from None
     facts = {name: str(value) if isinstance(value, Path) else value for name, value in vars(summary).items()}
     write_json(json_file, {"teacher": checkpoint.name, "data": str(data), **facts, "settings": asdict(settings)})
+    trimmed = summary.vocabulary
+    if trimmed is not None:
+        share = f"{trimmed['coverage']:.1%} of the dataset's targets"
+        say(quiet)(f"head: {trimmed['kept']:,} of {trimmed['size']:,} tokens, {share}")
     say(quiet)(
         f"{summary.out}: {summary.parameters / 1e6:.2f} M parameters, held-out loss {summary.held_out_loss:.3f} nats,"
         f" agreement {summary.agreement:.3f}, expected acceptance {summary.expected_acceptance:.3f}\n"

@@ -1,4 +1,5 @@
-"""Draft models: small Llamas, in the layout of mlx-lm, that a stock `mlx_lm.load` can read.
+"""Draft models: small Llamas, in the layout of mlx-lm, that a stock `mlx_lm.load` can read unless
+their head is trimmed (decode.trimmed).
 
 The module is mlx-lm's own `llama`; training runs it through `forward` instead of its own call,
 because rows hold several documents: attention must not cross them and RoPE restarts with each.
@@ -22,11 +23,13 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from decode.files import read_json
+from decode.trimmed import check_kept
 from distill.draft_config import DraftConfig, load_tensors
 from kernels.errors import UserError
 
 FORMAT = "bitdraft-draft-1"
 WEIGHTS = "model.safetensors"
+KEPT = "kept"  # the tensor of ids in the weights of a draft with a trimmed head
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 OPTIONAL_FILES = ("generation_config.json", "chat_template.jinja", "special_tokens_map.json")
 # 4-bit codes need the finer groups; both divide every matrix (widths are multiples of 64).
@@ -35,11 +38,13 @@ GROUP_SIZE = {4: 32, 8: 64}
 
 @dataclass(frozen=True)
 class Draft:
-    """A loaded draft: mlx-lm's module, its shape and the content of draft.json ({} if none)."""
+    """A loaded draft: mlx-lm's module, its shape, the content of draft.json ({} if none), and the ids that
+    a trimmed head keeps (int32, ascending; None for all)."""
 
     model: nn.Module
     config: DraftConfig
     provenance: dict[str, Any]
+    kept: np.ndarray | None = None
 
 
 def build(config: DraftConfig) -> nn.Module:
@@ -170,9 +175,10 @@ def forward(
     return mx.fast.rms_norm(x, model.model.norm.weight, args.rms_norm_eps)
 
 
-def head_weight(model: nn.Module) -> mx.array:
-    """[vocab, hidden], the matrix that turns hidden states into logits."""
-    return model.model.embed_tokens.weight if model.args.tie_word_embeddings else model.lm_head.weight
+def head_weight(model: nn.Module, kept: mx.array | None = None) -> mx.array:
+    """[v, hidden], the matrix that turns hidden states into logits; kept: the ids of a trimmed head."""
+    weight = model.model.embed_tokens.weight if model.args.tie_word_embeddings else model.lm_head.weight
+    return weight if kept is None else weight[kept]
 
 
 def sha256(path: Path) -> str:
@@ -216,11 +222,13 @@ def save(
     provenance: dict[str, Any],
     quantize_bits: int | None = None,
     carry: Iterable[str] = (),
+    kept: np.ndarray | None = None,
 ) -> None:
     """Write a draft in one go: a temporary folder beside, then a rename.
 
     quantize_bits: None (bfloat16), 4 or 8; provenance: what draft.json says beside format and file
-    hashes; carry: names in the folder replaced that move on into the new one.
+    hashes; carry: names in the folder replaced that move on into the new one; kept: the ids of a
+    trimmed head, as many as `config.kept` says.
     """
     if quantize_bits is not None and quantize_bits not in GROUP_SIZE:
         raise UserError(f"--bits {quantize_bits}: 4, 8 or none")
@@ -237,7 +245,8 @@ def save(
             group = GROUP_SIZE[quantize_bits]
             nn.quantize(saved, group_size=group, bits=quantize_bits)
             description["quantization"] = {"group_size": group, "bits": quantize_bits}
-        mx.save_safetensors(str(temporary / WEIGHTS), named_weights(saved), {"format": "mlx"})
+        tensors = named_weights(saved) | ({} if kept is None else {KEPT: mx.array(kept, mx.int32)})
+        mx.save_safetensors(str(temporary / WEIGHTS), tensors, {"format": "mlx"})
         (temporary / "config.json").write_text(json.dumps(description, indent=2) + "\n")
         for name in TOKENIZER_FILES + OPTIONAL_FILES:
             source = teacher_folder / name
@@ -326,10 +335,17 @@ def load(folder: Path) -> Draft:
             class_predicate=lambda p, m: hasattr(m, "to_quantized") and f"{p}.scales" in weights,
         )
     expected = {name: array.shape for name, array in named_weights(model).items()}
+    if config.kept is not None:
+        expected[KEPT] = (config.kept,)
     for name in sorted(expected.keys() | weights.keys()):
         found = weights[name].shape if name in weights else None
         if expected.get(name) != found:
             raise UserError(f"{path}: {name} is {found}, config.json asks for {expected.get(name)}")
+    ids = weights.pop(KEPT, None)
+    try:
+        kept = None if ids is None else check_kept(ids, config.vocab_size)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     model.load_weights(list(weights.items()))
     mx.eval(model.parameters())
-    return Draft(model, config, provenance)
+    return Draft(model, config, provenance, kept)

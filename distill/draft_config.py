@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from decode import trimmed
 from decode.files import read_json
 from kernels.errors import UserError
 
@@ -33,10 +34,11 @@ class DraftConfig:
     tied: bool = True
     bos: int | None = None
     eos: int | list[int] | None = None
+    kept: int | None = None  # tokens that the head has, where it is trimmed (decode.trimmed)
 
     @classmethod
-    def for_teacher(cls, teacher_folder: Path, layers: int, hidden: int) -> DraftConfig:
-        """A draft of `layers` x `hidden` for the teacher in a folder."""
+    def for_teacher(cls, teacher_folder: Path, layers: int, hidden: int, kept: int | None = None) -> DraftConfig:
+        """A draft of `layers` x `hidden` for the teacher in a folder, its head of `kept` tokens or of all."""
         if layers < 1:
             raise UserError(f"--layers {layers}: must be at least 1")
         if hidden < HEAD_DIM or hidden % HEAD_DIM:
@@ -59,12 +61,13 @@ class DraftConfig:
                 eps=float(teacher["rms_norm_eps"]),
                 bos=teacher.get("bos_token_id"),
                 eos=teacher.get("eos_token_id"),
+                kept=kept,
             )
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise UserError(f"{teacher_folder / 'config.json'}: no usable {error}") from error
 
     def to_json(self) -> dict[str, Any]:
-        """The `config.json` of mlx-lm and Hugging Face."""
+        """The `config.json` of mlx-lm and Hugging Face; of no stock model where the head is trimmed."""
         config: dict[str, Any] = {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -84,6 +87,8 @@ class DraftConfig:
             "mlp_bias": False,
             "torch_dtype": "bfloat16",
         }
+        if self.kept is not None:
+            config |= {"architectures": [], "model_type": trimmed.MODEL_TYPE, trimmed.SIZE: self.kept}
         return config | {
             key: value for key, value in (("bos_token_id", self.bos), ("eos_token_id", self.eos)) if value is not None
         }
@@ -91,7 +96,7 @@ class DraftConfig:
     @classmethod
     def from_json(cls, config: dict[str, Any]) -> DraftConfig:
         """The inverse of `to_json`; KeyError, TypeError or ValueError where it is no Llama."""
-        if config.get("model_type") != "llama":
+        if config.get("model_type") not in ("llama", trimmed.MODEL_TYPE):
             raise ValueError(f"model_type is {config.get('model_type')!r}, not 'llama'")
         heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
         return cls(
@@ -108,6 +113,7 @@ class DraftConfig:
             tied=bool(config.get("tie_word_embeddings", True)),
             bos=config.get("bos_token_id"),
             eos=config.get("eos_token_id"),
+            kept=int(config[trimmed.SIZE]) if config["model_type"] == trimmed.MODEL_TYPE else None,
         )
 
     @property

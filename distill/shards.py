@@ -66,6 +66,13 @@ class Dataset(Reader):
         self._expect(i, tensors, bits.layout(self.shards[i].rows, self.settings))
         return bits.decode(tensors, self.settings)
 
+    def read_text(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens, which positions are trained on, and documents of the i-th shard, its hash taken on trust:
+        int32, bool and uint8 [rows, seq_len]."""
+        tensors = self._tensors(i, verify=False)
+        self._expect(i, tensors, bits.layout(self.shards[i].rows, self.settings))
+        return bits.decode_text(tensors)
+
     def __iter__(self) -> Iterator[Block]:
         return (self.read(i) for i in range(len(self.shards)))
 

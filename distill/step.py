@@ -11,7 +11,7 @@ from mlx.utils import tree_unflatten
 
 from distill.batches import Batch
 from distill.draft import Attention, forward, head_weight, masked_attention
-from distill.losses import FusedHead, teacher_buckets
+from distill.losses import FusedHead, head_ids, teacher_buckets
 
 Tensors = dict[str, mx.array]
 BETAS = (0.9, 0.95)
@@ -37,12 +37,23 @@ def trained_hidden(model: nn.Module, batch: Tensors, attention: Attention) -> mx
     return hidden if "positions" not in batch else hidden[batch["positions"]]
 
 
-def targets(batch: Tensors, temperature: float) -> tuple[mx.array, mx.array, mx.array]:
+class TrimmedHead:
+    """The rows of a head that keeps only some tokens.
+
+    kept: int32 [v], its ids; rows: int32 [vocab_size], the row of each id or -1.
+    """
+
+    def __init__(self, kept: np.ndarray, vocab_size: int) -> None:
+        self.kept, self.rows = mx.array(kept), head_ids(kept, vocab_size)
+
+
+def targets(
+    batch: Tensors, temperature: float, trimmed: TrimmedHead | None = None
+) -> tuple[mx.array, mx.array, mx.array]:
     """What `FusedHead` takes: the head's rows, the teacher's buckets, the weights."""
-    ids = batch["top_ids"]
-    valid = mx.ones(ids.shape, dtype=mx.bool_)  # the head is whole
-    p = teacher_buckets(batch["top_logprobs"], batch["lse_one"], batch["lse"], valid, temperature)
-    return ids, p, batch["weights"]
+    rows = batch["top_ids"] if trimmed is None else trimmed.rows[batch["top_ids"]]
+    p = teacher_buckets(batch["top_logprobs"], batch["lse_one"], batch["lse"], rows >= 0, temperature)
+    return rows, p, batch["weights"]
 
 
 def adamw(
@@ -85,8 +96,9 @@ class Step:
         clip: float,
         dtype: mx.Dtype,
         attention: Attention = masked_attention,
+        trimmed: TrimmedHead | None = None,
     ) -> None:
-        self.model, self.head, self.attention = model, head, attention
+        self.model, self.head, self.attention, self.trimmed = model, head, attention, trimmed
         self.weight_decay, self.clip, self.dtype = weight_decay, clip, dtype
 
     def __call__(self, tensors: dict[str, Tensors], batch: Batch, number: int, rate: float) -> mx.array:
@@ -109,8 +121,8 @@ class Step:
             narrow = {k: w if "embed_tokens" in k else w.astype(self.dtype) for k, w in weights.items()}
             self.model.update(tree_unflatten(list(narrow.items())))
             hidden = trained_hidden(self.model, batch, self.attention)
-            head = head_weight(self.model).astype(hidden.dtype)
-            return self.head(hidden, head, *targets(batch, self.head.temperature))
+            head = head_weight(self.model, self.trimmed.kept if self.trimmed else None).astype(hidden.dtype)
+            return self.head(hidden, head, *targets(batch, self.head.temperature, self.trimmed))
 
         (value, stats), gradients = mx.value_and_grad(loss)(weights)
         weights, m, v, norm = adamw(weights, gradients, m, v, schedule, self.weight_decay, self.clip)
@@ -124,6 +136,7 @@ def measure(
     weights: Tensors,
     batches: list[Batch],
     attention: Attention = masked_attention,
+    trimmed: TrimmedHead | None = None,
 ) -> tuple[float, float, float]:
     """Loss, agreement and the lower bound of acceptance over held-out batches, in float32."""
     model.update(tree_unflatten(list(weights.items())))
@@ -131,7 +144,9 @@ def measure(
     for batch in batches:
         arrays = batch.arrays()
         loss, stats = head.evaluate(
-            trained_hidden(model, arrays, attention), head_weight(model), *targets(arrays, head.temperature)
+            trained_hidden(model, arrays, attention),
+            head_weight(model, trimmed.kept if trimmed else None),
+            *targets(arrays, head.temperature, trimmed),
         )
         total = total + mx.concatenate([(loss * stats[2])[None], stats])
         mx.async_eval(total)

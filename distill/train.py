@@ -31,8 +31,9 @@ from distill.draft_config import DraftConfig, check_memory
 from distill.losses import FusedHead, bucket_loss
 from distill.shards import Dataset
 from distill.state import State
-from distill.step import Step, learning_rate, measure
+from distill.step import Step, TrimmedHead, learning_rate, measure
 from distill.store import MANIFEST
+from distill.vocabulary import Vocabulary, choose
 from kernels.errors import UserError
 
 DRAW_SECONDS = 20.0  # a picture takes part of a second
@@ -46,6 +47,7 @@ class TrainSettings:
 
     layers: int = 2
     hidden: int = 256
+    vocab: int | None = None  # most frequent tokens that the head keeps, beside the special ones; None for all
     loss: str = "kl"
     temperature: float = 1.0
     tokens: int = 500_000  # tokens trained on, passes repeated
@@ -95,6 +97,7 @@ class Summary:
     agreement: float
     expected_acceptance: float  # lower bound: sum over the top k of min(p, q)
     held_out_loss_float: float  # of the same weights in float32
+    vocabulary: dict[str, Any] | None  # of a trimmed head: tokens kept, of how many, share of the targets
     log: Path
     plot: Path
 
@@ -119,7 +122,9 @@ def train(
     check_teacher(dataset, teacher_folder)
     if mx.default_device() == mx.Device(mx.cpu):
         fast_blas()
-    config = DraftConfig.for_teacher(teacher_folder, settings.layers, settings.hidden)
+    vocabulary = None if settings.vocab is None else choose(dataset, settings.vocab, teacher_folder)
+    kept = None if vocabulary is None else len(vocabulary.kept)
+    config = DraftConfig.for_teacher(teacher_folder, settings.layers, settings.hidden, kept)
     if config.vocab_size != dataset.settings.vocab_size:
         raise UserError(
             f"{data}: has a vocabulary of {dataset.settings.vocab_size},"
@@ -132,7 +137,7 @@ def train(
     feed = Feed(dataset, settings.temperature, settings.batch, settings.seed, settings.eval_share, settings.eval_rows)
     identity = asdict(settings) | {"data": draft.sha256(data / MANIFEST)}
     state = State.open(out / "state", identity)
-    return _Run(feed, teacher_folder, out, settings, config, state, progress, quiet).go()
+    return _Run(feed, teacher_folder, out, settings, config, state, vocabulary, progress, quiet).go()
 
 
 def fast_blas() -> None:
@@ -166,12 +171,13 @@ class _Run:
         settings: TrainSettings,
         config: DraftConfig,
         state: State,
+        vocabulary: Vocabulary | None,
         progress: Progress | None,
         quiet: bool,
     ) -> None:
         self.feed, self.teacher_folder, self.out = feed, teacher_folder, out
         self.settings, self.config, self.state = settings, config, state
-        self.progress, self.quiet = progress, quiet
+        self.vocabulary, self.progress, self.quiet = vocabulary, progress, quiet
         self.step_tokens = feed.batch * feed.dataset.settings.seq_len
         self.steps = math.ceil(settings.tokens / self.step_tokens)
         self.every = max(1, math.ceil(self.steps / settings.evals))
@@ -190,6 +196,7 @@ class _Run:
             clip=settings.clip,
             dtype=mx.bfloat16 if narrow else mx.float32,
             attention=draft.masked_attention if plain else cpu.attention,
+            trimmed=None if vocabulary is None else TrimmedHead(vocabulary.kept, vocabulary.size),
         )
         self.log = out / "log.jsonl"
         self.seconds = 0.0
@@ -284,7 +291,9 @@ class _Run:
         )
 
     def _measure(self, weights: dict[str, mx.array]) -> dict[str, float]:
-        loss, agreement, overlap = measure(self.model, self.head, weights, self.held_out, self.step.attention)
+        loss, agreement, overlap = measure(
+            self.model, self.head, weights, self.held_out, self.step.attention, self.step.trimmed
+        )
         return {"held_out_loss": loss, "agreement": agreement, "expected_acceptance": overlap}
 
     def _evaluate(self, done: int) -> None:
@@ -355,9 +364,11 @@ class _Run:
                     "best_step": self.state.best_step,
                 }
                 | figures,
-            },
+            }
+            | ({} if self.vocabulary is None else {"vocabulary": self.vocabulary.facts()}),
             self.settings.bits,
             carry=("log.jsonl", "curves.png") if complete else ("log.jsonl", "curves.png", "state"),
+            kept=None if self.vocabulary is None else self.vocabulary.kept,
         )
         return figures
 
@@ -375,6 +386,7 @@ class _Run:
             held_out_loss_float=self.state.best_loss,
             log=self.log,
             plot=self.out / "curves.png",
+            vocabulary=None if self.vocabulary is None else self.vocabulary.facts(),
             **figures,
         )
 

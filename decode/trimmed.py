@@ -1,0 +1,49 @@
+"""Drafts with a trimmed head: a Llama that reads every token and can only propose some.
+
+Its folder holds what a stock Llama's does and an int32 tensor `kept`: the ids, ascending, that the head has rows
+for. Row i of the head is row kept[i] of the embedding. A stock loader would take the whole embedding for the head, and
+propose tokens that were never trained; so the model type is one that no stock loader knows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from kernels import UserError
+
+MODEL_TYPE = "bitdraft_trimmed_llama"
+SIZE = "head_vocab_size"  # in config.json: how many ids are kept
+
+
+def model_classes(config: dict[str, Any]) -> tuple[type, type]:
+    """Model and arguments for a config.json of MODEL_TYPE, as `mlx_lm.utils.load_model` asks for them."""
+    from mlx_lm.models import llama
+
+    @dataclass
+    class Args(llama.ModelArgs):
+        head_vocab_size: int = 0
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            self.model_type = "llama"  # what it is apart from its head
+
+    class Model(llama.Model):
+        def __init__(self, args: Args) -> None:
+            super().__init__(args)
+            self.kept = mx.zeros((args.head_vocab_size,), mx.int32)
+
+    return Model, Args
+
+
+def check_kept(kept: mx.array, vocab_size: int) -> np.ndarray:
+    """The ids of a trimmed head, int32 [v]; UserError where they are not ascending ids of the vocabulary."""
+    ids = np.array(kept)
+    if ids.dtype != np.int32 or ids.ndim != 1 or not len(ids):
+        raise UserError(f"its tensor `kept` is {ids.dtype} {list(ids.shape)}, not int32 ids")
+    if (np.diff(ids) <= 0).any() or ids[0] < 0 or ids[-1] >= vocab_size:
+        raise UserError(f"its tensor `kept` does not hold ascending ids of a vocabulary of {vocab_size}")
+    return ids
