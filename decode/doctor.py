@@ -17,6 +17,7 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -214,7 +215,8 @@ def _teacher(name: str | None) -> Iterator[Check]:
     from decode.checkpoint import find_teacher
     from decode.prompts import Tokenizer
 
-    checkpoint = find_teacher(name)
+    with _offline():
+        checkpoint = find_teacher(name)
     teacher = checkpoint.load()
     yield Check("teacher", "ok", f"{checkpoint.name} at {checkpoint.folder}, sha256 {checkpoint.weights_hash[:12]}")
     try:
@@ -227,6 +229,18 @@ def _teacher(name: str | None) -> Iterator[Check]:
     ends = f"{len(ids)} tokens for {len(TEXT)} characters, end tokens {sorted(tokenizer.end_tokens)}"
     yield Check("tokenizer", "ok" if same else "warning", ends if same else f"{ends}; decoding does not restore a text")
     yield _perplexity(teacher, ids[: teacher.context], EXPECTED.get(checkpoint.weights_hash), shipped=name is None)
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """A Hub name is looked for among what was downloaded: to look whether all is well must not take gigabytes."""
+    from huggingface_hub import constants
+
+    allowed, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = allowed
 
 
 def _perplexity(teacher: Transformer, ids: list[int], expected: float | None, *, shipped: bool) -> Check:

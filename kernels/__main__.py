@@ -18,6 +18,7 @@ from kernels.errors import UserError
 app = typer.Typer(
     help="The kernels on this device: measure them, see which ones run and why, tune them.",
     no_args_is_help=True,
+    add_completion=False,  # shells complete commands, not modules
     pretty_exceptions_enable=False,
 )
 

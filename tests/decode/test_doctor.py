@@ -120,6 +120,20 @@ def test_a_broken_teacher_is_named(command: Command, tmp_path: Path) -> None:
     assert done.code == 1 and json.loads(done.out)["failed"] == ["tokenizer"]
 
 
+def test_no_network_is_asked(work: Path) -> None:
+    """A Hub name that was never downloaded is named, and nothing is fetched."""
+    spoil = (
+        "import os, socket; os.environ['HF_HUB_OFFLINE'] = '0'\n"
+        "def refuse(*args, **options): print('NETWORK', args)\n"
+        "socket.getaddrinfo = socket.create_connection = socket.socket.connect = refuse"
+    )
+    done = spoiled(spoil, work, "--teacher", "nobody/nothing")
+    assert done.code == 1 and "NETWORK" not in done.out + done.err
+    failed = [line for line in done.out.splitlines() if line.startswith("FAILED")]
+    assert len(failed) == 1 and "--teacher nobody/nothing" in failed[0]
+    assert "others are downloaded" in done.out  # by the other commands
+
+
 def test_another_teacher_has_no_expected_perplexity(command: Command, tmp_path: Path) -> None:
     import mlx.core as mx
 
