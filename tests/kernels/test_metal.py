@@ -1,0 +1,428 @@
+"""The Metal backend: on a Mac its kernels, elsewhere their very text run by metal_emulator.
+
+Equality by bits is against the reference on the CPU: a GPU's library may use fewer bits than float32 has.
+"""
+
+from __future__ import annotations
+
+import itertools
+import platform
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import metal_emulator
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from kernels import backends, metal, reference
+from kernels.reference import AttentionShape, Epilogue, Int8Weight
+
+REAL = mx.metal.is_available() and mx.default_device() == mx.gpu
+if not REAL and (platform.system() != "Linux" or metal_emulator.compiler() is None):
+    pytest.skip("no Metal here, and no g++ on Linux that could emulate it", allow_module_level=True)
+
+# Of the embedded teacher: fused QKV, output, fused gate and up, down.
+TEACHER_SHAPES = [(960, 576), (576, 576), (3072, 576), (576, 1536)]
+BITNET_2B_SHAPES = [(3840, 2560), (2560, 2560), (13824, 2560), (2560, 6912)]
+ODD_SHAPES = [(24, 68), (2, 1), (12, 20), (33, 70), (66, 15), (40, 1056)]
+LARGE_ROWS = [9, 17, 33, 64]
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> metal_emulator.Emulator:
+    return metal_emulator.Emulator(tmp_path_factory.mktemp("metal"))
+
+
+@pytest.fixture(autouse=True)
+def launches(emulator: metal_emulator.Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The names of the kernels launched, in order; emulated where there is no Metal."""
+    names: list[str] = []
+    launch: Callable[..., list[mx.array]] = metal.launch if REAL else emulator.launch
+
+    def noted(name: str, *arguments: Any) -> list[mx.array]:
+        names.append(name)
+        return launch(name, *arguments)
+
+    monkeypatch.setattr(metal, "launch", noted)
+    yield names
+
+
+emulated = pytest.mark.skipif(REAL, reason="about the emulator")
+
+
+def defined(operation: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """What the reference gives on the CPU."""
+    with mx.stream(mx.cpu):
+        result = operation(*arguments, **options)
+        mx.eval(result)
+    return result
+
+
+def same_bits(a: mx.array, b: mx.array) -> bool:
+    """Equality by bits: unlike `==`, it tells -0 from 0 and takes a NaN for itself."""
+    x, y = np.array(a), np.array(b)
+    return x.shape == y.shape and x.dtype == y.dtype and x.tobytes() == y.tobytes()
+
+
+def normal(*shape: int, seed: int = 0) -> mx.array:
+    return mx.array(np.random.default_rng([seed, *shape]).normal(0, 1, shape).astype(np.float32))
+
+
+def random_ternary(n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng([n, k])
+    return rng.integers(-1, 2, (n, k)).astype(np.int8), rng.uniform(0.01, 2, n).astype(np.float32)
+
+
+def weights_of(kind: str, n: int, k: int) -> tuple[Any, Any]:
+    """Ours and the reference's."""
+    if kind == "ternary":
+        pair = random_ternary(n, k)
+        return metal.prepare_ternary(*pair), reference.prepare_ternary(*pair)
+    data = normal(n, k, seed=3)
+    if kind == "int8":
+        return metal.prepare_int8(data), reference.prepare_int8(data)
+    data = data.astype(getattr(mx, kind))
+    return metal.prepare_dense(data), reference.prepare_dense(data)
+
+
+def extreme_rows(k: int) -> mx.array:
+    rng = np.random.default_rng(k)
+    rows = rng.normal(0, 1, (8, k)).astype(np.float32)
+    rows[0] = 0
+    rows[1, k // 2] = 1e30  # all others round to zero
+    rows[2] = np.arange(k) % 254 - 126.5  # halves: s is one
+    rows[2, 0] = 127
+    rows[3] = np.where(np.arange(k) % 2, 127, -127)
+    rows[4] = 1e-7  # below the smallest divisor
+    rows[5] *= 1e-30
+    rows[6] *= 1e25
+    rows[7, k - 1] = -1e4  # the largest magnitude is negative, and last
+    return mx.array(rows)
+
+
+def test_it_passes_the_self_test() -> None:
+    assert dict(backends.operation_faults(metal)) == dict.fromkeys(backends._CHECKS)
+
+
+# Rows to int8
+
+
+@pytest.mark.parametrize("k", [1, 15, 20, 576, 1536, 6912])
+def test_quantised_rows_equal_the_reference_by_bits(k: int) -> None:
+    for x in (extreme_rows(k), normal(20, k), normal(k, 3).T):  # the last is strided
+        ours, theirs = metal.quantize_rows(x), defined(reference.quantize_rows, x)
+        assert same_bits(ours[0], theirs[0])
+        assert same_bits(ours[1], theirs[1])
+
+
+def test_quantised_rows_behind_a_norm_are_close_to_the_reference() -> None:
+    x, norm = normal(8, 576), normal(576)
+    q, s = metal.quantize_rows(x, norm, 1e-5)
+    q_defined, s_defined = defined(reference.quantize_rows, x, norm, 1e-5)
+    np.testing.assert_allclose(np.array(s), np.array(s_defined), rtol=1e-6)
+    assert np.abs(np.array(q).astype(int) - np.array(q_defined)).max() <= 1
+    assert (np.array(q) != np.array(q_defined)).mean() < 1e-3
+    assert same_bits(metal.quantize_rows(x[3:4], norm, 1e-5)[0], q[3:4])
+
+
+@emulated
+@pytest.mark.parametrize("error", [-1, 1])
+def test_quotients_are_right_even_if_those_of_the_gpu_are_an_ulp_off(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: int
+) -> None:
+    coarse = metal_emulator.Emulator(tmp_path, f"-DEMULATED_DIVISION_ERROR={error}")
+    monkeypatch.setattr(metal, "launch", coarse.launch)
+    ours, theirs = weights_of("ternary", 576, 68)
+    for x in (extreme_rows(68), normal(500, 68)):
+        q, s = reference.quantize_rows(x)
+        assert same_bits(metal.quantize_rows(x)[1], s)
+        assert same_bits(metal.bitlinear(q, s, ours), reference.bitlinear(q, s, theirs))
+
+
+# Products with whole numbers
+
+
+@pytest.mark.parametrize(("n", "k"), TEACHER_SHAPES + ODD_SHAPES)
+def test_bitlinear_equals_the_reference_by_bits(n: int, k: int) -> None:
+    ours, theirs = weights_of("ternary", n, k)
+    assert (ours.n, ours.k) == (n, k)
+    for m in [*range(1, 9), *LARGE_ROWS]:
+        xq, s = defined(reference.quantize_rows, normal(m, k, seed=m))
+        assert same_bits(metal.bitlinear(xq, s, ours), defined(reference.bitlinear, xq, s, theirs)), m
+
+
+@pytest.mark.parametrize(("n", "k"), BITNET_2B_SHAPES)
+def test_bitlinear_of_bitnet_2b_equals_the_reference_by_bits(n: int, k: int) -> None:
+    ours, theirs = weights_of("ternary", n, k)
+    for m in (1, 4, 8):
+        x = normal(m, k)
+        assert same_bits(metal.linear(x, ours), defined(reference.linear, x, theirs)), m
+
+
+def test_many_rows_of_bitnet_2b_equal_the_reference_by_bits() -> None:
+    ours, theirs = weights_of("ternary", 640, 6912)
+    x = normal(40, 6912)
+    assert same_bits(metal.linear(x, ours), defined(reference.linear, x, theirs))
+
+
+@pytest.mark.parametrize("kind", ["ternary", "int8"])
+@pytest.mark.parametrize("m", [1, 3, 8, 13])
+def test_the_largest_sums_are_exact(kind: str, m: int) -> None:
+    n, k = 16, 40_000  # more than a lane may sum up in float
+    rng = np.random.default_rng(m)
+    rows = rng.choice(np.array([-128, -127, 127], np.int8), (m, k))
+    rows[0] = 127
+    rows[-1] = rows[-1] if m == 1 else -128
+    largest = 1 if kind == "ternary" else 127
+    data = rng.choice(np.array([-largest, 0, largest], np.int8), (n, k))
+    data[0], data[1] = largest, -largest
+    s = rng.uniform(0.5, 2, m).astype(np.float32)
+    scale = np.ones(n, np.float32)
+    exact = rows.astype(np.int64) @ data.astype(np.int64).T
+    expected = exact.astype(np.float32) * (scale / s[:, None])
+    if kind == "ternary":
+        y = metal.bitlinear(mx.array(rows), mx.array(s), metal.prepare_ternary(data, scale))
+    else:
+        y = metal.int8_linear(mx.array(rows), mx.array(s), metal.prepare_int8(mx.array(data).astype(mx.float32)))
+    assert same_bits(y, mx.array(expected))
+
+
+@pytest.mark.parametrize(("n", "k"), [*ODD_SHAPES, (576, 1536), (2048, 2560)])
+def test_int8_products_equal_the_reference_by_bits(n: int, k: int) -> None:
+    ours, theirs = weights_of("int8", n, k)
+    assert same_bits(ours.scale, theirs.scale)
+    for m in (1, 2, 5, 8, 9, 19):
+        xq, s = defined(reference.quantize_rows, normal(m, k, seed=m))
+        assert same_bits(metal.int8_linear(xq, s, ours), defined(reference.int8_linear, xq, s, theirs)), m
+
+
+def test_rounding_part_by_part_gives_the_same_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = normal(100, 70).astype(mx.bfloat16)
+    whole = metal.prepare_int8(data)
+    monkeypatch.setattr(metal, "ROUNDED_AT_ONCE", 33)
+    parts = metal.prepare_int8(data)
+    assert same_bits(whole.data, parts.data) and same_bits(whole.scale, parts.scale)
+
+
+@pytest.mark.parametrize("kind", ["ternary", "int8"])
+def test_epilogues_equal_the_reference_by_bits(kind: str) -> None:
+    n, k = 72, 100
+    ours, theirs = weights_of(kind, n, k)
+    for x in (extreme_rows(k)[:6], normal(3, k), normal(40, k)):
+        m = x.shape[0]
+        for options in (
+            {"residual": normal(m, n)},
+            {"epilogue": "relu2_mul"},
+            {"epilogue": "relu2_mul", "residual": normal(m, n // 2)},
+        ):
+            assert same_bits(metal.linear(x, ours, **options), defined(reference.linear, x, theirs, **options))
+
+
+# The fused linear, whatever the weights are
+
+
+@pytest.mark.parametrize("epilogue", [None, "relu2_mul", "silu_mul"])
+@pytest.mark.parametrize("kind", ["ternary", "int8", "bfloat16", "float32"])
+@pytest.mark.parametrize(("n", "k"), [(160, 576), (36, 70), (2, 1)])
+def test_linear_gives_a_row_the_same_bits_alone_and_among_others(
+    kind: str, n: int, k: int, epilogue: Epilogue | None
+) -> None:
+    ours, theirs = weights_of(kind, n, k)
+    x, norm = normal(8, k), normal(k)
+    residual = normal(8, n if epilogue is None else n // 2, seed=5)
+    options: dict[str, Any] = {"norm": norm, "eps": 1e-5, "epilogue": epilogue}
+    alone = [metal.linear(x[i : i + 1], ours, residual=residual[i : i + 1], **options) for i in range(8)]
+    for m in range(2, 9):
+        together = metal.linear(x[8 - m :], ours, residual=residual[8 - m :], **options)
+        assert same_bits(together, mx.concatenate(alone[8 - m :])), m
+    y, expected = np.concatenate(alone), np.array(defined(reference.linear, x, theirs, residual=residual, **options))
+    # Rounding to int8 may fall the other way after a norm that differs in its last bit.
+    limit = 0.02 if kind in ("ternary", "int8") else 1e-5
+    assert np.abs(y - expected).max() <= limit * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
+def test_float_products_are_close_to_the_reference(dtype: mx.Dtype) -> None:
+    data, x = normal(400, 2560).astype(dtype), normal(11, 2560)
+    for m in (1, 5, 11):
+        y = np.array(metal.linear(x[:m], metal.prepare_dense(data)))
+        expected = np.array(x[:m]).astype(np.float64) @ np.array(data.astype(mx.float32)).T.astype(np.float64)
+        assert np.abs(y - expected).max() <= 3e-6 * np.abs(expected).max()
+
+
+def test_a_norm_gives_a_row_the_same_bits_alone_and_among_others() -> None:
+    x, norm = normal(8, 100), normal(100)
+    y = metal.rms_norm(x, norm, 1e-5)
+    assert same_bits(y, mx.concatenate([metal.rms_norm(x[i : i + 1], norm, 1e-5) for i in range(8)]))
+    np.testing.assert_allclose(np.array(y), np.array(reference.rms_norm(x, norm, 1e-5)), rtol=1e-6)
+
+
+def test_inputs_may_be_slices_transposes_and_broadcasts() -> None:
+    wide = normal(4, 200)
+    for kind in ("ternary", "int8", "bfloat16"):
+        weight, _ = weights_of(kind, 48, 64)
+        for x in (wide[:, 40:104], wide[:, :128:2], normal(64, 4).T, mx.broadcast_to(wide[:1, :64], (4, 64))):
+            residual = normal(48, 4).T
+            copied = metal.linear(mx.array(np.array(x)), weight, residual=mx.array(np.array(residual)))
+            assert same_bits(metal.linear(x, weight, residual=residual), copied)
+
+
+def test_few_launches_make_a_product(launches: list[str]) -> None:
+    ternary, _ = weights_of("ternary", 64, 64)
+    dense, _ = weights_of("bfloat16", 64, 64)
+    options: dict[str, Any] = {"norm": normal(64), "eps": 1e-5, "epilogue": "silu_mul", "residual": normal(4, 32)}
+    metal.linear(normal(4, 64), ternary, **options)
+    metal.linear(normal(4, 64), dense, **options)
+    assert launches == ["quantize_rows", "product_small", "rms_norm", "dense_small"]
+
+
+@pytest.mark.parametrize("outputs", metal.TUNABLE["outputs"])
+@pytest.mark.parametrize("simdgroups", metal.TUNABLE["simdgroups"])
+def test_no_tuning_changes_bits(monkeypatch: pytest.MonkeyPatch, outputs: int, simdgroups: int) -> None:
+    monkeypatch.setattr(metal, "_tuning", {})
+    metal.set_tuning({"outputs": outputs, "simdgroups": simdgroups})
+    for kind in ("ternary", "int8"):
+        ours, theirs = weights_of(kind, 36, 70)
+        for options in ({}, {"epilogue": "relu2_mul"}):
+            x = normal(3, 70)
+            assert same_bits(metal.linear(x, ours, **options), defined(reference.linear, x, theirs, **options))
+
+
+# Attention
+
+
+def attention_shape(heads: int = 6, kv_heads: int = 2, d: int = 32) -> AttentionShape:
+    frequency = (1e4 ** (-np.arange(0, d, 2) / d)).astype(np.float32)
+    return AttentionShape(heads, kv_heads, d, mx.array(frequency))
+
+
+def caches(shape: AttentionShape, valid: int, capacity: int) -> tuple[mx.array, mx.array]:
+    """Caches with random rows below `valid` and NaN from there on."""
+    rng = np.random.default_rng(11)
+    filled = rng.normal(0, 1, (2, 2100, shape.kv_heads, shape.head_dim)).astype(np.float32)
+    out = np.full((2, shape.kv_heads, capacity, shape.head_dim), np.nan, np.float32)
+    out[:, :, :valid] = filled[:, :valid].transpose(0, 2, 1, 3)
+    return mx.array(out[0]), mx.array(out[1])
+
+
+def qkv_rows(shape: AttentionShape, m: int) -> mx.array:
+    return normal(m, (shape.heads + 2 * shape.kv_heads) * shape.head_dim)
+
+
+@pytest.mark.parametrize("keys", [1, 2, 25, 31, 32, 33, 63, 64, 65, 1000, 2050])
+def test_attention_gives_a_row_the_same_bits_alone_and_among_others(keys: int) -> None:
+    """Row i of a group attends `keys` + i keys; alone, in a cache of another capacity, it is the same."""
+    shape = attention_shape()
+    offset = keys - 1
+    qkv = qkv_rows(shape, 8)
+    alone = []
+    k_cache, v_cache = caches(shape, offset, offset + 8)
+    for i in range(8):
+        out, k_cache, v_cache = metal.attention(qkv[i : i + 1], k_cache, v_cache, offset + i, shape)
+        alone.append(out)
+    assert np.isfinite(np.array(mx.concatenate(alone))).all()
+    for m in (2, 3, 4, 5, 6, 7, 8) if keys < 100 else (2, 5, 8):
+        out, k_new, v_new = metal.attention(qkv[:m], *caches(shape, offset, offset + m + 37 * m), offset, shape)
+        assert same_bits(out, mx.concatenate(alone[:m])), m
+        end = offset + m
+        assert same_bits(k_new[:, :end], k_cache[:, :end])
+        assert same_bits(v_new[:, :end], v_cache[:, :end])
+        assert np.isnan(np.array(k_new[:, end:])).all(), "spare room was written to"
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "d"), [(9, 3, 64), (20, 5, 128), (4, 4, 96), (8, 1, 256), (3, 1, 20)])
+@pytest.mark.parametrize(("offset", "m"), [(0, 1), (0, 8), (3, 40), (100, 4), (2045, 5)])
+def test_attention_is_close_to_the_reference(heads: int, kv_heads: int, d: int, offset: int, m: int) -> None:
+    shape = attention_shape(heads, kv_heads, d)
+    qkv = qkv_rows(shape, m)
+    ours = metal.attention(qkv, *caches(shape, offset, offset + m + 3), offset, shape)
+    theirs = defined(reference.attention, qkv, *caches(shape, offset, offset + m + 3), offset, shape)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-5, atol=2e-6)
+
+
+def test_large_scores_make_no_infinities() -> None:
+    """A key that wins by hundreds: its value is the output, all others weigh nothing."""
+    shape = attention_shape(2, 1, 32)
+    qkv = qkv_rows(shape, 1) * 300
+    out, _, _ = metal.attention(qkv, *caches(shape, 40, 60), 40, shape)
+    expected, _, _ = defined(reference.attention, qkv, *caches(shape, 40, 60), 40, shape)
+    np.testing.assert_allclose(np.array(out), np.array(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_that_someone_else_holds_is_not_overwritten() -> None:
+    shape = attention_shape()
+    k_cache, v_cache = caches(shape, 5, 9)
+    before = np.array(k_cache).tobytes(), np.array(v_cache).tobytes()
+    mx.eval(*metal.attention(qkv_rows(shape, 2), mx.array(k_cache), mx.array(v_cache), 5, shape))
+    assert (np.array(k_cache).tobytes(), np.array(v_cache).tobytes()) == before
+
+
+# A whole model
+
+
+def test_the_embedded_teacher_predicts_what_it_does_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same top-1 at every position, and the same bits whether tokens come one by one or in groups."""
+    from decode import model as decode_model
+    from decode.checkpoint import find_teacher
+
+    tokens = np.random.default_rng(0).integers(3, 16000, 16).tolist()
+    logits = {}
+    for name, ops, groups in (("ours", metal, (16,)), ("split", metal, (3, 1, 5)), ("theirs", reference, (16,))):
+        monkeypatch.setattr(decode_model, "backend", lambda ops=ops: ops)
+        model = find_teacher(None).load()
+        cache = model.new_cache()
+        starts = np.cumsum((0, *groups)).tolist()
+        parts = [model.step(tokens[a:b], cache) for a, b in itertools.pairwise(starts)]
+        logits[name] = np.array(mx.concatenate(parts))
+    assert logits["ours"][:9].tobytes() == logits["split"].tobytes()
+    assert (logits["ours"].argmax(axis=1) == logits["theirs"].argmax(axis=1)).mean() >= 15 / 16
+
+
+# What the tests would notice
+
+
+def broken(monkeypatch: pytest.MonkeyPatch, name: str, before: str, after: str) -> None:
+    """Change the text of a kernel."""
+    original = metal.source
+    assert before in original(name)
+    changed = {name: original(name).replace(before, after)}
+    monkeypatch.setattr(metal, "source", lambda asked: changed.get(asked, original(asked)))
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("name", "before", "after", "fault"),
+    [
+        ("product_small", "+ Codes<BITS>::BIAS)", ")", "bitlinear differs"),
+        ("product_small", "block < end", "block < end - 1", "bitlinear differs"),
+        ("quantize_rows", "rint(value * factor)", "float(int(value * factor))", "linear over ternary weights differs"),
+        ("quantize_rows", "i < stride", "i <= stride", "outside of a buffer"),
+        ("dense_small", "partial[OUTPUTS][M];", "partial[OUTPUTS][M - 1];", "trap"),
+        ("attend", "offset + line / group + 1", "offset + m", "attention gives a row other bits"),
+        ("attend", "min(first + l, lines - 1)", "first + l", "outside of a buffer"),
+        ("attend", "if (key < seen[l]) {", "if (key < seen[l] - lane) {", "different operations"),
+        ("common", "threadgroup_barrier(mem_flags::mem_threadgroup);\n  if", "if", "other bits"),
+    ],
+)
+def test_a_broken_kernel_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, name: str, before: str, after: str, fault: str
+) -> None:
+    broken(monkeypatch, name, before, after)
+    faults = [fault for _, fault in backends.operation_faults(metal) if fault is not None]
+    assert any(fault in found for found in faults), faults
+
+
+def test_layouts_hold_what_they_are_said_to() -> None:
+    """Bits 2i..2i+1 of a word are a ternary weight plus one, bytes of a word an int8 weight plus 128."""
+    ternary, scale = random_ternary(9, 20)
+    words = np.array(metal.prepare_ternary(ternary, scale).data)
+    assert words.shape == (9, 2)
+    codes = words[:, :, None] >> (2 * np.arange(16, dtype=np.uint32)) & 3
+    assert (codes.reshape(9, 32)[:, :20].astype(int) - 1 == ternary).all()
+    data = normal(9, 20)
+    ours, theirs = metal.prepare_int8(data), reference.prepare_int8(data)
+    assert isinstance(ours, Int8Weight)
+    assert (np.array(ours.data).view(np.uint8)[:, :20].astype(int) - 128 == np.array(theirs.data)).all()
