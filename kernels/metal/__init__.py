@@ -21,8 +21,8 @@ from kernels import reference
 from kernels.reference import SMALL_ROWS, AttentionShape, DenseWeight, Epilogue, Int8Weight, TernaryWeight, Weight
 
 NAME = "metal"
-# Of the small products: outputs a simdgroup (no more than 32 lanes can finish them) and simdgroups a threadgroup.
-TUNABLE = {"outputs": (2, 4), "simdgroups": (1, 2, 4, 8)}
+# Of the small products: outputs a simdgroup (for more than 4 rows at most 4) and simdgroups a threadgroup.
+TUNABLE = {"outputs": (2, 4, 8), "simdgroups": (1, 2, 4, 8)}
 ROUNDED_AT_ONCE = 8192  # outputs of an int8 weight
 
 _tuning = {"outputs": 4, "simdgroups": 4}
@@ -36,7 +36,9 @@ _KEYS = 32  # of a chunk of attend.metal
 _LINES = 4  # queries a simdgroup there
 _HEAD_DIMS = range(32, 257, 32)
 
-Template = dict[str, int | bool | mx.Dtype]
+Inputs = dict[str, mx.array]
+Outputs = dict[str, tuple[tuple[int, ...], mx.Dtype]]
+Template = dict[str, int | mx.Dtype]
 
 
 def set_tuning(values: dict[str, int]) -> None:
@@ -64,8 +66,8 @@ def _kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Any
 
 def launch(
     name: str,
-    inputs: dict[str, mx.array],
-    outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]],
+    inputs: Inputs,
+    outputs: Outputs,
     grid: tuple[int, int, int],
     threads: int,
     template: Template,
@@ -196,7 +198,7 @@ def _product(
     """q: float16 [m, k filled up]; s: float32 [m]; sums: int32 [m]; the rest as `linear`."""
     m, gate = q.shape[0], _GATES[epilogue]
     width = weight.n // 2 if gate else weight.n
-    inputs = {
+    inputs: Inputs = {
         "q": q,
         "s": s,
         "sums": sums,
@@ -205,7 +207,7 @@ def _product(
         "residual": s if residual is None else residual.astype(mx.float32),
         "dims": _dims(m, weight.n, _up(weight.k, _BLOCK), gate, residual is not None),
     }
-    outputs = {"out": ((m, width), mx.float32)}
+    outputs: Outputs = {"out": ((m, width), mx.float32)}
     ternary = isinstance(weight, TernaryWeight)
     if ternary and m > SMALL_ROWS:
         rows, columns = _LARGE
@@ -213,14 +215,16 @@ def _product(
         grid = (_up(width, columns // 2 if gate else columns), _up(m, rows), 1)
         return launch("ternary_large", inputs, outputs, grid, 128, {})[0]
     rows = min(m, SMALL_ROWS)
-    template: Template = {"BITS": 2 if ternary else 8, "M": rows, "OUTPUTS": _tuning["outputs"]}
-    grid = (_output_groups(width, gate), _up(m, rows), 1)
+    groups, each = _output_groups(width, gate, rows)
+    template: Template = {"BITS": 2 if ternary else 8, "M": rows, "OUTPUTS": each}
+    grid = (groups, _up(m, rows), 1)
     return launch("product_small", inputs, outputs, grid, _SIMDGROUP * _tuning["simdgroups"], template)[0]
 
 
-def _output_groups(width: int, gate: int) -> int:
-    """Threadgroups of a small product."""
-    return _up(width, _tuning["simdgroups"] * _tuning["outputs"] // (2 if gate else 1))
+def _output_groups(width: int, gate: int, rows: int) -> tuple[int, int]:
+    """Threadgroups of a small product and outputs a simdgroup: so few that its lanes can finish all rows of them."""
+    each = min(_tuning["outputs"], 8 if rows <= 4 else 4)
+    return _up(width, _tuning["simdgroups"] * (each // 2 if gate else each)), each
 
 
 def linear(
@@ -244,6 +248,7 @@ def linear(
         x = rms_norm(x, norm, eps)
     gate = _GATES[epilogue]
     width = weight.n // 2 if gate else weight.n
+    groups, each = _output_groups(width, gate, m)
     return launch(
         "dense_small",
         {
@@ -253,12 +258,12 @@ def linear(
             "dims": _dims(weight.n, weight.k, gate, residual is not None),
         },
         {"out": ((m, width), mx.float32)},
-        (_output_groups(width, gate), 1, 1),
+        (groups, 1, 1),
         _SIMDGROUP * _tuning["simdgroups"],
         {
             "T": weight.data.dtype,
             "M": m,
-            "OUTPUTS": _tuning["outputs"],
+            "OUTPUTS": each,
             "VECTOR": 4 if weight.k % 4 == 0 else 1,
         },
     )[0]

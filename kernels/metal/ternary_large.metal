@@ -60,7 +60,7 @@ for (int block = 0; block < blocks; block += 2) {
       simdgroup_load(a[i], &left[(top + 8 * i) * STRIDE + depth], STRIDE);
     }
     for (int j = 0; j < 4; ++j) {
-      simdgroup_load(b[j], &right[(side + 8 * j) * STRIDE + depth], STRIDE, ulong2(0, 0), true);
+      simdgroup_load(b[j], &right[(side + 8 * j) * STRIDE + depth], STRIDE, ulong2(0), true);
     }
     for (int i = 0; i < 2; ++i) {
       for (int j = 0; j < 4; ++j) {

@@ -212,11 +212,12 @@ def test_epilogues_equal_the_reference_by_bits(kind: str) -> None:
     ours, theirs = weights_of(kind, n, k)
     for x in (extreme_rows(k)[:6], normal(3, k), normal(40, k)):
         m = x.shape[0]
-        for options in (
+        cases: list[dict[str, Any]] = [
             {"residual": normal(m, n)},
             {"epilogue": "relu2_mul"},
             {"epilogue": "relu2_mul", "residual": normal(m, n // 2)},
-        ):
+        ]
+        for options in cases:
             assert same_bits(metal.linear(x, ours, **options), defined(reference.linear, x, theirs, **options))
 
 
@@ -283,10 +284,11 @@ def test_few_launches_make_a_product(launches: list[str]) -> None:
 def test_no_tuning_changes_bits(monkeypatch: pytest.MonkeyPatch, outputs: int, simdgroups: int) -> None:
     monkeypatch.setattr(metal, "_tuning", {})
     metal.set_tuning({"outputs": outputs, "simdgroups": simdgroups})
-    for kind in ("ternary", "int8"):
+    cases: list[dict[str, Any]] = [{}, {"epilogue": "relu2_mul"}]
+    for kind, m in (("ternary", 4), ("ternary", 8), ("int8", 3)):
         ours, theirs = weights_of(kind, 36, 70)
-        for options in ({}, {"epilogue": "relu2_mul"}):
-            x = normal(3, 70)
+        x = normal(m, 70)
+        for options in cases:
             assert same_bits(metal.linear(x, ours, **options), defined(reference.linear, x, theirs, **options))
 
 

@@ -60,8 +60,8 @@ class Emulator:
     def launch(
         self,
         name: str,
-        inputs: dict[str, mx.array],
-        outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]],
+        inputs: metal.Inputs,
+        outputs: metal.Outputs,
         grid: tuple[int, int, int],
         threads: int,
         template: metal.Template,
@@ -110,8 +110,8 @@ def native_flags() -> list[str]:
 
 def generated(
     name: str,
-    inputs: dict[str, mx.array],
-    outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]],
+    inputs: metal.Inputs,
+    outputs: metal.Outputs,
     template: metal.Template,
 ) -> str:
     """The C++ of a kernel: its text between a signature like MLX's and a function that unpacks the buffers.
@@ -124,9 +124,7 @@ def generated(
         for suffix in ("_shape", "_strides", "_ndim"):
             assert array + suffix not in body, f"{array + suffix} would become a parameter"
     constants = [
-        f"using {key} = {TYPES[value]};"
-        if isinstance(value, mx.Dtype)
-        else f"constexpr {'bool' if isinstance(value, bool) else 'int'} {key} = {int(value)};"
+        f"using {key} = {TYPES[value]};" if isinstance(value, mx.Dtype) else f"constexpr int {key} = {value};"
         for key, value in template.items()
     ]
     parameters = [f"const device {TYPES[array.dtype]}* {key}" for key, array in inputs.items()]
