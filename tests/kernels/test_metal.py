@@ -21,7 +21,7 @@ from kernels.reference import AttentionShape, Epilogue, Int8Weight
 
 REAL = mx.metal.is_available() and mx.default_device() == mx.gpu
 if not REAL and (platform.system() != "Linux" or metal_emulator.compiler() is None):
-    pytest.skip("no Metal here, and no g++ on Linux that could emulate it", allow_module_level=True)
+    pytest.skip("no Metal here, and no g++ 12 or newer on Linux to emulate it with", allow_module_level=True)
 
 # Of the embedded teacher: fused QKV, output, fused gate and up, down.
 TEACHER_SHAPES = [(960, 576), (576, 576), (3072, 576), (576, 1536)]

@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
@@ -44,9 +45,16 @@ ATTRIBUTES = {
 }
 
 
+@cache
 def compiler() -> str | None:
-    """A g++ that can build the emulator, or None. (clang would need other names for sections.)"""
-    return shutil.which("g++")
+    """A g++ that knows _Float16 (12 or newer on x86), or None. clang has other names for sections."""
+    for name in ("g++", "g++-14", "g++-13", "g++-12"):
+        path = shutil.which(name)
+        probe = "#ifdef __clang__\n#error\n#endif\n_Float16 x;"
+        command = [path or "", "-x", "c++", "-std=c++20", "-fsyntax-only", "-"]
+        if path and subprocess.run(command, input=probe, text=True, capture_output=True).returncode == 0:
+            return path
+    return None
 
 
 class Emulator:
