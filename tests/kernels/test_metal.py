@@ -270,6 +270,18 @@ def test_inputs_may_be_slices_transposes_and_broadcasts() -> None:
             assert same_bits(metal.linear(x, weight, residual=residual), copied)
 
 
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    weight, _ = weights_of("ternary", 33, 64)
+    with pytest.raises(ValueError, match="weight's k"):
+        metal.linear(normal(1, 63), weight)
+    with pytest.raises(ValueError, match="weight's k"):
+        metal.bitlinear(mx.zeros((1, 65), mx.int8), mx.ones((1,)), weight)
+    with pytest.raises(ValueError, match="residual"):
+        metal.linear(normal(1, 64), weight, residual=normal(1, 31))
+    with pytest.raises(ValueError, match="even"):
+        metal.linear(normal(1, 64), weight, epilogue="silu_mul")
+
+
 def test_few_launches_make_a_product(launches: list[str]) -> None:
     ternary, _ = weights_of("ternary", 64, 64)
     dense, _ = weights_of("bfloat16", 64, 64)
