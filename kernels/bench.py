@@ -18,7 +18,8 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +249,7 @@ class Bench:
                 continue
             stored = "ternary" if kernel in ("bitlinear", "linear") else kernel
             if stored not in rotations:
-                rotations[stored] = Rotation(self._weight(stored, dense, ternary), self.streamed)
+                rotations[stored] = Rotation(partial(self._weight, stored, dense, ternary), self.streamed)
             weights = rotations[stored]
             for m in self.plan.rows:
                 chain = self._chain(kernel, weights, m, n, k)
@@ -301,11 +302,16 @@ class Bench:
 class Rotation:
     """Copies of a weight, handed out in turn; together they exceed the caches."""
 
-    def __init__(self, weight: Any, streamed: int) -> None:
-        """weight: a tuple of arrays, or a dataclass that holds some; streamed: bytes that the copies have together."""
+    def __init__(self, make: Callable[[], Any], streamed: int) -> None:
+        """make: a tuple of arrays, or a dataclass that holds some; streamed: bytes that the copies have together.
+
+        Ours are prepared one by one, as a model's are: a backend chooses pages and alignment for what it lays out.
+        """
+        weight = make()
         self.bytes = sum(part.nbytes for part in _arrays(weight))
         count = max(1, min(MAX_COPIES, -(-streamed // self.bytes)))
-        self._copies = [weight, *(_copy(weight) for _ in range(count - 1))]
+        again = partial(_copy, weight) if isinstance(weight, tuple | list) else make
+        self._copies = [weight, *(again() for _ in range(count - 1))]
         self._next = 0
 
     def next(self) -> Any:
@@ -319,14 +325,10 @@ def _arrays(weight: Any) -> list[mx.array]:
     return [part for part in parts if isinstance(part, mx.array)]
 
 
-def _copy(weight: Any) -> Any:
-    if isinstance(weight, tuple | list):
-        copied = tuple(part + 0 for part in weight)
-        mx.eval(copied)
-        return copied
-    fresh = {name: part + 0 for name, part in vars(weight).items() if isinstance(part, mx.array)}
-    mx.eval(fresh)
-    return replace(weight, **fresh)
+def _copy(weight: Sequence[mx.array]) -> tuple[mx.array, ...]:
+    copied = tuple(part + 0 for part in weight)
+    mx.eval(copied)
+    return copied
 
 
 def _over_int8_rows(product: Callable[..., mx.array], weights: Rotation, x: mx.array) -> Chain:
