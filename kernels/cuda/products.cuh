@@ -29,6 +29,14 @@ __host__ __device__ constexpr int spans_of(int k) { return (k + kSpan - 1) / kSp
 // Rows in shared memory stand this far apart: sixteen bytes more spread them over the banks.
 __host__ __device__ constexpr int row_stride(int k) { return spans_of(k) * kSpan + 16; }
 
+__device__ inline uint4 stream16(const void* p) {
+  uint4 v;
+  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(p));
+  return v;
+}
+
 // What a lane holds of a (tile, span).
 template <int KIND>
 struct Piece {
@@ -74,74 +82,75 @@ struct RowPiece {
   }
 };
 
-// A warp's part of a product of M rows with a range of tiles. Warps take equal, contiguous parts of the
-// pieces (tile, span). The first loads start with the construction, which needs no rows yet.
-template <int KIND, int M, int THREADS>
-struct TileProduct {
-  static constexpr int warps = THREADS / 32, depth = KIND == kTernary ? 4 : 2;
-  const uint8_t* from;
-  int spans, begin, end;
-  Piece<KIND> ahead[depth];  // the pieces to come
+__device__ inline void multiply(int (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
 
-  __device__ TileProduct(const uint8_t* weights, int spans, int first_tile, int tiles) : spans(spans) {
-    const int warp = threadIdx.x / 32, pieces = tiles * spans;
-    from = weights + static_cast<int64_t>(first_tile) * spans * kPieceBytes<KIND>;
-    begin = pieces * warp / warps;
-    end = pieces * (warp + 1) / warps;
+// Adds the products of a range of tiles into acc, [tiles][kTile][M] int32 of shared memory.
+// x: M rows of int8, `stride` bytes apart, zeros behind their end up to whole spans. Warps take equal,
+// contiguous parts of the pieces (tile, span) and meet in acc.
+template <int KIND, int M, int THREADS>
+__device__ void multiply_tiles(const uint8_t* weights, int spans, int first_tile, int tiles, const int8_t* x,
+                               int64_t stride, int* acc) {
+  constexpr int warps = THREADS / 32, depth = KIND == kTernary ? 4 : 2;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, part = lane % 4;
+  const int pieces = tiles * spans;
+  const int begin = pieces * warp / warps, end = pieces * (warp + 1) / warps;
+  if (begin == end) {
+    return;
+  }
+  const uint8_t* from = weights + static_cast<int64_t>(first_tile) * spans * kPieceBytes<KIND>;
+  const int8_t* mine = x + (row < M ? row : 0) * stride + 32 * part;
+
+  // The weights of the next `depth` pieces are on their way while one is multiplied.
+  Piece<KIND> ahead[depth];
+#pragma unroll
+  for (int u = 0; u < depth; u++) {
+    if (begin + u < end) {
+      ahead[u].load(from + static_cast<int64_t>(begin + u) * kPieceBytes<KIND>);
+    }
+  }
+  int c[4] = {};
+  int tile = begin / spans, span = begin % spans;
+  for (int piece = begin; piece < end; piece += depth) {
 #pragma unroll
     for (int u = 0; u < depth; u++) {
-      fetch(ahead[u], begin + u);
-    }
-  }
-
-  __device__ void fetch(Piece<KIND>& piece, int index) const {
-    if (index < end) {
-      piece.load(from + static_cast<int64_t>(index) * kPieceBytes<KIND>);
-    }
-  }
-
-  // Adds into acc, [tiles][kTile][M] int32 of shared memory, where the warps meet. x: M rows of int8,
-  // `stride` bytes apart, zeros behind their end up to whole spans.
-  __device__ void add(const int8_t* x, int64_t stride, int* acc) {
-    const int lane = threadIdx.x % 32, row = lane / 4, part = lane % 4;
-    const int8_t* mine = x + (row < M ? row : 0) * stride + 32 * part;
-    int c[4] = {};
-    int tile = begin / spans, span = begin % spans;
-    for (int index = begin; index < end; index += depth) {
+      if (piece + u < end) {
+        const Piece<KIND> now = ahead[u];
+        if (piece + u + depth < end) {
+          ahead[u].load(from + static_cast<int64_t>(piece + u + depth) * kPieceBytes<KIND>);
+        }
+        RowPiece rows;
+        rows.clear();
+        if (row < M) {
+          rows.load(mine + span * kSpan);
+        }
 #pragma unroll
-      for (int u = 0; u < depth; u++) {
-        if (index + u < end) {
-          const Piece<KIND> now = ahead[u];
-          fetch(ahead[u], index + u + depth);
-          RowPiece rows;
-          rows.clear();
-          if (row < M) {
-            rows.load(mine + span * kSpan);
-          }
+        for (int step = 0; step < kSteps; step++) {
+          unsigned a[4];
+          now.operands(step, a);
+          multiply(c, a, rows.operand(step, 0), rows.operand(step, 1));
+        }
+        if (++span == spans || piece + u + 1 == end) {
+          int* to = acc + (tile * kTile + row) * M + 2 * part;  // here `row` is an output, `part` two rows
 #pragma unroll
-          for (int step = 0; step < kSteps; step++) {
-            unsigned a[4];
-            now.operands(step, a);
-            multiply(c, a, rows.operand(step, 0), rows.operand(step, 1));
-          }
-          if (++span == spans || index + u + 1 == end) {
-            int* to = acc + (tile * kTile + row) * M + 2 * part;  // here `row` is an output, `part` two rows
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-              if (2 * part + i < M) {
-                atomicAdd(to + i, c[i]);
-                atomicAdd(to + 8 * M + i, c[2 + i]);
-              }
+          for (int i = 0; i < 2; i++) {
+            if (2 * part + i < M) {
+              atomicAdd(to + i, c[i]);
+              atomicAdd(to + 8 * M + i, c[2 + i]);
             }
-            c[0] = c[1] = c[2] = c[3] = 0;
-            span = 0;
-            tile++;
           }
+          c[0] = c[1] = c[2] = c[3] = 0;
+          span = 0;
+          tile++;
         }
       }
     }
   }
-};
+}
 
 // Sums of M int8 rows, added to `sums` in shared memory; `length` is a multiple of 16.
 template <int M, int THREADS>
