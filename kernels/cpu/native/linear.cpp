@@ -48,8 +48,8 @@ class RoundedProduct : public CpuPrimitive {
         int8_t* q = scratch_bytes(kRow, x.padded);
         std::memset(q, 0, static_cast<size_t>(x.padded));
         for (int64_t r = first; r < last; r++) {
-          for (int64_t c = 0; c < xq.cols; c++) {
-            q[c] = xq.data[r * xq.row_stride + c * xq.col_stride];
+          if (const int8_t* row = xq.row(r, q); row != q) {
+            std::memcpy(q, row, static_cast<size_t>(xq.cols));
           }
           x.set_row(r, q, s[r]);
         }

@@ -72,8 +72,12 @@ struct Activations {
     for (int64_t i = 0; i < padded; i++) {
       sum += q[i];
     }
-    for (int64_t i = 0; i < padded; i += 4) {
-      std::memcpy(to + i * size, q + i, 4);
+    if (size == 1) {
+      std::memcpy(to, q, static_cast<size_t>(padded));
+    } else {
+      for (int64_t i = 0; i < padded; i += 4) {
+        std::memcpy(to + i * size, q + i, 4);
+      }
     }
     sums[row] = bias * sum;
     s[row] = factor;
