@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar
 import typer
 from tqdm import tqdm
 
+from decode.awake import awake
 from decode.checkpoint import ROOT, RUNS, find_teacher
 from decode.console import (
     Interrupted,
@@ -122,7 +123,8 @@ def collect(
         )
     if not dry_run:
         try:
-            dataset = collector.run()
+            with awake():
+                dataset = collector.run()
         except KeyboardInterrupt:
             raise Interrupted("finished shards are kept; the same command goes on from there") from None
         finally:
@@ -255,7 +257,8 @@ def train(
         out = RUNS / f"draft-{Path(checkpoint.name).name}-{layers}x{hidden}-{digest}"
     backend()  # hooks a fast BLAS into MLX on Linux CPUs
     try:
-        summary = run_training(data, checkpoint.folder, out, settings, quiet=quiet)
+        with awake():
+            summary = run_training(data, checkpoint.folder, out, settings, quiet=quiet)
     except KeyboardInterrupt as error:
         raise Interrupted(str(error)) from None
     facts = {name: str(value) if isinstance(value, Path) else value for name, value in vars(summary).items()}
@@ -282,10 +285,17 @@ class Bars:
 
     def __call__(self, stage: str, done: int, total: int | None) -> None:
         if total is not None:
-            self.close()
+            self._finish()
             self.bar = progress(total, self.LABELS[stage], "tok", self.quiet, initial=done)
         elif self.bar is not None:
+            self.bar.total = max(self.bar.total, self.bar.n + done)
             self.bar.update(done)
+
+    def _finish(self) -> None:
+        """A stage is over with what it has brought, be it less than was asked for."""
+        if self.bar is not None:
+            self.bar.total = self.bar.n
+            self.close()
 
     def close(self) -> None:
         if self.bar is not None:
