@@ -133,7 +133,16 @@ def _mlx() -> Check:
 
 def _packages() -> Iterator[Check]:
     found, missing = [], []
-    for name in (*BACKENDS, "mlx-lm", "numpy", "safetensors", "tokenizers", "transformers", "huggingface_hub", "bitdraft"):
+    for name in (
+        *BACKENDS,
+        "mlx-lm",
+        "numpy",
+        "safetensors",
+        "tokenizers",
+        "transformers",
+        "huggingface_hub",
+        "bitdraft",
+    ):
         try:
             found.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:

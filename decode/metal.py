@@ -30,12 +30,12 @@ class MemoryLimits:
 
     @classmethod
     def of(cls, working_set: int) -> MemoryLimits:
-        """The rule for a GPU with this `max_recommended_working_set_size` (two thirds to three quarters of a Mac).
+        """The rule for a GPU with this `max_recommended_working_set_size`, two thirds or more of a Mac's memory.
 
-        Left alone, MLX begins to wait at 1.5 times the working set, which is all of a 16 GB Mac and makes it swap, keeps
-        as much in its cache, and wires nothing, so that macOS may take weights back between two tokens. Beyond the
-        working set everything that MLX holds, its cache too, is at the cost of all other programs, our numpy arrays
-        among them: hence a quarter of it for the cache.
+        Left alone, MLX begins to wait at 1.5 times the working set, which is all that a 16 GB Mac has and makes it
+        swap; it may keep as much in its cache; and it wires nothing, so that macOS may take weights back between two
+        tokens. What MLX holds, its cache too, is taken from all other programs, and from our own numpy arrays: hence
+        a quarter for the cache.
         """
         return cls(memory=working_set, cache=working_set // CACHE_SHARE, wired=working_set)
 
