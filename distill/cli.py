@@ -274,6 +274,42 @@ def train(
     )
 
 
+@app.command()
+def convert(
+    teacher: TeacherOption = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder to write. Default: a name in runs/.")
+    ] = None,
+    json_file: JsonOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Write any BitNet checkpoint that loads in the packing of Microsoft's: same logits, a quarter byte a weight.
+
+    Reads packed weights with scales to multiply by or to divide by (the Falcon models), float master weights
+    (Microsoft's -bf16, 1bitLLM) and what `mlx_lm.convert` made of a BitNet.
+    """
+    from distill.convert import check_out
+    from distill.convert import convert as run_conversion
+
+    check_json_target(json_file)
+    began = time.perf_counter()
+    checkpoint = find_teacher(teacher)
+    out = out or RUNS / f"{Path(checkpoint.name).name}-packed"
+    check_out(out, checkpoint.folder)
+    bar = progress(sum(array.nbytes for array in checkpoint.arrays().values()), "convert", "B", quiet)
+    try:
+        converted = run_conversion(checkpoint, out, bar.update)
+    except KeyboardInterrupt:
+        raise Interrupted(f"nothing was written to {out}") from None
+    finally:
+        bar.close()
+    facts = {"teacher": checkpoint.name, "out": str(out), **vars(converted), "seconds": time.perf_counter() - began}
+    write_json(json_file, facts)
+    files = f"{converted.files} file{'s' if converted.files > 1 else ''}"
+    size = f"{converted.tensors} tensors in {files}, {converted.bytes / 1e6:.1f} MB"
+    say(quiet)(f"{out}: {size} (was {converted.family})")
+
+
 class Bars:
     """One progress bar a stage of a collection."""
 
