@@ -38,5 +38,8 @@ def copy_tokenizer_file(source: Path, target: Path) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, without what follows below its first line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What an exception says, without what follows below its first line; of a list that it announces, the first."""
+    first, *more = (str(error).strip() or type(error).__name__).splitlines()
+    if first.rstrip().endswith(":") and more:
+        return f"{first.rstrip()} {more[0].strip().rstrip(',')}{', ...' if len(more) > 1 else ''}"
+    return first

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -205,36 +204,36 @@ def test_files_that_are_not_read(tmp_path: Path) -> None:
         find_teacher(str(pickled))
 
 
-@pytest.mark.parametrize("make", [small.master, small.one_bit_llm])
-def test_against_transformers(tmp_path: Path, make: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("family", ["master", "1bitLLM"])
+def test_against_transformers(tmp_path: Path, family: str) -> None:
     """Master weights as transformers makes them ternary, and 1bitLLM's layers as its BitNet with SiLU has them."""
     torch = pytest.importorskip("torch", reason="needs the extra `parity`")
     pytest.importorskip("accelerate", reason="needs the extra `parity`")
     from transformers import AutoModelForCausalLM
 
-    folder = make(tmp_path / "ours")
-    values: Json = {"quantization_config": ONLINE}
-    if make is small.one_bit_llm:
-        values["hidden_act"] = "silu"
-    parts = small.floats(small.masters()), small.others()
-    theirs = AutoModelForCausalLM.from_pretrained(small.write(tmp_path / "hf", small.config(**values), *parts))
-    theirs = torch.nn.Module.float(theirs)
+    weights = small.floats(small.masters(), mx.float32)  # so neither side rounds its scales
+    values: Json = {"quantization_config": ONLINE, "hidden_act": "silu" if family == "1bitLLM" else "relu2"}
+    ours = theirs = small.write(tmp_path / "hf", small.config(**values), weights, small.others())
+    if family == "1bitLLM":
+        values |= {"quantization_config": None, "model_type": "llama", "architectures": ["BitnetForCausalLM"]}
+        parts = weights, small.others(("inner_attn_ln", "ffn_layernorm"))
+        ours = small.write(tmp_path / "1bitLLM", small.config(**values), *parts)
+    model = torch.nn.Module.float(AutoModelForCausalLM.from_pretrained(theirs))
     with torch.no_grad():
-        expected = theirs(torch.tensor([IDS])).logits[0].numpy()
-    found = logits(folder)
-    # bfloat16 rounding of scales on our side, none on theirs, can turn an activation's int8 by one.
-    assert np.corrcoef(expected.ravel(), found.ravel())[0, 1] > 0.999
-    assert (expected.argmax(-1) == found.argmax(-1)).mean() > 0.9
+        expected = model(torch.tensor([IDS])).logits[0].numpy()
+    found = logits(ours)
+    # Sums in another order now and then round an activation to the next of its 256 steps.
+    assert np.abs(found - expected).max() < 0.05 * expected.std()
 
 
 def test_commands_run_on_one(tmp_path: Path, command: Command) -> None:
     """Collecting, training and decoding with a teacher of another make."""
     teacher, data, draft = small.one_bit_llm(tmp_path / "teacher"), tmp_path / "data", tmp_path / "draft"
     (tmp_path / "text.txt").write_text((small.TEACHER / "README.md").read_text() * 20)
-    collect = ["--source", tmp_path / "text.txt", "--tokens", 4000, "--seq-len", 128, "--out", data, "--quiet"]
+    collect = ["--source", tmp_path / "text.txt", "--tokens", 2048, "--seq-len", 64, "--out", data, "--quiet"]
     done = command("distill", "collect", "--teacher", teacher, *collect)
     assert done.code == 0, done.err
-    train = ["--layers", 1, "--hidden", 64, "--tokens", 2000, "--out", draft, "--quiet"]
+    train = ["--layers", 1, "--hidden", 64, "--tokens", 1024, "--out", draft, "--quiet"]
     done = command("distill", "train", "--teacher", teacher, "--data", data, *train)
     assert done.code == 0, done.err
     assert "auto_map" not in json.loads((draft / "tokenizer_config.json").read_text())

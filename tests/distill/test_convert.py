@@ -110,7 +110,8 @@ def test_command(tmp_path: Path, command: Command) -> None:
     assert "convert: 100%" in done.err and f"{out}: {facts['tensors']} tensors in 1 file" in done.err
     # Its own folder is replaced, any other is not.
     (out / "model.safetensors").write_bytes(b"")
-    assert command("distill", "convert", "--teacher", original, "--out", out, "--quiet").code == 0
+    teacher = find_teacher(str(original))
+    convert(teacher, out, lambda _: None)
     assert (out / "model.safetensors").stat().st_size > 1e6
     assert sorted(path.name for path in tmp_path.iterdir()) == ["original", "out"]
     foreign = tmp_path / "thesis"
@@ -118,8 +119,9 @@ def test_command(tmp_path: Path, command: Command) -> None:
     (foreign / "chapter1.tex").write_text("important")
     refused = command("distill", "convert", "--teacher", original, "--out", foreign)
     refused.refused("distill", f"--out {foreign}: holds chapter1.tex")
-    command("distill", "convert", "--teacher", out, "--out", out).refused("distill", f"--out {out}: is the checkpoint")
     assert (foreign / "chapter1.tex").read_text() == "important"
+    with pytest.raises(UserError, match="original: is the checkpoint that is read"):
+        convert(teacher, original, lambda _: None)
 
 
 def test_what_cannot_be_converted_leaves_nothing(tmp_path: Path) -> None:
