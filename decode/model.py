@@ -95,14 +95,17 @@ class Transformer:
         if "sliding_attention" in (getattr(args, "layer_types", None) or []):
             raise UserError("layers with a sliding window are not supported")
         attention = model.layers[0].self_attn
-        self.shape = AttentionShape(
-            args.num_attention_heads,
-            args.num_key_value_heads,
-            attention.q_proj.weight.shape[0]
-            * (4 if isinstance(attention.q_proj, BitLinear) else 1)
-            // args.num_attention_heads,
-            inverse_frequency(attention.rope),
+        heads, kv_heads = args.num_attention_heads, args.num_key_value_heads
+        q, k = (
+            layer.weight.shape[0] * (4 if isinstance(layer, BitLinear) else 1)
+            for layer in (attention.q_proj, attention.k_proj)
         )
+        if heads % kv_heads or q % (2 * heads) or k != q // heads * kv_heads:
+            raise UserError(
+                f"{heads} attention heads and {kv_heads} key/value heads do not fit projections to {q} and {k}:"
+                " heads must be of one even size"
+            )
+        self.shape = AttentionShape(heads, kv_heads, q // heads, inverse_frequency(attention.rope))
         self.vocab_size: int = args.vocab_size
         self.context: int = args.max_position_embeddings or 1 << 30
         self.eps: float = args.rms_norm_eps

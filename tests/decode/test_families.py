@@ -154,6 +154,12 @@ WEIGHTS: dict[str, tuple[Json, dict[str, mx.array], str]] = {
         {"lm_head.weight": mx.zeros((4096, 96), mx.uint8), "lm_head.weight_scale": mx.ones((1,))},
         "lm_head: a ternary layer other than those of attention and feed-forward",
     ),
+    "heads of one number": (
+        {"num_attention_heads": 96, "num_key_value_heads": 32},
+        {},
+        "96 attention heads and 32 key/value heads do not fit projections to 96 and 32: heads must be of one even size",
+    ),
+    "heads that do not fit": ({"num_attention_heads": 5}, {}, "Expected shape (5, 96) but received shape (8, 96)"),
     "activation": ({"hidden_act": "gelu"}, {}, "hidden_act 'gelu' is not supported (relu2 and silu are)"),
     "rope": (
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}},
