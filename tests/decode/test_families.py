@@ -79,6 +79,14 @@ def test_converted_by_mlx_lm(tmp_path: Path, quantized: bool) -> None:
     assert not np.array_equal(found, expected)
 
 
+def test_llama_converted_by_mlx_lm(tmp_path: Path) -> None:
+    from mlx_lm import convert
+
+    original = small.falcon(tmp_path / "falcon")
+    convert(str(original), str(tmp_path / "mlx"))
+    np.testing.assert_array_equal(logits(tmp_path / "mlx"), logits(original))
+
+
 def test_llama_that_mlx_lm_has_quantised_has_lost_its_scales_meaning(tmp_path: Path) -> None:
     from mlx_lm import convert
 
