@@ -25,6 +25,7 @@ from decode.model import Precision
 from decode.prompts import gather_prompts
 from decode.sampling import Sampling
 from decode.session import Output, Session
+from kernels import UserError
 
 app = typer.Typer(
     help="Decode with a BitNet teacher, plainly or speculatively with a draft, without changing its words.",
@@ -151,6 +152,66 @@ def spec(
     report = _answer_all(session, texts, compare=compare, json_file=json_file, quiet=quiet)
     if compare and sampling.greedy and not report["identical"]:
         raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    teacher: TeacherOption = None,
+    draft: Annotated[
+        str | None,
+        typer.Option("--draft", metavar="PATH|REPO", help="Draft. Default: drafts of several sizes are compared."),
+    ] = None,
+    chip: Annotated[
+        str | None, typer.Option("--chip", help="Whose bandwidth: M1 to M5, Pro, Max, Ultra... Default: this Mac's.")
+    ] = None,
+    bandwidth: Annotated[float | None, typer.Option("--bandwidth", help="GB/s, in place of a chip's.")] = None,
+    acceptance: Annotated[
+        float | None,
+        typer.Option("--acceptance", help="Probability that a drafted token is accepted. Default: 0.5 to 0.8."),
+    ] = None,
+    head: Head = HeadChoice.bf16,
+    context: Annotated[int, typer.Option("--context", help="Tokens in the cache.")] = 512,
+    verify_ratio: Annotated[
+        float,
+        typer.Option(
+            "--verify-ratio", help="Cost of verifying 4 tokens, in plain steps; `decode spec --compare` measures it."
+        ),
+    ] = 1.0,
+    json_file: JsonOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Predict speeds from config.json and bandwidth: plain, speculative for k = 1..8, and which draft size pays.
+
+    A folder that holds no more than config.json will do, or the file itself. Bytes alone are counted: these are
+    ceilings, not measurements.
+    """
+    from decode.chips import BANDWIDTH, find_chip, this_chip
+    from decode.plan import ACCEPTANCES, describe, find_config, make_plan
+    from decode.shape import Shape
+
+    check_json_target(json_file)
+    if bandwidth is None:
+        chip = find_chip(chip) if chip is not None else this_chip()
+        bandwidth = BANDWIDTH[chip]
+    elif chip is not None:
+        raise UserError(f"--chip {chip}: --bandwidth is given too; give one of them")
+    teacher_name, config = find_config(teacher, "--teacher")
+    teacher_shape, draft_shape = Shape.of(config, f"--teacher {teacher_name}"), None
+    if draft is not None:
+        draft, config = find_config(draft, "--draft")
+        draft_shape = Shape.of(config, f"--draft {draft}")
+    facts = make_plan(
+        teacher_shape,
+        draft_shape,
+        bandwidth=bandwidth,
+        acceptances=ACCEPTANCES if acceptance is None else (acceptance,),
+        head="int8" if head is HeadChoice.int8 else "bf16",
+        context=context,
+        verify_ratio=verify_ratio,
+    )
+    write_json(json_file, {"teacher": teacher_name, "draft": draft, "chip": chip, **facts})
+    if json_file != "-" and not quiet:
+        print(describe(facts))
 
 
 @app.command()

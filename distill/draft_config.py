@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,8 @@ import mlx.core as mx
 
 from decode import trimmed
 from decode.files import read_json
+from decode.shape import DRAFT_HEAD_DIM, Shape
 from kernels.errors import UserError
-
-HEAD_DIM = 64
 
 
 @dataclass(frozen=True)
@@ -41,22 +39,23 @@ class DraftConfig:
         """A draft of `layers` x `hidden` for the teacher in a folder, its head of `kept` tokens or of all."""
         if layers < 1:
             raise UserError(f"--layers {layers}: must be at least 1")
-        if hidden < HEAD_DIM or hidden % HEAD_DIM:
-            raise UserError(f"--hidden {hidden}: must be a multiple of {HEAD_DIM} (one attention head each)")
+        if hidden < DRAFT_HEAD_DIM or hidden % DRAFT_HEAD_DIM:
+            raise UserError(f"--hidden {hidden}: must be a multiple of {DRAFT_HEAD_DIM} (one attention head each)")
+        where = str(teacher_folder / "config.json")
         teacher = read_json(teacher_folder / "config.json")
         try:
             rope = teacher.get("rope_parameters") or {}  # where transformers 5 writes it
             teacher_heads = int(teacher["num_attention_heads"])
             ratio = int(teacher.get("num_key_value_heads") or teacher_heads) / teacher_heads
-            heads = hidden // HEAD_DIM
+            shape = Shape.of_draft(layers, hidden, kv_ratio=ratio, vocab=int(teacher["vocab_size"]))
             return cls(
                 layers=layers,
                 hidden=hidden,
-                heads=heads,
-                kv_heads=next(d for d in range(1, heads + 1) if heads % d == 0 and d >= heads * ratio),
-                head_dim=HEAD_DIM,
-                intermediate=64 * math.ceil(hidden * 8 / 3 / 64),
-                vocab_size=int(teacher["vocab_size"]),
+                heads=shape.heads,
+                kv_heads=shape.kv_heads,
+                head_dim=shape.head_dim,
+                intermediate=shape.intermediate,
+                vocab_size=shape.vocab,
                 rope_theta=float(teacher.get("rope_theta") or rope.get("rope_theta", 10_000.0)),
                 max_positions=int(teacher["max_position_embeddings"]),
                 eps=float(teacher["rms_norm_eps"]),
@@ -65,7 +64,7 @@ class DraftConfig:
                 kept=kept,
             )
         except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-            raise UserError(f"{teacher_folder / 'config.json'}: no usable {error}") from error
+            raise UserError(f"{where}: no usable {error}") from error
 
     def to_json(self) -> dict[str, Any]:
         """The `config.json` of mlx-lm and Hugging Face; of no stock model where the head is trimmed."""

@@ -1,0 +1,272 @@
+"""Predictions from bytes alone: what a teacher reads for a token, and what a draft can save.
+
+Decoding is bound by memory: a step takes the bytes it reads over the bandwidth. A verification of k + 1 tokens
+reads the weights once, as a step does. With a probability `a` that a drafted token is accepted, each alike,
+a verification emits 1 + a + ... + a^k tokens (Leviathan et al. 2023, equation 1), and k draft steps came before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from decode.checkpoint import DEFAULT_TEACHER
+from decode.files import first_line, read_json
+from decode.shape import Shape
+from kernels import UserError
+
+MOST_K = 8
+ACCEPTANCES = (0.5, 0.6, 0.7, 0.8)
+# Layers and hidden size of the drafts that are compared where none is given.
+DRAFTS = ((1, 256), (2, 256), (2, 512), (4, 512), (4, 768), (6, 768), (8, 768), (6, 1024), (8, 1024), (12, 1024))
+WORTH = 0.8  # of the speed-up of a draft that costs nothing: what the best draft size has to keep
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a step of the draft, and verifications, cost in steps of the teacher."""
+
+    draft: float
+    verify4: float = 1.0  # a verification of four tokens; others in proportion
+
+    def verify(self, m: int) -> float:
+        """A verification of m tokens."""
+        return 1 + (self.verify4 - 1) * (m - 1) / 3
+
+    def speedup(self, acceptance: float, k: int) -> float:
+        """Over plain decoding."""
+        return tokens_per_verification(acceptance, k) / (self.verify(k + 1) + k * self.draft)
+
+    def best_k(self, acceptance: float) -> int:
+        """Of 1..8."""
+        return max(range(1, MOST_K + 1), key=lambda k: self.speedup(acceptance, k))
+
+    def best_speedup(self, acceptance: float) -> float:
+        return self.speedup(acceptance, self.best_k(acceptance))
+
+
+def tokens_per_verification(acceptance: float, k: int) -> float:
+    """1 + a + ... + a^k."""
+    return sum(acceptance**i for i in range(k + 1))
+
+
+def break_even(costs: Costs) -> float | None:
+    """The least acceptance that makes speculative decoding as fast as plain; None if none does."""
+    low, high = 0.0, 1.0
+    if costs.best_speedup(high) < 1:
+        return None
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if costs.best_speedup(middle) >= 1 else (middle, high)
+    return high
+
+
+def teacher_bytes(shape: Shape, head: Literal["bf16", "int8"], context: int) -> dict[str, int]:
+    """Bytes that a BitNet teacher reads for a token, by part and in total.
+
+    Ternary weights take two bits; a scale of an output is float32, and so are keys and values.
+    """
+    head_bytes = 2 * shape.head_weights if head == "bf16" else shape.head_weights + 4 * shape.head_rows
+    return _total(
+        ternary=shape.weights // 4 + 4 * shape.outputs,
+        head=head_bytes,
+        embedding=2 * shape.hidden,
+        cache=shape.cache_bytes(context),
+    )
+
+
+def draft_bytes(shape: Shape, context: int) -> dict[str, int]:
+    """The same of a draft, whose matrices are all int8 when it decodes."""
+    return _total(
+        layers=shape.weights + 4 * shape.outputs,
+        head=shape.head_weights + 4 * shape.head_rows,
+        embedding=2 * shape.hidden,
+        cache=shape.cache_bytes(context),
+    )
+
+
+def _total(**parts: int) -> dict[str, int]:
+    return {**parts, "total": sum(parts.values())}
+
+
+def make_plan(
+    teacher: Shape,
+    draft: Shape | None,
+    *,
+    bandwidth: float,
+    acceptances: Sequence[float] = ACCEPTANCES,
+    head: Literal["bf16", "int8"] = "bf16",
+    context: int = 512,
+    verify_ratio: float = 1.0,
+) -> dict[str, Any]:
+    """The JSON object of `decode plan`. bandwidth in GB/s; context in tokens; verify_ratio: of four tokens."""
+    if bandwidth <= 0:
+        raise UserError(f"--bandwidth {bandwidth:g}: must be above 0")
+    if any(not 0 <= a <= 1 for a in acceptances):
+        raise UserError(f"--acceptance {next(a for a in acceptances if not 0 <= a <= 1):g}: must lie in 0..1")
+    if context < 0:
+        raise UserError(f"--context {context}: must not be negative")
+    if verify_ratio < 1:
+        raise UserError(f"--verify-ratio {verify_ratio:g}: must be at least 1, the cost of a step")
+    read = teacher_bytes(teacher, head, context)
+    plain = bandwidth * 1e9 / read["total"]
+    plan: dict[str, Any] = {
+        "bandwidth_gb_per_s": bandwidth,
+        "head": head,
+        "context": context,
+        "verify_ratio": verify_ratio,
+        "bytes_per_token": read,
+        "plain_tok_per_s": plain,
+    }
+    if draft is not None:
+        drafted = draft_bytes(draft, context)
+        costs = Costs(drafted["total"] / read["total"], verify_ratio)
+        plan["draft_bytes_per_token"] = drafted
+        plan["break_even_acceptance"] = break_even(costs)
+        plan["predictions"] = [_prediction(costs, plain, a, k) for a in acceptances for k in range(1, MOST_K + 1)]
+        plan["best_k"] = {f"{a:g}": costs.best_k(a) for a in acceptances}
+    else:
+        sizes = _sizes(teacher, read["total"], context, verify_ratio, acceptances)
+        plan["drafts"] = sizes
+        plan["best_draft"] = {f"{a:g}": _best(sizes, f"{a:g}", Costs(0.0, verify_ratio)) for a in acceptances}
+        plan["predictions"] = [
+            _prediction(Costs(best["cost"], verify_ratio), plain, float(a), k)
+            for a, best in plan["best_draft"].items()
+            if best is not None
+            for k in range(1, MOST_K + 1)
+        ]
+    return plan
+
+
+def _prediction(costs: Costs, plain: float, acceptance: float, k: int) -> dict[str, float]:
+    speedup = costs.speedup(acceptance, k)
+    return {
+        "acceptance": acceptance,
+        "k": k,
+        "tokens_per_verification": tokens_per_verification(acceptance, k),
+        "speedup": speedup,
+        "tok_per_s": plain * speedup,
+    }
+
+
+def _sizes(
+    teacher: Shape, read: int, context: int, verify_ratio: float, acceptances: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Drafts of several sizes, each with the whole head and with a quarter of it, as far as they can pay."""
+    sizes = []
+    for layers, hidden in DRAFTS:
+        for rows in (teacher.vocab, teacher.vocab // 4):
+            shape = Shape.of_draft(layers, hidden, kv_ratio=teacher.kv_ratio, vocab=teacher.vocab, head_rows=rows)
+            drafted = draft_bytes(shape, context)
+            costs = Costs(drafted["total"] / read, verify_ratio)
+            if costs.draft >= 1:
+                continue
+            sizes.append(
+                {
+                    "layers": layers,
+                    "hidden": hidden,
+                    "vocab": rows,
+                    "parameters": shape.parameters,
+                    "layer_parameters": shape.weights,
+                    "bytes_per_token": drafted,
+                    "cost": costs.draft,
+                    "break_even_acceptance": break_even(costs),
+                    "speedup": {f"{a:g}": costs.best_speedup(a) for a in acceptances},
+                    "k": {f"{a:g}": costs.best_k(a) for a in acceptances},
+                }
+            )
+    return sizes
+
+
+def _best(sizes: list[dict[str, Any]], acceptance: str, free: Costs) -> dict[str, Any] | None:
+    """The largest draft that keeps WORTH of what one that costs nothing would give; else the fastest that pays."""
+    ideal = free.best_speedup(float(acceptance))
+    worth = [size for size in sizes if size["speedup"][acceptance] >= WORTH * ideal]
+    if worth:
+        best = max(worth, key=lambda size: (size["layer_parameters"], -size["cost"]))
+    else:
+        worth = [size for size in sizes if size["speedup"][acceptance] > 1]
+        if not worth:
+            return None
+        best = max(worth, key=lambda size: size["speedup"][acceptance])
+    return {name: best[name] for name in ("layers", "hidden", "vocab", "cost")}
+
+
+def find_config(name: str | None, option: str) -> tuple[str, dict[str, Any]]:
+    """Name and config.json of a model by folder, file or Hub name; the embedded teacher's by default.
+
+    Nothing but the config is looked at, or fetched.
+    """
+    path = DEFAULT_TEACHER if name is None else Path(name).expanduser()
+    if path.is_file():
+        return str(path), read_json(path)
+    if path.exists() or name is None:
+        return path.name, read_json(path / "config.json")
+    repo, _, revision = name.partition("@")
+    if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
+        raise UserError(f"{option} {name}: no such file or folder, and not a Hub name (owner/name)")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return name, read_json(Path(hf_hub_download(repo, "config.json", revision=revision or None)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{option} {name}: no such file or folder, nor to be had from the Hub: {first_line(error)}"
+        ) from error
+
+
+def describe(plan: dict[str, Any]) -> str:
+    """The plan for a reader."""
+    lines = [
+        f"predicted from bytes alone, at {plan['bandwidth_gb_per_s']:g} GB/s"
+        f" and with {plan['context']} tokens in the cache; not measured",
+        "",
+        "read for a token" + _parts(plan["bytes_per_token"]),
+        f"plain decoding at most {plan['plain_tok_per_s']:.0f} tok/s",
+    ]
+    if "drafts" in plan:
+        return "\n".join([*lines, "", *_draft_table(plan)])
+    lines += ["draft reads     " + _parts(plan["draft_bytes_per_token"])]
+    even = plan["break_even_acceptance"]
+    lines.append("no acceptance pays" if even is None else f"pays from an acceptance of {even:.2f} on")
+    acceptances = sorted({entry["acceptance"] for entry in plan["predictions"]})
+    lines += ["", "tok/s (speed-up), by acceptance of each drafted token", "  k " + _columns(acceptances)]
+    for k in range(1, MOST_K + 1):
+        row = [entry for entry in plan["predictions"] if entry["k"] == k]
+        cells = [f"{entry['tok_per_s']:7.0f} ({entry['speedup']:.2f})" for entry in row]
+        lines.append(f"  {k} " + "".join(f"{cell:>16}" for cell in cells))
+    best = ", ".join(f"{k} at {a}" for a, k in plan["best_k"].items())
+    return "\n".join([*lines, f"best k: {best}"])
+
+
+def _parts(read: dict[str, int]) -> str:
+    parts = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in read.items() if name != "total")
+    return f" {read['total'] / 1e6:.1f} MB: {parts}"
+
+
+def _columns(acceptances: Sequence[float]) -> str:
+    return "".join(f"{f'a = {a:g}':>16}" for a in acceptances)
+
+
+def _draft_table(plan: dict[str, Any]) -> list[str]:
+    names = list(plan["best_draft"])
+    lines = ["speed-up at the best k of drafts of several sizes, by acceptance; * the largest worth its cost"]
+    lines.append(
+        "  layers x hidden   head rows   MB a token   pays from " + "".join(f"{f'a = {name}':>13}" for name in names)
+    )
+    for size in plan["drafts"]:
+        cells = []
+        for name in names:
+            best = plan["best_draft"][name]
+            mark = "*" if best and all(best[part] == size[part] for part in ("layers", "hidden", "vocab")) else " "
+            cells.append(f"{size['speedup'][name]:6.2f} k={size['k'][name]}{mark}")
+        even = "never" if size["break_even_acceptance"] is None else f"{size['break_even_acceptance']:.2f}"
+        megabytes = f"{size['bytes_per_token']['total'] / 1e6:.1f}"
+        lines.append(
+            f"  {size['layers']:>6} x {size['hidden']:<6}  {size['vocab']:>10,}   {megabytes:>10}   {even:>10} "
+            + "".join(f"{cell:>13}" for cell in cells)
+        )
+    return lines

@@ -1,0 +1,94 @@
+"""Sizes of models, from `config.json` alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from decode import trimmed
+from kernels import UserError
+
+DRAFT_HEAD_DIM = 64
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides how many bytes a model reads for a token."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    head_rows: int  # fewer than the vocabulary where the head is trimmed
+
+    @classmethod
+    def of(cls, config: dict[str, Any], where: str) -> Shape:
+        """From the config.json of a teacher or a draft; UserError, naming `where`, if something is missing."""
+        try:
+            heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+            shape = cls(
+                layers=int(config["num_hidden_layers"]),
+                hidden=hidden,
+                heads=heads,
+                kv_heads=int(config.get("num_key_value_heads") or heads),
+                head_dim=int(config.get("head_dim") or hidden // heads),
+                intermediate=int(config["intermediate_size"]),
+                vocab=int(config["vocab_size"]),
+                head_rows=int(config.get(trimmed.SIZE) or config["vocab_size"]),
+            )
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise UserError(f"{where}: no usable {error}") from error
+        if min(vars(shape).values()) < 1:
+            raise UserError(f"{where}: a size is not positive")
+        return shape
+
+    @classmethod
+    def of_draft(cls, layers: int, hidden: int, *, kv_ratio: float, vocab: int, head_rows: int | None = None) -> Shape:
+        """The draft that `distill train --layers --hidden --vocab` makes.
+
+        hidden: a multiple of 64; kv_ratio: the teacher's key/value heads over its heads.
+        """
+        heads = hidden // DRAFT_HEAD_DIM
+        return cls(
+            layers=layers,
+            hidden=hidden,
+            heads=heads,
+            kv_heads=next(d for d in range(1, heads + 1) if heads % d == 0 and d >= heads * kv_ratio),
+            head_dim=DRAFT_HEAD_DIM,
+            intermediate=64 * math.ceil(hidden * 8 / 3 / 64),
+            vocab=vocab,
+            head_rows=head_rows or vocab,
+        )
+
+    @property
+    def kv_ratio(self) -> float:
+        return self.kv_heads / self.heads
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of all linear layers but the head: one scale each where they are quantised."""
+        attention = (self.heads + 2 * self.kv_heads) * self.head_dim
+        return self.layers * (attention + 2 * self.hidden + 2 * self.intermediate)
+
+    @property
+    def weights(self) -> int:
+        """Weights of all linear layers but the head."""
+        attention = (2 * self.heads + 2 * self.kv_heads) * self.head_dim * self.hidden
+        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+
+    @property
+    def head_weights(self) -> int:
+        return self.head_rows * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """Without norms; the embedding is tied to the head."""
+        return self.weights + self.vocab * self.hidden
+
+    def cache_bytes(self, context: int) -> int:
+        """Keys and values, float32, of `context` positions."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * 4 * context

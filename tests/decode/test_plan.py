@@ -1,0 +1,141 @@
+"""`decode plan`: bytes against loaded models, predictions against their formula, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, TEACHER, Command
+
+from decode.checkpoint import find_model
+from decode.plan import Costs, break_even, draft_bytes, make_plan, teacher_bytes, tokens_per_verification
+from decode.shape import Shape
+from kernels.reference import DenseWeight
+
+DRAFT = ROOT / "checkpoints" / "bitnet-smol-43m-draft"
+LINEARS_2B = [(3840, 2560), (2560, 2560), (13824, 2560), (2560, 6912)]
+BITNET_2B = {
+    "num_hidden_layers": 30, "hidden_size": 2560, "num_attention_heads": 20, "num_key_value_heads": 5,
+    "intermediate_size": 6912, "vocab_size": 128256,
+}  # fmt: skip
+
+
+def shape_of(folder: Path) -> Shape:
+    return Shape.of(json.loads((folder / "config.json").read_text()), "here")
+
+
+def planned(command: Command, *options: object) -> dict[str, Any]:
+    done = command("decode", "plan", *options, "--json", "-")
+    assert done.code == 0, done.err
+    value: dict[str, Any] = json.loads(done.out)
+    return value
+
+
+@pytest.mark.parametrize("head", ["bf16", "int8"])
+def test_a_teachers_bytes_are_those_of_the_loaded_model(head: Any) -> None:
+    model = find_model(str(TEACHER), "--teacher").load("int8" if head == "int8" else "float")
+    weights = [w for layer in model.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    read = teacher_bytes(shape_of(TEACHER), head, 0)
+    scales = 4 * sum(w.n for w in weights)
+    assert read["ternary"] == sum(w.n * w.k for w in weights) // 4 + scales
+    scale = 0 if isinstance(model.head, DenseWeight) else 4 * model.head.n
+    assert read["head"] == model.head.n * model.head.k * (2 if head == "bf16" else 1) + scale
+    cache = model.new_cache()
+    cache.reserve(256)
+    assert teacher_bytes(shape_of(TEACHER), head, 256)["cache"] == sum(a.nbytes for a in [*cache.keys, *cache.values])
+
+
+def test_a_drafts_bytes_are_those_of_the_loaded_model() -> None:
+    model = find_model(str(DRAFT), "--draft").load("int8", "int8")
+    weights = [w for layer in model.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    read = draft_bytes(shape_of(DRAFT), 0)
+    assert read["layers"] == sum(w.n * w.k + 4 * w.n for w in weights)
+    assert read["head"] == model.head.n * model.head.k + 4 * model.head.n
+    assert read["total"] == sum(size for part, size in read.items() if part != "total")
+
+
+def test_bitnet_2b(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(BITNET_2B))
+    shape = Shape.of(BITNET_2B, "here")
+    assert shape.weights == 30 * sum(n * k for n, k in LINEARS_2B)
+    plan = planned(command, "--teacher", tmp_path, "--chip", "M5", "--context", 0)
+    read = plan["bytes_per_token"]
+    assert read["total"] == pytest.approx(1.18e9, rel=0.01) and read["head"] == 2 * 128256 * 2560
+    assert read["ternary"] == pytest.approx(521e6, rel=0.01)
+    assert plan["plain_tok_per_s"] == pytest.approx(130, rel=0.01)  # DESIGN: the ceiling at 153 GB/s
+    assert planned(command, "--teacher", tmp_path / "config.json", "--chip", "m5", "--head", "int8", "--context", 0)[
+        "plain_tok_per_s"
+    ] == pytest.approx(180, rel=0.01)
+
+
+def test_predictions_of_a_draft(command: Command) -> None:
+    plan = planned(
+        command, "--draft", DRAFT / "config.json", "--bandwidth", 50, "--acceptance", 0.7, "--verify-ratio", 1.3
+    )
+    assert [entry["k"] for entry in plan["predictions"]] == list(range(1, 9))
+    cost = plan["draft_bytes_per_token"]["total"] / plan["bytes_per_token"]["total"]
+    third = plan["predictions"][2]
+    assert third["tokens_per_verification"] == pytest.approx(1 + 0.7 + 0.49 + 0.343)
+    assert third["speedup"] == pytest.approx(2.533 / (1.3 + 3 * cost))
+    assert third["tok_per_s"] == pytest.approx(plan["plain_tok_per_s"] * third["speedup"])
+    best = max(plan["predictions"], key=lambda entry: entry["speedup"])
+    assert plan["best_k"] == {"0.7": best["k"]}
+    even = plan["break_even_acceptance"]
+    assert Costs(cost, 1.3).best_speedup(even) == pytest.approx(1, abs=1e-6)
+
+
+def test_a_draft_as_costly_as_its_teacher_never_pays() -> None:
+    assert break_even(Costs(1.0)) is None or break_even(Costs(1.0)) == pytest.approx(1)
+    assert break_even(Costs(1.5)) is None
+    assert tokens_per_verification(1.0, 3) == 4 and tokens_per_verification(0.0, 3) == 1
+
+
+def test_without_a_draft_sizes_are_compared() -> None:
+    plan = make_plan(Shape.of(BITNET_2B, "here"), None, bandwidth=273, acceptances=(0.6, 0.8))
+    by_size = {(size["layers"], size["hidden"], size["vocab"]): size for size in plan["drafts"]}
+    whole, trimmed = by_size[6, 768, 128256], by_size[6, 768, 32064]
+    assert trimmed["bytes_per_token"]["head"] < whole["bytes_per_token"]["head"] / 3.9
+    assert trimmed["speedup"]["0.6"] > whole["speedup"]["0.6"] > 1
+    for acceptance, best in plan["best_draft"].items():
+        free = Costs(0.0).best_speedup(float(acceptance))
+        kept = by_size[best["layers"], best["hidden"], best["vocab"]]["speedup"][acceptance] / free
+        larger = [s for s in plan["drafts"] if s["layer_parameters"] > Shape.of_draft(
+            best["layers"], best["hidden"], kv_ratio=0.25, vocab=128256).weights]  # fmt: skip
+        assert kept >= 0.8 and all(s["speedup"][acceptance] < 0.8 * free for s in larger)
+    assert {entry["acceptance"] for entry in plan["predictions"]} == {0.6, 0.8}
+
+
+def test_sizes_are_those_that_training_makes() -> None:
+    from distill.draft_config import DraftConfig
+
+    for layers, hidden in ((2, 256), (6, 768)):
+        config = DraftConfig.for_teacher(TEACHER, layers, hidden)
+        assert Shape.of(config.to_json(), "here") == Shape.of_draft(
+            layers, hidden, kv_ratio=shape_of(TEACHER).kv_ratio, vocab=16384
+        )
+
+
+def test_for_readers(command: Command) -> None:
+    done = command("decode", "plan", "--chip", "Apple M4 Pro", "--draft", DRAFT)
+    assert done.code == 0 and "not measured" in done.out and "a = 0.8" in done.out
+    assert "read for a token" in command("decode", "plan", "--chip", "m1").out
+
+
+def test_bad_input(command: Command, tmp_path: Path) -> None:
+    def refused(*options: object, parts: tuple[str, ...]) -> None:
+        command("decode", "plan", *options).refused("decode", *parts)
+
+    refused("--chip", "M4 Prro", parts=("--chip M4 Prro", "did you mean M4 Pro?"))
+    refused("--chip", "M1", "--bandwidth", 10, parts=("--chip M1", "--bandwidth"))
+    refused("--bandwidth", 0, parts=("--bandwidth 0",))
+    refused("--bandwidth", 50, "--acceptance", 1.5, parts=("--acceptance 1.5",))
+    refused("--bandwidth", 50, "--verify-ratio", 0.5, parts=("--verify-ratio 0.5",))
+    refused("--bandwidth", 50, "--context", -1, parts=("--context -1",))
+    refused("--bandwidth", 50, "--teacher", tmp_path / "none", parts=("--teacher", "no such file"))
+    refused("--bandwidth", 50, "--teacher", tmp_path, parts=("config.json: missing",))
+    (tmp_path / "config.json").write_text(json.dumps({**BITNET_2B, "hidden_size": "wide"}))
+    refused("--bandwidth", 50, "--draft", tmp_path, parts=("--draft", "wide"))
+    (tmp_path / "config.json").write_text(json.dumps({**BITNET_2B, "vocab_size": 0}))
+    refused("--bandwidth", 50, "--draft", tmp_path, parts=("--draft", "not positive"))
