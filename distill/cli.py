@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 import typer
 from tqdm import tqdm
 
-from decode.checkpoint import ROOT, RUNS, find_teacher
+from decode.checkpoint import RUNS, find_draft, find_teacher
 from decode.console import (
     Interrupted,
     JsonOption,
@@ -29,9 +29,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-
-HELD_OUT = ROOT / "data" / "eval.jsonl"
-DEFAULT_SOURCES = (ROOT / "data" / "prompts.jsonl", ROOT / "data" / "wiki.jsonl.xz", ROOT / "data" / "novels.jsonl.xz")
 
 
 @app.command()
@@ -93,18 +90,18 @@ def collect(
     check_json_target(json_file)
     note = say(quiet)
     began = time.perf_counter()
-    settings = CollectSettings(
-        sources=tuple(source or map(str, DEFAULT_SOURCES)),
-        exclude=tuple(dict.fromkeys([*([str(HELD_OUT)] if HELD_OUT.exists() else []), *(exclude or [])])),
+    settings = CollectSettings.from_options(
+        source=source,
+        exclude=exclude,
         tokens=tokens,
         seq_len=seq_len,
         top_k=top_k,
         batch=batch,
-        temperatures=tuple(dict.fromkeys((1.0, *(temperature or [])))),
+        temperature=temperature,
         reply=reply,
         reply_batch=reply_batch,
-        max_reply=seq_len // 2 if max_reply is None else max_reply,
-        reply_temperatures=tuple(reply_temperature or (0.0, 0.8)),
+        max_reply=max_reply,
+        reply_temperature=reply_temperature,
         seed=seed,
     )
     plan = make_plan(find_teacher(teacher), settings, out)
@@ -268,6 +265,93 @@ def train(
         f"{summary.out}: {summary.parameters / 1e6:.2f} M parameters, held-out loss {summary.held_out_loss:.3f} nats,"
         f" agreement {summary.agreement:.3f}, expected acceptance {summary.expected_acceptance:.3f}\n"
         f"curves: {summary.plot}"
+    )
+
+
+@app.command()
+def evaluate(
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            "--draft",
+            metavar="PATH|REPO",
+            help="Draft model. Default: the newest one trained for this teacher under runs/, else the shipped one.",
+        ),
+    ] = None,
+    teacher: TeacherOption = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="JSONL with `prompt` or `messages` a line, and `category`. Default: the held-out data/eval.jsonl.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", help="Only the first N prompts of each category.")
+    ] = None,
+    k: Annotated[int, typer.Option("--k", help="Tokens drafted before each verification.")] = 3,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Most new tokens a prompt.")] = 128,
+    head: Annotated[
+        str,
+        typer.Option(
+            "--head", help="The teacher's output layer as the checkpoint has it (bf16), or rounded to 8 bits (int8)."
+        ),
+    ] = "bf16",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="Where the results go. Default: the draft's folder if it is under runs/, else one named after it"
+            " there.",
+        ),
+    ] = None,
+    seed: SeedOption = 0,
+    json_file: JsonOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure a draft on prompts: real acceptance by category and position, and the speed-up, decoding greedily.
+
+    Every prompt is also decoded plainly, in turn; exit 1 if an output is not identical. Writes evaluation.json,
+    evaluation.md and pictures. Ctrl-C writes what is done; the same command goes on where it stopped.
+    """
+    from distill.evaluate import EvaluateSettings, default_folder
+    from distill.evaluate import evaluate as run_evaluation
+
+    check_json_target(json_file)
+    settings = EvaluateSettings(
+        **({} if prompts is None else {"prompts": str(prompts)}),
+        k=k,
+        max_tokens=max_tokens,
+        head=head,
+        limit=limit,
+        seed=seed,
+    )
+    teacher_checkpoint = find_teacher(teacher)
+    draft_checkpoint = find_draft(draft, teacher_checkpoint)
+    folder = out or default_folder(draft_checkpoint)
+    try:
+        report = run_evaluation(teacher_checkpoint, draft_checkpoint, settings, folder, quiet)
+    except KeyboardInterrupt as error:
+        raise Interrupted(str(error)) from None
+    write_json(json_file, report)
+    _show_evaluation(report, folder, json_file, quiet)
+    if not report["complete"]:
+        raise Interrupted(f"{report['prompts']} prompts are done; the same command goes on from there")
+    if not report["identical"]:
+        raise typer.Exit(1)
+
+
+def _show_evaluation(report: dict[str, Any], folder: Path, json_file: str | None, quiet: bool) -> None:
+    from distill.evaluate import POSITION_PLOT, REPORT, TABLE, overview
+
+    if json_file != "-" and not quiet:
+        print(overview(report))
+    same = sum(entry["identical"] for entry in report["outputs"])
+    say(quiet)(
+        f"identical to plain decoding: {same} of {report['prompts']}\n"
+        f"written: {folder}/{REPORT}, {TABLE}, {POSITION_PLOT.replace('positions', '*')}"
     )
 
 
