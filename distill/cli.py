@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 from tqdm import tqdm
@@ -24,11 +25,22 @@ from decode.console import (
 )
 from kernels import UserError
 
+if TYPE_CHECKING:
+    from distill.recipe import Recipe
+
 app = typer.Typer(
     help="Train small draft models for BitNet b1.58 teachers by knowledge distillation.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+class Stage(StrEnum):
+    """What `--from` takes."""
+
+    collect = "collect"
+    train = "train"
+    evaluate = "evaluate"
 
 
 @app.command()
@@ -86,6 +98,7 @@ def collect(
     Killed or interrupted, the same command goes on where it stopped, and ends with the same bytes.
     """
     from distill.collect import Collector, CollectSettings, make_plan
+    from distill.predict import duration
 
     check_json_target(json_file)
     note = say(quiet)
@@ -115,7 +128,7 @@ def collect(
         result["estimate"] = vars(estimate)
         note(
             f"{plan.folder}: about {estimate.tokens:,} tokens, {estimate.bytes / 1e6:.1f} MB,"
-            f" {_duration(estimate.seconds)} ({estimate.tok_per_s:,.0f} tok/s)"
+            f" {duration(estimate.seconds)} ({estimate.tok_per_s:,.0f} tok/s)"
         )
     if not dry_run:
         try:
@@ -355,6 +368,66 @@ def _show_evaluation(report: dict[str, Any], folder: Path, json_file: str | None
     )
 
 
+@app.command("run")
+def run_recipe(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or the name of one in recipes/.")],
+    start: Annotated[
+        Stage, typer.Option("--from", help="Begin with this stage; what those before it made is taken as it is.")
+    ] = Stage.collect,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Predict disk, memory and time on Macs; write nothing."),
+    ] = False,
+    json_file: JsonOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Collect, train and evaluate as a recipe says, skipping what is done.
+
+    A recipe holds every setting of a run, and is kept beside the draft. Interrupted, the same command goes on; exit 1
+    if an output of the evaluation is not identical to plain decoding.
+    """
+    from distill.pipeline import Pipeline
+    from distill.recipe import find_recipe, read_recipe
+
+    check_json_target(json_file)
+    plan = read_recipe(find_recipe(recipe))
+    facts = {"recipe": str(plan.path), "sha256": plan.sha256, "teacher": plan.teacher, "dry_run": dry_run}
+    if dry_run:
+        _predict(plan, facts, json_file, quiet)
+        return
+    bars = Bars(quiet)
+    try:
+        records = Pipeline(plan, find_teacher(plan.teacher), quiet, bars, bars.close).run(start.value)
+    except KeyboardInterrupt as error:
+        raise Interrupted(str(error) or "what is done is kept; the same command goes on from there") from None
+    write_json(json_file, facts | {"stages": records})
+    report = records[-1]["report"]
+    say(quiet)(
+        f"{plan.draft}: acceptance rate {report['acceptance_rate']:.3f}, {report['mean_acceptance_length']:.2f} tokens"
+        f" a verification, speed-up {report['speedup']:.2f}, identical: {'yes' if report['identical'] else 'NO'}"
+    )
+    if not report["identical"]:
+        raise typer.Exit(1)
+
+
+def _predict(recipe: Recipe, facts: dict[str, Any], json_file: str | None, quiet: bool) -> None:
+    from distill.predict import predict, report, size, table, teacher_bytes, teacher_config
+
+    config, why = teacher_config(recipe.teacher)
+    works = predict(recipe, config)
+    if why:
+        say(quiet)(f"{why}\nwithout its config.json only the dataset's size can be told, at 128 bytes a token")
+    folders = (recipe.dataset, recipe.draft, recipe.evaluation)
+    stages = [{**work, "folder": str(folder)} for work, folder in zip(report(works), folders, strict=True)]
+    write_json(json_file, facts | {"stages": stages})
+    if json_file != "-" and not quiet:
+        if config is not None:
+            print(f" teacher  {recipe.teacher or 'the embedded one'}: {size(teacher_bytes(config))} of weights")
+        for work, folder in zip(works, folders, strict=True):
+            print(f"{work.stage:>8}  {folder}: {work.what}")
+        print(f"\n{table(works)}")
+
+
 class Bars:
     """One progress bar a stage of a collection."""
 
@@ -374,12 +447,6 @@ class Bars:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def main() -> None:

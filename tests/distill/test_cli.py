@@ -87,8 +87,10 @@ def test_dry_run_writes_nothing(command: Command, work: Path) -> None:
 
 def test_help(command: Command) -> None:
     for options, words in (
-        ([], ("collect", "inspect", "verify", "train")),
+        ([], ("collect", "inspect", "verify", "train", "evaluate", "run")),
         (["collect"], ("--source", "--no-reply", "--exclude", "--tokens", "--seq-len", "--dry-run", "default: 512")),
+        (["evaluate"], ("--draft", "--prompts", "--limit", "--k", "--max-tokens", "--head", "--out")),
+        (["run"], ("RECIPE", "--from", "--dry-run")),
         (["train"], ("--layers", "--hidden", "--loss", "--tokens", "--bits")),
     ):
         done = command("distill", *options, "--help")

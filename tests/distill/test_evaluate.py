@@ -94,7 +94,7 @@ def test_interrupted_it_goes_on_and_tells_a_difference(
     process = subprocess.Popen(
         arguments("distill", *options), cwd=work, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    until = time.monotonic() + 60
+    until = time.monotonic() + 120
     while not (unfinished.exists() and unfinished.read_bytes().count(b"\n") >= 3) and time.monotonic() < until:
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
