@@ -194,7 +194,9 @@ class Pipeline:
         return find_model(str(self.recipe.draft), "[train] out")
 
     def _evaluated(self) -> bool:
-        return self._finished() is not None
+        """A check that failed is none that was done: what was wrong may have been mended."""
+        report = self._finished()
+        return report is not None and bool(report["identical"])
 
     def _finished(self) -> dict[str, Any] | None:
         identity = self.recipe.evaluate.identity(self.teacher, self._draft)

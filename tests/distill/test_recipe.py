@@ -173,6 +173,9 @@ def test_run(tmp_path: Path) -> None:
 
     again = json.loads(run("--quiet", "--json", "-")[1])
     assert [stage["skipped"] for stage in again["stages"]] == [True, True, True]
+    (out / "draft" / "evaluation.json").write_text(json.dumps(report | {"identical": False}))
+    code, text, _ = run("--from", "evaluate", "--quiet", "--json", "-")  # a check that failed is made again
+    assert code == 0 and [stage["skipped"] for stage in json.loads(text)["stages"]] == [False]
     for old, new, named in (
         ("hidden = 64", "hidden = 128", "runs/tiny/draft: holds a finished draft that was trained with hidden = 64"),
         ("tokens = 1500", "tokens = 1600", "runs/tiny/dataset: was begun with tokens = 1500, not 1600"),
