@@ -73,9 +73,8 @@ class Pipeline:
         for name in names:
             began, stage = time.perf_counter(), self.stages[name]
             skipped = stage.done()
-            note(
-                f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}: {stage.folder}{' (done before)' if skipped else ''}"
-            )
+            number = f"{STAGES.index(name) + 1}/{len(STAGES)}"
+            note(f"{number} {name}: {stage.folder}{' (done before)' if skipped else ''}")
             if not skipped:
                 stage.run()
                 mx.clear_cache()
