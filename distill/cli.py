@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 from tqdm import tqdm
 
 from decode.awake import awake
-from decode.checkpoint import ROOT, RUNS, find_teacher
+from decode.checkpoint import RUNS, find_draft, find_teacher
 from decode.console import (
     Interrupted,
     JsonOption,
@@ -25,14 +26,22 @@ from decode.console import (
 )
 from kernels import UserError
 
+if TYPE_CHECKING:
+    from distill.recipe import Recipe
+
 app = typer.Typer(
     help="Train small draft models for BitNet b1.58 teachers by knowledge distillation.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 
-HELD_OUT = ROOT / "data" / "eval.jsonl"
-DEFAULT_SOURCES = (ROOT / "data" / "prompts.jsonl", ROOT / "data" / "wiki.jsonl.xz", ROOT / "data" / "novels.jsonl.xz")
+
+class Stage(StrEnum):
+    """What `--from` takes."""
+
+    collect = "collect"
+    train = "train"
+    evaluate = "evaluate"
 
 
 @app.command()
@@ -90,22 +99,23 @@ def collect(
     Killed or interrupted, the same command goes on where it stopped, and ends with the same bytes.
     """
     from distill.collect import Collector, CollectSettings, make_plan
+    from distill.predict import duration
 
     check_json_target(json_file)
     note = say(quiet)
     began = time.perf_counter()
-    settings = CollectSettings(
-        sources=tuple(source or map(str, DEFAULT_SOURCES)),
-        exclude=tuple(dict.fromkeys([*([str(HELD_OUT)] if HELD_OUT.exists() else []), *(exclude or [])])),
+    settings = CollectSettings.from_options(
+        source=source,
+        exclude=exclude,
         tokens=tokens,
         seq_len=seq_len,
         top_k=top_k,
         batch=batch,
-        temperatures=tuple(dict.fromkeys((1.0, *(temperature or [])))),
+        temperature=temperature,
         reply=reply,
         reply_batch=reply_batch,
-        max_reply=seq_len // 2 if max_reply is None else max_reply,
-        reply_temperatures=tuple(reply_temperature or (0.0, 0.8)),
+        max_reply=max_reply,
+        reply_temperature=reply_temperature,
         seed=seed,
     )
     plan = make_plan(find_teacher(teacher), settings, out)
@@ -119,7 +129,7 @@ def collect(
         result["estimate"] = vars(estimate)
         note(
             f"{plan.folder}: about {estimate.tokens:,} tokens, {estimate.bytes / 1e6:.1f} MB,"
-            f" {_duration(estimate.seconds)} ({estimate.tok_per_s:,.0f} tok/s)"
+            f" {duration(estimate.seconds)} ({estimate.tok_per_s:,.0f} tok/s)"
         )
     if not dry_run:
         try:
@@ -275,6 +285,155 @@ def train(
 
 
 @app.command()
+def evaluate(
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            "--draft",
+            metavar="PATH|REPO",
+            help="Draft model. Default: the newest one trained for this teacher under runs/, else the shipped one.",
+        ),
+    ] = None,
+    teacher: TeacherOption = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="JSONL with `prompt` or `messages` a line, and `category`. Default: the held-out data/eval.jsonl.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", help="Only the first N prompts of each category.")
+    ] = None,
+    k: Annotated[int, typer.Option("--k", help="Tokens drafted before each verification.")] = 3,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Most new tokens a prompt.")] = 128,
+    head: Annotated[
+        str,
+        typer.Option(
+            "--head", help="The teacher's output layer as the checkpoint has it (bf16), or rounded to 8 bits (int8)."
+        ),
+    ] = "bf16",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="Where the results go. Default: the draft's folder if it is under runs/, else one named after it"
+            " there.",
+        ),
+    ] = None,
+    seed: SeedOption = 0,
+    json_file: JsonOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure a draft on prompts: real acceptance by category and position, and the speed-up, decoding greedily.
+
+    Every prompt is also decoded plainly, in turn; exit 1 if an output is not identical. Writes evaluation.json,
+    evaluation.md and pictures. Ctrl-C writes what is done; the same command goes on where it stopped.
+    """
+    from distill.evaluate import EvaluateSettings, default_folder
+    from distill.evaluate import evaluate as run_evaluation
+
+    check_json_target(json_file)
+    settings = EvaluateSettings(
+        **({} if prompts is None else {"prompts": str(prompts)}),
+        k=k,
+        max_tokens=max_tokens,
+        head=head,
+        limit=limit,
+        seed=seed,
+    )
+    teacher_checkpoint = find_teacher(teacher)
+    draft_checkpoint = find_draft(draft, teacher_checkpoint)
+    folder = out or default_folder(draft_checkpoint)
+    try:
+        with awake():
+            report = run_evaluation(teacher_checkpoint, draft_checkpoint, settings, folder, quiet)
+    except KeyboardInterrupt as error:
+        raise Interrupted(str(error)) from None
+    write_json(json_file, report)
+    _show_evaluation(report, folder, json_file, quiet)
+    if not report["complete"]:
+        raise Interrupted(f"{report['prompts']} prompts are done; the same command goes on from there")
+    if not report["identical"]:
+        raise typer.Exit(1)
+
+
+def _show_evaluation(report: dict[str, Any], folder: Path, json_file: str | None, quiet: bool) -> None:
+    from distill.evaluate import POSITION_PLOT, REPORT, TABLE, overview
+
+    if json_file != "-" and not quiet:
+        print(overview(report))
+    same = sum(entry["identical"] for entry in report["outputs"])
+    say(quiet)(
+        f"identical to plain decoding: {same} of {report['prompts']}\n"
+        f"written: {folder}/{REPORT}, {TABLE}, {POSITION_PLOT.replace('positions', '*')}"
+    )
+
+
+@app.command("run")
+def run_recipe(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or the name of one in recipes/.")],
+    start: Annotated[
+        Stage, typer.Option("--from", help="Begin with this stage; what those before it made is taken as it is.")
+    ] = Stage.collect,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Predict disk, memory and time on Macs; write nothing."),
+    ] = False,
+    json_file: JsonOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Collect, train and evaluate as a recipe says, skipping what is done.
+
+    A recipe holds every setting of a run, and is kept beside the draft. Interrupted, the same command goes on; exit 1
+    if an output of the evaluation is not identical to plain decoding.
+    """
+    from distill.pipeline import Pipeline
+    from distill.recipe import find_recipe, read_recipe
+
+    check_json_target(json_file)
+    plan = read_recipe(find_recipe(recipe))
+    facts = {"recipe": str(plan.path), "sha256": plan.sha256, "teacher": plan.teacher, "dry_run": dry_run}
+    if dry_run:
+        _predict(plan, facts, json_file, quiet)
+        return
+    bars = Bars(quiet)
+    try:
+        with awake():
+            records = Pipeline(plan, find_teacher(plan.teacher), quiet, bars, bars.close).run(start.value)
+    except KeyboardInterrupt as error:
+        raise Interrupted(str(error) or "what is done is kept; the same command goes on from there") from None
+    write_json(json_file, facts | {"stages": records})
+    report = records[-1]["report"]
+    say(quiet)(
+        f"{plan.draft}: acceptance rate {report['acceptance_rate']:.3f}, {report['mean_acceptance_length']:.2f} tokens"
+        f" a verification, speed-up {report['speedup']:.2f}, identical: {'yes' if report['identical'] else 'NO'}"
+    )
+    if not report["identical"]:
+        raise typer.Exit(1)
+
+
+def _predict(recipe: Recipe, facts: dict[str, Any], json_file: str | None, quiet: bool) -> None:
+    from distill.predict import predict, report, size, table, teacher_bytes, teacher_config
+
+    config, why = teacher_config(recipe.teacher)
+    works = predict(recipe, config)
+    if why:
+        say(quiet)(f"{why}\nwithout its config.json only the dataset's size can be told, at 128 bytes a token")
+    folders = (recipe.dataset, recipe.draft, recipe.evaluation)
+    stages = [{**work, "folder": str(folder)} for work, folder in zip(report(works), folders, strict=True)]
+    write_json(json_file, facts | {"stages": stages})
+    if json_file != "-" and not quiet:
+        if config is not None:
+            print(f" teacher  {recipe.teacher or 'the embedded one'}: {size(teacher_bytes(config))} of weights")
+        for work, folder in zip(works, folders, strict=True):
+            print(f"{work.stage:>8}  {folder}: {work.what}")
+        print(f"\n{table(works)}")
+
+
+@app.command()
 def convert(
     teacher: TeacherOption = None,
     out: Annotated[
@@ -336,12 +495,6 @@ class Bars:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def main() -> None:

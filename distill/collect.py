@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from decode.checkpoint import RUNS, Checkpoint
+from decode.checkpoint import ROOT, RUNS, Checkpoint
 from decode.metal import limit_memory
 from decode.model import Transformer
 from decode.prompts import Prompt, Tokenizer
@@ -29,6 +29,8 @@ from distill.sources import Document, identity, is_excluded, load_excluded, read
 from distill.store import Replies, Reply, ReplyWriter
 from kernels import UserError
 
+HELD_OUT = ROOT / "data" / "eval.jsonl"
+DEFAULT_SOURCES = (ROOT / "data" / "prompts.jsonl", ROOT / "data" / "wiki.jsonl.xz", ROOT / "data" / "novels.jsonl.xz")
 FORMAT = 1
 ROWS_PER_SHARD = 64
 LOGIT_ROWS = 512
@@ -55,14 +57,42 @@ class CollectSettings:
     batch: int = 8
     temperatures: tuple[float, ...] = (1.0,)
     reply: bool = True
-    reply_batch: int = 32
+    reply_batch: int = 64
     max_reply: int = 256
     reply_temperatures: tuple[float, ...] = (0.0, 0.8)
     seed: int = 0
 
-    def check(self, teacher: Checkpoint) -> None:
-        vocab = int(teacher.config["vocab_size"])
-        context = int(teacher.config.get("max_position_embeddings") or 1 << 30)
+    @classmethod
+    def from_options(
+        cls,
+        *,
+        source: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        temperature: Sequence[float] | None = None,
+        reply_temperature: Sequence[float] | None = None,
+        max_reply: int | None = None,
+        seq_len: int = 512,
+        **others: Any,
+    ) -> CollectSettings:
+        """The settings that options of `distill collect` stand for; None where one was not given.
+
+        Beside what `exclude` names, the held-out prompts are excluded wherever they are there.
+        """
+        held_out = [str(HELD_OUT)] if HELD_OUT.exists() else []
+        return cls(
+            sources=tuple(source or map(str, DEFAULT_SOURCES)),
+            exclude=tuple(dict.fromkeys([*held_out, *(exclude or [])])),
+            temperatures=tuple(dict.fromkeys((1.0, *(temperature or [])))),
+            reply_temperatures=tuple(reply_temperature or (0.0, 0.8)),
+            max_reply=seq_len // 2 if max_reply is None else max_reply,
+            seq_len=seq_len,
+            **others,
+        )
+
+    def check(self, config: Mapping[str, Any] | None = None) -> None:
+        """UserError naming the first option that cannot be; config: the teacher's, which sets some of the limits."""
+        vocab = int(config["vocab_size"]) if config else None
+        context = int(config.get("max_position_embeddings") or 1 << 30) if config else None
         limits = {
             "--tokens": (self.tokens, 1, None),
             "--seq-len": (self.seq_len, 2 * MIN_PIECE, context),
@@ -118,7 +148,7 @@ class Estimate:
 
 def make_plan(teacher: Checkpoint, settings: CollectSettings, out: Path | None) -> Plan:
     """Check the settings, read the sources once for faults, hash what is named, and choose the folder."""
-    settings.check(teacher)
+    settings.check(teacher.config)
     for name in settings.sources:
         if Path(name).exists():  # a fault in a source's last line must not show after hours of work
             for _ in read_source(name):
@@ -344,13 +374,14 @@ class Collector:
             per_token += (time.perf_counter() - began) / written * sum(asked) / len(settings.sources)
         self.progress = silent
         total = settings.tokens
-        return Estimate(total, total * bytes_per_token(self.plan.manifest), total * per_token, 1 / per_token)
+        size = bytes_per_token(self.plan.manifest.vocab_size, settings.top_k, len(settings.temperatures))
+        return Estimate(total, total * size, total * per_token, 1 / per_token)
 
 
-def bytes_per_token(manifest: Settings) -> int:
+def bytes_per_token(vocab_size: int, top_k: int, temperatures: int) -> int:
     """Stored bytes a position, rounded up (DESIGN.md section 4)."""
-    bits = manifest.k * ((manifest.vocab_size - 1).bit_length() + 12)
-    return -(-bits // 8) + (2 if manifest.vocab_size <= 1 << 16 else 4) + 4 * len(manifest.temperatures) + 2
+    bits = top_k * ((vocab_size - 1).bit_length() + 12)
+    return -(-bits // 8) + (2 if vocab_size <= 1 << 16 else 4) + 4 * temperatures + 2
 
 
 def top_of(logits: mx.array, k: int, temperatures: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -37,12 +37,15 @@ class DraftConfig:
     @classmethod
     def for_teacher(cls, teacher_folder: Path, layers: int, hidden: int, kept: int | None = None) -> DraftConfig:
         """A draft of `layers` x `hidden` for the teacher in a folder, its head of `kept` tokens or of all."""
-        if layers < 1:
-            raise UserError(f"--layers {layers}: must be at least 1")
-        if hidden < DRAFT_HEAD_DIM or hidden % DRAFT_HEAD_DIM:
-            raise UserError(f"--hidden {hidden}: must be a multiple of {DRAFT_HEAD_DIM} (one attention head each)")
-        where = str(teacher_folder / "config.json")
-        teacher = read_json(teacher_folder / "config.json")
+        path = teacher_folder / "config.json"
+        return cls.for_config(read_json(path), str(path), layers, hidden, kept)
+
+    @classmethod
+    def for_config(
+        cls, teacher: dict[str, Any], name: str, layers: int, hidden: int, kept: int | None = None
+    ) -> DraftConfig:
+        """The same for a teacher of which only the content of config.json is known; name: the file's, for errors."""
+        check_size(layers, hidden)
         try:
             rope = teacher.get("rope_parameters") or {}  # where transformers 5 writes it
             teacher_heads = int(teacher["num_attention_heads"])
@@ -64,7 +67,7 @@ class DraftConfig:
                 kept=kept,
             )
         except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-            raise UserError(f"{where}: no usable {error}") from error
+            raise UserError(f"{name}: no usable {error}") from error
 
     def to_json(self) -> dict[str, Any]:
         """The `config.json` of mlx-lm and Hugging Face; of no stock model where the head is trimmed."""
@@ -122,6 +125,14 @@ class DraftConfig:
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         layer = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
         return self.layers * layer + self.vocab_size * self.hidden * (1 if self.tied else 2) + self.hidden
+
+
+def check_size(layers: int, hidden: int) -> None:
+    """UserError naming the option that no draft can have."""
+    if layers < 1:
+        raise UserError(f"--layers {layers}: must be at least 1")
+    if hidden < DRAFT_HEAD_DIM or hidden % DRAFT_HEAD_DIM:
+        raise UserError(f"--hidden {hidden}: must be a multiple of {DRAFT_HEAD_DIM} (one attention head each)")
 
 
 def load_tensors(path: Path) -> dict[str, mx.array]:

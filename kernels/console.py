@@ -137,10 +137,10 @@ def say(quiet: bool) -> Callable[[str], None]:
     return (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
 
 
-def progress(total: int | None, label: str, unit: str, quiet: bool, initial: int = 0) -> tqdm:
-    """A bar on standard error with rate and ETA."""
+def progress(total: int | None, label: str, unit: str, quiet: bool, initial: int = 0, scale: bool = True) -> tqdm:
+    """A bar on standard error with rate and ETA; scale: large counts are shown as 1.2k."""
     return tqdm(
-        total=total, desc=label, unit=unit, unit_scale=True, disable=quiet, initial=initial,
+        total=total, desc=label, unit=unit, unit_scale=scale, disable=quiet, initial=initial,
         file=sys.stderr, dynamic_ncols=True, smoothing=0.1,
     )  # fmt: skip
 

@@ -105,8 +105,10 @@ def test_bars_of_replies_end_at_what_was_written(command: Command, work: Path) -
 
 def test_help(command: Command) -> None:
     for options, words in (
-        ([], ("collect", "inspect", "verify", "train")),
+        ([], ("collect", "inspect", "verify", "train", "evaluate", "run")),
         (["collect"], ("--source", "--no-reply", "--exclude", "--tokens", "--seq-len", "--dry-run", "default: 512")),
+        (["evaluate"], ("--draft", "--prompts", "--limit", "--k", "--max-tokens", "--head", "--out")),
+        (["run"], ("RECIPE", "--from", "--dry-run")),
         (["train"], ("--layers", "--hidden", "--loss", "--tokens", "--bits")),
     ):
         done = command("distill", *options, "--help")

@@ -1,0 +1,213 @@
+"""`distill run`: collect, train and evaluate as a recipe says, skipping what is done.
+
+A stage is done when its folder holds the whole of what the same settings would make. Nothing that was made under
+other settings is overwritten.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from decode.checkpoint import Checkpoint, find_model
+from decode.console import say
+from decode.files import read_json
+from distill import draft
+from distill.collect import Collector, Plan, Progress, make_plan
+from distill.draft_config import DraftConfig, check_memory
+from distill.evaluate import evaluate, finished
+from distill.recipe import STAGES, Recipe
+from distill.shards import Dataset
+from distill.store import MANIFEST, write_atomic
+from distill.train import TrainSettings, train
+from kernels.errors import UserError
+
+RECIPE = "recipe.toml"  # beside the draft
+OTHERWISE = "give the recipe another `out`, or delete it"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: where its output is, whether that is whole, what makes it, and what to report of it.
+
+    done raises UserError where the folder holds the output of other settings.
+    """
+
+    folder: Path
+    done: Callable[[], bool]
+    run: Callable[[], None]
+    facts: Callable[[], dict[str, Any]]
+
+
+class Pipeline:
+    """A recipe and the teacher it names."""
+
+    def __init__(
+        self, recipe: Recipe, teacher: Checkpoint, quiet: bool, progress: Progress, collected: Callable[[], None]
+    ) -> None:
+        """progress: told of a collection's progress, as `Collector` tells it; collected: called when it ends."""
+        self.recipe, self.teacher, self.quiet = recipe, teacher, quiet
+        self.progress, self.collected = progress, collected
+        self.stages = {
+            "collect": Stage(recipe.dataset, self._collected, self._collect, self._collect_facts),
+            "train": Stage(recipe.draft, self._trained, self._train, self._train_facts),
+            "evaluate": Stage(recipe.evaluation, self._evaluated, self._evaluate, self._evaluate_facts),
+        }
+
+    def run(self, start: str = STAGES[0]) -> list[dict[str, Any]]:
+        """Do the stages from `start` on; what is before it is taken as it is. Returns a record of each.
+
+        What the recipe gets wrong is refused before the first stage, not after hours of one. KeyboardInterrupt says
+        what was kept.
+        """
+        names = STAGES[STAGES.index(start) :]
+        self._check(names)
+        note, records = say(self.quiet), list[dict[str, Any]]()
+        for name in names:
+            began, stage = time.perf_counter(), self.stages[name]
+            skipped = stage.done()
+            number = f"{STAGES.index(name) + 1}/{len(STAGES)}"
+            note(f"{number} {name}: {stage.folder}{' (done before)' if skipped else ''}")
+            if not skipped:
+                stage.run()
+                mx.clear_cache()
+            if name == "train":
+                self._keep_recipe()
+            seconds = time.perf_counter() - began
+            records.append(
+                {"stage": name, "folder": str(stage.folder), "skipped": skipped, "seconds": seconds, **stage.facts()}
+            )
+        return records
+
+    def _check(self, names: tuple[str, ...]) -> None:
+        recipe = self.recipe
+        config = DraftConfig.for_teacher(self.teacher.folder, recipe.train.layers, recipe.train.hidden)
+        vocab, size = recipe.train.vocab, config.vocab_size
+
+        def check_vocab() -> None:
+            if vocab is not None and vocab >= size:
+                raise UserError(f"--vocab {vocab}: the teacher has {size} tokens; leave it out for a head with all")
+
+        recipe.attempt("train", check_vocab)
+        recipe.attempt("collect", lambda: recipe.collect.check(self.teacher.config))
+        recipe.evaluate.select()
+        trained = self._trained()
+        if "collect" in names:
+            self._collected()
+        elif "train" in names and not trained and not Dataset.open(recipe.dataset).complete:
+            raise UserError(f"{recipe.dataset}: is not complete; run the recipe from its first stage")
+        if not trained and "train" not in names:
+            raise UserError(f"{recipe.draft}: holds no finished draft; run the recipe from an earlier stage")
+        if not trained:
+            check_memory(config, recipe.train.batch, recipe.collect.seq_len)
+            draft.check_out(recipe.draft)
+
+    # --- collect
+
+    @cached_property
+    def _plan(self) -> Plan:
+        return make_plan(self.teacher, self.recipe.collect, self.recipe.dataset)
+
+    def _collected(self) -> bool:
+        folder = self.recipe.dataset
+        plan = self._plan
+        if not (folder / MANIFEST).is_file():
+            return False
+        dataset = Dataset.open(folder)
+        if difference := dataset.settings.difference(plan.manifest):
+            name, was, now = difference
+            raise UserError(f"{folder}: was begun with {name} = {json.dumps(was)}, not {json.dumps(now)}; {OTHERWISE}")
+        return dataset.complete
+
+    def _collect(self) -> None:
+        collector = Collector(self._plan, self.progress)
+        collector.check_folder()
+        try:
+            collector.run()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("finished shards are kept; the same command goes on from there") from None
+        finally:
+            self.collected()
+
+    def _collect_facts(self) -> dict[str, Any]:
+        dataset = Dataset.open(self.recipe.dataset)
+        return {"tokens": dataset.tokens, "bytes": sum(entry.bytes for entry in dataset.shards)}
+
+    # --- train
+
+    def _trained(self) -> bool:
+        folder, wanted = self.recipe.draft, asdict(self.recipe.train)
+        if not (folder / "draft.json").is_file():
+            return False
+        about = read_json(folder / "draft.json")
+        if not about.get("complete"):
+            return False
+        try:
+            training = about["training"]
+            begun, data = asdict(TrainSettings()) | training["settings"], training["data"]["sha256"]
+            same_teacher = about["teacher"]["hash"] == self.teacher.weights_hash
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{folder / 'draft.json'}: is damaged (no {error})") from None
+        for name, value in wanted.items():
+            if begun[name] != value:
+                raise UserError(
+                    f"{folder}: holds a finished draft that was trained with {name} = {begun[name]}, not {value};"
+                    f" {OTHERWISE}"
+                )
+        manifest = self.recipe.dataset / MANIFEST
+        if not same_teacher or (manifest.is_file() and self._complete() and draft.sha256(manifest) != data):
+            what = "on other data" if same_teacher else "for another teacher"
+            raise UserError(f"{folder}: holds a finished draft that was trained {what}; {OTHERWISE}")
+        return True
+
+    def _complete(self) -> bool:
+        return Dataset.open(self.recipe.dataset).complete
+
+    def _train(self) -> None:
+        train(self.recipe.dataset, self.teacher.folder, self.recipe.draft, self.recipe.train, quiet=self.quiet)
+
+    def _train_facts(self) -> dict[str, Any]:
+        training = read_json(self.recipe.draft / "draft.json")["training"]
+        return {name: training[name] for name in ("tokens", "held_out_loss", "agreement", "expected_acceptance")}
+
+    def _keep_recipe(self) -> None:
+        """The recipe as it is beside the draft, and its name and hash in draft.json, for whoever gets the draft."""
+        folder, recipe = self.recipe.draft, self.recipe
+        about = read_json(folder / "draft.json")
+        known = {"name": recipe.name, "sha256": recipe.sha256}
+        if about.get("recipe") != known or not (folder / RECIPE).is_file():
+            write_atomic(folder / RECIPE, recipe.content)
+            write_atomic(folder / "draft.json", (json.dumps(about | {"recipe": known}, indent=2) + "\n").encode())
+
+    # --- evaluate
+
+    @cached_property
+    def _draft(self) -> Checkpoint:
+        return find_model(str(self.recipe.draft), "[train] out")
+
+    def _evaluated(self) -> bool:
+        """A check that failed is none that was done: what was wrong may have been mended."""
+        report = self._finished()
+        return report is not None and bool(report["identical"])
+
+    def _finished(self) -> dict[str, Any] | None:
+        identity = self.recipe.evaluate.identity(self.teacher, self._draft)
+        return finished(self.recipe.evaluation, identity)
+
+    def _evaluate(self) -> None:
+        recipe = self.recipe
+        report = evaluate(self.teacher, self._draft, recipe.evaluate, recipe.evaluation, self.quiet)
+        if not report["complete"]:
+            raise KeyboardInterrupt(f"{report['prompts']} prompts are done; the same command goes on from there")
+
+    def _evaluate_facts(self) -> dict[str, Any]:
+        report = self._finished()
+        assert report is not None
+        return {"report": {name: value for name, value in report.items() if name != "outputs"}}

@@ -1,0 +1,281 @@
+"""What a recipe will take on a Mac, from bytes and floating-point operations alone.
+
+Every figure is a prediction: bytes that must be read over the memory's bandwidth, operations over the GPU's peak,
+whichever takes longer. Real runs reach neither and take longer. None was measured on a Mac.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from decode.checkpoint import DEFAULT_TEACHER
+from decode.files import first_line, read_json
+from distill.collect import bytes_per_token, wants_reply
+from distill.draft_config import DraftConfig, estimate_memory
+from distill.recipe import Recipe
+from distill.sources import read_source
+from kernels.errors import UserError
+
+MOST_BYTES = 128  # a token, where the vocabulary is not known (DESIGN.md section 4)
+LOGIT_BYTES = 256 << 20  # what training keeps of logits at a time on a GPU
+
+
+@dataclass(frozen=True)
+class Mac:
+    """name; memory: GB; bandwidth: bytes a second; flops: float32 operations a second of the GPU, all as Apple
+    published them for the chip with the most GPU cores."""
+
+    name: str
+    memory: int
+    bandwidth: float
+    flops: float
+
+
+MACS = (
+    Mac("M1, 16 GB", 16, 68.25e9, 2.6e12),
+    Mac("M2, 24 GB", 24, 100e9, 3.6e12),
+    Mac("M1 Pro, 32 GB", 32, 200e9, 5.2e12),
+    Mac("M1 Max, 64 GB", 64, 400e9, 10.4e12),
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one stage takes.
+
+    disk: bytes that stay; memory: bytes at the peak; parts: (bytes read and written, operations) of each thing
+    done one after the other, None where the teacher must be known.
+    """
+
+    stage: str
+    what: str
+    disk: float | None
+    memory: float | None
+    parts: tuple[tuple[float, float], ...] | None
+
+    def seconds(self, mac: Mac) -> float | None:
+        """How long it takes at full bandwidth and full speed."""
+        if self.parts is None:
+            return None
+        return sum(max(moved / mac.bandwidth, operations / mac.flops) for moved, operations in self.parts)
+
+    def fits(self, mac: Mac) -> bool:
+        """Whether it fits beside the system: Apple lets a GPU have about two thirds of the memory."""
+        return self.memory is None or self.memory < mac.memory * 1e9 * 2 / 3
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A BitNet teacher's sizes, from its config.json alone."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab_size: int
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> Teacher:
+        """KeyError, TypeError or ValueError where the config is no transformer's."""
+        heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+        return cls(
+            layers=int(config["num_hidden_layers"]),
+            hidden=hidden,
+            heads=heads,
+            kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or hidden // heads),
+            intermediate=int(config["intermediate_size"]),
+            vocab_size=int(config["vocab_size"]),
+        )
+
+    @property
+    def ternary(self) -> int:
+        """Ternary weights; four are a byte."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+
+    @property
+    def head(self) -> int:
+        """Weights of the output layer, which is the embedding too, bfloat16."""
+        return self.vocab_size * self.hidden
+
+    @property
+    def read(self) -> float:
+        """Bytes read for a token decoded alone, the cache of keys and values apart."""
+        return self.ternary / 4 + 2 * self.head
+
+    @property
+    def cache(self) -> int:
+        """Bytes of keys and values a token, float32."""
+        return 2 * 4 * self.layers * self.kv_heads * self.head_dim
+
+    def operations(self, context: float) -> float:
+        """Floating-point operations of a token that sees `context` others."""
+        return 2 * (self.ternary + self.head) + 4 * self.layers * self.heads * self.head_dim * context
+
+
+def teacher_config(name: str | None) -> tuple[dict[str, Any] | None, str]:
+    """A teacher's config.json, without its weights, and why there is none."""
+    folder = DEFAULT_TEACHER if name is None else Path(name).expanduser()
+    if folder.exists():
+        return read_json(folder / "config.json"), ""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    repo, _, revision = str(name).partition("@")
+    try:
+        return read_json(Path(hf_hub_download(repo, "config.json", revision=revision or None))), ""
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        return None, f"{name}: no such folder, and not to be had from the Hub: {first_line(error)}"
+
+
+def answered(sources: Sequence[str]) -> float:
+    """The share of the sources that hold prompts for the teacher; one that is not here is taken for such."""
+    asked = 0
+    for name in sources:
+        first = next(iter(read_source(name)), None) if Path(name).exists() else None
+        asked += first is None or wants_reply(first)
+    return asked / len(sources)
+
+
+def predict(recipe: Recipe, config: dict[str, Any] | None) -> list[Work]:
+    """The work of each stage. config: the teacher's config.json, if it is known."""
+    prompts = len(recipe.evaluate.select())
+    if config is None:
+        return [
+            Work("collect", _collection(recipe), recipe.collect.tokens * MOST_BYTES, None, None),
+            Work("train", _training(recipe), None, None, None),
+            Work("evaluate", _evaluation(recipe, prompts), None, None, None),
+        ]
+    try:
+        teacher = Teacher.of(config)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"config.json of {recipe.teacher}: no usable {error}") from None
+    shape = DraftConfig.for_config(config, f"config.json of {recipe.teacher}", recipe.train.layers, recipe.train.hidden)
+    return [
+        _collect(recipe, teacher),
+        _train(recipe, teacher, shape),
+        _evaluate(recipe, teacher, shape, prompts),
+    ]
+
+
+def _collect(recipe: Recipe, teacher: Teacher) -> Work:
+    """Replies are written in batches, their prompts counted like them, then everything is scored once."""
+    settings = recipe.collect
+    context = settings.seq_len / 2
+    shards = bytes_per_token(teacher.vocab_size, settings.top_k, len(settings.temperatures))
+    disk = settings.tokens * (shards + (2 if teacher.vocab_size <= 1 << 16 else 4))
+    rows = settings.reply_batch
+    writing = settings.tokens * answered(settings.sources) if settings.reply else 0
+    reply = (writing * (teacher.read / rows + teacher.cache * context), writing * teacher.operations(context))
+    scored = settings.batch * settings.seq_len
+    score = (settings.tokens * teacher.read / scored, settings.tokens * teacher.operations(context))
+    # Scoring has the head in float32 too. Replies hold a cache, and for a moment a part of it twice.
+    weights = teacher.read + 4 * teacher.head
+    caches = rows * settings.seq_len * teacher.cache * (1 + 1 / teacher.layers) if writing else 0
+    activations = 4 * scored * (4 * teacher.hidden + 3 * teacher.intermediate)
+    logits = 3 * 4 * 512 * teacher.vocab_size
+    memory = weights + max(caches + 3 * 4 * rows * teacher.vocab_size, activations + logits)
+    return Work("collect", _collection(recipe), disk, memory, (reply, score))
+
+
+def _train(recipe: Recipe, teacher: Teacher, shape: DraftConfig) -> Work:
+    """Forward and backward are three times the forward's operations; AdamW reads four numbers a parameter and
+    writes three, in float32."""
+    settings = recipe.train
+    rows, seq_len = settings.batch, recipe.collect.seq_len
+    steps = -(-settings.tokens // (rows * seq_len))
+    layers = shape.parameters - shape.vocab_size * shape.hidden
+    kept = min(settings.vocab or teacher.vocab_size, teacher.vocab_size)
+    attention = 4 * shape.layers * shape.hidden * seq_len / 2
+    operations = 3 * (2 * (layers + kept * shape.hidden) + attention) * settings.tokens
+    optimizer = 28.0 * shape.parameters * steps
+    # While it runs there are also its state, the weights and two moments, and the best weights.
+    disk = shape.parameters * ((settings.bits or 16) / 8 + 16)
+    memory = estimate_memory(shape, rows, seq_len) + 3 * LOGIT_BYTES
+    return Work("train", _training(recipe), disk, memory, ((0.0, operations), (optimizer, 0.0)))
+
+
+def _evaluate(recipe: Recipe, teacher: Teacher, shape: DraftConfig, prompts: int) -> Work:
+    """Plain decoding of every prompt to the last token, and as much again for the speculative one."""
+    tokens = 2 * prompts * recipe.evaluate.max_tokens
+    moved = tokens * (teacher.read + teacher.cache * recipe.evaluate.max_tokens / 2)
+    memory = teacher.read + 2 * shape.parameters
+    return Work("evaluate", _evaluation(recipe, prompts), 0, memory, ((moved, 0.0),))
+
+
+def _collection(recipe: Recipe) -> str:
+    settings = recipe.collect
+    return f"{settings.tokens:,} tokens, top {settings.top_k}{', teacher replies' if settings.reply else ''}"
+
+
+def _training(recipe: Recipe) -> str:
+    settings = recipe.train
+    return f"{settings.layers} layers x {settings.hidden}, {settings.tokens:,} tokens"
+
+
+def _evaluation(recipe: Recipe, prompts: int) -> str:
+    return f"{prompts:,} prompts, {recipe.evaluate.max_tokens} tokens at most"
+
+
+def teacher_bytes(config: dict[str, Any]) -> float:
+    """Bytes of a teacher's weights, on disk as in memory."""
+    return Teacher.of(config).read
+
+
+def report(works: list[Work]) -> list[dict[str, Any]]:
+    """The predictions as JSON."""
+    return [
+        {
+            "stage": work.stage,
+            "what": work.what,
+            "disk_bytes": work.disk,
+            "memory_bytes": work.memory,
+            "macs": [{**asdict(mac), "seconds": work.seconds(mac), "fits": work.fits(mac)} for mac in MACS],
+        }
+        for work in works
+    ]
+
+
+def table(works: list[Work]) -> str:
+    """The predictions for a terminal, with how they come about."""
+    lines = [["", "disk", "memory", *(mac.name for mac in MACS)]]
+    for work in [*works, _sum(works)]:
+        times = [duration(work.seconds(mac)) if work.fits(mac) else "too large" for mac in MACS]
+        lines.append([work.stage, size(work.disk), size(work.memory), *times])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
+    return (
+        f"{rows}\n"
+        "Predictions: bytes over memory bandwidth or operations over the GPU's float32 peak, as Apple published them\n"
+        "for these chips, whichever is longer. Real runs reach neither and take longer. None was measured on a Mac."
+    )
+
+
+def _sum(works: list[Work]) -> Work:
+    disk = None if any(work.disk is None for work in works) else sum(work.disk or 0 for work in works)
+    memory = None if any(work.memory is None for work in works) else max(work.memory or 0 for work in works)
+    known = [work.parts for work in works if work.parts is not None]
+    parts = tuple(part for group in known for part in group) if len(known) == len(works) else None
+    return Work("all", "", disk, memory, parts)
+
+
+def size(count: float | None) -> str:
+    """Bytes, for a reader."""
+    if count is None:
+        return "?"
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds, minutes or hours, for a reader."""
+    if seconds is None:
+        return "?"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

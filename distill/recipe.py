@@ -1,0 +1,197 @@
+"""Recipes: TOML files that hold every setting of a run, read with plain errors.
+
+A recipe has `teacher`, `out` and the sections `[collect]`, `[train]` and `[evaluate]`. Their keys are the commands'
+option names and the fields of the settings classes behind them; what is left out has the commands' default.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from decode.checkpoint import ROOT, RUNS
+from distill.collect import CollectSettings
+from distill.draft_config import check_size
+from distill.evaluate import EvaluateSettings
+from distill.train import TrainSettings
+from kernels.errors import UserError
+
+RECIPES = ROOT / "recipes"
+STAGES = ("collect", "train", "evaluate")
+OPTIONS = {"sources": "source", "temperatures": "temperature", "reply_temperatures": "reply_temperature"}
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+
+# What every key must be, by section ("" is the top): the types of the settings classes' fields.
+KEYS: dict[str, dict[str, Any]] = {
+    "": {"teacher": str, "out": str, **dict.fromkeys(STAGES, dict)},
+    "collect": {OPTIONS.get(name, name): kind for name, kind in get_type_hints(CollectSettings).items()},
+    "train": get_type_hints(TrainSettings),
+    "evaluate": get_type_hints(EvaluateSettings),
+}
+for _section in STAGES:
+    KEYS[_section]["out"] = str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run: its settings, and the folders of what each stage makes. Paths are as on a command line."""
+
+    path: Path
+    content: bytes = field(repr=False)
+    teacher: str | None
+    collect: CollectSettings
+    train: TrainSettings
+    evaluate: EvaluateSettings
+    dataset: Path
+    draft: Path
+    evaluation: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @property
+    def sha256(self) -> str:
+        """Of the file as it is, comments and all."""
+        return hashlib.sha256(self.content).hexdigest()
+
+    def attempt(self, section: str, check: Callable[[], object]) -> None:
+        """Run a check of a section's options, and say of what it refuses where it stands in the file."""
+        try:
+            check()
+        except UserError as error:
+            option = re.match(r"--([a-z-]+)", str(error))
+            if option is None:
+                raise
+            key = option[1].replace("-", "_")
+            source = _Source(self.path, self.content.decode("utf-8"))
+            raise source.error(section, key, key + str(error)[option.end() :]) from None
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe by path, or by its name in recipes/."""
+    path, shipped = Path(name), RECIPES / f"{name}.toml"
+    if path.is_file():
+        return path
+    if Path(name).name == name and shipped.is_file():
+        return shipped
+    known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.toml")))
+    raise UserError(f"{name}: no such recipe, neither as a file nor among those in recipes/ ({known})")
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read and check a recipe. UserError names the file, the line and the key at fault."""
+    try:
+        content = path.read_bytes()
+        values = tomllib.loads(content.decode("utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not valid UTF-8 (byte {error.start})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: is not TOML: {error}") from None
+    source = _Source(path, content.decode("utf-8"))
+    top = source.checked("", values)
+    parts = {name: source.checked(name, top.get(name, {})) for name in STAGES}
+    out = Path(top.get("out", RUNS / path.stem))
+    folders = {name: Path(part.pop("out")) if "out" in part else None for name, part in parts.items()}
+    draft = folders["train"] or out / "draft"
+    recipe = Recipe(
+        path=path,
+        content=content,
+        teacher=top.get("teacher"),
+        collect=CollectSettings.from_options(**parts["collect"]),
+        train=TrainSettings(**parts["train"]),
+        evaluate=EvaluateSettings(**parts["evaluate"]),
+        dataset=folders["collect"] or out / "dataset",
+        draft=draft,
+        evaluation=folders["evaluate"] or draft,
+    )
+    _check(recipe)
+    return recipe
+
+
+class _Source:
+    """A recipe's text, for errors that say where."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        self.path, self.text = path, text
+
+    def checked(self, section: str, values: dict[str, Any]) -> dict[str, Any]:
+        """The values of a section, each known and of its type; lists become tuples."""
+        known = KEYS[section]
+        for key, value in values.items():
+            if key not in known:
+                raise self.error(section, key, f"{key}: no such key; {self._hint(section, key)}")
+            if wrong := _unlike(value, known[key]):
+                raise self.error(section, key, f"{key} must be {wrong}, not {_shown(value)}")
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+    def _hint(self, section: str, key: str) -> str:
+        for other in ("", *STAGES):
+            if other != section and key in KEYS[other]:
+                return f"it belongs {f'into [{other}]' if other else 'above all sections'}"
+        return f"did you mean {get_close_matches(key, KEYS[section], 1, 0.0)[0]}?"
+
+    def error(self, section: str, key: str, message: str) -> UserError:
+        line = self._line(section, key)
+        where = f"{self.path}: line {line}" if line else str(self.path)
+        return UserError(f"{where}: {f'[{section}] ' if section else ''}{message}")
+
+    def _line(self, section: str, key: str) -> int | None:
+        """Where a key is set, if it stands on a line of its own section; a table counts as a key of the top."""
+        inside = ""
+        name = rf"[\"']?{re.escape(key)}[\"']?"
+        for number, line in enumerate(self.text.splitlines(), 1):
+            if header := re.match(r"\s*\[+\s*([^\]]*?)\s*\]", line):
+                inside = header[1].strip("\"'")
+                if not section and inside.split(".")[0] == key:
+                    return number
+            elif inside == section and re.match(rf"\s*{name}\s*[=.]", line):
+                return number
+        return None
+
+
+def _check(recipe: Recipe) -> None:
+    """What no teacher would make possible."""
+    train, heats = recipe.train, recipe.collect.temperatures
+    recipe.attempt("collect", recipe.collect.check)
+    recipe.attempt("train", train.check)
+    recipe.attempt("train", lambda: check_size(train.layers, train.hidden))
+    recipe.attempt("evaluate", recipe.evaluate.check)
+
+    def check_rest() -> None:
+        if train.vocab is not None and train.vocab < 1:
+            raise UserError(f"--vocab {train.vocab}: must be at least 1")
+        if train.temperature not in heats:
+            raise UserError(f"--temperature {train.temperature}: must be 1 or one of [collect] temperature")
+
+    recipe.attempt("train", check_rest)
+
+
+def _unlike(value: Any, kind: Any) -> str | None:
+    """What a value must be in words, where it is not that."""
+    if kind is dict:
+        return None if isinstance(value, dict) else "a section"
+    kinds = [part for part in get_args(kind) or (kind,) if part not in (type(None), Ellipsis)]
+    if getattr(kind, "__origin__", None) is tuple:
+        fits = isinstance(value, list) and value and all(_is(part, kinds[0]) for part in value)
+        return None if fits else f"a list of {'strings' if kinds[0] is str else 'numbers'}"
+    return None if _is(value, kinds[0]) else WORDS[kinds[0]]
+
+
+def _is(value: Any, kind: type) -> bool:
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is kind
+
+
+def _shown(value: Any) -> str:
+    text = "a section" if isinstance(value, dict) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,205 @@
+"""Recipes: what is refused and where, what the shipped ones say, and `distill run` on a small one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TEACHER, Command, arguments, environment
+
+from distill.predict import Teacher, predict, table
+from distill.recipe import RECIPES, find_recipe, read_recipe
+from kernels import UserError
+
+TINY = """# Kept with the draft, comments and all.
+[collect]
+source = ["prompts.jsonl"]
+tokens = 1500
+seq_len = 64
+max_reply = 16
+reply_batch = 8
+batch = 4
+[train]
+layers = 1
+hidden = 64
+tokens = 1200
+[evaluate]
+prompts = "prompts.jsonl"
+limit = 2
+max_tokens = 8
+"""
+BITNET_2B = {  # DESIGN.md section 5
+    "model_type": "bitnet",
+    "hidden_size": 2560,
+    "intermediate_size": 6912,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 20,
+    "num_key_value_heads": 5,
+    "vocab_size": 128256,
+    "rope_theta": 5e5,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 4096,
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("[train]\nlayres = 2\n", "line 2: [train] layres: no such key; did you mean layers?"),
+        ('tokens = 5\n[collect]\n[train]\ntoken = "x"', "line 1: tokens: no such key; it belongs into [collect]"),
+        ("\n[trian]\nlayers = 2\n", "line 2: trian: no such key; did you mean train?"),
+        ('[collect]\n# x\nteacher = "a"\n', "line 3: [collect] teacher: no such key; it belongs above all sections"),
+        ('[train]\nlayers = "two"\n', "line 2: [train] layers must be a whole number, not 'two'"),
+        ("[train]\nlayers = true\n", "[train] layers must be a whole number, not True"),
+        ("[train]\nlr = false\n", "[train] lr must be a number, not False"),
+        ("[train]\nteacher_embedding = 1\n", "[train] teacher_embedding must be true or false, not 1"),
+        ('[collect]\nsource = "a.txt"\n', "[collect] source must be a list of strings, not 'a.txt'"),
+        ("[collect]\nsource = []\n", "[collect] source must be a list of strings"),
+        ('[collect]\ntemperature = [1, "a"]\n', "[collect] temperature must be a list of numbers"),
+        ("train = 3\n", "line 1: train must be a section, not 3"),
+        ("[train]\nhidden = 100\n", "line 2: [train] hidden 100: must be a multiple of 64"),
+        ("[train]\nlayers = 2\nlr = -1\n", "line 3: [train] lr -1: must be above 0"),
+        ('[train]\nloss = "mse"\n', "[train] loss mse: known are"),
+        ("[train]\nvocab = 0\n", "line 2: [train] vocab 0"),
+        ("[train]\ntemperature = 0.5\n", "line 2: [train] temperature 0.5: must be 1 or one of [collect] temperature"),
+        ("[collect]\nseq_len = 1\n", "line 2: [collect] seq_len 1: must be at least 16"),
+        ("[evaluate]\nk = 0\n", "line 2: [evaluate] k 0: must be at least 1"),
+        ('[evaluate]\nhead = "int4"\n', "[evaluate] head int4"),
+        ("[train\n", "is not TOML: "),
+        ("[train]\nlayers = 2\nlayers = 3\n", "is not TOML: "),
+    ],
+)
+def test_a_wrong_recipe_is_refused_where_it_is_wrong(text: str, named: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(UserError) as refused:
+        read_recipe(path)
+    assert str(refused.value).startswith(f"{path}: ") and named in str(refused.value)
+
+
+def test_defaults_are_those_of_the_commands(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("[collect]\nseq_len = 256\n[train]\nlr = 1\n")
+    recipe = read_recipe(tmp_path / "mine.toml")
+    assert recipe.collect.max_reply == 128 and recipe.collect.temperatures == (1.0,)
+    assert [Path(name).name for name in recipe.collect.exclude] == ["eval.jsonl"]
+    assert len(recipe.collect.sources) == 3 and all(Path(name).exists() for name in recipe.collect.sources)
+    assert recipe.train.lr == 1 and recipe.train.layers == 2 and recipe.teacher is None
+    assert (recipe.dataset, recipe.draft) == (Path("runs/mine/dataset"), Path("runs/mine/draft"))
+    assert recipe.evaluation == recipe.draft
+
+
+def test_the_shipped_draft_has_its_recipe() -> None:
+    """Every setting that its draft.json names is the recipe's."""
+    recipe = read_recipe(find_recipe("bitnet-smol-43m-draft"))
+    about = json.loads((ROOT / "checkpoints" / "bitnet-smol-43m-draft" / "draft.json").read_text())
+    for name, value in about["training"]["settings"].items():
+        assert getattr(recipe.train, name) == value, name
+    assert recipe.collect.tokens == about["training"]["data"]["tokens"]
+    assert recipe.train.vocab is None and about["teacher"]["name"] == TEACHER.name
+
+
+@pytest.mark.parametrize("layers", [2, 4, 6, 8])
+def test_recipes_of_the_2b_say_what_is_predicted(layers: int) -> None:
+    """And all of them share one dataset."""
+    path = find_recipe(f"bitnet-2b-4t-{layers}l")
+    recipe = read_recipe(path)
+    assert recipe.train.layers == layers and recipe.teacher == "microsoft/bitnet-b1.58-2B-4T"
+    first = read_recipe(RECIPES / "bitnet-2b-4t-2l.toml")
+    assert (recipe.collect, recipe.dataset) == (first.collect, first.dataset)
+    comments = {line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.startswith("#")}
+    assert {line.strip() for line in table(predict(recipe, BITNET_2B)).splitlines()[:5]} <= comments
+
+
+def test_predictions_are_bytes_and_operations() -> None:
+    """Against the figures of DESIGN.md: 1.18 GB read a token, 125 to 128 bytes of shards."""
+    teacher = Teacher.of(BITNET_2B)
+    assert teacher.read == pytest.approx(1.18e9, rel=0.01) and teacher.ternary / 4 == pytest.approx(521e6, rel=0.01)
+    recipe = read_recipe(RECIPES / "bitnet-2b-4t-2l.toml")
+    collect, train, evaluate = predict(recipe, BITNET_2B)
+    assert collect.disk is not None and 125 <= collect.disk / recipe.collect.tokens - 4 <= 128  # 4: its replies
+    assert collect.parts is not None and train.parts is not None and evaluate.parts is not None
+    replies, scores = collect.parts
+    assert replies[1] == scores[1] == pytest.approx(2 * 2.41e9 * recipe.collect.tokens, rel=0.05)
+    assert evaluate.parts[0][0] == pytest.approx(2 * 384 * 128 * 1.18e9, rel=0.02)
+
+
+def test_run(tmp_path: Path) -> None:
+    """The three stages, once; stopped and taken up; what was made under other settings stays."""
+    lines = [{"prompt": f"Tell me about the number {i}.", "category": "ab"[i % 2]} for i in range(60)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "tiny.toml").write_text(TINY)
+    out = tmp_path / "runs" / "tiny"
+
+    def run(*options: object) -> tuple[int, str, str]:
+        done = subprocess.run(
+            arguments("distill", "run", "tiny.toml", *options),
+            cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+        return done.returncode, done.stdout, done.stderr
+
+    dry = run("--dry-run", "--json", "-")
+    assert dry[0] == 0 and json.loads(dry[1])["stages"][0]["folder"] == "runs/tiny/dataset"
+    assert not (tmp_path / "runs").exists()
+    code, _, told = run("--from", "train")
+    assert code == 2 and "runs/tiny/dataset: no such dataset folder" in told and not (tmp_path / "runs").exists()
+
+    process = subprocess.Popen(
+        arguments("distill", "run", "tiny.toml"), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE
+    )
+    until = time.monotonic() + 120
+    while not (out / "draft" / "log.jsonl").exists() and time.monotonic() < until:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    assert b"same command goes on" in process.communicate(timeout=60)[1] and process.returncode == 130
+    shards = {path.name: path.stat().st_mtime_ns for path in (out / "dataset").iterdir()}
+
+    code, text, told = run("--json", "-")
+    assert code == 0, told
+    result = json.loads(text)
+    assert [stage["skipped"] for stage in result["stages"]] == [True, False, False]
+    assert {path.name: path.stat().st_mtime_ns for path in (out / "dataset").iterdir()} == shards
+    content = (out / "draft" / "recipe.toml").read_bytes()
+    assert content == TINY.encode() and result["sha256"] == hashlib.sha256(content).hexdigest()
+    about = json.loads((out / "draft" / "draft.json").read_text())
+    assert about["complete"] and about["recipe"] == {"name": "tiny", "sha256": result["sha256"]}
+    report = json.loads((out / "draft" / "evaluation.json").read_text())
+    assert report["complete"] and [row["prompts"] for row in report["categories"]] == [2, 2]
+    assert {**report, "outputs": None} == {**result["stages"][2]["report"], "outputs": None}
+
+    again = json.loads(run("--quiet", "--json", "-")[1])
+    assert [stage["skipped"] for stage in again["stages"]] == [True, True, True]
+    (out / "draft" / "evaluation.json").write_text(json.dumps(report | {"identical": False}))
+    code, text, _ = run("--from", "evaluate", "--quiet", "--json", "-")  # a check that failed is made again
+    assert code == 0 and [stage["skipped"] for stage in json.loads(text)["stages"]] == [False]
+    for old, new, named in (
+        ("hidden = 64", "hidden = 128", "runs/tiny/draft: holds a finished draft that was trained with hidden = 64"),
+        ("tokens = 1500", "tokens = 1600", "runs/tiny/dataset: was begun with tokens = 1500, not 1600"),
+        ("hidden = 64", "hidden = 64\nvocab = 99999", "vocab 99999: the teacher has 16384 tokens"),
+        ("batch = 4", "batch = 4\ntop_k = 20000", "tiny.toml: line 9: [collect] top_k 20000: must be 1 to 16384"),
+        ('prompts = "prompts', 'prompts = "gone', "gone.jsonl"),
+    ):
+        (tmp_path / "tiny.toml").write_text(TINY.replace(old, new))
+        code, _, told = run()
+        assert code == 2 and named in told and len(told.splitlines()) == 1, told
+    assert (out / "draft" / "recipe.toml").read_bytes() == content
+
+
+def test_dry_run_without_the_teacher(command: Command, work: Path) -> None:
+    """What needs no teacher is told all the same, and nothing is fetched or written."""
+    before = sorted(work.rglob("*"))
+    done = command("distill", "run", RECIPES / "demo.toml", "--dry-run")
+    assert done.code == 0 and "90,000 tokens" in done.out and "None was measured on a Mac" in done.out
+    (work / "far.toml").write_text('teacher = "owner/not-there"\n[collect]\ntokens = 1_000_000\n')
+    far = command("distill", "run", "far.toml", "--dry-run", "--json", "-")
+    assert far.code == 0 and "owner/not-there" in far.err
+    stages = json.loads(far.out)["stages"]
+    assert stages[0]["disk_bytes"] == 128e6 and stages[0]["memory_bytes"] is None
+    assert stages[0]["macs"][0]["seconds"] is None
+    (work / "far.toml").unlink()
+    command("distill", "run", "nope").refused("distill", "nope: no such recipe", "demo")
+    assert sorted(work.rglob("*")) == before
