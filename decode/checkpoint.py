@@ -140,14 +140,15 @@ def _from_hub(name: str, option: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import IncompleteSnapshotError
 
-    def fetch(patterns: list[str], **options: bool) -> Path:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns, **options))
+    def fetch(patterns: list[str], local: bool = False) -> Path:
+        folder = snapshot_download(repo, revision=revision or None, allow_patterns=patterns, local_files_only=local)
+        return Path(folder)
 
     try:
         try:
             return fetch([*PATTERNS, CARD])
         except IncompleteSnapshotError:  # without a connection, what was fetched without its card serves as well
-            return fetch(PATTERNS, local_files_only=True)
+            return fetch(PATTERNS, local=True)
     except Exception as error:  # the client raises errors of several libraries
         raise UserError(
             f"{option} {name}: no such folder, and not to be had from the Hub: {explain(error, repo)}"
