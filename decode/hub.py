@@ -54,7 +54,6 @@ def explain(error: BaseException, repo: str) -> str:
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import (
-        EntryNotFoundError,
         GatedRepoError,
         IncompleteSnapshotError,
         OfflineModeIsEnabled,
@@ -77,7 +76,7 @@ def explain(error: BaseException, repo: str) -> str:
         return f"it is gated: ask for access at {constants.ENDPOINT}/{repo}, then {LOG_IN}"
     if any_is(RevisionNotFoundError):
         return "it has no such revision (branch, tag or commit)"
-    if any_is(RepositoryNotFoundError) or (code == 404 and not any_is(EntryNotFoundError)):
+    if any_is(RepositoryNotFoundError):
         return f"there is no such repository, or it is private: check the name, or {LOG_IN}"
     if code == 401:
         return f"the login is not valid (401): {LOG_IN}, or mend HF_TOKEN where that is set"

@@ -225,9 +225,8 @@ def test_a_published_draft_comes_back_byte_for_byte(command: Command, hub: Hub, 
     repository = hub.repositories[REPO]
     assert repository.private and len(repository.commits) == 2
     card = repository.files["README.md"].decode()
-    assert repository.files == {**repository.commits[list(repository.commits)[0]], **local_files(small)} | {
-        "README.md": card.encode()
-    }
+    first = next(iter(repository.commits.values()))
+    assert repository.files == {**first, **local_files(small), "README.md": card.encode()}
     result = json.loads((hub.home / "result.json").read_text())
     assert result["commit"] == repository.head and result["private"] and result["card"] == card
     assert result["changed"] and result["url"] == f"{hub.url}/{REPO}"
@@ -341,20 +340,38 @@ def test_a_cut_upload_and_a_busy_hub_are_tried_again(command: Command, hub: Hub,
     assert hub.repositories[REPO].files["model.safetensors"] == (small / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_stopped_while_uploading_and_resumed(command: Command, hub: Hub, small: Path, number: signal.Signals) -> None:
-    weights, picture = (
-        hashlib.sha256((small / name).read_bytes()).hexdigest() for name in ("model.safetensors", "curves.png")
-    )
-    hold = threading.Event()
-    fault = hub.fail(f"PUT /upload/{weights}", after=100_000, hold=hold)
-    process = subprocess.Popen(
-        arguments("distill", "publish", "--draft", small, "--repo", REPO),
+def start(hub: Hub, folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        arguments("distill", "publish", "--draft", folder, "--repo", REPO),
         env=environment(**hub.environment()),
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
+
+
+def test_a_change_by_someone_else_meanwhile_is_not_lost(hub: Hub, small: Path) -> None:
+    repository = hub.add(REPO, {})
+    hold = threading.Event()
+    fault = hub.fail("PUT /upload", hold=hold)
+    process = start(hub, small)
+    assert fault.reached.wait(60)
+    repository.commit({"draft.json": b"theirs"})
+    hold.set()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and out == ""
+    assert err.splitlines()[-1].endswith(f"{REPO}: the repository changed meanwhile: run the same command again")
+    assert repository.files == {"draft.json": b"theirs"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_while_uploading_and_resumed(command: Command, hub: Hub, small: Path, number: int) -> None:
+    weights, picture = (
+        hashlib.sha256((small / name).read_bytes()).hexdigest() for name in ("model.safetensors", "curves.png")
+    )
+    hold = threading.Event()
+    fault = hub.fail(f"PUT /upload/{weights}", after=100_000, hold=hold)
+    process = start(hub, small)
     assert fault.reached.wait(60)
     while picture not in hub.objects:  # the small file passes meanwhile
         assert process.poll() is None
