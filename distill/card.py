@@ -162,7 +162,7 @@ def _acceptance(subject: Subject) -> str:
         return "## Acceptance\n\nNot evaluated."
     rows = [
         ("prompts", _number(found.get("prompts"))),
-        ("tokens drafted a round (k)", _number(found.get("k"))),
+        ("tokens drafted a round (k)", _cell(found.get("k"))),
         ("acceptance rate (accepted / drafted)", _number(found.get("acceptance_rate"), 3)),
         ("tokens a verification", _number(found.get("mean_acceptance_length"))),
         ("accepted, by position", _positions(found)),
