@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import mlx.nn as nn
 from safetensors import SafetensorError, safe_open
 
-from decode import trimmed
+from decode import families, trimmed
 from decode.files import first_line, read_json
 from decode.hub import explain
 from decode.model import Precision, Transformer
@@ -21,6 +25,8 @@ from kernels import UserError, swap_bitlinear
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_TEACHER = ROOT / "checkpoints" / "bitnet-smol-43m"
 RUNS = Path("runs")
+ROPE = ("rope_theta", "rope_scaling")
+GGUF = "GGUF files (such as i2_s) are not read; take the safetensors checkpoint that they were made from"
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 CARD = "README.md"  # says which licence a model has
 
@@ -35,19 +41,50 @@ class Checkpoint:
 
     def load(self, head: Precision = "float", layers: Precision = "float") -> Transformer:
         """Load through mlx-lm, with its BitLinear swapped for ours; head and layers as `Transformer` takes them."""
-        from mlx_lm.utils import load_model
-
-        own: Any = {}
-        if self.config.get("model_type") == trimmed.MODEL_TYPE:
-            own = {"get_model_classes": trimmed.model_classes}
-        try:
-            model, config = load_model(self.folder, lazy=True, **own)
-            swap_bitlinear(model, config.get("quantization_config") or {})
+        with self._named_errors():
+            model, config = self._load_model()
             return Transformer(model, config, head, layers)
+
+    def check(self) -> None:
+        """UserError where the weight files do not hold what config.json asks for, at the cost of their headers."""
+        with self._named_errors():
+            self._load_model()
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
         except UserError as error:
             raise UserError(f"{self.folder}: {error}") from None
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, ZeroDivisionError, OSError) as error:
             raise UserError(f"{self.folder}: cannot be loaded: {first_line(error)}") from error
+
+    def _load_model(self) -> tuple[nn.Module, dict[str, Any]]:
+        """mlx-lm's module, its arrays read when used, and its config."""
+        from mlx_lm.utils import load_model
+
+        own: dict[str, Any] = {"model_config": {key: self.config[key] for key in ROPE if key in self.config}}
+        if self.config.get("model_type") == trimmed.MODEL_TYPE:
+            own["get_model_classes"] = trimmed.model_classes
+        elif families.is_bitnet(self.config):
+            family = families.Family.of(self.config)
+            # What is left for mlx-lm to do is what it does to float layers, as `quantization` says.
+            own["model_config"] = self.packed_config() | {"quantization_config": None}
+            own["get_model_classes"] = lambda config: families.model_classes(family)
+        model, config = load_model(self.folder, lazy=True, **own)
+        return swap_bitlinear(model, families.PACKED), config
+
+    def packed_config(self) -> dict[str, Any]:
+        """config.json as it is in Microsoft's packing, of a BitNet checkpoint."""
+        tied = "tie_word_embeddings" in self.config or "lm_head.weight" not in self.arrays()
+        return families.packed_config(self.config, families.Family.of(self.config), tied)
+
+    def arrays(self) -> dict[str, mx.array]:
+        """Every tensor of the weight files, read when used."""
+        tensors: dict[str, mx.array] = {}
+        for path in sorted(self.folder.glob("model*.safetensors")):
+            tensors |= mx.load(str(path))  # type: ignore[arg-type]
+        return tensors
 
     @cached_property
     def weights_hash(self) -> str:
@@ -75,9 +112,10 @@ def find_teacher(name: str | None) -> Checkpoint:
     if name is None and not DEFAULT_TEACHER.exists():
         raise UserError("no --teacher given, and the embedded one is only in a checkout of bitdraft")
     checkpoint = find_model(name or str(DEFAULT_TEACHER), "--teacher")
-    quantization = checkpoint.config.get("quantization_config")
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "bitnet":
-        raise UserError(f"{checkpoint.folder}/config.json: not a BitNet checkpoint (quant_method is not 'bitnet')")
+    try:
+        families.Family.of(checkpoint.config)
+    except UserError as error:
+        raise UserError(f"{checkpoint.folder}/config.json: {error}") from None
     return checkpoint
 
 
@@ -120,8 +158,10 @@ def find_model(name: str, option: str) -> Checkpoint:
     if not local:
         folder = _from_hub(name, option)
     if not folder.is_dir():
-        raise UserError(f"{option} {name}: not a folder")
-    config = read_json(folder / "config.json")
+        raise UserError(f"{option} {name}: {GGUF if folder.suffix == '.gguf' else 'not a folder'}")
+    if not (folder / "config.json").exists() and (any(folder.glob("*.gguf")) or name.lower().endswith("gguf")):
+        raise UserError(f"{option} {name}: {GGUF}")
+    config = _with_rope(read_json(folder / "config.json"))
     if config.get("model_file"):
         raise UserError(f"{folder}/config.json: asks for code of its own (model_file), which is never run")
     for key in ("vocab_size", "hidden_size", "num_hidden_layers"):
@@ -129,8 +169,18 @@ def find_model(name: str, option: str) -> Checkpoint:
             raise UserError(f"{folder}/config.json: {key} is {config.get(key)!r}, not a positive number")
     _check_weights(folder)
     if not (folder / "tokenizer.json").exists():
-        raise UserError(f"{folder}: tokenizer.json is missing")
+        older = " (tokenizer.model alone is not read)" if (folder / "tokenizer.model").exists() else ""
+        raise UserError(f"{folder}: tokenizer.json is missing{older}")
     return Checkpoint(folder, folder.resolve().name if local else name, config)
+
+
+def _with_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json with RoPE's settings where mlx-lm looks for them; transformers 5 writes `rope_parameters`."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" in config or "rope_theta" not in rope:
+        return config
+    scaled = rope.get("rope_type", "default") != "default"
+    return config | {"rope_theta": rope["rope_theta"], "rope_scaling": rope if scaled else None}
 
 
 def _from_hub(name: str, option: str) -> Path:
@@ -170,7 +220,9 @@ def _check_weights(folder: Path) -> None:
         files = sorted(folder.glob("model*.safetensors")) or [folder / "model.safetensors"]
     for file in files:
         if not file.exists():
-            raise UserError(f"{file}: missing (half-downloaded?)")
+            pickles = sorted(folder.glob("pytorch_model*.bin"))
+            why = f"only {pickles[0].name} is there, a pickle, which is never loaded" if pickles else "half-downloaded?"
+            raise UserError(f"{file}: missing ({why})")
         try:
             with safe_open(file, "np"):
                 pass

@@ -1,7 +1,7 @@
 """`decode doctor`: is everything here that decoding needs, and does it compute what it should?
 
-Nothing of this project, and no MLX, is imported before it has been looked at: where `decode` cannot even start,
-`python -m decode.doctor` says why.
+No MLX, and nothing of this project that needs it, is imported before it has been looked at: where `decode` cannot even
+start, `python -m decode.doctor` says why.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from decode.system import unsupported
 
 if TYPE_CHECKING:
     from decode.model import Transformer
@@ -41,7 +44,8 @@ family gout.""".replace("\n", " ")
 # Perplexity of TEXT's second half by the teacher with these weights (sha256), on the reference kernels.
 EXPECTED = {"15261f0dc379653125fa267dd48f62b010b54cc286c9d20778ef6d1296861ce2": 65.89}
 MARGIN = 0.05  # relative: other kernels sum in another order, and roundings of activations to int8 flip
-ROOM = 2_000_000_000  # bytes free that a dataset and a draft should find
+ROOM = 2_000_000_000  # bytes free that a dataset and a draft should find, or a downloaded teacher
+BACKENDS = ("mlx-metal", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")  # MLX's packages; one of them is there
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ def examine(teacher: str | None) -> Iterator[Check]:
         if check.status == "FAILED":
             return
     yield from _guarded("packages", _packages)
+    yield from _guarded("source", _source)
     yield from _guarded("name clash", _name_clash)
     yield from _guarded("kernels", _kernels)
     yield from _guarded("memory", _memory)
@@ -102,35 +107,18 @@ def _first_line(error: BaseException) -> str:
 
 def _python() -> Check:
     """Of a version that could import this file."""
-    return Check("python", "ok", f"{platform.python_version()} at {sys.executable}")
+    return Check("python", "ok", f"{platform.python_version()} {platform.machine()} at {sys.executable}")
 
 
 def _system() -> Check:
     """What MLX's wheels ask of the system."""
     detail = f"{platform.system()} {platform.release()} {platform.machine()}"
     if sys.platform == "darwin":
-        version = platform.mac_ver()[0]
-        detail = f"macOS {version} {platform.machine()}"
-        if _translated():
-            return Check("system", "FAILED", f"{detail}: this Python runs under Rosetta; MLX needs an arm64 Python")
-        if platform.machine() != "arm64":
-            return Check("system", "FAILED", f"{detail}: MLX needs Apple Silicon")
-        if int(version.split(".")[0]) < 14:
-            return Check("system", "FAILED", f"{detail}: MLX needs macOS 14 or newer")
+        detail = f"macOS {platform.mac_ver()[0]} {platform.machine()}"
     elif sys.platform.startswith("linux"):
-        name, version = platform.libc_ver()
-        detail += f", {name} {version}"
-        if name != "glibc" or tuple(map(int, version.split(".")[:2])) < (2, 35):
-            return Check("system", "FAILED", f"{detail}: MLX's Linux wheels need glibc 2.35 or newer")
-    else:
-        return Check("system", "FAILED", f"{detail}: MLX runs on macOS and Linux")
-    return Check("system", "ok", detail)
-
-
-def _translated() -> bool:
-    """Whether macOS translates this process from x86."""
-    asked = subprocess.run(["sysctl", "-n", "sysctl.proc_translated"], capture_output=True, text=True, check=False)
-    return asked.stdout.strip() == "1"
+        detail += f", {' '.join(platform.libc_ver())}"
+    reason = unsupported()
+    return Check("system", "FAILED" if reason else "ok", f"{detail}: {reason}" if reason else detail)
 
 
 def _mlx() -> Check:
@@ -145,17 +133,36 @@ def _mlx() -> Check:
 
 def _packages() -> Iterator[Check]:
     found, missing = [], []
-    for name in ("mlx-lm", "numpy", "safetensors", "tokenizers", "transformers", "huggingface_hub", "bitdraft"):
+    for name in (
+        *BACKENDS,
+        "mlx-lm",
+        "numpy",
+        "safetensors",
+        "tokenizers",
+        "transformers",
+        "huggingface_hub",
+        "bitdraft",
+    ):
         try:
             found.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
-            missing.append(name)
+            if name not in BACKENDS:
+                missing.append(name)
     if not missing:
         yield Check("packages", "ok", ", ".join(found))
     elif missing == ["bitdraft"]:
         yield Check("packages", "ok", ", ".join(found) + "; bitdraft runs from its folder, not installed")
     else:
         yield Check("packages", "FAILED", f"not installed: {', '.join(missing)}")
+
+
+def _source() -> Iterator[Check]:
+    """Which commit runs, where that can be known."""
+    folder = Path(__file__).resolve().parent.parent
+    commit = ""
+    if (folder / ".git").exists():
+        commit = _output("git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude", "*")
+    yield Check("source", "ok", f"commit {commit} at {folder}" if commit else f"no commit known, at {folder}")
 
 
 def _name_clash() -> Iterator[Check]:
@@ -194,6 +201,8 @@ def _kernels() -> Iterator[Check]:
         yield Check("backend", "ok", f"{facts['backend']}, {asked}")
     if facts["cpu"]:
         yield Check("processor", "ok", f"{facts['cpu']['instruction_set']}, {facts['cpu']['threads']} threads")
+    elif sys.platform == "darwin":
+        yield Check("processor", "ok", _chip())
     for operation, fault in facts["self_test"].items():
         name = f"self-test {operation}"
         yield Check(name, "FAILED" if fault else "ok", f"{facts['tested']} kernels" + (f": {fault}" if fault else ""))
@@ -201,13 +210,36 @@ def _kernels() -> Iterator[Check]:
     yield Check("tuning", "ok", settings or "none stored for this device (python -m kernels tune)")
 
 
+def _chip() -> str:
+    """A Mac's, with its cores: the same chip is sold with more and with fewer of them."""
+    from kernels.device import sysctl
+
+    chip, model = sysctl("machdep.cpu.brand_string") or "unknown chip", sysctl("hw.model") or "unknown model"
+    fast, slow = sysctl("hw.perflevel0.physicalcpu") or "?", sysctl("hw.perflevel1.physicalcpu") or "?"
+    cores = re.search(r'"gpu-core-count" = (\d+)', _output("ioreg", "-rc", "AGXAccelerator", "-d", "1"))
+    gpu = cores[1] if cores else "?"
+    return f"{chip} ({model}), {fast} performance, {slow} efficiency and {gpu} GPU cores"
+
+
+def _output(*command: str) -> str:
+    """What a program prints; nothing where it cannot be run."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
 def _memory() -> Iterator[Check]:
-    from kernels.device import device_info, memory_bytes
+    from decode.metal import MemoryLimits
+    from kernels.device import device_info, memory_bytes, sysctl
 
     detail = f"{memory_bytes() / 1e9:.1f} GB"
-    wired = device_info().get("max_recommended_working_set_size")
-    if wired:
-        detail += f", of which a model may keep {int(wired) / 1e9:.1f} GB resident (wired limit)"
+    working_set = int(device_info().get("max_recommended_working_set_size", 0))
+    if working_set:
+        limits = MemoryLimits.of(working_set)
+        detail += f", of which the GPU should use {limits.memory / 1e9:.1f} (cache: {limits.cache / 1e9:.1f})"
+    if swap := sysctl("vm.swapusage"):
+        detail += f"; swap: {' '.join(swap.split())}"
     yield Check("memory", "ok", detail)
 
 
@@ -285,8 +317,12 @@ def _hub() -> Iterator[Check]:
     """Without asking the network."""
     from huggingface_hub import constants
 
+    cache = Path(constants.HF_HUB_CACHE)
+    there = next(folder for folder in (cache, *cache.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(there).free
     offline = "offline: only models in it can be named" if constants.HF_HUB_OFFLINE else "others are downloaded"
-    yield Check("hub", "ok", f"models are kept in {constants.HF_HUB_CACHE}; {offline}")
+    detail = f"models are kept in {cache}, {free / 1e9:.1f} GB free; {offline}"
+    yield Check("hub", "ok" if free >= ROOM else "warning", detail, free)
 
 
 def _compiler() -> Iterator[Check]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def asks_for_code(tokenizer_config: Path) -> bool:
+    """Whether a tokenizer_config.json names Python code of the checkpoint's own, which is never run."""
+    return tokenizer_config.is_file() and "auto_map" in read_json(tokenizer_config)
+
+
+def copy_tokenizer_file(source: Path, target: Path) -> None:
+    """Copy one of a tokenizer's files; a tokenizer_config.json without the code it names."""
+    if source.name == "tokenizer_config.json" and asks_for_code(source):
+        content = {key: value for key, value in read_json(source).items() if key != "auto_map"}
+        target.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    else:
+        shutil.copyfile(source, target)
+
+
 def first_line(error: BaseException) -> str:
-    """What an exception says, without what follows below its first line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What an exception says, without what follows below its first line; of a list that it announces, the first."""
+    first, *more = (str(error).strip() or type(error).__name__).splitlines()
+    if first.rstrip().endswith(":") and more:
+        return f"{first.rstrip()} {more[0].strip().rstrip(',')}{', ...' if len(more) > 1 else ''}"
+    return first

@@ -30,6 +30,8 @@ from kernels.reference import (
 )
 
 Precision = Literal["float", "int8"]
+ACTIVATIONS = {"bitnet": "relu2", "llama": "silu"}  # of a model type, where config.json names none
+EPILOGUES: dict[str, Epilogue] = {"relu2": "relu2_mul", "silu": "silu_mul"}
 PREFILL_CHUNK = 512
 CACHE_STEP = 256
 
@@ -85,21 +87,29 @@ class Transformer:
         self._precision = layers
         self.ops: Backend = backend()
         args = model.args
-        if args.model_type not in ("bitnet", "llama"):
+        if args.model_type not in ACTIVATIONS:
             raise UserError(f"model type {args.model_type!r} is not supported (bitnet and llama are)")
+        activation = config.get("hidden_act") or ACTIVATIONS[args.model_type]
+        if activation not in EPILOGUES:
+            raise UserError(f"hidden_act {activation!r} is not supported ({' and '.join(EPILOGUES)} are)")
+        if "sliding_attention" in (getattr(args, "layer_types", None) or []):
+            raise UserError("layers with a sliding window are not supported")
         attention = model.layers[0].self_attn
-        self.shape = AttentionShape(
-            args.num_attention_heads,
-            args.num_key_value_heads,
-            attention.q_proj.weight.shape[0]
-            * (4 if isinstance(attention.q_proj, BitLinear) else 1)
-            // args.num_attention_heads,
-            inverse_frequency(attention.rope),
+        heads, kv_heads = args.num_attention_heads, args.num_key_value_heads
+        q, k = (
+            layer.weight.shape[0] * (4 if isinstance(layer, BitLinear) else 1)
+            for layer in (attention.q_proj, attention.k_proj)
         )
+        if heads % kv_heads or q % (2 * heads) or k != q // heads * kv_heads:
+            raise UserError(
+                f"{heads} attention heads and {kv_heads} key/value heads do not fit projections to {q} and {k}:"
+                " heads must be of one even size"
+            )
+        self.shape = AttentionShape(heads, kv_heads, q // heads, inverse_frequency(attention.rope))
         self.vocab_size: int = args.vocab_size
         self.context: int = args.max_position_embeddings or 1 << 30
         self.eps: float = args.rms_norm_eps
-        self.epilogue: Epilogue = "relu2_mul" if args.model_type == "bitnet" else "silu_mul"
+        self.epilogue: Epilogue = EPILOGUES[activation]
         self.embedding = float_weight(model.model.embed_tokens)
         float_head = self.embedding if args.tie_word_embeddings else float_weight(model.lm_head)
         # The ids that the head's rows stand for, where it is trimmed (decode.trimmed).
@@ -285,9 +295,11 @@ def float_weight(layer: nn.Module) -> mx.array:
 
 def inverse_frequency(rope: nn.Module) -> mx.array:
     """RoPE's angle a position, float32 [d / 2], of an mlx-lm rope module."""
+    from mlx_lm.models.rope_utils import Llama3RoPE
+
     if isinstance(rope, nn.RoPE) and not rope.traditional:
         exponent = np.arange(0, rope.dims, 2, dtype=np.float64) / rope.dims
         return mx.array((rope.scale * rope.base**-exponent).astype(np.float32))
-    if hasattr(rope, "_freqs"):
+    if isinstance(rope, Llama3RoPE):  # others also scale what they turn, or turn by the length of the text
         return 1.0 / rope._freqs.astype(mx.float32)
-    raise UserError(f"this kind of RoPE is not supported: {rope}")
+    raise UserError(f"this kind of RoPE is not supported: {type(rope).__name__}")

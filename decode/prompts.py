@@ -6,11 +6,14 @@ import io
 import json
 import re
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from decode.files import first_line, read_json
+from decode.files import asks_for_code, copy_tokenizer_file, first_line, read_json
 from kernels import UserError
 
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -39,7 +42,8 @@ class Tokenizer:
 
         logging.set_verbosity_error()  # it warns of prompts beyond the context, which we refuse
         try:
-            self._wrapped = load_tokenizer(folder)
+            with _without_code(folder) as readable:
+                self._wrapped = load_tokenizer(readable)
         except (ValueError, OSError, KeyError, TypeError) as error:
             raise UserError(f"{folder}: the tokenizer cannot be loaded: {first_line(error)}") from error
         self.folder = folder
@@ -90,6 +94,19 @@ class Tokenizer:
 
     def streamer(self) -> Streamer:
         return Streamer(self)
+
+
+@contextmanager
+def _without_code(folder: Path) -> Iterator[Path]:
+    """A tokenizer's folder, or a copy of it while there is code named in it: transformers would ask to run it."""
+    if not asks_for_code(folder / "tokenizer_config.json"):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as name:
+        for file in [*folder.glob("*.json"), *folder.glob("*.jinja")]:
+            if not file.name.endswith(".index.json"):
+                copy_tokenizer_file(file, Path(name) / file.name)
+        yield Path(name)
 
 
 class Streamer:

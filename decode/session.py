@@ -9,7 +9,7 @@ from typing import Any
 
 from decode.checkpoint import Checkpoint, check_same_tokenizer
 from decode.engine import ModelDrafter, generate, margin_at
-from decode.metal import raise_wired_limit
+from decode.metal import limit_memory
 from decode.model import Precision, Transformer
 from decode.prompts import Prompt, Tokenizer
 from decode.sampling import Sampling
@@ -58,7 +58,7 @@ class Session:
         self.k, self.max_tokens, self.raw, self.seed = k, max_tokens, raw, seed
         self.sampling = sampling or Sampling()
         self.head = head
-        raise_wired_limit()
+        limit_memory()
         self.teacher: Transformer = teacher.load(head)
         self.draft = self._load_draft(draft) if draft is not None else None
 

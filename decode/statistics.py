@@ -7,6 +7,8 @@ from typing import Any
 
 from decode.engine import Round
 
+SHORT = 16  # tokens: what is shorter may well be said three times over, as in a refrain
+
 
 @dataclass
 class Tally:
@@ -88,8 +90,17 @@ class Tally:
         }
 
 
-def is_looping(tokens: list[int], longest: int = 16, repeats: int = 4) -> bool:
-    """Whether a reply ends in one n-gram (n up to `longest`) said `repeats` times or more."""
-    return any(
-        len(tokens) >= n * repeats and tokens[-n * repeats :] == tokens[-n:] * repeats for n in range(1, longest + 1)
-    )
+def is_looping(tokens: list[int], longest: int | None = None) -> bool:
+    """Whether a reply ends in one n-gram said over and over: 4 times, or 3 times where n is above SHORT.
+
+    longest: the largest n looked for; None is any, so up to a third of the reply.
+    """
+    most = len(tokens) // 3 if longest is None else longest
+    for n in range(1, most + 1):
+        span = n * (4 if n <= SHORT else 3)
+        if span > len(tokens):
+            if n > SHORT:
+                return False
+        elif tokens[-1] == tokens[-1 - n] and tokens[-span:-n] == tokens[n - span :]:
+            return True
+    return False

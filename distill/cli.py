@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar
 import typer
 from tqdm import tqdm
 
+from decode.awake import awake
 from decode.checkpoint import ROOT, RUNS, find_teacher
 from decode.console import (
     Interrupted,
@@ -122,7 +123,8 @@ def collect(
         )
     if not dry_run:
         try:
-            dataset = collector.run()
+            with awake():
+                dataset = collector.run()
         except KeyboardInterrupt:
             raise Interrupted("finished shards are kept; the same command goes on from there") from None
         finally:
@@ -255,7 +257,8 @@ def train(
         out = RUNS / f"draft-{Path(checkpoint.name).name}-{layers}x{hidden}-{digest}"
     backend()  # hooks a fast BLAS into MLX on Linux CPUs
     try:
-        summary = run_training(data, checkpoint.folder, out, settings, quiet=quiet)
+        with awake():
+            summary = run_training(data, checkpoint.folder, out, settings, quiet=quiet)
     except KeyboardInterrupt as error:
         raise Interrupted(str(error)) from None
     facts = {name: str(value) if isinstance(value, Path) else value for name, value in vars(summary).items()}
@@ -272,9 +275,47 @@ def train(
 
 
 @app.command()
+def convert(
+    teacher: TeacherOption = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder to write. Default: a name in runs/.")
+    ] = None,
+    json_file: JsonOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Write any BitNet checkpoint that loads in the packing of Microsoft's: same logits, a quarter byte a weight.
+
+    Reads packed weights with scales to multiply by or to divide by (the Falcon models), float master weights
+    (Microsoft's -bf16, 1bitLLM) and what `mlx_lm.convert` made of a BitNet.
+    """
+    from distill.convert import check_out
+    from distill.convert import convert as run_conversion
+
+    check_json_target(json_file)
+    began = time.perf_counter()
+    checkpoint = find_teacher(teacher)
+    out = out or RUNS / f"{Path(checkpoint.name).name}-packed"
+    check_out(out, checkpoint.folder)
+    bar = progress(sum(array.nbytes for array in checkpoint.arrays().values()), "convert", "B", quiet)
+    try:
+        converted = run_conversion(checkpoint, out, bar.update)
+    except KeyboardInterrupt:
+        raise Interrupted(f"nothing was written to {out}") from None
+    finally:
+        bar.close()
+    facts = {"teacher": checkpoint.name, "out": str(out), **vars(converted), "seconds": time.perf_counter() - began}
+    write_json(json_file, facts)
+    files = f"{converted.files} file{'s' if converted.files > 1 else ''}"
+    size = f"{converted.tensors} tensors in {files}, {converted.bytes / 1e6:.1f} MB"
+    say(quiet)(f"{out}: {size} (was {converted.family})")
+
+
+@app.command()
 def publish(
-    draft: Annotated[Path, typer.Option("--draft", metavar="DIR", help="Folder of the draft.")],
     repo: Annotated[str, typer.Option("--repo", metavar="OWNER/NAME", help="Repository on the Hub; made if missing.")],
+    draft: Annotated[
+        Path | None, typer.Option("--draft", metavar="DIR", help="Draft. Default: the newest complete one in runs/.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the files and print the card; needs no login and no network.")
     ] = False,
@@ -303,14 +344,17 @@ def publish(
 ) -> None:
     """Upload a draft with its model card to the Hugging Face Hub, in one commit.
 
-    Uploads the weights, tokenizer, settings, log and evaluation, and nothing else in the folder. Needs `hf auth
-    login` once. Interrupted, the same command goes on.
+    Uploads the weights, tokenizer, settings, log and evaluation, and nothing else in the folder.
+    Needs `hf auth login` once. Interrupted, the same command goes on.
     """
-    from distill.publish import prepare
+    from distill.publish import newest_draft, prepare
     from distill.publish import publish as upload
 
     check_json_target(json_file)
     note, show = say(quiet), json_file != "-" and not quiet
+    if draft is None:
+        draft = newest_draft(RUNS)
+        note(f"draft: {draft}")
     package = prepare(draft, repo, licence=licence, base_model=base_model, unfinished=force)
     sizes = package.sizes()
     if not package.licence:
@@ -347,10 +391,17 @@ class Bars:
 
     def __call__(self, stage: str, done: int, total: int | None) -> None:
         if total is not None:
-            self.close()
+            self._finish()
             self.bar = progress(total, self.LABELS[stage], "tok", self.quiet, initial=done)
         elif self.bar is not None:
+            self.bar.total = max(self.bar.total, self.bar.n + done)
             self.bar.update(done)
+
+    def _finish(self) -> None:
+        """A stage is over with what it has brought, be it less than was asked for."""
+        if self.bar is not None:
+            self.bar.total = self.bar.n
+            self.close()
 
     def close(self) -> None:
         if self.bar is not None:

@@ -19,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from decode.checkpoint import RUNS, Checkpoint
+from decode.metal import limit_memory
 from decode.model import Transformer
 from decode.prompts import Prompt, Tokenizer
 from distill.bits import Settings
@@ -142,8 +143,13 @@ class Collector:
     """Runs a plan."""
 
     def __init__(self, plan: Plan, progress: Progress = lambda stage, done, total: None) -> None:
-        """progress(stage, tokens more, total or None) is called as work is done."""
+        """progress(stage, tokens more, total or None) is called as work is done.
+
+        A total begins a stage, and ends the one before it. That of replies is what is asked for: the last batch may
+        bring more, and prompts may run out before.
+        """
         self.plan, self.settings, self.progress = plan, plan.settings, progress
+        limit_memory()
         self.tokenizer = Tokenizer(plan.teacher.folder)
         self.model: Transformer = plan.teacher.load()
 
@@ -233,6 +239,7 @@ class Collector:
                     break
                 if number < batch:
                     continue
+                self.progress("replies", sum(len(ids) for _, ids in chunk), None)  # `tokens` counts them too
                 replies = self._answer(chunk)
                 writer.write(replies, number)
                 tokens += sum(len(reply.tokens) for reply in replies)

@@ -22,7 +22,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from decode.files import read_json
+from decode.files import copy_tokenizer_file, read_json
 from decode.trimmed import check_kept
 from distill.draft_config import DraftConfig, load_tensors
 from kernels.errors import UserError
@@ -204,14 +204,15 @@ def check_out(folder: Path) -> None:
         raise UserError(f"{folder}: cannot be written (no permission in {above})")
 
 
-def _aside(folder: Path) -> Path:
+def aside(folder: Path) -> Path:
+    """Where a folder stands while another takes its place."""
     return folder.with_name(f".{folder.name}.replaced")
 
 
 def recover(folder: Path) -> None:
     """Undo a replacement that was killed between its two renames."""
-    if _aside(folder).is_dir() and not folder.exists():
-        _aside(folder).rename(folder)
+    if aside(folder).is_dir() and not folder.exists():
+        aside(folder).rename(folder)
 
 
 def save(
@@ -251,7 +252,7 @@ def save(
         for name in TOKENIZER_FILES + OPTIONAL_FILES:
             source = teacher_folder / name
             if source.is_file():
-                shutil.copyfile(source, temporary / name)
+                copy_tokenizer_file(source, temporary / name)
             elif name in TOKENIZER_FILES:
                 raise UserError(f"{source}: not there, and a draft needs its teacher's tokenizer")
         hashes = {p.name: sha256(p) for p in sorted(temporary.iterdir())}
@@ -263,11 +264,11 @@ def save(
             if path.is_file():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
-        shutil.rmtree(_aside(folder), ignore_errors=True)
+        shutil.rmtree(aside(folder), ignore_errors=True)
         if folder.exists():
-            folder.rename(_aside(folder))
+            folder.rename(aside(folder))
         temporary.rename(folder)
-        shutil.rmtree(_aside(folder), ignore_errors=True)
+        shutil.rmtree(aside(folder), ignore_errors=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot write the draft ({error.strerror or error})") from error
     finally:

@@ -45,6 +45,7 @@ class DraftConfig:
             raise UserError(f"--hidden {hidden}: must be a multiple of {HEAD_DIM} (one attention head each)")
         teacher = read_json(teacher_folder / "config.json")
         try:
+            rope = teacher.get("rope_parameters") or {}  # where transformers 5 writes it
             teacher_heads = int(teacher["num_attention_heads"])
             ratio = int(teacher.get("num_key_value_heads") or teacher_heads) / teacher_heads
             heads = hidden // HEAD_DIM
@@ -56,14 +57,14 @@ class DraftConfig:
                 head_dim=HEAD_DIM,
                 intermediate=64 * math.ceil(hidden * 8 / 3 / 64),
                 vocab_size=int(teacher["vocab_size"]),
-                rope_theta=float(teacher.get("rope_theta", 10_000.0)),
+                rope_theta=float(teacher.get("rope_theta") or rope.get("rope_theta", 10_000.0)),
                 max_positions=int(teacher["max_position_embeddings"]),
                 eps=float(teacher["rms_norm_eps"]),
                 bos=teacher.get("bos_token_id"),
                 eos=teacher.get("eos_token_id"),
                 kept=kept,
             )
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
             raise UserError(f"{teacher_folder / 'config.json'}: no usable {error}") from error
 
     def to_json(self) -> dict[str, Any]:

@@ -53,6 +53,21 @@ class Published:
     deleted: list[str]
 
 
+def newest_draft(runs: Path) -> Path:
+    """The finished draft under `runs`, of whatever teacher, that was written last."""
+    found = []
+    for path in runs.glob("**/draft.json"):
+        try:
+            about = read_json(path)
+        except UserError:
+            continue
+        if about.get("format") == FORMAT and about.get("complete") is True:
+            found.append((path.stat().st_mtime_ns, path.parent))
+    if not found:
+        raise UserError(f"no finished draft under {runs}/; train one, or give --draft")
+    return max(found)[1]
+
+
 def prepare(
     folder: Path, repo: str, *, licence: str | None = None, base_model: str | None = None, unfinished: bool = False
 ) -> Package:

@@ -15,6 +15,7 @@ from decode.model import CACHE_STEP, Transformer
 from decode.statistics import is_looping
 
 CHECK_EVERY = 16
+LONGEST_LOOP = 16  # tokens; another value writes other replies, and so needs another `distill.collect.FORMAT`
 
 
 def write_replies(
@@ -58,7 +59,7 @@ def write_replies(
             end = next((j + 1 for j, token in enumerate(fresh) if token in end_tokens), None)
             written[reply] += fresh[:end]
             advance(len(fresh[:end]))
-            writing[row] = end is None and not is_looping(written[reply])
+            writing[row] = end is None and not is_looping(written[reply], LONGEST_LOOP)
         if not writing.any():
             break
         # Finished rows are dropped, but in steps: each new batch size can cost a GPU a new plan.

@@ -24,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from decode.files import read_json
+from decode.metal import limit_memory
 from distill import cpu, draft
 from distill.batches import Feed
 from distill.cpu import CpuHead
@@ -123,6 +124,7 @@ def train(
     check_teacher(dataset, teacher_folder)
     if mx.default_device() == mx.Device(mx.cpu):
         fast_blas()
+    limit_memory()
     vocabulary = None if settings.vocab is None else choose(dataset, settings.vocab, teacher_folder)
     kept = None if vocabulary is None else len(vocabulary.kept)
     config = DraftConfig.for_teacher(teacher_folder, settings.layers, settings.hidden, kept)

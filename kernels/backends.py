@@ -22,7 +22,7 @@ TOLERANCE = 1e-5  # of the largest value: float32 sums in another order
 
 
 class WholeStep(Protocol):
-    """A model's decoding step of 1..8 rows as one operation (kernels.cuda.step)."""
+    """A model's decoding step of 1..8 rows as one operation (kernels.cuda.step, kernels.cpu)."""
 
     def __call__(
         self, tokens: Sequence[int], keys: list[mx.array], values: list[mx.array], offset: int

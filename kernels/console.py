@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 from tqdm import tqdm
@@ -29,12 +30,20 @@ class Interrupted(Exception):
 def run(app: typer.Typer, name: str) -> None:
     """Run a command line: 0 done, 1 a check failed, 2 the user's input is at fault, 130 interrupted.
 
-    name: of the command, before each error. A reader that goes away (`| head`) ends it quietly with 1.
+    name: of the command, before each error. A reader that goes away (`| head`) ends it quietly with 141, as a shell
+    says of other programs that SIGPIPE ended.
     """
     _mend_streams()
     try:
         # typer swallows typer.Exit and KeyboardInterrupt, and returns their codes; no command returns a value.
         code = app(prog_name=name, standalone_mode=False) or 0
+        sys.stdout.flush()  # or a reader that is gone would be found out when nobody can say so quietly
+    except BrokenPipeError:
+        _reader_gone()
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # typer's answer to it is 1, a failed check
+            _reader_gone()
+        raise
     except UserError as error:
         fail(name, str(error))
     except (Interrupted, typer.Abort) as error:
@@ -59,6 +68,14 @@ def run(app: typer.Typer, name: str) -> None:
     raise SystemExit(code)
 
 
+def _reader_gone() -> NoReturn:
+    """End without a word: what is still to be written at exit goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(nowhere, descriptor)
+    raise SystemExit(128 + signal.SIGPIPE) from None
+
+
 def _mend_streams() -> None:
     """Text that a terminal's encoding lacks is printed as `?`, and closed streams are no streams to trip over."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # or files opened later would be taken for streams
@@ -73,7 +90,7 @@ def _mend_streams() -> None:
             output.reconfigure(errors="replace")
 
 
-def fail(name: str, message: str) -> None:
+def fail(name: str, message: str) -> NoReturn:
     """One line on standard error, exit code 2."""
     print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)

@@ -262,7 +262,7 @@ def attention_batch(
 
 
 def whole_step(**model: object) -> None:
-    """A whole decoding step as one operation, where a backend has that (kernels.cuda); this one has not."""
+    """A whole decoding step as one operation, where a backend has that; this one has not."""
 
 
 def attention_packed(qkv: mx.array, document: np.ndarray, shape: AttentionShape) -> mx.array:

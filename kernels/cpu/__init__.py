@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -133,7 +135,60 @@ def attention_packed(qkv: mx.array, document: np.ndarray, shape: AttentionShape)
     return mx.concatenate(outputs).reshape(b, t, -1)
 
 
-whole_step = reference.whole_step
+class WholeStep:
+    """A decoding step of 1..8 tokens as one operation, with the bits of the single ones.
+
+    Python and MLX then spend on a step what they spend on one of its operations, five for each layer.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: Sequence[Any],
+        embedding: mx.array,
+        final_norm: mx.array,
+        head: Weight,
+        shape: AttentionShape,
+        epilogue: Epilogue,
+        eps: float,
+    ) -> None:
+        """layers: `decode.model.Layer`s of this backend; embedding: bfloat16 or float32 [vocab, hidden]."""
+        linears: list[tuple[Weight, mx.array | None]] = []
+        for layer in layers:
+            linears += [
+                (layer.qkv, layer.input_norm),
+                (layer.o, layer.attention_sub_norm),
+                (layer.gate_up, layer.post_norm),
+                (layer.down, layer.ffn_sub_norm),
+            ]
+        linears.append((head, final_norm))
+        embedding, frequency = mx.contiguous(embedding), mx.contiguous(shape.inverse_frequency)
+        mx.eval(embedding, frequency, [norm for _, norm in linears if norm is not None])
+        self._model = _native.step_model(
+            embedding, frequency, shape.heads, shape.kv_heads, shape.scale, _EPILOGUES[epilogue], eps
+        )
+        for weight, norm in linears:
+            scale = None if isinstance(weight, DenseWeight) else weight.scale
+            if scale is not None:
+                mx.eval(scale)
+            _native.add_linear(self._model, weight.data, scale, weight.n, weight.k, norm)
+
+    def share_weights(self, layers: Sequence[Any]) -> list[Any]:
+        """The layers as they are: the step holds the same arrays."""
+        return list(layers)
+
+    def __call__(self, tokens: Sequence[int], keys: list[mx.array], values: list[mx.array], offset: int) -> mx.array:
+        """Logits of m new tokens, float32 [m, vocab]; the lists' caches are replaced by the new ones.
+
+        tokens: m <= 8 ids; keys, values: a layer's float32 [kv_heads, capacity, head_dim] each, with
+        offset + m <= capacity. Updated in place when nobody else holds them, as in `attention`.
+        """
+        logits, *caches = _native.step(self._model, mx.array(list(tokens), mx.int32), [*keys, *values], offset)
+        keys[:], values[:] = caches[: len(keys)], caches[len(keys) :]
+        return logits
+
+
+whole_step = WholeStep
 
 
 def use_fast_blas() -> bool:

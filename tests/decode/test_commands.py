@@ -156,17 +156,27 @@ def test_closed_streams(work: Path) -> None:
         assert done.returncode == 0 and "error" not in done.stderr, done.stderr
 
 
-def test_a_reader_that_goes_away_is_no_error(work: Path) -> None:
+@pytest.mark.parametrize(
+    "options", [("plain", "--prompt", "Tell me a story", "--max-tokens", 200, "-q"), ("doctor",), ("--help",)]
+)
+def test_a_reader_that_goes_away_ends_it_as_it_ends_other_programs(work: Path, options: tuple[object, ...]) -> None:
+    """`| head`: what a shell says of a program that SIGPIPE ended, and not the 1 of a check that failed."""
     process = subprocess.Popen(
-        arguments("decode", "plain", "--prompt", "Tell me a story", "--max-tokens", 200, "-q"),
+        arguments("decode", *options),
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), cwd=work,
     )  # fmt: skip
     assert process.stdout is not None and process.stderr is not None
-    process.stdout.read(1)
+    if options[0] != "--help":  # which is printed at once
+        process.stdout.read(1)
     process.stdout.close()
-    assert process.wait(60) == 1
+    assert process.wait(60) == 128 + signal.SIGPIPE
     assert process.stderr.read() == b""
     process.stderr.close()
+
+
+def test_a_shell_can_complete(command: Command) -> None:
+    done = command("decode", _DECODE_COMPLETE="complete_zsh", _TYPER_COMPLETE_ARGS="decode spec --max")
+    assert done.code == 0 and "--max-tokens" in done.out and "--draft" not in done.out, done.err
 
 
 def test_interrupt(work: Path, prompts: Path) -> None:

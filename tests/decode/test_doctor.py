@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,8 +38,9 @@ def test_all_is_well(command: Command, tmp_path: Path) -> None:
     assert report["ok"] is True and report["failed"] == []
     names = [check["name"] for check in report["checks"]]
     assert len(names) == len(set(names)) == len(done.out.splitlines())
-    for name in ("python", "system", "mlx", "backend", "self-test bitlinear", "self-test attention", "name clash",
-                 "memory", "teacher", "tokenizer", "perplexity", "disk", "hub", "compiler"):  # fmt: skip
+    for name in ("python", "system", "mlx", "packages", "source", "backend", "self-test bitlinear",
+                 "self-test attention", "name clash", "memory",
+                 "teacher", "tokenizer", "perplexity", "disk", "hub", "compiler"):  # fmt: skip
         assert name in names
     for check, line in zip(report["checks"], done.out.splitlines(), strict=True):
         assert check["status"] in ("ok", "warning")
@@ -162,16 +164,71 @@ def test_another_package_called_kernels_is_found(monkeypatch: pytest.MonkeyPatch
     [
         ("arm64", "15.1", False, None),
         ("x86_64", "15.1", True, "Rosetta"),
-        ("x86_64", "15.1", False, "Apple Silicon"),
+        ("x86_64", "15.1", False, "Intel Mac"),
         ("arm64", "13.7", False, "macOS 14"),
     ],
 )
-def test_macs(monkeypatch: pytest.MonkeyPatch, machine: str, version: str, translated: bool, said: str | None) -> None:
-    monkeypatch.setattr(doctor.sys, "platform", "darwin")
-    monkeypatch.setattr(doctor.platform, "machine", lambda: machine)
-    monkeypatch.setattr(doctor.platform, "mac_ver", lambda: (version, ("", "", ""), machine))
-    monkeypatch.setattr(doctor, "_translated", lambda: translated)
-    check = doctor._system()
-    assert check.status == ("ok" if said is None else "FAILED") and (said or "") in check.detail
-    if said is not None:
-        assert [entry.name for entry in doctor.examine(None)] == ["python", "system"]
+def test_macs(work: Path, tmp_path: Path, machine: str, version: str, translated: bool, said: str | None) -> None:
+    """In a process that takes itself for one, with a `sysctl` of our own: doctor, and commands of both programs."""
+    stub = tmp_path / "sysctl"
+    stub.write_text(f'#!/bin/sh\n[ "$*" = "-n sysctl.proc_translated" ] && echo {int(translated)}\n', encoding="utf-8")
+    stub.chmod(0o755)
+    fake = f"""
+from types import SimpleNamespace
+from decode import system
+system.sys = SimpleNamespace(platform="darwin", stderr=system.sys.stderr)
+system.platform = SimpleNamespace(machine=lambda: "{machine}", mac_ver=lambda: ("{version}", (), ""))
+"""
+    for program in ("decode", "distill", "decode.doctor"):
+        call = f"import sys; sys.argv = ['x', '--help']; from {program} import main as m; m()"
+        if program != "decode.doctor":
+            call = call.replace(f"from {program} ", f"from {program}.__main__ ")
+        done = subprocess.run(
+            [sys.executable, "-c", fake + call], env=environment(PATH=f"{tmp_path}:{os.environ['PATH']}"), cwd=work,
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        if program == "decode.doctor":
+            assert ("FAILED   system" in done.stdout) is (said is not None)
+            assert (said or "ok       system") in done.stdout
+        elif said is None:
+            assert done.returncode == 0 and "Usage" in done.stdout, done.stderr
+        else:
+            Result(done.returncode, done.stdout, done.stderr).refused(program, said)
+
+
+def test_commands_say_that_mlx_is_missing(work: Path) -> None:
+    """As on Linux where no extra of it was installed."""
+    code = "import sys; sys.modules['mlx.core'] = None; from decode.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=work, capture_output=True, text=True)
+    Result(done.returncode, done.stdout, done.stderr).refused("decode", "MLX cannot be imported")
+
+
+def test_what_is_known_of_a_mac(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a Mac's programs replaced by ones that answer as an M4's do."""
+    values = {
+        "machdep.cpu.brand_string": "Apple M4",
+        "hw.model": "Mac16,12",
+        "hw.perflevel0.physicalcpu": "4",
+        "hw.perflevel1.physicalcpu": "6",
+        "vm.swapusage": "total = 2048.00M  used = 1096.25M  free = 951.75M  (encrypted)",
+    }
+    cases = "".join(f'  {name}) echo "{value}" ;;\n' for name, value in values.items())
+    for name, text in (
+        ("sysctl", f'[ "$1" = -n ] || exit 1\ncase $2 in\n{cases}esac'),
+        ("ioreg", "echo '  |   \"gpu-core-count\" = 10'"),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert doctor._chip() == "Apple M4 (Mac16,12), 4 performance, 6 efficiency and 10 GPU cores"
+    monkeypatch.setattr(
+        "kernels.device.device_info",
+        lambda: {"memory_size": 17_179_869_184, "max_recommended_working_set_size": 12_000_000_000},
+    )
+    (check,) = doctor._memory()
+    assert check.detail == (
+        "17.2 GB, of which the GPU should use 12.0 (cache: 3.0);"
+        " swap: total = 2048.00M used = 1096.25M free = 951.75M (encrypted)"
+    )
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "unknown chip" in doctor._chip()  # and no traceback

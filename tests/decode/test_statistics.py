@@ -59,9 +59,21 @@ def test_nothing_done() -> None:
         ([9] + [1, 2, 3] * 4, True),
         ([1, 2, 3] * 3 + [1, 2], False),
         (list(range(16)) * 4, True),
-        (list(range(17)) * 4, False),
+        ([7] + list(range(16)) * 3, False),
+        ([7] + list(range(17)) * 3, True),
+        (list(range(17)) * 3, True),
+        (list(range(1, 17)) + list(range(17)) * 2, False),
+        ([7] * 9 + list(range(200)) * 3, True),
+        ([7] * 9 + list(range(200)) * 2 + list(range(199)), False),
+        (list(range(40)) * 2 + [1] + list(range(40)), False),
+        (list(range(60)) * 3 + [7], False),
         (list(range(100)), False),
     ],
 )
 def test_loops(tokens: list[int], looping: bool) -> None:
     assert is_looping(tokens) is looping
+
+
+def test_loops_up_to_a_length() -> None:
+    for n in (1, 15, 16, 17, 18):
+        assert is_looping(list(range(n)) * 4, longest=16) is (n <= 16)

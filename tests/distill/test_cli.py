@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from conftest import TEACHER, Command, changed_copy
 from synthetic import dataset, teacher_folder
+
+from distill.store import Replies
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +86,21 @@ def test_dry_run_writes_nothing(command: Command, work: Path) -> None:
     assert estimate["tokens"] == 5000 and estimate["seconds"] > 0
     assert 5000 * 50 < estimate["bytes"] <= 5000 * 128
     assert "about 5,000 tokens" in done.err and "tok/s" in done.err
+
+
+def test_bars_of_replies_end_at_what_was_written(command: Command, work: Path) -> None:
+    """One prompt brings less than the 100 tokens asked of it, and a batch of eight more than the rest."""
+    (work / "one.jsonl").write_text('{"prompt": "Hi"}\n', encoding="utf-8")
+    (work / "eight.jsonl").write_text('{"prompt": "Name a colour and an animal."}\n' * 8, encoding="utf-8")
+    sources = ("--source", "one.jsonl", "--source", "eight.jsonl", "--tokens", 200)
+    done = command("distill", "collect", *sources, "--max-reply", 32, "--reply-batch", 8, "--batch", 1, "--out", "bars")
+    assert done.code == 0, done.err
+    bars = [line for line in done.err.replace("\r", "\n").splitlines() if line.startswith("teacher replies")]
+    ends = [match for line in bars if (match := re.search(r"100%.* (\d+)\.?\d*/(\d+)\.?\d* \[", line))]
+    for source, (low, high) in enumerate(((0, 100), (200, 700))):
+        written = sum(entry.tokens for entry in Replies.open(work / "bars" / f"replies-{source}").shards)
+        assert low < written < high
+        assert any(int(end[1]) == int(end[2]) == written for end in ends), bars
 
 
 def test_help(command: Command) -> None:

@@ -17,6 +17,8 @@ from kernels.reference import AttentionShape, Epilogue, Int8Weight, TernaryWeigh
 if platform.system() != "Linux":
     pytest.skip("the native CPU backend is built on Linux only", allow_module_level=True)
 
+from decode.checkpoint import ROOT, find_model
+from decode.model import Precision
 from kernels import cpu
 from kernels.cpu import _native
 
@@ -449,6 +451,8 @@ def test_environment_variables_choose_instructions_and_threads() -> None:
 def test_fast_blas_gives_the_same_products() -> None:
     script = """
 import mlx.core as mx, numpy as np
+from decode.checkpoint import ROOT, find_model
+from decode.model import Precision
 from kernels import cpu
 from kernels.cpu import _native
 rng = np.random.default_rng(0)
@@ -477,3 +481,51 @@ print(installed)
         assert done.stdout.strip() == "False"
     else:
         assert done.stdout.strip() == "True"
+
+
+# A whole step
+
+
+@pytest.mark.parametrize("precision", ["float", "int8"])
+@pytest.mark.parametrize("model", ["bitnet-smol-43m", "bitnet-smol-43m-draft"])
+def test_a_whole_step_has_the_bits_of_its_operations(model: str, precision: Precision, isa: str) -> None:
+    transformer = find_model(str(ROOT / "checkpoints" / model), "--draft").load(precision, precision)
+    whole = transformer.whole_step
+    assert whole is not None
+    for length, m in [(1, 1), (20, 3), (30, 8)]:
+        rng = np.random.default_rng([length, m])
+        prompt, tokens = rng.integers(0, 16000, length).tolist(), rng.integers(0, 16000, m).tolist()
+        results = []
+        for step in (whole, None):
+            transformer.whole_step = step
+            cache = transformer.new_cache()
+            transformer.prefill(prompt, cache)
+            logits = [transformer.step(tokens, cache), transformer.step(tokens[:1], cache)]
+            assert cache.offset == length + m + 1
+            results.append([*logits, *(a[:, : cache.offset] for a in (*cache.keys, *cache.values))])
+        assert all(same_bits(a, b) for a, b in zip(*results, strict=True)), (length, m)
+        transformer.whole_step = whole
+
+
+def test_a_whole_step_leaves_a_cache_that_others_hold_as_it_is() -> None:
+    transformer = find_model(str(ROOT / "checkpoints" / "bitnet-smol-43m-draft"), "--draft").load()
+    cache = transformer.new_cache()
+    transformer.prefill([1, 2, 3], cache)
+    held = list(cache.keys)
+    before = [np.array(keys) for keys in held]
+    mx.eval(transformer.step([4], cache))
+    assert all(np.array_equal(a, b) for a, b in zip(held, before, strict=True))
+    assert not np.array_equal(cache.keys[0], before[0])
+
+
+def test_a_whole_step_refuses_what_does_not_fit() -> None:
+    transformer = find_model(str(ROOT / "checkpoints" / "bitnet-smol-43m-draft"), "--draft").load()
+    step, cache = transformer.whole_step, transformer.new_cache()
+    assert step is not None
+    cache.reserve(4)
+    with pytest.raises(ValueError, match="do not fit"):
+        step([1, 2], cache.keys, cache.values, cache.keys[0].shape[1] - 1)
+    with pytest.raises(ValueError, match="m <= 8"):
+        step([1] * 9, cache.keys, cache.values, 0)
+    with pytest.raises(ValueError, match="two caches"):
+        step([1], cache.keys[:1], cache.values[:1], 0)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kernels.errors import UserError
-from kernels.packing import pack_ternary, unpack_ternary
+from kernels.packing import pack_ternary, quantize_ternary, unpack_ternary
 
 
 @pytest.mark.parametrize(("n", "k"), [(4, 1), (12, 20), (576, 1536)])
@@ -36,3 +36,15 @@ def test_what_is_not_ternary_is_refused() -> None:
     for wrong in (2, -2):
         with pytest.raises(UserError, match="-1, 0 or 1"):
             pack_ternary(np.full((4, 4), wrong, np.int8))
+
+
+def test_mean_magnitude_decides_what_becomes_zero() -> None:
+    weight = np.array([[3.0, -1.0, 0.9, 0.0], [-1.1, 0.5, -1.5, 0.0]], np.float32)  # the mean magnitude is 1
+    ternary, scale = quantize_ternary(weight)
+    assert scale == 1 and ternary.dtype == np.int8
+    np.testing.assert_array_equal(ternary, [[1, -1, 1, 0], [-1, 0, -1, 0]])  # half is rounded to even
+    ternary, scale = quantize_ternary(np.zeros((4, 4), np.float32))
+    assert not ternary.any() and scale == pytest.approx(1e-5)
+    for wrong in (np.nan, np.inf):
+        with pytest.raises(UserError, match="q_proj: holds a value that is not finite"):
+            quantize_ternary(np.full((4, 4), wrong, np.float32), "q_proj")

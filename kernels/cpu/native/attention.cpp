@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "ops.h"
+#include "attention.h"
 
 namespace bitdraft {
 namespace {
@@ -52,13 +52,6 @@ void rotate(const float* x, const float* table, int d, float scale, float* out) 
   }
 }
 
-struct Heads {
-  int heads, kv_heads, d;
-  float scale;
-  int group() const { return heads / kv_heads; }
-  int padded() const { return static_cast<int>(round_up(d, 16)); }
-};
-
 // Rotates a row's queries into `queries` [kv_heads][count][padded] as number `index` of each kv head's
 // rows, and writes its key and value at `position` of a cache [kv_heads][capacity][d].
 void place_row(const Heads& h, const float* row, int position, const float* frequency, float* queries,
@@ -107,53 +100,6 @@ void attend_range(const Kernels& set, const Heads& h, const float* queries, cons
   }
 }
 
-// Every output of a primitive holds the inputs; left so, a cache never has one holder only and would
-// be copied each time. MLX drops them all right after the evaluation anyway.
-void drop_spare_inputs(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  for (auto& out : outputs) {
-    if (&out.inputs() != &inputs && !out.is_tracer()) {
-      out.inputs().clear();
-    }
-  }
-}
-
-// The cache as an output: the input's own memory when nobody else holds it, else a copy.
-// Returns true when the task has to copy.
-bool share_cache(const mx::array& in, mx::array& out) {
-  if (in.is_donatable() && in.flags().row_contiguous) {
-    out.copy_shared_buffer(in);
-    return false;
-  }
-  allocate(out);
-  return true;
-}
-
-void copy_strided(const mx::array& from, size_t axis, const float* source, float*& to) {
-  if (axis == from.ndim()) {
-    *to++ = *source;
-    return;
-  }
-  const int64_t stride = from.strides()[axis];
-  const int size = from.shape()[axis];
-  if (axis + 1 == from.ndim() && stride == 1) {
-    std::memcpy(to, source, static_cast<size_t>(size) * sizeof(float));
-    to += size;
-    return;
-  }
-  for (int i = 0; i < size; i++) {
-    copy_strided(from, axis + 1, source + i * stride, to);
-  }
-}
-
-void copy_cache(const mx::array& from, mx::array& to) {
-  float* out = to.data<float>();
-  if (from.flags().row_contiguous) {
-    std::memcpy(out, from.data<float>(), from.nbytes());
-  } else {
-    copy_strided(from, 0, from.data<float>(), out);
-  }
-}
-
 class Attention : public CpuPrimitive {
  public:
   Attention(mx::Stream stream, Heads heads, int offset)
@@ -169,47 +115,13 @@ class Attention : public CpuPrimitive {
                                                             std::vector<mx::array>& out) {
                if (copy_k) copy_cache(in[1], out[1]);
                if (copy_v) copy_cache(in[2], out[2]);
-               run(h, offset, in, out);
+               std::vector<float> space;
+               attend_rows(h, offset, Matrix<float>(in[0]), vector_data(in[3], space), out[1].data<float>(),
+                           out[2].data<float>(), out[1].shape(1), out[0].data<float>());
              });
   }
 
  private:
-  static void run(const Heads& h, int offset, std::vector<mx::array>& in, std::vector<mx::array>& out) {
-    const Kernels& set = kernels();
-    const Matrix<float> qkv(in[0]);
-    std::vector<float> space;
-    const float* frequency = vector_data(in[3], space);
-    float *result = out[0].data<float>(), *keys = out[1].data<float>(), *values = out[2].data<float>();
-    const int64_t capacity = out[1].shape(1);
-    const int group = h.group(), m = static_cast<int>(qkv.rows), queries_per_kv = m * group;
-    float* queries = scratch_floats(kQueries, int64_t{h.heads} * m * h.padded());
-    float* row_space = scratch_floats(kRow, qkv.cols);
-    for (int i = 0; i < m; i++) {
-      place_row(h, qkv.row(i, row_space), offset + i, frequency, queries, queries_per_kv, i, keys, values,
-                capacity);
-    }
-    // A few queries a chunk share its keys; a query is never split, so its bits stay its own.
-    const int64_t work = 2 * int64_t{h.heads} * m * (offset + m) * h.d;
-    int splits = 1;
-    if (work >= kParallelFlops && threads() > 1) {
-      splits = std::clamp((6 * threads() + h.kv_heads - 1) / h.kv_heads, 1, std::max(1, queries_per_kv / 4));
-      splits = std::max(splits, queries_per_kv / 32);
-    }
-    const int chunks = work >= kParallelFlops ? h.kv_heads * splits : 1;
-    parallel_for(chunks, [&](int chunk) {
-      const int first_kv = chunks == 1 ? 0 : chunk / splits,
-                last_kv = chunks == 1 ? h.kv_heads : first_kv + 1;
-      const int split = chunks == 1 ? 0 : chunk % splits, pieces = chunks == 1 ? 1 : splits;
-      for (int kv = first_kv; kv < last_kv; kv++) {
-        attend_range(
-            set, h, queries + int64_t{kv} * queries_per_kv * h.padded(), keys + kv * capacity * h.d,
-            values + kv * capacity * h.d, split * queries_per_kv / pieces,
-            (split + 1) * queries_per_kv / pieces, [&](int i) { return offset + i / group + 1; },
-            [&](int i) { return result + (int64_t{i} / group * h.heads + kv * group + i % group) * h.d; });
-      }
-    });
-  }
-
   Heads heads_;
   int offset_;
 };
@@ -291,7 +203,82 @@ Heads check(const mx::array& qkv, const mx::array& k_cache, const mx::array& v_c
   return Heads{heads, kv_heads, d, scale};
 }
 
+void copy_strided(const mx::array& from, size_t axis, const float* source, float*& to) {
+  if (axis == from.ndim()) {
+    *to++ = *source;
+    return;
+  }
+  const int64_t stride = from.strides()[axis];
+  const int size = from.shape()[axis];
+  if (axis + 1 == from.ndim() && stride == 1) {
+    std::memcpy(to, source, static_cast<size_t>(size) * sizeof(float));
+    to += size;
+    return;
+  }
+  for (int i = 0; i < size; i++) {
+    copy_strided(from, axis + 1, source + i * stride, to);
+  }
+}
+
 }  // namespace
+
+void copy_cache(const mx::array& from, mx::array& to) {
+  float* out = to.data<float>();
+  if (from.flags().row_contiguous) {
+    std::memcpy(out, from.data<float>(), from.nbytes());
+  } else {
+    copy_strided(from, 0, from.data<float>(), out);
+  }
+}
+
+void drop_spare_inputs(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  for (auto& out : outputs) {
+    if (&out.inputs() != &inputs && !out.is_tracer()) {
+      out.inputs().clear();
+    }
+  }
+}
+
+bool share_cache(const mx::array& in, mx::array& out) {
+  if (in.is_donatable() && in.flags().row_contiguous) {
+    out.copy_shared_buffer(in);
+    return false;
+  }
+  allocate(out);
+  return true;
+}
+
+void attend_rows(const Heads& h, int offset, const Matrix<float>& qkv, const float* frequency, float* keys,
+                 float* values, int64_t capacity, float* result) {
+  const Kernels& set = kernels();
+  const int group = h.group(), m = static_cast<int>(qkv.rows), queries_per_kv = m * group;
+  float* queries = scratch_floats(kQueries, int64_t{h.heads} * m * h.padded());
+  float* row_space = scratch_floats(kRow, qkv.cols);
+  for (int i = 0; i < m; i++) {
+    place_row(h, qkv.row(i, row_space), offset + i, frequency, queries, queries_per_kv, i, keys, values,
+              capacity);
+  }
+  // A few queries a chunk share its keys; a query is never split, so its bits stay its own.
+  const int64_t work = 2 * int64_t{h.heads} * m * (offset + m) * h.d;
+  int splits = 1;
+  if (work >= kParallelFlops && threads() > 1) {
+    splits = std::clamp((6 * threads() + h.kv_heads - 1) / h.kv_heads, 1, std::max(1, queries_per_kv / 4));
+    splits = std::max(splits, queries_per_kv / 32);
+  }
+  const int chunks = work >= kParallelFlops ? h.kv_heads * splits : 1;
+  parallel_for(chunks, [&](int chunk) {
+    const int first_kv = chunks == 1 ? 0 : chunk / splits,
+              last_kv = chunks == 1 ? h.kv_heads : first_kv + 1;
+    const int split = chunks == 1 ? 0 : chunk % splits, pieces = chunks == 1 ? 1 : splits;
+    for (int kv = first_kv; kv < last_kv; kv++) {
+      attend_range(
+          set, h, queries + int64_t{kv} * queries_per_kv * h.padded(), keys + kv * capacity * h.d,
+          values + kv * capacity * h.d, split * queries_per_kv / pieces,
+          (split + 1) * queries_per_kv / pieces, [&](int i) { return offset + i / group + 1; },
+          [&](int i) { return result + (int64_t{i} / group * h.heads + kv * group + i % group) * h.d; });
+    }
+  });
+}
 
 std::vector<mx::array> attention(const mx::array& qkv, const mx::array& k_cache, const mx::array& v_cache,
                                  int offset, int heads, int kv_heads, const mx::array& inverse_frequency,

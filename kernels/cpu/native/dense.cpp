@@ -1,12 +1,10 @@
 // Float products of 1..8 rows (a draft's layers, an LM head), with the same units around them.
 #include <algorithm>
 
-#include "ops.h"
+#include "product.h"
 
 namespace bitdraft {
 namespace {
-
-enum Slot { kRows = 0, kOutput = 2, kFloatRow = 3 };
 
 class DenseLinear : public CpuPrimitive {
  public:
@@ -25,59 +23,16 @@ class DenseLinear : public CpuPrimitive {
                const Matrix<float> x(in[0]);
                std::vector<float> norm_space;
                const float* norm = has_norm ? vector_data(in[2], norm_space) : nullptr;
-               const mx::array* residual = has_residual ? &in.back() : nullptr;
-               run(set, x, in[1], norm, eps, epilogue, residual, out[0].data<float>());
+               std::optional<Matrix<float>> residual;
+               if (has_residual) {
+                 residual.emplace(in.back());
+               }
+               multiply_dense(set, x, in[1], norm, eps, epilogue, residual ? &*residual : nullptr,
+                              out[0].data<float>());
              });
   }
 
  private:
-  static void run(const Kernels& set, const Matrix<float>& x, const mx::array& weight, const float* norm,
-                  float eps, Epilogue epilogue, const mx::array* residual, float* out) {
-    Dense d{};
-    d.n = weight.shape(0);
-    d.k = x.cols;
-    d.k_padded = round_up(x.cols, 16);
-    d.rows = static_cast<int>(x.rows);
-    d.weights = weight.data<void>();
-    d.bfloat16 = weight.dtype() == mx::bfloat16;
-    d.out_stride = d.n;
-    const bool gated = epilogue != Epilogue::none;
-    d.out = gated ? scratch_floats(kOutput, x.rows * d.n) : out;
-
-    float* rows = scratch_floats(kRows, x.rows * d.k_padded);
-    float* space = scratch_floats(kFloatRow, x.cols);
-    std::memset(rows, 0, static_cast<size_t>(x.rows * d.k_padded) * sizeof(float));
-    for (int64_t r = 0; r < x.rows; r++) {
-      const float* row = x.row(r, space);
-      if (norm != nullptr) {
-        set.normalise(row, norm, eps, x.cols, rows + r * d.k_padded);
-      } else {
-        std::memcpy(rows + r * d.k_padded, row, static_cast<size_t>(x.cols) * sizeof(float));
-      }
-    }
-    d.x = rows;
-
-    const bool parallel = static_cast<int64_t>(weight.nbytes()) + x.rows * d.n * d.k >= kParallelWork;
-    const int64_t steps = (d.n + 7) / 8;  // whole passes a chunk
-    const int64_t chunks = parallel ? std::min<int64_t>(steps, 16 * threads()) : 1;
-    parallel_for(static_cast<int>(chunks), [&](int c) {
-      set.dense(d, c * steps / chunks * 8, std::min((c + 1) * steps / chunks * 8, d.n));
-    });
-
-    const int64_t width = gated ? d.n / 2 : d.n;
-    for (int64_t r = 0; gated && r < x.rows; r++) {
-      set.gate(epilogue, d.out + r * d.n, d.out + r * d.n + width, width, out + r * width);
-    }
-    if (residual != nullptr) {
-      const Matrix<float> add(*residual);
-      for (int64_t r = 0; r < x.rows; r++) {
-        for (int64_t j = 0; j < width; j++) {
-          out[r * width + j] += add.data[r * add.row_stride + j * add.col_stride];
-        }
-      }
-    }
-  }
-
   float eps_;
   Epilogue epilogue_;
   bool norm_;
@@ -85,6 +40,52 @@ class DenseLinear : public CpuPrimitive {
 };
 
 }  // namespace
+
+void multiply_dense(const Kernels& set, const Matrix<float>& x, const mx::array& weight, const float* norm,
+                    float eps, Epilogue epilogue, const Matrix<float>* residual, float* out) {
+  Dense d{};
+  d.n = weight.shape(0);
+  d.k = x.cols;
+  d.k_padded = round_up(x.cols, 16);
+  d.rows = static_cast<int>(x.rows);
+  d.weights = weight.data<void>();
+  d.bfloat16 = weight.dtype() == mx::bfloat16;
+  d.out_stride = d.n;
+  const bool gated = epilogue != Epilogue::none;
+  d.out = gated ? scratch_floats(kOutput, x.rows * d.n) : out;
+
+  float* rows = scratch_floats(kPacked, x.rows * d.k_padded);
+  float* space = scratch_floats(kFloatRow, x.cols);
+  std::memset(rows, 0, static_cast<size_t>(x.rows * d.k_padded) * sizeof(float));
+  for (int64_t r = 0; r < x.rows; r++) {
+    const float* row = x.row(r, space);
+    if (norm != nullptr) {
+      set.normalise(row, norm, eps, x.cols, rows + r * d.k_padded);
+    } else {
+      std::memcpy(rows + r * d.k_padded, row, static_cast<size_t>(x.cols) * sizeof(float));
+    }
+  }
+  d.x = rows;
+
+  const bool parallel = static_cast<int64_t>(weight.nbytes()) + x.rows * d.n * d.k >= kParallelWork;
+  const int64_t steps = (d.n + 7) / 8;  // whole passes a chunk
+  const int64_t chunks = parallel ? std::min<int64_t>(steps, 16 * threads()) : 1;
+  parallel_for(static_cast<int>(chunks), [&](int c) {
+    set.dense(d, c * steps / chunks * 8, std::min((c + 1) * steps / chunks * 8, d.n));
+  });
+
+  const int64_t width = gated ? d.n / 2 : d.n;
+  for (int64_t r = 0; gated && r < x.rows; r++) {
+    set.gate(epilogue, d.out + r * d.n, d.out + r * d.n + width, width, out + r * width);
+  }
+  if (residual != nullptr) {
+    for (int64_t r = 0; r < x.rows; r++) {
+      for (int64_t j = 0; j < width; j++) {
+        out[r * width + j] += residual->data[r * residual->row_stride + j * residual->col_stride];
+      }
+    }
+  }
+}
 
 mx::array dense_linear(const mx::array& x, const mx::array& weight, const MaybeArray& norm, float eps,
                        int epilogue, const MaybeArray& residual) {

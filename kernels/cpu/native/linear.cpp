@@ -90,9 +90,6 @@ class RoundedLinear : public CpuPrimitive {
                const Matrix<float> rows(in[0]);
                std::vector<float> norm_space, scale_space, residual_space;
                const float* norm = has_norm ? vector_data(in[3], norm_space) : nullptr;
-               Activations x(rows.rows, rows.cols, format.bias, set);
-               quantise_all(set, rows, norm, eps,
-                            [&](int64_t row, const int8_t* q, float s) { x.set_row(row, q, s); });
                Product p{};
                p.format = &format;
                p.tiles = in[1].data<uint8_t>();
@@ -113,7 +110,7 @@ class RoundedLinear : public CpuPrimitive {
                    p.residual_stride = residual.cols;
                  }
                }
-               multiply(set, x, p);
+               multiply_rows(set, rows, norm, eps, p);
              });
   }
 
@@ -124,15 +121,6 @@ class RoundedLinear : public CpuPrimitive {
   bool norm_;
   bool residual_;
 };
-
-void check_weight(const Format& format, const mx::array& tiles, const mx::array& scale, int64_t k) {
-  require(scale.dtype() == mx::float32 && scale.ndim() == 1, "a weight's scale must be float32 [n]");
-  require(k > 0 && k <= format.most_k, "sums over so many inputs are not exact");
-  const int64_t count = round_up(static_cast<int64_t>(scale.size()), kTile) / kTile;
-  require(tiles.dtype() == mx::uint8 && tiles.ndim() == 1 &&
-              static_cast<int64_t>(tiles.size()) == count * (round_up(k, kTile) / kTile) * format.block_bytes,
-          "a weight's data does not have the size that n and k ask for");
-}
 
 mx::array rounded_product(const Format& format, const mx::array& xq, const mx::array& s,
                           const mx::array& tiles, const mx::array& scale, int k) {
@@ -168,6 +156,20 @@ mx::array rounded_linear(const Format& format, const mx::array& x, const mx::arr
 }
 
 }  // namespace
+
+void check_weight(const Format& format, const mx::array& tiles, const mx::array& scale, int64_t k) {
+  require(scale.dtype() == mx::float32 && scale.ndim() == 1, "a weight's scale must be float32 [n]");
+  require(k > 0 && k <= format.most_k, "sums over so many inputs are not exact");
+  const int64_t count = round_up(static_cast<int64_t>(scale.size()), kTile) / kTile;
+  require(tiles.dtype() == mx::uint8 && tiles.ndim() == 1 &&
+              static_cast<int64_t>(tiles.size()) == count * (round_up(k, kTile) / kTile) * format.block_bytes,
+          "a weight's data does not have the size that n and k ask for");
+}
+
+const Format* format_of(const mx::array& tiles, int64_t n, int64_t k) {
+  const int64_t blocks = round_up(n, kTile) / kTile * (round_up(k, kTile) / kTile);
+  return static_cast<int64_t>(tiles.size()) == blocks * kInt8.block_bytes ? &kInt8 : &kTernary;
+}
 
 std::vector<mx::array> quantize_rows(const mx::array& x, const MaybeArray& norm, float eps) {
   require(x.ndim() == 2 && x.shape(1) > 0, "quantize_rows takes rows [m, k]");

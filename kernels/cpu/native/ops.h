@@ -72,6 +72,8 @@ struct Matrix {
   const T* data;
   int64_t rows, cols, row_stride, col_stride;
 
+  Matrix(const T* data, int64_t rows, int64_t cols)
+      : data(data), rows(rows), cols(cols), row_stride(cols), col_stride(1) {}
   explicit Matrix(const mx::array& a)
       : data(a.data<T>()),
         rows(a.shape(0)),

@@ -1,4 +1,5 @@
-// Products of int8 rows with coded weights, ternary or int8: rows in blocks, threads, gate and residual.
+// Products with everything around them: of int8 rows with coded weights, ternary or int8 (rows in blocks, threads,
+// gate and residual), and of a few float rows.
 #pragma once
 
 #include <algorithm>
@@ -20,6 +21,11 @@ struct Format {
 
 inline constexpr Format kTernary = {kBlockBytes, 1, &Kernels::dot_ternary, 132'104};
 inline constexpr Format kInt8 = {kInt8BlockBytes, 128, &Kernels::dot_int8, 65'536};
+
+// The format whose n x k weights fill these tiles.
+const Format* format_of(const mx::array& tiles, int64_t n, int64_t k);
+// Throws std::invalid_argument unless tiles and scale are a weight of k inputs.
+void check_weight(const Format& format, const mx::array& tiles, const mx::array& scale, int64_t k);
 
 // Rows in blocks: one block up to kSmallRows, else as even as can be and at most row_block rows each.
 struct RowBlocks {
@@ -123,5 +129,17 @@ struct Product {
 
 // The product with everything behind it.
 void multiply(const Kernels& kernels, const Activations& x, const Product& p);
+
+// The same of float rows: norm (or null), int8, product.
+inline void multiply_rows(const Kernels& kernels, const Matrix<float>& rows, const float* norm, float eps,
+                          const Product& p) {
+  Activations x(rows.rows, rows.cols, p.format->bias, kernels);
+  quantise_all(kernels, rows, norm, eps, [&](int64_t row, const int8_t* q, float s) { x.set_row(row, q, s); });
+  multiply(kernels, x, p);
+}
+
+// 1..8 rows times a contiguous bfloat16 or float32 weight [n, k]; norm and residual may be null.
+void multiply_dense(const Kernels& kernels, const Matrix<float>& x, const mx::array& weight, const float* norm,
+                    float eps, Epilogue epilogue, const Matrix<float>* residual, float* out);
 
 }  // namespace bitdraft

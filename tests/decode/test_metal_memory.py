@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import Command
+from conftest import Command, arguments, environment
 
 from decode import metal
 from kernels import UserError
@@ -20,6 +21,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     seen: list[tuple[Any, ...]] = []
     fake = SimpleNamespace(
         device_info=lambda: {"max_recommended_working_set_size": 12000},
+        set_memory_limit=lambda size: seen.append(("memory", size)),
+        set_cache_limit=lambda size: seen.append(("cache", size)),
         set_wired_limit=lambda size: seen.append(("wired", size)),
         synchronize=lambda: seen.append(("synchronize",)),
         metal=SimpleNamespace(
@@ -32,14 +35,45 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     return seen
 
 
-def test_the_wired_limit_is_what_the_device_recommends(
+def test_limits_follow_what_the_device_recommends(
     calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    metal.raise_wired_limit()
-    assert calls == [("wired", 12000)]
-    monkeypatch.setattr(metal, "device_backend", lambda: "cuda")
-    metal.raise_wired_limit()
-    assert calls == [("wired", 12000)]
+    assert metal.limit_memory() == metal.MemoryLimits(12000, 3000, 12000)
+    assert calls == [("memory", 12000), ("cache", 3000), ("wired", 12000)]
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(metal, "device_backend", lambda device=device: device)
+        assert metal.limit_memory() is None
+    assert len(calls) == 3
+
+
+def test_what_loads_a_model_limits_memory_first(tmp_path: Path) -> None:
+    """Sessions, collections and trainings, in processes whose Metal notes what it is told and then gives up."""
+    spoil = """
+import sys
+from decode import metal
+class Limited(Exception): pass
+def limit(size): raise Limited("limited")
+metal.device_backend = lambda: "metal"
+metal.mx.device_info = lambda: {"max_recommended_working_set_size": 12000}
+metal.mx.set_memory_limit = limit
+"""
+    data = tmp_path / "data"
+    text = tmp_path / "text.txt"
+    text.write_text("The sea was calm and the gulls cried over it. " * 40, encoding="utf-8")
+    collect = ("collect", "--source", text, "--tokens", 200, "--seq-len", 64, "--out", data, "-q")
+    plainly = arguments("distill", *collect)
+    assert subprocess.run(plainly, env=environment(), cwd=tmp_path, stdin=subprocess.DEVNULL).returncode == 0
+    for program, options in (
+        ("decode", ("plain", "--prompt", "a")),
+        ("distill", (*collect[:-3], "--out", tmp_path / "other")),
+        ("distill", ("train", "--data", data, "--tokens", 64)),
+    ):
+        start = arguments(program, *options)
+        done = subprocess.run(
+            [start[0], "-c", spoil + start[2], *start[3:]], env=environment(), cwd=tmp_path,
+            stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        )  # fmt: skip
+        assert "Limited: limited" in done.stderr, done.stderr
 
 
 def test_a_trace_covers_what_runs_inside(calls: list[tuple[Any, ...]], tmp_path: Path) -> None:

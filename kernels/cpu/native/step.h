@@ -1,0 +1,41 @@
+// A whole decoding step as one operation: what Python and MLX spend on each operation of each layer is spent once.
+#pragma once
+
+#include "attention.h"
+#include "product.h"
+
+namespace bitdraft {
+
+// A linear layer with what stands around it. A dense weight has no scale.
+struct Linear {
+  mx::array data;
+  MaybeArray scale;
+  int n, k;
+  MaybeArray norm;
+};
+
+// A model: `linears` are qkv, o, gate and up, and down of every layer, then the head. All arrays are evaluated and
+// contiguous, float32 where they are not weights.
+struct StepModel {
+  Heads heads;
+  mx::array inverse_frequency;
+  mx::array embedding;  // bfloat16 or float32 [vocab, hidden]
+  Epilogue epilogue;
+  float eps;
+  std::vector<Linear> linears;
+
+  size_t layers() const { return linears.size() / 4; }
+  int hidden() const { return embedding.shape(1); }
+};
+
+std::shared_ptr<StepModel> step_model(const mx::array& embedding, const mx::array& inverse_frequency, int heads,
+                                      int kv_heads, float scale, int epilogue, float eps);
+void add_linear(StepModel& model, const mx::array& data, const MaybeArray& scale, int n, int k,
+                const MaybeArray& norm);
+
+// tokens: int32 [m], m <= 8; caches: float32 [kv_heads, capacity, d], the keys of each layer, then the values of each.
+// Returns the logits, float32 [m, vocab], and the caches.
+std::vector<mx::array> step(const std::shared_ptr<StepModel>& model, const mx::array& tokens,
+                            const std::vector<mx::array>& caches, int offset);
+
+}  // namespace bitdraft
