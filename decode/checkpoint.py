@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from decode import families, trimmed
 from decode.files import first_line, read_json
+from decode.hub import explain
 from decode.model import Precision, Transformer
 from kernels import UserError, swap_bitlinear
 
@@ -27,6 +28,7 @@ RUNS = Path("runs")
 ROPE = ("rope_theta", "rope_scaling")
 GGUF = "GGUF files (such as i2_s) are not read; take the safetensors checkpoint that they were made from"
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+CARD = "README.md"  # says which licence a model has
 
 
 @dataclass(frozen=True)
@@ -186,13 +188,20 @@ def _from_hub(name: str, option: str) -> Path:
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
         raise UserError(f"{option} {name}: no such folder, and not a Hub name (owner/name)")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import IncompleteSnapshotError
+
+    def fetch(patterns: list[str], local: bool = False) -> Path:
+        folder = snapshot_download(repo, revision=revision or None, allow_patterns=patterns, local_files_only=local)
+        return Path(folder)
 
     try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=PATTERNS))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        try:
+            return fetch([*PATTERNS, CARD])
+        except IncompleteSnapshotError:  # without a connection, what was fetched without its card serves as well
+            return fetch(PATTERNS, local=True)
+    except Exception as error:  # the client raises errors of several libraries
         raise UserError(
-            f"{option} {name}: no such folder, and not to be had from the Hub: {first_line(error)}"
+            f"{option} {name}: no such folder, and not to be had from the Hub: {explain(error, repo)}"
         ) from error
 
 

@@ -469,6 +469,76 @@ def convert(
     say(quiet)(f"{out}: {size} (was {converted.family})")
 
 
+@app.command()
+def publish(
+    repo: Annotated[str, typer.Option("--repo", metavar="OWNER/NAME", help="Repository on the Hub; made if missing.")],
+    draft: Annotated[
+        Path | None, typer.Option("--draft", metavar="DIR", help="Draft. Default: the newest complete one in runs/.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the files and print the card; needs no login and no network.")
+    ] = False,
+    private: Annotated[
+        bool | None,
+        typer.Option(
+            "--private/--public",
+            help="Who can see it. Default: a new repository is private, an existing one stays as it is.",
+        ),
+    ] = None,
+    licence: Annotated[
+        str | None,
+        typer.Option("--license", metavar="ID", help="Licence as the Hub names it. Default: the teacher's, if known."),
+    ] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option(
+            "--base-model", metavar="OWNER/NAME", help="The teacher's name on the Hub, if it was read from a folder."
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also replace another teacher's draft, or publish an unfinished one.")
+    ] = False,
+    json_file: JsonOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Upload a draft with its model card to the Hugging Face Hub, in one commit.
+
+    Uploads the weights, tokenizer, settings, log and evaluation, and nothing else in the folder.
+    Needs `hf auth login` once. Interrupted, the same command goes on.
+    """
+    from distill.publish import newest_draft, prepare
+    from distill.publish import publish as upload
+
+    check_json_target(json_file)
+    note, show = say(quiet), json_file != "-" and not quiet
+    if draft is None:
+        draft = newest_draft(RUNS)
+        note(f"draft: {draft}")
+    package = prepare(draft, repo, licence=licence, base_model=base_model, unfinished=force)
+    sizes = package.sizes()
+    if not package.licence:
+        note(f"{repo}: the teacher's licence is not known, so the card states none; give it with --license")
+    result: dict[str, Any] = {"repo": repo, "draft": str(draft), "dry_run": dry_run, "teacher": package.teacher}
+    result |= {"files": [{"name": name, "bytes": size} for name, size in sizes.items()], "bytes": sum(sizes.values())}
+    if dry_run:
+        if show:
+            for name, size in sizes.items():
+                print(f"{size:>13,}  {name}")
+            print(f"{sum(sizes.values()):>13,}  bytes to {repo}\n\n{package.card}", end="")
+    else:
+        note(f"{draft}: {len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB to {repo}")
+        try:
+            done = upload(package, private=private, force=force, quiet=quiet)
+        except KeyboardInterrupt:
+            raise Interrupted(f"the same command goes on from what {repo} has") from None
+        result |= vars(done)
+        if show:
+            print(done.url)
+        what = "commit" if done.changed else "nothing had changed since commit"
+        note(f"{what} {done.commit}, {'private' if done.private else 'public'}")
+    write_json(json_file, result | {"card": package.card})
+
+
 class Bars:
     """One progress bar a stage of a collection."""
 

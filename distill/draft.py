@@ -302,6 +302,16 @@ def _link(source: Path, target: Path) -> None:
             shutil.copyfile(source, target)
 
 
+def check_files(folder: Path, provenance: dict[str, Any]) -> None:
+    """UserError where a file that draft.json lists is not there or not the same."""
+    for name, digest in dict(provenance.get("files", {})).items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path}: not there; the draft is incomplete")
+        if sha256(path) != digest:
+            raise UserError(f"{path}: differs from what draft.json lists; cut short or changed")
+
+
 def load(folder: Path) -> Draft:
     """Read a draft back, checking that all of it is there.
 
@@ -317,12 +327,7 @@ def load(folder: Path) -> Draft:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / 'config.json'}: not a Llama's ({error})") from error
     provenance = read_json(folder / "draft.json") if (folder / "draft.json").is_file() else {}
-    for name, digest in dict(provenance.get("files", {})).items():
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"{path}: not there; the draft is incomplete")
-        if sha256(path) != digest:
-            raise UserError(f"{path}: differs from what draft.json lists; cut short or changed")
+    check_files(folder, provenance)
     path = folder / WEIGHTS
     if not path.is_file():
         raise UserError(f"{path}: not there; the draft is incomplete")

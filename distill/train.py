@@ -30,6 +30,7 @@ from distill.batches import Feed
 from distill.cpu import CpuHead
 from distill.draft_config import DraftConfig, check_memory
 from distill.losses import FusedHead, bucket_loss
+from distill.provenance import data_facts, made_with, teacher_facts
 from distill.shards import Dataset
 from distill.state import State
 from distill.step import Step, TrimmedHead, learning_rate, measure
@@ -356,16 +357,18 @@ class _Run:
             self.teacher_folder,
             {
                 "complete": complete,
-                "teacher": {"name": source.teacher_name, "hash": source.teacher_hash},
+                "teacher": teacher_facts(self.teacher_folder, source),
                 "tokenizer_hash": source.tokenizer_hash,
                 "training": {
                     "settings": asdict(self.settings),
-                    "data": {"sha256": self.state.identity["data"], "tokens": self.feed.dataset.tokens},
+                    "data": {"sha256": self.state.identity["data"], "tokens": self.feed.dataset.tokens}
+                    | {"settings": data_facts(source)},
                     "steps": steps,
                     "tokens": steps * self.step_tokens,
                     "best_step": self.state.best_step,
                 }
                 | figures,
+                "made_with": made_with(),
             }
             | ({} if self.vocabulary is None else {"vocabulary": self.vocabulary.facts()}),
             self.settings.bits,

@@ -72,6 +72,9 @@ def test_learns_and_leaves_a_draft(made: tuple[Path, Path], whole: Path) -> None
     about = json.loads((whole / "draft.json").read_text())
     assert about["complete"] and about["teacher"]["name"] == "synthetic"
     assert about["training"]["steps"] == STEPS == curve[-1]["step"]
+    collected = about["training"]["data"]["settings"]
+    assert collected["k"] == 8 and collected["temperatures"] == [1.0, 0.7] and "teacher" not in collected
+    assert about["made_with"]["device"] and about["made_with"]["versions"]["python"]
     steps = [line for line in read_log(whole / "log.jsonl") if line["kind"] == "step"]
     assert {"step", "tokens", "loss", "agreement", "lr", "grad_norm", "tok_per_s"} <= steps[0].keys()
     with pytest.raises(UserError, match="holds a finished draft"):
