@@ -11,14 +11,19 @@ from typing import Any
 import mlx.core as mx
 
 FOLDER = Path(__file__).parent
-HEADERS = ("rows.cuh", "products.cuh", "attention.cuh", "step.cuh")
+HEADERS = ("ptx.cuh", "rows.cuh", "products.cuh", "attention.cuh", "step.cuh")
+
+
+@cache
+def text(name: str) -> str:
+    """A file of this folder; blank where it includes what NVRTC has no folder for, so that lines keep their numbers."""
+    return re.sub(r'#include "\w+\.cuh"|#pragma once|#include <stdint.h>', "", (FOLDER / name).read_text())
 
 
 @cache
 def header() -> str:
-    """The shared functions, in one piece: NVRTC is given no folder to include from."""
-    text = "".join((FOLDER / name).read_text() for name in HEADERS)
-    return re.sub(r'#include "\w+\.cuh"\n|#pragma once\n', "", text).replace("#include <stdint.h>\n", "")
+    """The shared functions, in one piece."""
+    return "".join(map(text, HEADERS))
 
 
 @cache
@@ -36,7 +41,7 @@ def kernel(
         name=f"bitdraft_{name}",
         input_names=list(inputs),
         output_names=list(outputs),
-        source=prelude + (FOLDER / f"{name}.cu").read_text(),
+        source=prelude + text(f"{name}.cu"),
         header=head,
         shared_memory=shared_memory,
     )

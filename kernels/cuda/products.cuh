@@ -29,14 +29,6 @@ __host__ __device__ constexpr int spans_of(int k) { return (k + kSpan - 1) / kSp
 // Rows in shared memory stand this far apart: sixteen bytes more spread them over the banks.
 __host__ __device__ constexpr int row_stride(int k) { return spans_of(k) * kSpan + 16; }
 
-__device__ inline uint4 stream16(const void* p) {
-  uint4 v;
-  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-      : "l"(p));
-  return v;
-}
-
 // What a lane holds of a (tile, span).
 template <int KIND>
 struct Piece {
@@ -81,13 +73,6 @@ struct RowPiece {
     return step % 2 == 0 ? (which == 0 ? v.x : v.y) : (which == 0 ? v.z : v.w);
   }
 };
-
-__device__ inline void multiply(int (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 
 // Adds the products of a range of tiles into acc, [tiles][kTile][M] int32 of shared memory.
 // x: M rows of int8, `stride` bytes apart, zeros behind their end up to whole spans. Warps take equal,

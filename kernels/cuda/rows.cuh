@@ -7,6 +7,8 @@
 #include <cuda_bf16.h>
 #include <stdint.h>
 
+#include "ptx.cuh"
+
 namespace bitdraft {
 
 constexpr unsigned kAllLanes = 0xffffffffu;

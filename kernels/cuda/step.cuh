@@ -24,11 +24,9 @@ struct Grid {
     passed += gridDim.x;
     __syncthreads();
     if (threadIdx.x == 0) {
-      unsigned seen;
-      asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived) : "memory");
-      do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(arrived) : "memory");
-      } while (seen < passed);
+      raise(arrived);
+      while (look(arrived) < passed) {
+      }
     }
     __syncthreads();
   }
@@ -53,14 +51,11 @@ struct Share {
 
 // Calls a contiguous range of memory into L2; both ends are multiples of 16 bytes.
 __device__ inline void call_ahead(const uint8_t* from, int64_t bytes) {
-#if __CUDA_ARCH__ >= 900
   if (threadIdx.x == 0) {
     for (int64_t at = 0; at < bytes; at += 1 << 16) {
-      const unsigned size = bytes - at < 1 << 16 ? bytes - at : 1 << 16;
-      asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from + at), "r"(size));
+      prefetch(from + at, bytes - at < 1 << 16 ? bytes - at : 1 << 16);
     }
   }
-#endif
 }
 
 // The shapes of a model; `Shape` of the functions below is one of these.

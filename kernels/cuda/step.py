@@ -59,7 +59,11 @@ class WholeStep:
         self.state = mx.zeros((2 + self.shape.kv_heads,), mx.uint32)
         # Launches wait for each other through this: MLX does not know that they write to the caches.
         self.after = mx.zeros((1,), mx.float32)
-        mx.eval(self.state, self.after)
+        # The last tile of an int8 head is whole: its scales are read, though not used, beyond the vocabulary.
+        self.head_scale = self.floats
+        if isinstance(self.head, Int8Weight):
+            self.head_scale = mx.pad(self.head.scale, (0, -self.head.n % TILE))
+        mx.eval(self.state, self.after, self.head_scale)
 
     @staticmethod
     def of(
@@ -191,7 +195,7 @@ class WholeStep:
                 "frequency": self.shape.inverse_frequency,
                 "embedding": self.embedding,
                 "head": self.head.data,
-                "head_scale": self.head.scale if isinstance(self.head, Int8Weight) else self.floats,
+                "head_scale": self.head_scale,
                 **caches,
             },
             {"logits": ((m, c["VOCAB"]), mx.float32), "scratch": ((scratch,), mx.float32)},

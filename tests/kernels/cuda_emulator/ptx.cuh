@@ -1,0 +1,33 @@
+// What stands for kernels/cuda/ptx.cuh where the kernels are run by the emulator.
+namespace bitdraft {
+
+inline uint4 stream16(const void* p, EMULATED_CALLER) {
+  emulator::check(p, 16, emulator::Access::read_only, EMULATED_CALL);
+  return *static_cast<const uint4*>(p);
+}
+
+// Lane 4g + q has a0, a2 of output g and a1, a3 of output g + 8, b0 and b1 of row g: four inputs each, from 4q
+// (a0, a1, b0) and from 16 + 4q on. Its results are of outputs g (c0, c1) and g + 8 (c2, c3), rows 2q and 2q + 1.
+inline void multiply(int (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, EMULATED_CALLER) {
+  const unsigned mine[] = {a[0], a[1], a[2], a[3], b0, b1};
+  const auto& brought = emulator::exchange(emulator::Operation::multiply, ~0u, mine, sizeof mine, EMULATED_CALL);
+  const int output = emulator::lane() / 4, row = emulator::lane() % 4 * 2;
+  for (int i = 0; i < 4; ++i) {
+    for (int q = 0; q < 4; ++q) {
+      const auto& left = brought[4 * output + q];
+      const auto& right = brought[4 * (row + i % 2) + q];
+      c[i] = __dp4a(int(left[i / 2]), int(right[4]), c[i]);
+      c[i] = __dp4a(int(left[2 + i / 2]), int(right[5]), c[i]);
+    }
+  }
+}
+
+inline void raise(unsigned* counter, EMULATED_CALLER) { atomicAdd(counter, 1u, EMULATED_CALL); }
+inline unsigned look(const unsigned* counter, EMULATED_CALLER) { return emulator::watch(counter, EMULATED_CALL); }
+
+inline void prefetch(const uint8_t* from, unsigned bytes, EMULATED_CALLER) {
+  if (bytes % 16) emulator::fail("a prefetch of no whole 16 bytes", EMULATED_CALL);
+  emulator::check(from, bytes, emulator::Access::ahead, EMULATED_CALL);
+}
+
+}  // namespace bitdraft

@@ -1,0 +1,324 @@
+"""The CUDA backend without a GPU: the very text of its kernels run by cuda_emulator."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cuda_emulator
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from kernels import cuda, reference
+from kernels.cuda import step
+from kernels.cuda.launch import FOLDER, header, kernel, text
+from kernels.reference import AttentionShape, Epilogue, Weight
+
+if platform.system() != "Linux" or cuda_emulator.compiler() is None:
+    pytest.skip("no g++ 12 or newer on Linux to emulate CUDA with", allow_module_level=True)
+
+RANDOM_ORDERS = (1, 2, 3)
+
+
+@pytest.fixture(scope="session")
+def session_emulator(tmp_path_factory: pytest.TempPathFactory) -> cuda_emulator.Emulator:
+    return cuda_emulator.Emulator(tmp_path_factory.mktemp("cuda"))
+
+
+@pytest.fixture(autouse=True)
+def emulator(
+    session_emulator: cuda_emulator.Emulator, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[cuda_emulator.Emulator]:
+    """All launches go to the emulator: in a fixed order on four multiprocessors, until a test says otherwise."""
+    session_emulator.seed, session_emulator.multiprocessors, session_emulator.resident = 0, 4, None
+    monkeypatch.setattr(mx.fast, "cuda_kernel", session_emulator.cuda_kernel)
+    monkeypatch.setattr(step, "device_attribute", lambda name: cuda_emulator.attribute(session_emulator, name))
+    kernel.cache_clear()
+    with mx.stream(mx.cpu):
+        yield session_emulator
+    kernel.cache_clear()
+
+
+def same_bits(a: mx.array, b: mx.array) -> bool:
+    x, y = np.array(a), np.array(b)
+    return x.shape == y.shape and x.dtype == y.dtype and x.tobytes() == y.tobytes()
+
+
+def close(a: mx.array, b: mx.array, tolerance: float = 1e-5) -> bool:
+    x, y = np.array(a), np.array(b)
+    return bool(np.abs(x - y).max() <= tolerance * np.abs(y).max())
+
+
+def normal(*shape: int, seed: int = 0) -> mx.array:
+    return mx.array(np.random.default_rng([seed, *shape]).normal(0, 1, shape).astype(np.float32))
+
+
+def random_ternary(n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng([n, k])
+    return rng.integers(-1, 2, (n, k)).astype(np.int8), rng.uniform(0.01, 2, n).astype(np.float32)
+
+
+def weights_of(kind: str, n: int, k: int) -> tuple[Any, Any]:
+    """Ours and the reference's."""
+    if kind == "ternary":
+        pair = random_ternary(n, k)
+        return cuda.prepare_ternary(*pair), reference.prepare_ternary(*pair)
+    data = normal(n, k, seed=3)
+    if kind == "int8":
+        return cuda.prepare_int8(data), reference.prepare_int8(data)
+    data = data.astype(getattr(mx, kind))
+    return cuda.prepare_dense(data), reference.prepare_dense(data)
+
+
+# Single operations
+
+
+@pytest.mark.parametrize("k", [20, 576, 2560])
+def test_quantised_rows_equal_the_reference_by_bits(k: int) -> None:
+    halves = mx.array(np.resize(np.arange(-127, 128) + 0.5, k).astype(np.float32))
+    rows = [normal(k), mx.zeros(k), mx.full((k,), 1e-9), normal(k, seed=1) * 1e30, halves]
+    for ours, theirs in zip(cuda.quantize_rows(mx.stack(rows)), reference.quantize_rows(mx.stack(rows)), strict=True):
+        assert same_bits(ours, theirs)
+
+
+def test_quantised_rows_behind_a_norm_are_close_to_the_reference() -> None:
+    x, norm = normal(3, 576), normal(576)
+    (q, s), (q_defined, s_defined) = cuda.quantize_rows(x, norm, 1e-5), reference.quantize_rows(x, norm, 1e-5)
+    np.testing.assert_allclose(np.array(s), np.array(s_defined), rtol=1e-6)
+    assert np.abs(np.array(q).astype(int) - np.array(q_defined)).max() <= 1
+    assert (np.array(q) != np.array(q_defined)).mean() < 1e-2
+
+
+@pytest.mark.parametrize("kind", ["ternary", "int8"])
+@pytest.mark.parametrize("m", [1, 3, 8, 70])
+def test_products_with_whole_numbers_equal_the_reference_by_bits(kind: str, m: int) -> None:
+    for n, k in ((960, 576), (24, 68), (40, 4), (144, 2560)):
+        ours, theirs = weights_of(kind, n, k)
+        xq, s = reference.quantize_rows(normal(m, k, seed=m))
+        product, defined = (getattr(b, "bitlinear" if kind == "ternary" else "int8_linear") for b in (cuda, reference))
+        assert same_bits(product(xq, s, ours), defined(xq, s, theirs)), (n, k)
+
+
+@pytest.mark.parametrize("m", [3, 13])
+@pytest.mark.parametrize("value", [127, -128])
+def test_the_largest_sums(m: int, value: int) -> None:
+    n, k = 48, 8192
+    xq, s = mx.full((m, k), value, mx.int8), mx.full((m,), 3.0)
+    y = cuda.bitlinear(xq, s, cuda.prepare_ternary(np.full((n, k), -1, np.int8), np.ones(n, np.float32)))
+    assert (np.array(y) == np.float32(-value * k) * (np.float32(1) / np.float32(3))).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "epilogue"),
+    [("ternary", "relu2_mul"), ("int8", "silu_mul"), ("bfloat16", None), ("bfloat16", "silu_mul"), ("float32", None)],
+)
+def test_linear_gives_a_row_the_same_bits_alone_and_among_others(kind: str, epilogue: Epilogue | None) -> None:
+    n, k, m = 96, 160, 8
+    ours, theirs = weights_of(kind, n, k)
+    width = n if epilogue is None else n // 2
+    x, norm, residual = normal(m, k), normal(k), normal(m, width, seed=3)
+    options: dict[str, Any] = {"norm": norm, "eps": 1e-5, "epilogue": epilogue}
+    y = cuda.linear(x, ours, residual=residual, **options)
+    alone = [cuda.linear(x[i : i + 1], ours, residual=residual[i : i + 1], **options) for i in range(m)]
+    assert same_bits(y, mx.concatenate(alone))
+    # Rounding to int8 may fall the other way after a norm that differs in its last bit.
+    assert close(y, reference.linear(x, theirs, residual=residual, **options), 2e-2)
+    if kind in ("ternary", "int8"):
+        many = normal(40, k)
+        assert close(cuda.linear(many, ours, **options), reference.linear(many, theirs, **options), 2e-2)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 32), (5, 1, 128)])
+def test_attention(heads: int, kv_heads: int, dim: int, emulator: cuda_emulator.Emulator) -> None:
+    shape = AttentionShape(heads, kv_heads, dim, mx.array(0.5 ** np.arange(dim // 2, dtype=np.float32)))
+    qkv = normal(11, (heads + 2 * kv_heads) * dim)
+    for offset in (0, 24, 31, 100):
+        keys, values = normal(kv_heads, offset + 15, dim), normal(kv_heads, offset + 15, dim, seed=1)
+        together, k_new, v_new = cuda.attention(qkv, mx.array(keys), mx.array(values), offset, shape)
+        expected, k_expected, v_expected = reference.attention(qkv, mx.array(keys), mx.array(values), offset, shape)
+        assert close(together, expected, 1e-4) and close(k_new, k_expected) and same_bits(v_new, v_expected)
+        emulator.seed += 1
+        for i in (0, 1, 10) if offset else range(11):
+            k_before, v_before = mx.array(k_new), mx.array(v_new)
+            out, _, _ = cuda.attention(qkv[i : i + 1], k_before, v_before, offset + i, shape)
+            assert same_bits(out, together[i : i + 1]), (offset, i)
+
+
+# The whole step
+
+
+@dataclass
+class Layer:
+    qkv: Weight
+    o: Weight
+    gate_up: Weight
+    down: Weight
+    input_norm: mx.array
+    attention_sub_norm: mx.array | None
+    post_norm: mx.array
+    ffn_sub_norm: mx.array | None
+
+
+class Model:
+    """A small model with random weights, as `kernels.cuda` and as `kernels.reference` run it."""
+
+    def __init__(self, kind: str, head: str, layers: int = 2, capacity: int = 80) -> None:
+        self.hidden, self.ffn, self.vocab, self.capacity, self.eps = 96, 144, 75, capacity, 1e-5
+        self.shape = AttentionShape(4, 2, 32, mx.array(0.5 ** np.arange(16, dtype=np.float32)))
+        self.epilogue: Epilogue = "relu2_mul" if kind == "ternary" else "silu_mul"
+        sub_norms = kind == "ternary"
+        self.embedding = normal(self.vocab, self.hidden, seed=4).astype(mx.bfloat16)
+        self.final_norm = normal(self.hidden, seed=5)
+        self.head, self.reference_head = weights_of(head, self.vocab, self.hidden)
+        q, kv = 4 * 32, 2 * 32
+        sizes = [(q + 2 * kv, self.hidden), (self.hidden, q), (2 * self.ffn, self.hidden), (self.hidden, self.ffn)]
+        self.layers, self.reference_layers = [], []
+        for i in range(layers):
+            norms = [1 + normal(k, seed=10 + i) / 9 for k in (self.hidden, q, self.hidden, self.ffn)]
+            if not sub_norms:
+                norms[1] = norms[3] = None
+            pairs = [weights_of(kind, n, k) for n, k in sizes]
+            self.layers.append(Layer(*[ours for ours, _ in pairs], *norms))
+            self.reference_layers.append(Layer(*[theirs for _, theirs in pairs], *norms))
+        step = cuda.whole_step(
+            layers=self.layers,
+            embedding=self.embedding,
+            final_norm=self.final_norm,
+            head=self.head,
+            shape=self.shape,
+            epilogue=self.epilogue,
+            eps=self.eps,
+        )
+        assert step is not None
+        self.step = step
+
+    def caches(self, filled: int) -> tuple[list[mx.array], list[mx.array]]:
+        """Random keys and values below `filled`, NaN behind them."""
+        out = []
+        for seed in (0, 1):
+            rows = [np.array(normal(2, self.capacity, 32, seed=seed + 2 * i)) for i in range(len(self.layers))]
+            for array in rows:
+                array[:, filled:] = np.nan
+            out.append([mx.array(array) for array in rows])
+        mx.eval(out)
+        return out[0], out[1]
+
+    def defined(self, tokens: list[int], offset: int) -> mx.array:
+        """What `kernels.reference` gives."""
+        keys, values = self.caches(offset)
+        x = self.embedding[mx.array(tokens)].astype(mx.float32)
+        for layer, k, v in zip(self.reference_layers, keys, values, strict=True):
+            qkv = reference.linear(x, layer.qkv, norm=layer.input_norm, eps=self.eps)
+            a = reference.attention(qkv, k, v, offset, self.shape)[0]
+            x = reference.linear(a, layer.o, norm=layer.attention_sub_norm, eps=self.eps, residual=x)
+            h = reference.linear(x, layer.gate_up, norm=layer.post_norm, eps=self.eps, epilogue=self.epilogue)
+            x = reference.linear(h, layer.down, norm=layer.ffn_sub_norm, eps=self.eps, residual=x)
+        return reference.linear(x, self.reference_head, norm=self.final_norm, eps=self.eps)
+
+    def one_by_one(self, tokens: list[int], offset: int) -> tuple[mx.array, list[mx.array], list[mx.array]]:
+        keys, values = self.caches(offset)
+        rows = [self.step([token], keys, values, offset + i) for i, token in enumerate(tokens)]
+        return mx.concatenate(rows), keys, values
+
+
+@pytest.mark.parametrize(("kind", "head", "rows"), [("ternary", "bfloat16", (3, 8)), ("int8", "int8", (4,))])
+def test_the_whole_step_equals_its_rows_alone_by_bits_and_the_reference_nearly(
+    kind: str, head: str, rows: tuple[int, ...], emulator: cuda_emulator.Emulator
+) -> None:
+    model = Model(kind, head)
+    tokens = np.random.default_rng(0).integers(0, model.vocab, 8).tolist()
+    for m in rows:
+        for offset in (0, 29, 64):
+            alone, *caches_alone = model.one_by_one(tokens[:m], offset)
+            assert close(alone, model.defined(tokens[:m], offset), 0.05)
+            for seed in (0, *RANDOM_ORDERS):
+                emulator.seed = seed
+                caches = model.caches(offset)
+                # Twice: the second launch meets what the first left in the counters.
+                for _ in range(2):
+                    assert same_bits(model.step(tokens[:m], *caches, offset), alone), (m, offset, seed)
+                assert not np.array(model.step.state).any(), "counters are left as they were found: zero"
+                for ours, theirs in zip((*caches[0], *caches[1]), (*caches_alone[0], *caches_alone[1]), strict=True):
+                    assert same_bits(ours, theirs)
+            emulator.seed = 0
+
+
+def test_more_blocks_than_multiprocessors_would_wait_for_ever(emulator: cuda_emulator.Emulator) -> None:
+    model = Model("ternary", "bfloat16", layers=1)
+    emulator.multiprocessors = 5
+    emulator.resident = 4
+    with pytest.raises(RuntimeError, match="1 blocks are not resident"):
+        model.step([1, 2], *model.caches(3), 3)
+
+
+# What the tests would notice
+
+
+def faults_of_a_step(emulator: cuda_emulator.Emulator, expected: mx.array) -> str:
+    """What goes wrong with two launches after each other, in some order."""
+    model = Model("ternary", "bfloat16", layers=1)
+    for emulator.seed in (0, *RANDOM_ORDERS):
+        for _ in range(2):
+            try:
+                logits = model.step([1, 2], *model.caches(33), 33)
+            except RuntimeError as error:
+                return str(error)
+            if np.array(model.step.state).any():
+                return "counters are not zero"
+            if not same_bits(logits, expected):
+                return "other bits"
+    return "none"
+
+
+@pytest.fixture
+def expected(emulator: cuda_emulator.Emulator) -> mx.array:
+    model = Model("ternary", "bfloat16", layers=1)
+    return model.step([1, 2], *model.caches(33), 33)
+
+
+BROKEN = [
+    ("step.cuh", "passed += gridDim.x;", "passed += gridDim.x + 1;", "all wait for each other"),
+    ("step.cuh", "while (look(arrived) < passed) {\n      }", "", "other bits"),
+    ("step.cuh", "atomicExch(arrived, 0u);", "", "counters are not zero"),
+    ("step.cuh", "done[head] = 0;", "", "counters are not zero"),
+    ("step.cu", "__ldcg(x + m * HIDDEN + j)", "__ldg(x + m * HIDDEN + j)", "past the coherent caches"),
+    ("rows.cuh", "  __syncthreads();\n\n  float factor", "  float factor", "other bits"),
+    ("rows.cuh", "if (thread < M) {\n    int", "if (thread >= M) return;\n  {\n    int", "that some threads miss"),
+    ("products.cuh", "begin + u < end", "begin + u <= end", "outside of all buffers"),
+    ("products.cuh", "* kSpan + 16; }", "* kSpan + 8; }", "trap"),
+    ("attention.cuh", "= sum_lanes(weight)", "= seen ? sum_lanes(weight) : 0.0f", "different operations"),
+    ("attention.cuh", "value = values[key * DIM + d]", "value = values[(key << 20) * DIM + d]", "outside of a buffer"),
+]
+
+
+@pytest.mark.parametrize(("file", "before", "after", "fault"), BROKEN)
+def test_a_broken_kernel_is_noticed(
+    file: str,
+    before: str,
+    after: str,
+    fault: str,
+    expected: mx.array,
+    emulator: cuda_emulator.Emulator,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "cuda"
+    shutil.copytree(FOLDER, folder, ignore=shutil.ignore_patterns("*.py*", "__pycache__"))
+    whole = (folder / file).read_text()
+    assert before in whole
+    (folder / file).write_text(whole.replace(before, after))
+    # The module itself: in the package, its name stands for the function.
+    monkeypatch.setattr(sys.modules["kernels.cuda.launch"], "FOLDER", folder)
+    for cached in (text, header, kernel):
+        cached.cache_clear()
+    try:
+        assert fault in faults_of_a_step(emulator, expected)
+    finally:
+        text.cache_clear()
+        header.cache_clear()
