@@ -24,6 +24,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models import bitnet, llama
 
+from benchmarks.standin import BITNET_2B, random_codes
 from decode.checkpoint import find_teacher
 from decode.model import KVCache, Transformer
 from decode.plan import Costs, draft_bytes, teacher_bytes, tokens_per_verification
@@ -37,21 +38,6 @@ from kernels.device import device_name, processors
 STREAMED = 1 << 29  # bytes: far more than caches hold
 ACCEPTANCE = 0.7  # for the speed-ups
 
-BITNET_2B = {
-    "model_type": "bitnet",
-    "hidden_size": 2560,
-    "num_hidden_layers": 30,
-    "intermediate_size": 6912,
-    "num_attention_heads": 20,
-    "num_key_value_heads": 5,
-    "rms_norm_eps": 1e-5,
-    "vocab_size": 128256,
-    "head_dim": 128,
-    "max_position_embeddings": 4096,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": True,
-}
-
 
 def random_bitnet(config: dict[str, Any], seed: int = 0) -> Any:
     """An mlx-lm `bitnet` model with random ternary weights and a random bfloat16 embedding."""
@@ -63,8 +49,7 @@ def random_bitnet(config: dict[str, Any], seed: int = 0) -> Any:
             *((block.mlp, f"{p}_proj") for p in ("gate", "up", "down")),
         ]:
             old = getattr(parent, name)
-            codes = rng.integers(0, 256, (old.out_features // 4, old.in_features), np.uint8)
-            codes &= ~((codes & codes << 1) & 0xAA)  # no weight has the code 3
+            codes = random_codes(rng, old.out_features, old.in_features)
             setattr(
                 parent,
                 name,

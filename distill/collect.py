@@ -34,6 +34,7 @@ DEFAULT_SOURCES = (ROOT / "data" / "prompts.jsonl", ROOT / "data" / "wiki.jsonl.
 FORMAT = 1
 ROWS_PER_SHARD = 64
 LOGIT_ROWS = 512
+SORTED_BYTES = 32 << 20  # of logits that numpy works on at a time: its copies of them stay this small
 MAX_DOCUMENTS = 255
 OPEN_ROWS = 64
 MIN_PIECE = 8
@@ -392,18 +393,28 @@ def top_of(logits: mx.array, k: int, temperatures: tuple[float, ...]) -> tuple[n
     if mx.default_device() == mx.cpu:
         # numpy's partition and exp are several times faster than MLX's on a CPU.
         whole = np.asarray(logits)
-        ids = np.argpartition(whole, whole.shape[1] - k, axis=-1)[:, -k:].astype(np.int32)
-        top = np.take_along_axis(whole, ids, -1)
-        highest = top.max(axis=-1, keepdims=True)
-        sums = [np.exp((whole - highest) / np.float32(t)).sum(axis=-1) for t in temperatures]
-        scaled = [highest[:, 0] / np.float32(t) for t in temperatures]
-        lse = np.stack([peak + np.log(total) for peak, total in zip(scaled, sums, strict=True)], axis=-1)
+        rows = max(1, SORTED_BYTES // whole[:1].nbytes)
+        parts = [_numpy_top_of(whole[i : i + rows], k, temperatures) for i in range(0, len(whole), rows)]
+        ids, top, lse = (np.concatenate(column) for column in zip(*parts, strict=True))
     else:
         picked = mx.argpartition(-logits, k - 1, axis=-1)[:, :k]
         lse = np.array(mx.stack([mx.logsumexp(logits / t, axis=-1) for t in temperatures], axis=-1))
         ids, top = np.array(picked).astype(np.int32), np.array(mx.take_along_axis(logits, picked, axis=-1))
     order = np.lexsort((ids, -top), axis=-1)
     return np.take_along_axis(ids, order, -1), np.take_along_axis(top, order, -1), lse
+
+
+def _numpy_top_of(
+    logits: np.ndarray, k: int, temperatures: tuple[float, ...]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`top_of` with the k in no order."""
+    ids = np.argpartition(logits, logits.shape[1] - k, axis=-1)[:, -k:].astype(np.int32)
+    top = np.take_along_axis(logits, ids, -1)
+    highest = top.max(axis=-1, keepdims=True)
+    sums = [np.exp((logits - highest) / np.float32(t)).sum(axis=-1) for t in temperatures]
+    scaled = [highest[:, 0] / np.float32(t) for t in temperatures]
+    lse = np.stack([peak + np.log(total) for peak, total in zip(scaled, sums, strict=True)], axis=-1)
+    return ids, top, lse
 
 
 def wants_reply(document: Document) -> bool:

@@ -102,7 +102,7 @@ def init_embedding_from(teacher_embedding: np.ndarray, hidden: int, seed: int = 
     vectors *= np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(vectors.shape[1])])
     rng = np.random.default_rng(seed)
     turn = np.linalg.qr(rng.standard_normal((hidden, hidden)))[0][: vectors.shape[1]]
-    projected = teacher_embedding.astype(np.float32) @ (vectors @ turn).astype(np.float32)
+    projected = teacher_embedding.astype(np.float32, copy=False) @ (vectors @ turn).astype(np.float32)
     return mx.array(projected * np.float32(hidden**-0.5 / np.sqrt(np.mean(projected**2) + 1e-20)))
 
 
@@ -112,7 +112,8 @@ def teacher_embedding(teacher_folder: Path) -> np.ndarray | None:
         arrays = load_tensors(path)
         if "model.embed_tokens.weight" in arrays:
             array = arrays["model.embed_tokens.weight"]
-            return None if array.dtype == mx.uint32 else np.array(array.astype(mx.float32))
+            # Not copied: a large vocabulary's takes gigabytes.
+            return None if array.dtype == mx.uint32 else np.array(array.astype(mx.float32), copy=False)
     return None
 
 

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -174,6 +175,19 @@ def test_top_of() -> None:
     np.testing.assert_array_equal(top, np.take_along_axis(logits, expected, -1))
     np.testing.assert_allclose(lse[:, 0], np.log(np.exp(logits.astype(np.float64)).sum(-1)), rtol=1e-6)
     np.testing.assert_allclose(lse[:, 1], np.log(np.exp(2 * logits.astype(np.float64)).sum(-1)), rtol=1e-6)
+
+
+def test_top_of_works_in_parts_that_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large vocabulary a copy takes hundreds of megabytes, so numpy makes none of the whole."""
+    logits = mx.array(np.random.default_rng(0).normal(0, 3, (50, 20_000)).astype(np.float32))
+    whole = top_of(logits, 32, (1.0, 2.0))
+    monkeypatch.setattr("distill.collect.SORTED_BYTES", 3 * 4 * 20_000)
+    tracemalloc.start()
+    parts = top_of(logits, 32, (1.0, 2.0))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert all(np.array_equal(a, b) for a, b in zip(parts, whole, strict=True))
+    assert peak < logits.nbytes
 
 
 # --- rows

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import TEACHER
 from synthetic import VOCAB, teacher_folder
 
 from distill import draft
@@ -187,6 +189,18 @@ def _cut(path: Path) -> None:
 def _edit(folder: Path, **changes: object) -> None:
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(content | changes))
+
+
+def test_the_teachers_embedding_is_read_without_a_copy() -> None:
+    """As float32, that of a vocabulary of 128,256 takes 1.3 GB."""
+    tracemalloc.start()
+    embedding = draft.teacher_embedding(TEACHER)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert embedding is not None and embedding.shape == (16384, 576) and embedding.dtype == np.float32
+    assert peak < embedding.nbytes / 2
+    weights = mx.load(str(TEACHER / "model.safetensors"))
+    assert np.array_equal(embedding, np.array(weights["model.embed_tokens.weight"].astype(mx.float32)))
 
 
 def test_embedding_from_the_teacher_keeps_its_geometry() -> None:
