@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.standin import GET_TOKENIZER, TOKENIZER_FILES, add_shape_options, shape_fault, shape_of, tensors
+from decode.chips import BANDWIDTH
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_BYTES_A_POSITION = 128
-# Memory bandwidth as Apple states it, bytes a second.
-CHIPS = {"M4": 120e9, "M4 Pro": 273e9, "M4 Max": 546e9}
+CHIPS = ("M4", "M4 Pro", "M4 Max 40-core")
 PREDICTED_TOKENS = 10_000_000
 REPLY_BATCH = 64  # `distill collect`'s default
 BATCH = 2  # rows of a training step: `distill train`'s default
@@ -205,7 +205,7 @@ def predictions(options: argparse.Namespace, reports: dict[str, Any]) -> dict[st
                 "replies_hours": PREDICTED_TOKENS * replies / bandwidth / 3600,
                 "training_hours": PREDICTED_TOKENS * training / bandwidth / 3600,
             }
-            for chip, bandwidth in CHIPS.items()
+            for chip, bandwidth in bandwidths().items()
         },
     }
 
@@ -228,6 +228,7 @@ def markdown(bench: Bench, reports: dict[str, Any], checked: list[str], predicte
             f"| {stage.name} | {stage.seconds:,.0f} s | {stage.peak_bytes / 1e9:.1f} GB | {disk} | {tokens} | {rate} |"
         )
     chips = predicted["chips"]
+    rates = ", ".join(f"{chip} {rate / 1e9:g} GB/s" for chip, rate in bandwidths().items())
     rows = {
         "plain decoding, tok/s at most": ("plain_tok_per_s", "{:,.0f}"),
         f"teacher replies, {REPLY_BATCH} at a time, tok/s at most": ("replies_tok_per_s", "{:,.0f}"),
@@ -238,7 +239,7 @@ def markdown(bench: Bench, reports: dict[str, Any], checked: list[str], predicte
         "",
         *checked,
         "",
-        f"**Predicted, not measured**: what the bytes allow at a chip's full bandwidth ({bandwidths()}). Arithmetic is"
+        f"**Predicted, not measured**: what the bytes allow at a chip's full bandwidth ({rates}). Arithmetic is"
         " left out, and it decides scoring and training; a dataset of"
         f" {PREDICTED_TOKENS / 1e6:g} M tokens takes {predicted['dataset_bytes'] / 1e9:.2f} GB of disk, the cache of"
         f" {REPLY_BATCH} replies of 512 tokens {predicted['replies_cache_bytes'] / 1e9:.1f} GB of memory.",
@@ -251,8 +252,9 @@ def markdown(bench: Bench, reports: dict[str, Any], checked: list[str], predicte
     return "\n".join(lines)
 
 
-def bandwidths() -> str:
-    return ", ".join(f"{chip} {bandwidth / 1e9:g} GB/s" for chip, bandwidth in CHIPS.items())
+def bandwidths() -> dict[str, float]:
+    """Memory bandwidth of each chip, bytes a second."""
+    return {chip: BANDWIDTH[chip] * 1e9 for chip in CHIPS}
 
 
 def main() -> int:

@@ -13,6 +13,7 @@ from decode.checkpoint import DEFAULT_TEACHER
 from decode.files import read_json
 from distill.draft_config import DraftConfig
 from distill.plots import read_log
+from distill.recipe import KEPT
 
 EVALUATION = "evaluation.json"
 CURVES = "curves.png"
@@ -37,7 +38,8 @@ class Subject:
 
     repo: owner/name it goes to; about: draft.json; config, description: config.json, parsed and as it is;
     evaluation: what `distill evaluate` found, {} if it was not run; log: the lines of log.jsonl; licence: `license`
-    and, for one that is not standard, `license_name` and `license_link`; base_model: the teacher's name on the Hub.
+    and, for one that is not standard, `license_name` and `license_link`; base_model: the teacher's name on the Hub;
+    recipe: the text of its recipe, empty if it was made by single commands.
     """
 
     repo: str
@@ -49,6 +51,7 @@ class Subject:
     licence: Facts
     base_model: str | None
     curves: bool
+    recipe: str
 
     @classmethod
     def read(cls, folder: Path, repo: str, licence: Facts, base_model: str | None) -> Subject:
@@ -64,6 +67,7 @@ class Subject:
             licence=licence,
             base_model=base_model,
             curves=(folder / CURVES).is_file(),
+            recipe=(folder / KEPT).read_text(encoding="utf-8") if (folder / KEPT).is_file() else "",
         )
 
     def get(self, *path: str) -> Any:
@@ -175,7 +179,8 @@ def _acceptance(subject: Subject) -> str:
         ("backend", _cell(found.get("backend"))),
         ("date", _cell(found.get("date"))),
     ]
-    text = "## Acceptance\n\n" + _table(("measured by `distill evaluate`", ""), rows)
+    stopped = "" if found.get("complete", True) else ", stopped before its last prompt"
+    text = "## Acceptance\n\n" + _table((f"measured by `distill evaluate`{stopped}", ""), rows)
     categories = found.get("categories")
     if isinstance(categories, list) and categories:
         head = ("category", "prompts", "acceptance rate", "tokens a verification", "by position", "speed-up", "loops")
@@ -252,7 +257,10 @@ def _data(subject: Subject) -> str:
 
 
 def _again(subject: Subject) -> str:
-    """The commands that make the same draft, as far as draft.json knows their options."""
+    """The recipe, or the commands that make the same draft, as far as draft.json knows their options."""
+    if subject.recipe:
+        text = f"## Making it again\n\n`distill run {KEPT}`, with the recipe that made it:\n\n"
+        return text + _code(subject.recipe.strip(), "toml")
     data, training = subject.get("training", "data", "settings"), subject.get("training", "settings")
     if not (isinstance(data, dict) and isinstance(training, dict) and data.get("sources")):
         return ""

@@ -23,13 +23,12 @@ from distill import draft
 from distill.collect import Collector, Plan, Progress, make_plan
 from distill.draft_config import DraftConfig, check_memory
 from distill.evaluate import evaluate, finished
-from distill.recipe import STAGES, Recipe
+from distill.recipe import KEPT, STAGES, Recipe
 from distill.shards import Dataset
 from distill.store import MANIFEST, write_atomic
 from distill.train import TrainSettings, train
 from kernels.errors import UserError
 
-RECIPE = "recipe.toml"  # beside the draft
 OTHERWISE = "give the recipe another `out`, or delete it"
 
 
@@ -182,8 +181,8 @@ class Pipeline:
         folder, recipe = self.recipe.draft, self.recipe
         about = read_json(folder / "draft.json")
         known = {"name": recipe.name, "sha256": recipe.sha256}
-        if about.get("recipe") != known or not (folder / RECIPE).is_file():
-            write_atomic(folder / RECIPE, recipe.content)
+        if about.get("recipe") != known or not (folder / KEPT).is_file():
+            write_atomic(folder / KEPT, recipe.content)
             write_atomic(folder / "draft.json", (json.dumps(about | {"recipe": known}, indent=2) + "\n").encode())
 
     # --- evaluate

@@ -7,12 +7,13 @@ whichever takes longer. Real runs reach neither and take longer. None was measur
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from decode.checkpoint import DEFAULT_TEACHER
-from decode.files import first_line, read_json
+from decode.chips import BANDWIDTH
+from decode.plan import find_config
+from decode.shape import Shape
 from distill.collect import bytes_per_token, wants_reply
 from distill.draft_config import DraftConfig, estimate_memory
 from distill.recipe import Recipe
@@ -25,20 +26,28 @@ LOGIT_BYTES = 256 << 20  # what training keeps of logits at a time on a GPU
 
 @dataclass(frozen=True)
 class Mac:
-    """name; memory: GB; bandwidth: bytes a second; flops: float32 operations a second of the GPU, all as Apple
+    """chip: as `decode.chips` names it; memory: GB; flops: float32 operations a second of the GPU, as Apple
     published them for the chip with the most GPU cores."""
 
-    name: str
+    chip: str
     memory: int
-    bandwidth: float
     flops: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.chip}, {self.memory} GB"
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second."""
+        return BANDWIDTH[self.chip] * 1e9
 
 
 MACS = (
-    Mac("M1, 16 GB", 16, 68.25e9, 2.6e12),
-    Mac("M2, 24 GB", 24, 100e9, 3.6e12),
-    Mac("M1 Pro, 32 GB", 32, 200e9, 5.2e12),
-    Mac("M1 Max, 64 GB", 64, 400e9, 10.4e12),
+    Mac("M1", 16, 2.6e12),
+    Mac("M2", 24, 3.6e12),
+    Mac("M1 Pro", 32, 5.2e12),
+    Mac("M1 Max", 64, 10.4e12),
 )
 
 
@@ -67,71 +76,25 @@ class Work:
         return self.memory is None or self.memory < mac.memory * 1e9 * 2 / 3
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """A BitNet teacher's sizes, from its config.json alone."""
+def read_bytes(teacher: Shape) -> float:
+    """Bytes of a BitNet teacher's weights, on disk, in memory and read for a token: two bits each, and its head."""
+    return teacher.weights / 4 + 2 * teacher.head_weights
 
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocab_size: int
 
-    @classmethod
-    def of(cls, config: dict[str, Any]) -> Teacher:
-        """KeyError, TypeError or ValueError where the config is no transformer's."""
-        heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-        return cls(
-            layers=int(config["num_hidden_layers"]),
-            hidden=hidden,
-            heads=heads,
-            kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden // heads),
-            intermediate=int(config["intermediate_size"]),
-            vocab_size=int(config["vocab_size"]),
-        )
-
-    @property
-    def ternary(self) -> int:
-        """Ternary weights; four are a byte."""
-        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return self.layers * (attention + 3 * self.hidden * self.intermediate)
-
-    @property
-    def head(self) -> int:
-        """Weights of the output layer, which is the embedding too, bfloat16."""
-        return self.vocab_size * self.hidden
-
-    @property
-    def read(self) -> float:
-        """Bytes read for a token decoded alone, the cache of keys and values apart."""
-        return self.ternary / 4 + 2 * self.head
-
-    @property
-    def cache(self) -> int:
-        """Bytes of keys and values a token, float32."""
-        return 2 * 4 * self.layers * self.kv_heads * self.head_dim
-
-    def operations(self, context: float) -> float:
-        """Floating-point operations of a token that sees `context` others."""
-        return 2 * (self.ternary + self.head) + 4 * self.layers * self.heads * self.head_dim * context
+def operations(teacher: Shape, context: float) -> float:
+    """Floating-point operations of a token that sees `context` others."""
+    attention = 4 * teacher.layers * teacher.heads * teacher.head_dim * context
+    return 2 * (teacher.weights + teacher.head_weights) + attention
 
 
 def teacher_config(name: str | None) -> tuple[dict[str, Any] | None, str]:
     """A teacher's config.json, without its weights, and why there is none."""
-    folder = DEFAULT_TEACHER if name is None else Path(name).expanduser()
-    if folder.exists():
-        return read_json(folder / "config.json"), ""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    repo, _, revision = str(name).partition("@")
     try:
-        return read_json(Path(hf_hub_download(repo, "config.json", revision=revision or None))), ""
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        return None, f"{name}: no such folder, and not to be had from the Hub: {first_line(error)}"
+        return find_config(name, "teacher")[1], ""
+    except UserError as error:
+        if name is None or Path(name).expanduser().exists():
+            raise
+        return None, str(error)
 
 
 def answered(sources: Sequence[str]) -> float:
@@ -152,10 +115,7 @@ def predict(recipe: Recipe, config: dict[str, Any] | None) -> list[Work]:
             Work("train", _training(recipe), None, None, None),
             Work("evaluate", _evaluation(recipe, prompts), None, None, None),
         ]
-    try:
-        teacher = Teacher.of(config)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"config.json of {recipe.teacher}: no usable {error}") from None
+    teacher = Shape.of(config, f"config.json of {recipe.teacher}")
     shape = DraftConfig.for_config(config, f"config.json of {recipe.teacher}", recipe.train.layers, recipe.train.hidden)
     return [
         _collect(recipe, teacher),
@@ -164,34 +124,37 @@ def predict(recipe: Recipe, config: dict[str, Any] | None) -> list[Work]:
     ]
 
 
-def _collect(recipe: Recipe, teacher: Teacher) -> Work:
+def _collect(recipe: Recipe, teacher: Shape) -> Work:
     """Replies are written in batches, their prompts counted like them, then everything is scored once."""
     settings = recipe.collect
     context = settings.seq_len / 2
-    shards = bytes_per_token(teacher.vocab_size, settings.top_k, len(settings.temperatures))
-    disk = settings.tokens * (shards + (2 if teacher.vocab_size <= 1 << 16 else 4))
+    shards = bytes_per_token(teacher.vocab, settings.top_k, len(settings.temperatures))
+    disk = settings.tokens * (shards + (2 if teacher.vocab <= 1 << 16 else 4))
     rows = settings.reply_batch
     writing = settings.tokens * answered(settings.sources) if settings.reply else 0
-    reply = (writing * (teacher.read / rows + teacher.cache * context), writing * teacher.operations(context))
+    reply = (
+        writing * (read_bytes(teacher) / rows + teacher.cache_bytes(1) * context),
+        writing * operations(teacher, context),
+    )
     scored = settings.batch * settings.seq_len
-    score = (settings.tokens * teacher.read / scored, settings.tokens * teacher.operations(context))
+    score = (settings.tokens * read_bytes(teacher) / scored, settings.tokens * operations(teacher, context))
     # Scoring has the head in float32 too. Replies hold a cache, and for a moment a part of it twice.
-    weights = teacher.read + 4 * teacher.head
-    caches = rows * settings.seq_len * teacher.cache * (1 + 1 / teacher.layers) if writing else 0
+    weights = read_bytes(teacher) + 4 * teacher.head_weights
+    caches = rows * settings.seq_len * teacher.cache_bytes(1) * (1 + 1 / teacher.layers) if writing else 0
     activations = 4 * scored * (4 * teacher.hidden + 3 * teacher.intermediate)
-    logits = 3 * 4 * 512 * teacher.vocab_size
-    memory = weights + max(caches + 3 * 4 * rows * teacher.vocab_size, activations + logits)
+    logits = 3 * 4 * 512 * teacher.vocab
+    memory = weights + max(caches + 3 * 4 * rows * teacher.vocab, activations + logits)
     return Work("collect", _collection(recipe), disk, memory, (reply, score))
 
 
-def _train(recipe: Recipe, teacher: Teacher, shape: DraftConfig) -> Work:
+def _train(recipe: Recipe, teacher: Shape, shape: DraftConfig) -> Work:
     """Forward and backward are three times the forward's operations; AdamW reads four numbers a parameter and
     writes three, in float32."""
     settings = recipe.train
     rows, seq_len = settings.batch, recipe.collect.seq_len
     steps = -(-settings.tokens // (rows * seq_len))
     layers = shape.parameters - shape.vocab_size * shape.hidden
-    kept = min(settings.vocab or teacher.vocab_size, teacher.vocab_size)
+    kept = min(settings.vocab or teacher.vocab, teacher.vocab)
     attention = 4 * shape.layers * shape.hidden * seq_len / 2
     operations = 3 * (2 * (layers + kept * shape.hidden) + attention) * settings.tokens
     optimizer = 28.0 * shape.parameters * steps
@@ -201,11 +164,11 @@ def _train(recipe: Recipe, teacher: Teacher, shape: DraftConfig) -> Work:
     return Work("train", _training(recipe), disk, memory, ((0.0, operations), (optimizer, 0.0)))
 
 
-def _evaluate(recipe: Recipe, teacher: Teacher, shape: DraftConfig, prompts: int) -> Work:
+def _evaluate(recipe: Recipe, teacher: Shape, shape: DraftConfig, prompts: int) -> Work:
     """Plain decoding of every prompt to the last token, and as much again for the speculative one."""
     tokens = 2 * prompts * recipe.evaluate.max_tokens
-    moved = tokens * (teacher.read + teacher.cache * recipe.evaluate.max_tokens / 2)
-    memory = teacher.read + 2 * shape.parameters
+    moved = tokens * (read_bytes(teacher) + teacher.cache_bytes(1) * recipe.evaluate.max_tokens / 2)
+    memory = read_bytes(teacher) + 2 * shape.parameters
     return Work("evaluate", _evaluation(recipe, prompts), 0, memory, ((moved, 0.0),))
 
 
@@ -225,7 +188,7 @@ def _evaluation(recipe: Recipe, prompts: int) -> str:
 
 def teacher_bytes(config: dict[str, Any]) -> float:
     """Bytes of a teacher's weights, on disk as in memory."""
-    return Teacher.of(config).read
+    return read_bytes(Shape.of(config, "config.json"))
 
 
 def report(works: list[Work]) -> list[dict[str, Any]]:
@@ -236,7 +199,17 @@ def report(works: list[Work]) -> list[dict[str, Any]]:
             "what": work.what,
             "disk_bytes": work.disk,
             "memory_bytes": work.memory,
-            "macs": [{**asdict(mac), "seconds": work.seconds(mac), "fits": work.fits(mac)} for mac in MACS],
+            "macs": [
+                {
+                    "name": mac.name,
+                    "memory": mac.memory,
+                    "bandwidth": mac.bandwidth,
+                    "flops": mac.flops,
+                    "seconds": work.seconds(mac),
+                    "fits": work.fits(mac),
+                }
+                for mac in MACS
+            ],
         }
         for work in works
     ]

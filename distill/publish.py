@@ -17,11 +17,12 @@ from decode.hub import LOG_IN, chain, explain, server_message, status
 from distill.card import CURVES, EVALUATION, Facts, Subject, model_card
 from distill.draft import FORMAT, OPTIONAL_FILES, TOKENIZER_FILES, WEIGHTS, check_files, recover
 from distill.provenance import LICENCE_KEYS, licence_of
+from distill.recipe import KEPT
 from kernels import UserError
 
 DRAFT = "draft.json"
 REQUIRED = ("config.json", DRAFT, WEIGHTS, *TOKENIZER_FILES)
-FILES = (*REQUIRED, *OPTIONAL_FILES, EVALUATION, "log.jsonl", CURVES, "LICENSE")
+FILES = (*REQUIRED, *OPTIONAL_FILES, EVALUATION, KEPT, "log.jsonl", CURVES, "LICENSE")
 MODEL_FILES = (".json", ".safetensors", ".jinja")  # what makes a model folder of a repository, by suffix
 
 

@@ -23,6 +23,7 @@ from distill.train import TrainSettings
 from kernels.errors import UserError
 
 RECIPES = ROOT / "recipes"
+KEPT = "recipe.toml"  # the copy beside a draft
 STAGES = ("collect", "train", "evaluate")
 OPTIONS = {"sources": "source", "temperatures": "temperature", "reply_temperatures": "reply_temperature"}
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}

@@ -187,6 +187,16 @@ def test_card_of_a_hub_teacher_with_an_evaluation(tmp_path: Path) -> None:
     assert other["license"] == "mit" and other["base_model"] == "x/y" and "license_name" not in other
 
 
+def test_card_of_a_recipe_and_an_evaluation_that_was_stopped(tmp_path: Path) -> None:
+    folder = make_draft(tmp_path / "d", {"name": "maker/bitnet", "hash": "0" * 64})
+    (folder / EVALUATION).write_text(json.dumps({"prompts": 3, "k": 3, "acceptance_rate": 0.5, "complete": False}))
+    (folder / "recipe.toml").write_text('teacher = "maker/bitnet"\n[train]\nlr = 0.003\n')
+    package = prepare(folder, REPO)
+    assert "recipe.toml" in package.files
+    for part in ("stopped before its last prompt", "```toml", "lr = 0.003", "distill run recipe.toml"):
+        assert part in package.card, part
+
+
 def test_card_of_a_trimmed_draft_and_an_unknown_licence(tmp_path: Path) -> None:
     import numpy as np
 
