@@ -58,12 +58,14 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def command(work: Path) -> Command:
-    def run(program: str, *options: object, stdin: str | bytes = b"", **variables: str) -> Result:
+    def run(
+        program: str, *options: object, stdin: str | bytes = b"", cwd: Path | None = None, **variables: str
+    ) -> Result:
         done = subprocess.run(
             arguments(program, *options),
             input=stdin.encode() if isinstance(stdin, str) else stdin,
             capture_output=True,
-            cwd=work,
+            cwd=cwd or work,
             env=environment(**variables),
             timeout=120,
         )
