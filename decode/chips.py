@@ -7,8 +7,8 @@ import re
 
 from kernels import UserError
 
-# GB/s as the makers publish them. Of chips sold with two bandwidths the lower is the plain name.
-BANDWIDTH = {
+# GB/s as the makers publish them. Of chips sold with two bandwidths the lower has the plain name.
+APPLE = {
     "M1": 68.25,
     "M1 Pro": 200.0,
     "M1 Max": 400.0,
@@ -30,10 +30,20 @@ BANDWIDTH = {
     "M5 Pro": 307.0,
     "M5 Max": 460.0,
     "M5 Max 40-core": 614.0,
+    "M5 Ultra": 1200.0,
+    "M6": 153.0,
+    "M6 24 GB": 170.0,  # and with 32 GB
+}
+NVIDIA = {
     "A100": 2039.0,
+    "A100 80GB PCIe": 1935.0,
+    "A100 40GB": 1555.0,
     "H100": 3350.0,
+    "H100 PCIe": 2000.0,
+    "H100 NVL": 3900.0,
     "H200": 4800.0,
 }
+BANDWIDTH = APPLE | NVIDIA
 
 
 def find_chip(name: str) -> str:
@@ -44,7 +54,7 @@ def find_chip(name: str) -> str:
         return chips[wanted]
     near = difflib.get_close_matches(wanted, chips, 1)
     hint = f"did you mean {chips[near[0]]}? " if near else ""
-    raise UserError(f"--chip {name}: not known; {hint}Known are {', '.join(BANDWIDTH)}; or give --bandwidth")
+    raise UserError(f"--chip {name}: not known; {hint}known are {', '.join(BANDWIDTH)}; or give --bandwidth")
 
 
 def this_chip() -> str:
@@ -52,14 +62,30 @@ def this_chip() -> str:
     from kernels.device import device_name
 
     name = device_name()
-    known = [chip for chip in BANDWIDTH if _letters(chip) in _letters(name)]
-    if not known:
+    chip = chip_of(name)
+    if chip is None:
         raise UserError(
             f"--chip: the bandwidth of this machine's {name} is not known; give --chip or --bandwidth"
             " (`python -m kernels bench` measures it)"
         )
-    return max(known, key=len)
+    return chip
+
+
+def chip_of(device: str) -> str | None:
+    """The chip of a device by the name its driver gives it: `Apple M4 Pro`, `NVIDIA H100 80GB HBM3`; None if unknown.
+
+    Metal's names don't tell chips apart that are sold with two bandwidths: they are taken for the slower.
+    """
+    maker, *words = _words(device) or [""]
+    if maker == "apple":
+        return next((chip for chip in APPLE if _words(chip) == words), None)
+    known = [chip for chip in NVIDIA if set(_words(chip)) <= set(words)]
+    return max(known, key=len) if known and maker == "nvidia" else None
+
+
+def _words(name: str) -> list[str]:
+    return re.findall("[a-z0-9]+", name.lower())
 
 
 def _letters(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())
+    return "".join(_words(name))

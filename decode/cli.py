@@ -162,7 +162,8 @@ def plan(
         typer.Option("--draft", metavar="PATH|REPO", help="Draft. Default: drafts of several sizes are compared."),
     ] = None,
     chip: Annotated[
-        str | None, typer.Option("--chip", help="Whose bandwidth: M1 to M5, Pro, Max, Ultra... Default: this Mac's.")
+        str | None,
+        typer.Option("--chip", help="Whose bandwidth: M1 to M6, Pro, Max, Ultra, H100... Default: this machine's."),
     ] = None,
     bandwidth: Annotated[float | None, typer.Option("--bandwidth", help="GB/s, in place of a chip's.")] = None,
     acceptance: Annotated[
@@ -186,7 +187,7 @@ def plan(
     ceilings, not measurements.
     """
     from decode.chips import BANDWIDTH, find_chip, this_chip
-    from decode.plan import ACCEPTANCES, describe, find_config, make_plan
+    from decode.plan import ACCEPTANCES, check_teacher, describe, find_config, make_plan
     from decode.shape import Shape
 
     check_json_target(json_file)
@@ -196,6 +197,7 @@ def plan(
     elif chip is not None:
         raise UserError(f"--chip {chip}: --bandwidth is given too; give one of them")
     teacher_name, config = find_config(teacher, "--teacher")
+    check_teacher(config, f"--teacher {teacher_name}")
     teacher_shape, draft_shape = Shape.of(config, f"--teacher {teacher_name}"), None
     if draft is not None:
         draft, config = find_config(draft, "--draft")
@@ -209,9 +211,10 @@ def plan(
         context=context,
         verify_ratio=verify_ratio,
     )
-    write_json(json_file, {"teacher": teacher_name, "draft": draft, "chip": chip, **facts})
+    report = {"teacher": teacher_name, "draft": draft, "chip": chip, **facts}
+    write_json(json_file, report)
     if json_file != "-" and not quiet:
-        print(describe(facts))
+        print(describe(report))
 
 
 @app.command()

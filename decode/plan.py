@@ -7,13 +7,17 @@ a verification emits 1 + a + ... + a^k tokens (Leviathan et al. 2023, equation 1
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from decode import families
 from decode.checkpoint import DEFAULT_TEACHER
-from decode.files import first_line, read_json
+from decode.files import read_json
+from decode.hub import explain
 from decode.shape import Shape
 from kernels import UserError
 
@@ -78,9 +82,9 @@ def teacher_bytes(shape: Shape, head: Literal["bf16", "int8"], context: int) -> 
 
 
 def draft_bytes(shape: Shape, context: int) -> dict[str, int]:
-    """The same of a draft, whose matrices are all int8 when it decodes."""
+    """The same of a draft. When it decodes, its matrices are int8, and ternary where they are in its checkpoint."""
     return _total(
-        layers=shape.weights + 4 * shape.outputs,
+        layers=shape.weights * shape.layer_bits // 8 + 4 * shape.outputs,
         head=shape.head_weights + 4 * shape.head_rows,
         embedding=2 * shape.hidden,
         cache=shape.cache_bytes(context),
@@ -101,14 +105,17 @@ def make_plan(
     context: int = 512,
     verify_ratio: float = 1.0,
 ) -> dict[str, Any]:
-    """The JSON object of `decode plan`. bandwidth in GB/s; context in tokens; verify_ratio: of four tokens."""
-    if bandwidth <= 0:
-        raise UserError(f"--bandwidth {bandwidth:g}: must be above 0")
+    """The JSON object of `decode plan`. bandwidth in GB/s; context in tokens; verify_ratio: of four tokens.
+
+    `predictions` and `best_k` are those of the draft, or without one of the best size at each acceptance.
+    """
+    if not 0 < bandwidth < math.inf:
+        raise UserError(f"--bandwidth {bandwidth:g}: must be a number above 0")
     if any(not 0 <= a <= 1 for a in acceptances):
         raise UserError(f"--acceptance {next(a for a in acceptances if not 0 <= a <= 1):g}: must lie in 0..1")
     if context < 0:
         raise UserError(f"--context {context}: must not be negative")
-    if verify_ratio < 1:
+    if not 1 <= verify_ratio < math.inf:
         raise UserError(f"--verify-ratio {verify_ratio:g}: must be at least 1, the cost of a step")
     read = teacher_bytes(teacher, head, context)
     plain = bandwidth * 1e9 / read["total"]
@@ -120,23 +127,22 @@ def make_plan(
         "bytes_per_token": read,
         "plain_tok_per_s": plain,
     }
+    sizes = _sizes(teacher, read["total"], context, verify_ratio, acceptances)
+    best = {a: _best(sizes, f"{a:g}", Costs(0.0, verify_ratio).best_speedup(a)) for a in acceptances}
     if draft is not None:
         drafted = draft_bytes(draft, context)
         costs = Costs(drafted["total"] / read["total"], verify_ratio)
+        planned = dict.fromkeys(acceptances, costs)
         plan["draft_bytes_per_token"] = drafted
         plan["break_even_acceptance"] = break_even(costs)
-        plan["predictions"] = [_prediction(costs, plain, a, k) for a in acceptances for k in range(1, MOST_K + 1)]
-        plan["best_k"] = {f"{a:g}": costs.best_k(a) for a in acceptances}
     else:
-        sizes = _sizes(teacher, read["total"], context, verify_ratio, acceptances)
-        plan["drafts"] = sizes
-        plan["best_draft"] = {f"{a:g}": _best(sizes, f"{a:g}", Costs(0.0, verify_ratio)) for a in acceptances}
-        plan["predictions"] = [
-            _prediction(Costs(best["cost"], verify_ratio), plain, float(a), k)
-            for a, best in plan["best_draft"].items()
-            if best is not None
-            for k in range(1, MOST_K + 1)
-        ]
+        planned = {a: Costs(size["cost"], verify_ratio) for a, size in best.items() if size is not None}
+    plan["predictions"] = [
+        _prediction(costs, plain, a, k) for a, costs in planned.items() for k in range(1, MOST_K + 1)
+    ]
+    plan["best_k"] = {f"{a:g}": costs.best_k(a) for a, costs in planned.items()}
+    plan["best_draft"] = {f"{a:g}": size for a, size in best.items()}
+    plan["drafts"] = sizes
     return plan
 
 
@@ -180,18 +186,24 @@ def _sizes(
     return sizes
 
 
-def _best(sizes: list[dict[str, Any]], acceptance: str, free: Costs) -> dict[str, Any] | None:
-    """The largest draft that keeps WORTH of what one that costs nothing would give; else the fastest that pays."""
-    ideal = free.best_speedup(float(acceptance))
-    worth = [size for size in sizes if size["speedup"][acceptance] >= WORTH * ideal]
+def _best(sizes: list[dict[str, Any]], acceptance: str, ideal: float) -> dict[str, Any] | None:
+    """The largest draft that pays and keeps WORTH of the ideal speed-up, that of a draft which costs nothing; else the
+    fastest that pays."""
+    pay = [size for size in sizes if size["speedup"][acceptance] > 1]
+    worth = [size for size in pay if size["speedup"][acceptance] >= WORTH * ideal]
     if worth:
         best = max(worth, key=lambda size: (size["layer_parameters"], -size["cost"]))
+    elif pay:
+        best = max(pay, key=lambda size: size["speedup"][acceptance])
     else:
-        worth = [size for size in sizes if size["speedup"][acceptance] > 1]
-        if not worth:
-            return None
-        best = max(worth, key=lambda size: size["speedup"][acceptance])
+        return None
     return {name: best[name] for name in ("layers", "hidden", "vocab", "cost")}
+
+
+def check_teacher(config: dict[str, Any], where: str) -> None:
+    """UserError, naming `where`, for the config.json of a model that is no BitNet: its bytes would be counted wrong."""
+    if "model_type" in config and not families.is_bitnet(config):
+        raise UserError(f"{where}: not a BitNet checkpoint (model_type is {config['model_type']!r})")
 
 
 def find_config(name: str | None, option: str) -> tuple[str, dict[str, Any]]:
@@ -199,47 +211,59 @@ def find_config(name: str | None, option: str) -> tuple[str, dict[str, Any]]:
 
     Nothing but the config is looked at, or fetched.
     """
-    path = DEFAULT_TEACHER if name is None else Path(name).expanduser()
+    if name is None:
+        if not DEFAULT_TEACHER.exists():
+            raise UserError(f"no {option} given, and the embedded one is only in a checkout of bitdraft")
+        return DEFAULT_TEACHER.name, read_json(DEFAULT_TEACHER / "config.json")
+    path = Path(os.path.expanduser(name))  # noqa: PTH111  (Path.expanduser raises for an unknown ~user)
     if path.is_file():
         return str(path), read_json(path)
-    if path.exists() or name is None:
-        return path.name, read_json(path / "config.json")
+    if path.exists():
+        return path.resolve().name, read_json(path / "config.json")
     repo, _, revision = name.partition("@")
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
         raise UserError(f"{option} {name}: no such file or folder, and not a Hub name (owner/name)")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return name, read_json(Path(hf_hub_download(repo, "config.json", revision=revision or None)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # the client raises errors of several libraries
         raise UserError(
-            f"{option} {name}: no such file or folder, nor to be had from the Hub: {first_line(error)}"
+            f"{option} {name}: no such file or folder, and not to be had from the Hub: {explain(error, repo)}"
         ) from error
 
 
 def describe(plan: dict[str, Any]) -> str:
-    """The plan for a reader."""
+    """The plan for a reader. `chip`, where the plan has it, is named."""
+    chip = f" ({plan['chip']}, as published)" if plan.get("chip") else ""
     lines = [
-        f"predicted from bytes alone, at {plan['bandwidth_gb_per_s']:g} GB/s"
+        f"predicted from bytes alone, at {plan['bandwidth_gb_per_s']:g} GB/s{chip}"
         f" and with {plan['context']} tokens in the cache; not measured",
         "",
         "read for a token" + _parts(plan["bytes_per_token"]),
-        f"plain decoding at most {plan['plain_tok_per_s']:.0f} tok/s",
     ]
-    if "drafts" in plan:
-        return "\n".join([*lines, "", *_draft_table(plan)])
-    lines += ["draft reads     " + _parts(plan["draft_bytes_per_token"])]
-    even = plan["break_even_acceptance"]
-    lines.append("no acceptance pays" if even is None else f"pays from an acceptance of {even:.2f} on")
-    acceptances = sorted({entry["acceptance"] for entry in plan["predictions"]})
-    lines += ["", "tok/s (speed-up), by acceptance of each drafted token", "  k " + _columns(acceptances)]
-    for k in range(1, MOST_K + 1):
-        row = [entry for entry in plan["predictions"] if entry["k"] == k]
-        cells = [f"{entry['tok_per_s']:7.0f} ({entry['speedup']:.2f})" for entry in row]
-        lines.append(f"  {k} " + "".join(f"{cell:>16}" for cell in cells))
-    best = ", ".join(f"{k} at {a}" for a, k in plan["best_k"].items())
-    return "\n".join([*lines, f"best k: {best}"])
+    if "draft_bytes_per_token" in plan:
+        even = plan["break_even_acceptance"]
+        lines += [
+            "draft reads     " + _parts(plan["draft_bytes_per_token"]),
+            f"plain decoding at most {plan['plain_tok_per_s']:.0f} tok/s",
+            "no acceptance pays" if even is None else f"the draft pays from an acceptance of {even:.2f} on",
+            "",
+            *_speed_table(plan, "with the draft"),
+            *_best_sizes(plan),
+        ]
+    else:
+        lines += [
+            f"plain decoding at most {plan['plain_tok_per_s']:.0f} tok/s",
+            "",
+            *_draft_table(plan),
+            *_best_sizes(plan),
+        ]
+        if plan["predictions"]:
+            lines += ["", *_speed_table(plan, "with the best size at each acceptance")]
+    return "\n".join(lines)
 
 
 def _parts(read: dict[str, int]) -> str:
@@ -247,16 +271,38 @@ def _parts(read: dict[str, int]) -> str:
     return f" {read['total'] / 1e6:.1f} MB: {parts}"
 
 
-def _columns(acceptances: Sequence[float]) -> str:
-    return "".join(f"{f'a = {a:g}':>16}" for a in acceptances)
+def _speed_table(plan: dict[str, Any], what: str) -> list[str]:
+    """k by acceptance, and the best k of each."""
+    acceptances = list(dict.fromkeys(entry["acceptance"] for entry in plan["predictions"]))
+    lines = [
+        f"tok/s (speed-up) {what}, by acceptance of each drafted token",
+        "  k " + "".join(f"{f'a = {a:g}':>16}" for a in acceptances),
+    ]
+    for k in range(1, MOST_K + 1):
+        row = [entry for entry in plan["predictions"] if entry["k"] == k]
+        cells = [f"{entry['tok_per_s']:.0f} ({entry['speedup']:.2f})" for entry in row]
+        lines.append(f"  {k} " + "".join(f"{cell:>16}" for cell in cells))
+    return [*lines, "best k: " + ", ".join(f"{k} at a = {a}" for a, k in plan["best_k"].items())]
+
+
+def _best_sizes(plan: dict[str, Any]) -> list[str]:
+    """The best draft size, acceptances that share it together."""
+    groups: dict[str, list[str]] = {}
+    for acceptance, size in plan["best_draft"].items():
+        name = "none pays"
+        if size is not None:
+            name = f"{size['layers']} x {size['hidden']} with {size['vocab']:,} head rows"
+        groups.setdefault(name, []).append(acceptance)
+    return ["best draft size: " + "; ".join(f"{name} at a = {', '.join(group)}" for name, group in groups.items())]
 
 
 def _draft_table(plan: dict[str, Any]) -> list[str]:
     names = list(plan["best_draft"])
-    lines = ["speed-up at the best k of drafts of several sizes, by acceptance; * the largest worth its cost"]
-    lines.append(
-        "  layers x hidden   head rows   MB a token   pays from " + "".join(f"{f'a = {name}':>13}" for name in names)
-    )
+    lines = [
+        "speed-up at the best k of drafts of several sizes, by acceptance;",
+        f"* the largest that keeps {WORTH:g} of what a draft that costs nothing would give, else the fastest",
+        "  layers x hidden   head rows   MB a token   pays from " + "".join(f"{f'a = {name}':>13}" for name in names),
+    ]
     for size in plan["drafts"]:
         cells = []
         for name in names:

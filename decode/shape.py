@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from decode import trimmed
+from decode import families, trimmed
 from kernels import UserError
 
 DRAFT_HEAD_DIM = 64
@@ -24,6 +24,7 @@ class Shape:
     intermediate: int
     vocab: int
     head_rows: int  # fewer than the vocabulary where the head is trimmed
+    layer_bits: int = 8  # of a weight of the layers when it decodes: 2 in a BitNet, else int8
 
     @classmethod
     def of(cls, config: dict[str, Any], where: str) -> Shape:
@@ -39,7 +40,10 @@ class Shape:
                 intermediate=int(config["intermediate_size"]),
                 vocab=int(config["vocab_size"]),
                 head_rows=int(config.get(trimmed.SIZE) or config["vocab_size"]),
+                layer_bits=2 if families.is_bitnet(config) else 8,
             )
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise UserError(f"{where}: no usable {error}") from error
         if min(vars(shape).values()) < 1:

@@ -32,6 +32,15 @@ def files() -> Files:
     return {path.name: path.read_bytes() for path in TEACHER.iterdir()} | {"pytorch_model.bin": b"pickle"}
 
 
+def test_a_plan_fetches_the_config_only(command: Command, hub: Hub, files: Files, tmp_path: Path) -> None:
+    hub.add(NAME, files)
+    done = command("decode", "plan", "--teacher", NAME, "--chip", "M1", "--json", "-", **hub.environment(token=None))
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["teacher"] == NAME
+    (snapshot,) = (tmp_path / "home" / "hub" / "models--maker--teacher" / "snapshots").iterdir()
+    assert [path.name for path in snapshot.iterdir()] == ["config.json"]
+
+
 def plain(command: Command, hub: Hub, name: str = NAME, **variables: str) -> Any:
     return command("decode", "plain", "--teacher", name, *ASK, **(hub.environment(token=None) | variables))
 

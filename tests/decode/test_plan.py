@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 from conftest import ROOT, TEACHER, Command
 
 from decode.checkpoint import find_model
-from decode.plan import Costs, break_even, draft_bytes, make_plan, teacher_bytes, tokens_per_verification
+from decode.chips import APPLE, chip_of
+from decode.plan import DRAFTS, Costs, break_even, draft_bytes, make_plan, teacher_bytes, tokens_per_verification
 from decode.shape import Shape
-from kernels.reference import DenseWeight
+from kernels.reference import DenseWeight, TernaryWeight
 
 DRAFT = ROOT / "checkpoints" / "bitnet-smol-43m-draft"
 LINEARS_2B = [(3840, 2560), (2560, 2560), (13824, 2560), (2560, 6912)]
@@ -47,11 +49,13 @@ def test_a_teachers_bytes_are_those_of_the_loaded_model(head: Any) -> None:
     assert teacher_bytes(shape_of(TEACHER), head, 256)["cache"] == sum(a.nbytes for a in [*cache.keys, *cache.values])
 
 
-def test_a_drafts_bytes_are_those_of_the_loaded_model() -> None:
-    model = find_model(str(DRAFT), "--draft").load("int8", "int8")
+@pytest.mark.parametrize(("folder", "bits"), [(DRAFT, 8), (TEACHER, 2)])
+def test_a_drafts_bytes_are_those_of_the_loaded_model(folder: Path, bits: int) -> None:
+    model = find_model(str(folder), "--draft").load("int8", "int8")  # a ternary one stays ternary
     weights = [w for layer in model.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-    read = draft_bytes(shape_of(DRAFT), 0)
-    assert read["layers"] == sum(w.n * w.k + 4 * w.n for w in weights)
+    assert {isinstance(w, TernaryWeight) for w in weights} == {bits == 2}
+    read = draft_bytes(shape_of(folder), 0)
+    assert read["layers"] == sum(w.n * w.k * bits // 8 + 4 * w.n for w in weights)
     assert read["head"] == model.head.n * model.head.k + 4 * model.head.n
     assert read["total"] == sum(size for part, size in read.items() if part != "total")
 
@@ -82,6 +86,8 @@ def test_predictions_of_a_draft(command: Command) -> None:
     assert third["tok_per_s"] == pytest.approx(plan["plain_tok_per_s"] * third["speedup"])
     best = max(plan["predictions"], key=lambda entry: entry["speedup"])
     assert plan["best_k"] == {"0.7": best["k"]}
+    alone = planned(command, "--bandwidth", 50, "--acceptance", 0.7, "--verify-ratio", 1.3)
+    assert plan["best_draft"] == alone["best_draft"] and set(plan["best_draft"]) == {"0.7"}
     even = plan["break_even_acceptance"]
     assert Costs(cost, 1.3).best_speedup(even) == pytest.approx(1, abs=1e-6)
 
@@ -105,6 +111,20 @@ def test_without_a_draft_sizes_are_compared() -> None:
             best["layers"], best["hidden"], kv_ratio=0.25, vocab=128256).weights]  # fmt: skip
         assert kept >= 0.8 and all(s["speedup"][acceptance] < 0.8 * free for s in larger)
     assert {entry["acceptance"] for entry in plan["predictions"]} == {0.6, 0.8}
+    for acceptance, k in plan["best_k"].items():  # predictions are those of the best size
+        best = plan["best_draft"][acceptance]
+        size = by_size[best["layers"], best["hidden"], best["vocab"]]
+        fastest = max(
+            (p for p in plan["predictions"] if p["acceptance"] == float(acceptance)), key=lambda p: p["speedup"]
+        )
+        assert (fastest["k"], fastest["speedup"]) == (k, size["speedup"][acceptance])
+
+
+def test_what_does_not_pay_is_never_best(command: Command) -> None:
+    plan = planned(command, "--bandwidth", 50, "--acceptance", 0)
+    assert plan["best_draft"] == {"0": None} and plan["predictions"] == []
+    assert plan["drafts"] and all(size["speedup"]["0"] < 1 for size in plan["drafts"])
+    assert "none pays at a = 0" in command("decode", "plan", "--bandwidth", 50, "--acceptance", 0).out
 
 
 def test_sizes_are_those_that_training_makes() -> None:
@@ -119,8 +139,53 @@ def test_sizes_are_those_that_training_makes() -> None:
 
 def test_for_readers(command: Command) -> None:
     done = command("decode", "plan", "--chip", "Apple M4 Pro", "--draft", DRAFT)
-    assert done.code == 0 and "not measured" in done.out and "a = 0.8" in done.out
-    assert "read for a token" in command("decode", "plan", "--chip", "m1").out
+    assert done.code == 0 and "273 GB/s (M4 Pro, as published)" in done.out and "not measured" in done.out
+    for text in (done.out, command("decode", "plan", "--chip", "m1").out):
+        assert "read for a token" in text and "plain decoding at most" in text and "best draft size: 1 x 256" in text
+        assert len(re.findall(r"^  [1-8] +\d+ \(", text, re.MULTILINE)) == 8  # a row of tok/s for each k
+
+
+def test_devices_by_the_names_of_their_drivers() -> None:
+    for device, chip in (
+        ("Apple M4 Pro", "M4 Pro"), ("Apple M4 Max", "M4 Max"), ("Apple M1", "M1"), ("NVIDIA H200", "H200"),
+        ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H100 PCIe", "H100 PCIe"), ("NVIDIA A100-SXM4-40GB", "A100 40GB"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+    ):  # fmt: skip
+        assert chip_of(device) == chip
+    for unknown in ("Apple M10", "Apple A18 Pro", "Apple Paravirtual device", "Intel Core m3-7Y30", "AMD EPYC", "",
+                    "NVIDIA RTX A1000", "NVIDIA GH200 480GB"):  # fmt: skip
+        assert chip_of(unknown) is None
+
+
+def test_the_tables_of_the_docs() -> None:
+    """docs/plan.md, row by row, from the program."""
+    text = (ROOT / "docs" / "plan.md").read_text()
+    teacher, draft = Shape.of(BITNET_2B, "here"), Shape.of_draft(6, 768, kv_ratio=0.25, vocab=128256, head_rows=32064)
+
+    def cells(line: str) -> list[str]:
+        return [cell.strip() for cell in line.strip("| ").split("|")]
+
+    chips = {row[0]: row[1:] for row in map(cells, re.findall(r"^\| M\d.*", text, re.MULTILINE))}
+    assert list(chips) == list(APPLE)
+    for chip, row in chips.items():
+        wanted = [f"{APPLE[chip]:g}"]
+        plans = {
+            head: make_plan(teacher, draft, bandwidth=APPLE[chip], head=head)  # type: ignore[arg-type]
+            for head in ("bf16", "int8")
+        }
+        wanted += [f"{plan['plain_tok_per_s']:.0f}" for plan in plans.values()]
+        for head, acceptance in (("bf16", 0.6), ("bf16", 0.7), ("int8", 0.7)):
+            speeds = [p["tok_per_s"] for p in plans[head]["predictions"] if p["acceptance"] == acceptance]
+            wanted.append(f"{max(speeds):.0f}")
+        assert row == wanted
+
+    sizes = [cells(line) for line in re.findall(r"^\| \d+ x .*", text, re.MULTILINE)]
+    plan = make_plan(teacher, None, bandwidth=100)
+    assert len(sizes) == len(plan["drafts"]) == 2 * len(DRAFTS)
+    for row, size in zip(sizes, plan["drafts"], strict=True):
+        speedups = [f"{size['speedup'][a]:.2f} (k={size['k'][a]})" for a in size["speedup"]]
+        megabytes, even = f"{size['bytes_per_token']['total'] / 1e6:.0f}", f"{size['break_even_acceptance']:.2f}"
+        assert row == [f"{size['layers']} x {size['hidden']}", f"{size['vocab']:,}", megabytes, even, *speedups]
 
 
 def test_bad_input(command: Command, tmp_path: Path) -> None:
@@ -129,11 +194,17 @@ def test_bad_input(command: Command, tmp_path: Path) -> None:
 
     refused("--chip", "M4 Prro", parts=("--chip M4 Prro", "did you mean M4 Pro?"))
     refused("--chip", "M1", "--bandwidth", 10, parts=("--chip M1", "--bandwidth"))
-    refused("--bandwidth", 0, parts=("--bandwidth 0",))
+    refused("--chip", "abacus", parts=("--chip abacus", "known are M1, ", "--bandwidth"))
+    for number in (0, "nan", "inf"):
+        refused("--bandwidth", number, parts=(f"--bandwidth {number}",))
     refused("--bandwidth", 50, "--acceptance", 1.5, parts=("--acceptance 1.5",))
-    refused("--bandwidth", 50, "--verify-ratio", 0.5, parts=("--verify-ratio 0.5",))
+    for number in (0.5, "nan", "inf"):
+        refused("--bandwidth", 50, "--verify-ratio", number, parts=(f"--verify-ratio {number}",))
     refused("--bandwidth", 50, "--context", -1, parts=("--context -1",))
     refused("--bandwidth", 50, "--teacher", tmp_path / "none", parts=("--teacher", "no such file"))
+    refused("--bandwidth", 50, "--teacher", "~nobody-here", parts=("--teacher ~nobody-here", "no such file"))
+    refused("--bandwidth", 50, "--teacher", "maker/none", parts=("--teacher maker/none", "HF_HUB_OFFLINE"))
+    refused("--bandwidth", 50, "--teacher", DRAFT, parts=("--teacher", "not a BitNet", "'llama'"))
     refused("--bandwidth", 50, "--teacher", tmp_path, parts=("config.json: missing",))
     (tmp_path / "config.json").write_text(json.dumps({**BITNET_2B, "hidden_size": "wide"}))
     refused("--bandwidth", 50, "--draft", tmp_path, parts=("--draft", "wide"))
