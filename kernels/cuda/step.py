@@ -55,6 +55,9 @@ class WholeStep:
     constants: dict[str, int]  # of step.cu
 
     def __post_init__(self) -> None:
+        # MLX would gladly reuse a small buffer that the host has written to, whose pages move between both sides:
+        # blocks that wait at a barrier would fault for them. A new one lies in the GPU's own memory.
+        mx.clear_cache()
         # The barrier's two counters and one for each key/value head; every launch leaves zeros.
         self.state = mx.zeros((2 + self.shape.kv_heads,), mx.uint32)
         # Launches wait for each other through this: MLX does not know that they write to the caches.
