@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from kernels import UserError
+from kernels.backends import device_backend
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,11 @@ class Sampling:
 
 def greedy_tokens(logits: mx.array) -> list[int]:
     """argmax of each row, the lowest id among equals. float32 [m, vocab] -> m ids."""
-    return [int(token) for token in np.array(mx.argmax(logits, axis=-1))]
+    ids = mx.argmax(logits, axis=-1)
+    # MLX on CUDA moves results of more than eight bytes to the host by a slow way.
+    pairs = [ids[i : i + 2] + 0 for i in range(0, ids.size, 2)] if device_backend() == "cuda" else [ids]
+    mx.eval(pairs)
+    return [int(token) for pair in pairs for token in np.array(pair)]
 
 
 def draw(p: np.ndarray, rng: np.random.Generator) -> int:

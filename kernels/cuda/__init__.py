@@ -100,11 +100,11 @@ def _quantize_padded(x: mx.array, norm: mx.array | None, eps: float) -> tuple[mx
     padded = _SPAN * _spans(k)
     xq, s = launch(
         "quantize_rows",
-        {"x": x, "norm": x if norm is None else norm.astype(mx.float32), "sizes": _sizes(k, padded)},
+        {"x": x, "norm": x if norm is None else norm.astype(mx.float32)},
         {"xq": ((m, padded), mx.int8), "s": ((m,), mx.float32)},
         (m, 1, 1),
         _ROW_THREADS,
-        {"NORM": norm is not None, "EPS": float_bits(eps), "THREADS": _ROW_THREADS},
+        {"K": k, "PADDED": padded, "NORM": norm is not None, "EPS": float_bits(eps), "THREADS": _ROW_THREADS},
     )
     return xq, s
 
@@ -257,9 +257,9 @@ def attention(
         "combine",
         {"parts": parts, "rows": mx.array([m, offset, chunks], mx.int32)},
         {"out": ((m, heads * dim), mx.float32)},
-        (m, heads, 1),
-        dim,
-        model,
+        (m, kv_heads, 1),
+        _ROW_THREADS,
+        model | {"THREADS": _ROW_THREADS},
     )[0]
     return out, k_cache, v_cache
 

@@ -1,9 +1,13 @@
-// The chunks of every query, combined in order: parts -> out [m][HEADS * DIM]. One block a row and head.
-// Constants: HEADS, KV_HEADS, DIM. rows: m, the offset, the number of chunks.
+// The chunks of every query, combined: parts [KV_HEADS][chunks][m * GROUP][DIM + 2] -> out [m][HEADS * DIM].
+// A block has a row and a key/value head. Constants: HEADS, KV_HEADS, DIM, THREADS. rows: m, the offset, the
+// number of chunks.
 using namespace bitdraft;
 constexpr int GROUP = HEADS / KV_HEADS, width = DIM + 2;
-const int row = blockIdx.x, head = blockIdx.y, m = rows[0], chunks = rows[2];
-const int64_t line = static_cast<int64_t>(m) * GROUP * width;
-const float* first = parts + head / GROUP * chunks * line + (static_cast<int64_t>(row) * GROUP + head % GROUP) * width;
-out[(static_cast<int64_t>(row) * HEADS + head) * DIM + threadIdx.x] =
-    combine_chunks<DIM>(first, line, (rows[1] + row) / kChunk + 1, threadIdx.x);
+__shared__ float factors[kCombineFloats<GROUP>];
+const int row = blockIdx.x, head = blockIdx.y, m = rows[0], chunks = rows[2], mine = (rows[1] + row) / kChunk + 1;
+const float* first = parts + (static_cast<int64_t>(head) * chunks * m + row) * GROUP * width;
+combine_chunks<GROUP, DIM, THREADS>(
+    [&](int query) { return first + query * width; }, static_cast<int64_t>(m) * GROUP * width, mine, factors,
+    [&](int query, int d, float value) {
+      out[(static_cast<int64_t>(row) * HEADS + head * GROUP + query) * DIM + d] = value;
+    });

@@ -74,68 +74,74 @@ struct RowPiece {
   }
 };
 
-// Adds the products of a range of tiles into acc, [tiles][kTile][M] int32 of shared memory.
-// x: M rows of int8, `stride` bytes apart, zeros behind their end up to whole spans. Warps take equal,
-// contiguous parts of the pieces (tile, span) and meet in acc.
+// A warp's part of a product of M rows with a range of tiles. Warps take equal, contiguous parts of the
+// pieces (tile, span). The first loads start with the construction, which needs no rows yet.
 template <int KIND, int M, int THREADS>
-__device__ void multiply_tiles(const uint8_t* weights, int spans, int first_tile, int tiles, const int8_t* x,
-                               int64_t stride, int* acc) {
-  constexpr int warps = THREADS / 32, depth = KIND == kTernary ? 4 : 2;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, part = lane % 4;
-  const int pieces = tiles * spans;
-  const int begin = pieces * warp / warps, end = pieces * (warp + 1) / warps;
-  if (begin == end) {
-    return;
-  }
-  const uint8_t* from = weights + static_cast<int64_t>(first_tile) * spans * kPieceBytes<KIND>;
-  const int8_t* mine = x + (row < M ? row : 0) * stride + 32 * part;
+struct TileProduct {
+  static constexpr int warps = THREADS / 32, depth = KIND == kTernary ? 4 : 2;
+  const uint8_t* from;
+  int spans, begin, end;
+  Piece<KIND> ahead[depth];  // the pieces to come
 
-  // The weights of the next `depth` pieces are on their way while one is multiplied.
-  Piece<KIND> ahead[depth];
-#pragma unroll
-  for (int u = 0; u < depth; u++) {
-    if (begin + u < end) {
-      ahead[u].load(from + static_cast<int64_t>(begin + u) * kPieceBytes<KIND>);
-    }
-  }
-  int c[4] = {};
-  int tile = begin / spans, span = begin % spans;
-  for (int piece = begin; piece < end; piece += depth) {
+  __device__ TileProduct(const uint8_t* weights, int spans, int first_tile, int tiles) : spans(spans) {
+    const int warp = threadIdx.x / 32, pieces = tiles * spans;
+    from = weights + static_cast<int64_t>(first_tile) * spans * kPieceBytes<KIND>;
+    begin = pieces * warp / warps;
+    end = pieces * (warp + 1) / warps;
 #pragma unroll
     for (int u = 0; u < depth; u++) {
-      if (piece + u < end) {
-        const Piece<KIND> now = ahead[u];
-        if (piece + u + depth < end) {
-          ahead[u].load(from + static_cast<int64_t>(piece + u + depth) * kPieceBytes<KIND>);
-        }
-        RowPiece rows;
-        rows.clear();
-        if (row < M) {
-          rows.load(mine + span * kSpan);
-        }
+      fetch(ahead[u], begin + u);
+    }
+  }
+
+  __device__ void fetch(Piece<KIND>& piece, int index) const {
+    if (index < end) {
+      piece.load(from + static_cast<int64_t>(index) * kPieceBytes<KIND>);
+    }
+  }
+
+  // Adds into acc, [tiles][kTile][M] int32 of shared memory, where the warps meet. x: M rows of int8,
+  // `stride` bytes apart, zeros behind their end up to whole spans.
+  __device__ void add(const int8_t* x, int64_t stride, int* acc) {
+    const int lane = threadIdx.x % 32, row = lane / 4, part = lane % 4;
+    const int8_t* mine = x + (row < M ? row : 0) * stride + 32 * part;
+    int c[4] = {};
+    int tile = begin / spans, span = begin % spans;
+    for (int index = begin; index < end; index += depth) {
 #pragma unroll
-        for (int step = 0; step < kSteps; step++) {
-          unsigned a[4];
-          now.operands(step, a);
-          multiply(c, a, rows.operand(step, 0), rows.operand(step, 1));
-        }
-        if (++span == spans || piece + u + 1 == end) {
-          int* to = acc + (tile * kTile + row) * M + 2 * part;  // here `row` is an output, `part` two rows
-#pragma unroll
-          for (int i = 0; i < 2; i++) {
-            if (2 * part + i < M) {
-              atomicAdd(to + i, c[i]);
-              atomicAdd(to + 8 * M + i, c[2 + i]);
-            }
+      for (int u = 0; u < depth; u++) {
+        if (index + u < end) {
+          const Piece<KIND> now = ahead[u];
+          fetch(ahead[u], index + u + depth);
+          RowPiece rows;
+          rows.clear();
+          if (row < M) {
+            rows.load(mine + span * kSpan);
           }
-          c[0] = c[1] = c[2] = c[3] = 0;
-          span = 0;
-          tile++;
+#pragma unroll
+          for (int step = 0; step < kSteps; step++) {
+            unsigned a[4];
+            now.operands(step, a);
+            multiply(c, a, rows.operand(step, 0), rows.operand(step, 1));
+          }
+          if (++span == spans || index + u + 1 == end) {
+            int* to = acc + (tile * kTile + row) * M + 2 * part;  // here `row` is an output, `part` two rows
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+              if (2 * part + i < M) {
+                atomicAdd(to + i, c[i]);
+                atomicAdd(to + 8 * M + i, c[2 + i]);
+              }
+            }
+            c[0] = c[1] = c[2] = c[3] = 0;
+            span = 0;
+            tile++;
+          }
         }
       }
     }
   }
-}
+};
 
 // Sums of M int8 rows, added to `sums` in shared memory; `length` is a multiple of 16.
 template <int M, int THREADS>

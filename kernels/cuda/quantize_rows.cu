@@ -1,9 +1,10 @@
-// x [m][k] -> xq [m][padded] int8, s [m]. One block a row. sizes: k (a multiple of 4) and padded.
-// Constants: NORM, EPS (bits), THREADS.
+// x [m][K] -> xq [m][PADDED] int8, s [m]. One block a row. Constants: K (a multiple of 4), PADDED, NORM, EPS
+// (bits), THREADS.
 using namespace bitdraft;
-__shared__ float scratch[3 * 32];
-__shared__ int sums[1];
+__shared__ RowScratch scratch;
 const int64_t row = blockIdx.x;
-const int k = sizes[0], padded = sizes[1];
-quantise_rows<1, THREADS>(x + row * k, k, k, NORM ? norm : nullptr, __int_as_float(EPS), xq + row * padded, padded,
-                          padded, s + row, sums, scratch);
+quantise_row<K, THREADS>([&](int i) { return load_shared4(x + row * K + i); }, NORM ? norm : nullptr,
+                         __int_as_float(EPS), xq + row * PADDED, PADDED, scratch);
+if (threadIdx.x == 0) {
+  s[row] = scratch.s;
+}

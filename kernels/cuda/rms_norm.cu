@@ -1,6 +1,6 @@
 // x [m][k] -> y [m][k]. One block a row. sizes: k. Constants: EPS (bits), THREADS.
 using namespace bitdraft;
-__shared__ float scratch[32];
+__shared__ float squares[32];
 const int64_t row = blockIdx.x;
 const int k = sizes[0];
-normalise_rows<1, THREADS>(x + row * k, k, k, norm, __int_as_float(EPS), y + row * k, scratch);
+normalise_rows<1, THREADS>(x + row * k, k, k, norm, __int_as_float(EPS), y + row * k, squares);

@@ -5,7 +5,8 @@
 #pragma once
 
 #include <cuda_bf16.h>
-#include <stdint.h>
+
+#include "ptx.cuh"
 
 #include "ptx.cuh"
 
@@ -31,101 +32,88 @@ __device__ inline float max_lanes(float x) {
 // Data that other blocks wrote during this launch must come from L2: the first cache is not coherent.
 __device__ inline float4 load_shared4(const float* p) { return __ldcg(reinterpret_cast<const float4*>(p)); }
 
-// Norm and int8 of M rows at once, by a whole block of THREADS.
-// x: rows of k floats, k a multiple of 4, `stride` apart; norm: k floats or null.
-// q: [M][q_stride] int8 (shared or global), filled with zeros up to `padded`; s: [M] factors; sums: [M]
-// sums of a row's int8, which take off the "plus one" of ternary codes. scratch: 3 * M * 32 floats of
-// shared memory. Ends with a barrier.
-template <int M, int THREADS>
-__device__ void quantise_rows(const float* x, int k, int64_t stride, const float* norm, float eps, int8_t* q,
-                              int64_t q_stride, int padded, float* s, int* sums, float* scratch) {
-  constexpr int warps = THREADS / 32;
+// What the warps of a block tell each other about a row.
+struct RowScratch {
+  float square[32];
+  unsigned top[32];
+  float s;  // quantisation factor
+  int sum;  // of the row's int8: it takes off the "plus one" of ternary codes
+};
+
+// Norm and int8 of a row of K floats by a whole block of THREADS; K is a multiple of 4.
+// load(i): four of its floats from i on; norm: K floats or null; q: int8 (shared or global), filled with zeros
+// up to `padded`. Leaves s and sum in scratch; ends with a barrier.
+template <int K, int THREADS, class Load>
+__device__ void quantise_row(Load load, const float* norm, float eps, int8_t* q, int padded, RowScratch& scratch) {
+  constexpr int warps = THREADS / 32, loads = (K / 4 + THREADS - 1) / THREADS;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  float* squares = scratch;
-  float* largest = scratch + M * 32;
-  int* totals = reinterpret_cast<int*>(scratch + 2 * M * 32);
-
-  float square[M], top[M];
+  float4 row[loads];  // stays in registers between both passes, once multiplied with the norm
+  float square = 0, top = 0;
+  float4 weights[loads];
 #pragma unroll
-  for (int m = 0; m < M; m++) {
-    square[m] = 0;
-    top[m] = 0;
-  }
-  for (int i = 4 * thread; i < k; i += 4 * THREADS) {
-    const float4 w = norm ? __ldg(reinterpret_cast<const float4*>(norm + i)) : make_float4(1, 1, 1, 1);
-#pragma unroll
-    for (int m = 0; m < M; m++) {
-      const float4 v = load_shared4(x + m * stride + i);
-      square[m] = __fmaf_rn(v.x, v.x, square[m]);
-      square[m] = __fmaf_rn(v.y, v.y, square[m]);
-      square[m] = __fmaf_rn(v.z, v.z, square[m]);
-      square[m] = __fmaf_rn(v.w, v.w, square[m]);
-      top[m] = fmaxf(top[m], fmaxf(fmaxf(fabsf(v.x * w.x), fabsf(v.y * w.y)), fmaxf(fabsf(v.z * w.z), fabsf(v.w * w.w))));
-    }
+  for (int l = 0; l < loads; l++) {
+    const int i = 4 * (thread + l * THREADS);
+    weights[l] = norm && i < K ? __ldg(reinterpret_cast<const float4*>(norm + i)) : make_float4(1, 1, 1, 1);
+    row[l] = i < K ? load(i) : make_float4(0, 0, 0, 0);
   }
 #pragma unroll
-  for (int m = 0; m < M; m++) {
-    square[m] = sum_lanes(square[m]);
-    top[m] = max_lanes(top[m]);
-    if (lane == 0) {
-      squares[m * 32 + warp] = square[m];
-      largest[m * 32 + warp] = top[m];
-    }
+  for (int l = 0; l < loads; l++) {
+    float4& v = row[l];
+    square = __fmaf_rn(v.x, v.x, square);
+    square = __fmaf_rn(v.y, v.y, square);
+    square = __fmaf_rn(v.z, v.z, square);
+    square = __fmaf_rn(v.w, v.w, square);
+    v = make_float4(__fmul_rn(v.x, weights[l].x), __fmul_rn(v.y, weights[l].y), __fmul_rn(v.z, weights[l].z),
+                    __fmul_rn(v.w, weights[l].w));
+    top = fmaxf(top, fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w))));
   }
-  __syncthreads();
-
-  float factor[M];  // of a row's x * norm to its int8
-#pragma unroll
-  for (int m = 0; m < M; m++) {
-    float total = 0, most = 0;
-    for (int w = 0; w < warps; w++) {
-      total = __fadd_rn(total, squares[m * 32 + w]);
-      most = fmaxf(most, largest[m * 32 + w]);
-    }
-    const float r = norm ? __frsqrt_rn(__fadd_rn(__fdiv_rn(total, static_cast<float>(k)), eps)) : 1.0f;
-    const float scale = __fdiv_rn(127.0f, fmaxf(__fmul_rn(most, r), kSmallest));
-    factor[m] = __fmul_rn(r, scale);
-    if (thread == 0) {
-      s[m] = scale;
-    }
+  square = sum_lanes(square);
+  // Floats that are not negative are ordered as their bits are.
+  const unsigned largest = __reduce_max_sync(kAllLanes, __float_as_uint(top));
+  if (lane == 0) {
+    scratch.square[warp] = square;
+    scratch.top[warp] = largest;
   }
-  int sum[M] = {};
-  for (int i = 4 * thread; i < padded; i += 4 * THREADS) {
-    const bool inside = i < k;
-    const float4 w = inside && norm ? __ldg(reinterpret_cast<const float4*>(norm + i)) : make_float4(1, 1, 1, 1);
-#pragma unroll
-    for (int m = 0; m < M; m++) {
-      const float4 v = inside ? load_shared4(x + m * stride + i) : make_float4(0, 0, 0, 0);
-      const int a = __float2int_rn(__fmul_rn(__fmul_rn(v.x, w.x), factor[m]));
-      const int b = __float2int_rn(__fmul_rn(__fmul_rn(v.y, w.y), factor[m]));
-      const int c = __float2int_rn(__fmul_rn(__fmul_rn(v.z, w.z), factor[m]));
-      const int d = __float2int_rn(__fmul_rn(__fmul_rn(v.w, w.w), factor[m]));
-      sum[m] += a + b + c + d;
-      *reinterpret_cast<char4*>(q + m * q_stride + i) = make_char4(a, b, c, d);
-    }
-  }
-#pragma unroll
-  for (int m = 0; m < M; m++) {
-    const int total = __reduce_add_sync(kAllLanes, sum[m]);
-    if (lane == 0) {
-      totals[m * 32 + warp] = total;
-    }
+  if (thread == 0) {
+    scratch.sum = 0;
   }
   __syncthreads();
-  if (thread < M) {
-    int total = 0;
-    for (int w = 0; w < warps; w++) {
-      total += totals[thread * 32 + w];
+  // Every warp for itself, which spares another barrier.
+  const float total = sum_lanes(lane < warps ? scratch.square[lane] : 0.0f);
+  const float most = __uint_as_float(__reduce_max_sync(kAllLanes, lane < warps ? scratch.top[lane] : 0u));
+  const float r = norm ? __frsqrt_rn(__fadd_rn(__fdiv_rn(total, static_cast<float>(K)), eps)) : 1.0f;
+  const float s = __fdiv_rn(127.0f, fmaxf(__fmul_rn(most, r), kSmallest));
+  const float factor = __fmul_rn(r, s);
+  int sum = 0;
+#pragma unroll
+  for (int l = 0; l < loads; l++) {
+    const int i = 4 * (thread + l * THREADS);
+    const char4 rounded =
+        make_char4(__float2int_rn(__fmul_rn(row[l].x, factor)), __float2int_rn(__fmul_rn(row[l].y, factor)),
+                   __float2int_rn(__fmul_rn(row[l].z, factor)), __float2int_rn(__fmul_rn(row[l].w, factor)));
+    sum += rounded.x + rounded.y + rounded.z + rounded.w;
+    if (i < K) {
+      *reinterpret_cast<char4*>(q + i) = rounded;
     }
-    sums[thread] = total;
+  }
+  for (int i = K + 4 * thread; i < padded; i += 4 * THREADS) {
+    *reinterpret_cast<char4*>(q + i) = make_char4(0, 0, 0, 0);
+  }
+  sum = __reduce_add_sync(kAllLanes, sum);
+  if (lane == 0) {
+    atomicAdd(&scratch.sum, sum);
+  }
+  if (thread == 0) {
+    scratch.s = s;
   }
   __syncthreads();
 }
 
-// RMSNorm of M rows into shared memory, y: [M][k]; norm may be null. Ends with a barrier.
+// RMSNorm of M rows of k floats into y, [M][k] (shared or global); norm may be null. Ends with a barrier.
+// squares: shared memory, [M][32].
 template <int M, int THREADS>
 __device__ void normalise_rows(const float* x, int k, int64_t stride, const float* norm, float eps, float* y,
-                               float* scratch) {
+                               float* squares) {
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   float square[M] = {};
   for (int i = thread; i < k; i += THREADS) {
@@ -139,16 +127,12 @@ __device__ void normalise_rows(const float* x, int k, int64_t stride, const floa
   for (int m = 0; m < M; m++) {
     square[m] = sum_lanes(square[m]);
     if (lane == 0) {
-      scratch[m * 32 + warp] = square[m];
+      squares[m * 32 + warp] = square[m];
     }
   }
   __syncthreads();
-#pragma unroll
   for (int m = 0; m < M; m++) {
-    float total = 0;
-    for (int w = 0; w < THREADS / 32; w++) {
-      total = __fadd_rn(total, scratch[m * 32 + w]);
-    }
+    const float total = sum_lanes(lane < THREADS / 32 ? squares[m * 32 + lane] : 0.0f);
     const float r = norm ? __frsqrt_rn(__fadd_rn(__fdiv_rn(total, static_cast<float>(k)), eps)) : 1.0f;
     for (int i = thread; i < k; i += THREADS) {
       const float v = __fmul_rn(__ldcg(x + m * stride + i), r);

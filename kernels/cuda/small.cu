@@ -8,6 +8,8 @@ __shared__ int sums[M];
 const int outputs = sizes[0], spans = sizes[1], width = outputs / sets, stride = kSpan * spans;
 const int tiles = (width + kTile - 1) / kTile, first = blockIdx.x * TILES;
 const int count = tiles - first < TILES ? tiles - first : TILES;
+const uint8_t* codes = reinterpret_cast<const uint8_t*>(weight);
+TileProduct<KIND, M, THREADS> product(codes, spans, first, count);
 for (int i = threadIdx.x; i < sets * TILES * kTile * M; i += THREADS) {
   acc[i] = 0;
 }
@@ -15,10 +17,9 @@ if (threadIdx.x < M) {
   sums[threadIdx.x] = 0;
 }
 __syncthreads();
-const uint8_t* codes = reinterpret_cast<const uint8_t*>(weight);
-multiply_tiles<KIND, M, THREADS>(codes, spans, first, count, xq, stride, acc);
+product.add(xq, stride, acc);
 if constexpr (GATE != 0) {
-  multiply_tiles<KIND, M, THREADS>(codes, spans, tiles + first, count, xq, stride, acc + TILES * kTile * M);
+  TileProduct<KIND, M, THREADS>(codes, spans, tiles + first, count).add(xq, stride, acc + TILES * kTile * M);
 }
 if constexpr (KIND == kTernary) {
   sum_rows<M, THREADS>(xq, stride, sums);

@@ -15,29 +15,54 @@ constexpr int kThreads = 512;
 
 // All blocks of the launch, which must all be resident: as many as there are multiprocessors.
 struct Grid {
-  unsigned* arrived;  // zero before a launch and after it
-  unsigned passed = 0;
+  unsigned* counters;  // arrived, announced, left: zero before a launch and after it
+  unsigned arrivals = 0, announcements = 0;
 
-  __device__ explicit Grid(unsigned* state) : arrived(state) {}
+  __device__ explicit Grid(unsigned* state) : counters(state) {}
 
-  __device__ void meet() {
-    passed += gridDim.x;
+  // This block's results so far are there for those who wait.
+  __device__ void arrive() {
+    arrivals += gridDim.x;
     __syncthreads();
     if (threadIdx.x == 0) {
-      raise(arrived);
-      while (look(arrived) < passed) {
+      raise(counters);
+    }
+  }
+  __device__ void wait_for_all() { wait(counters, arrivals); }
+  __device__ void meet() {
+    arrive();
+    wait_for_all();
+  }
+
+  // A few blocks prepare something for all: they announce, everyone waits for `expected` announcements.
+  __device__ void announce() {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      raise(counters + 1);
+    }
+  }
+  __device__ void wait_for_announcements(int expected) {
+    announcements += expected;
+    wait(counters + 1, announcements);
+  }
+
+  // At the end: whoever leaves last leaves zeros behind.
+  __device__ void leave() {
+    __syncthreads();
+    if (threadIdx.x == 0 && atomicAdd(counters + 2, 1u) == gridDim.x - 1) {
+      counters[0] = counters[1] = counters[2] = 0;
+    }
+  }
+
+ private:
+  // Gives up after some seconds, with wrong results: better than a GPU that hangs, should the blocks not all be
+  // resident after all.
+  __device__ static void wait(const unsigned* counter, unsigned value) {
+    if (threadIdx.x == 0) {
+      for (int looks = 0; look(counter) < value && looks < 1 << 22; looks++) {
       }
     }
     __syncthreads();
-  }
-
-  // After the last meeting: whoever leaves last leaves zeros behind.
-  __device__ void leave() {
-    __syncthreads();
-    if (threadIdx.x == 0 && atomicAdd(arrived + 1, 1u) == gridDim.x - 1) {
-      arrived[1] = 0;
-      atomicExch(arrived, 0u);
-    }
   }
 };
 
@@ -76,34 +101,67 @@ struct ModelShape {
                            O_SCALE_AT = QKV_SCALE_AT + QKV, GATE_UP_SCALE_AT = O_SCALE_AT + HIDDEN,
                            DOWN_SCALE_AT = GATE_UP_SCALE_AT + 2 * FFN, LAYER_FLOATS = DOWN_SCALE_AT + HIDDEN;};
 
-// Shared memory of a block; the parts that are never used together lie upon each other.
-template <int M>
-struct Memory {
-  float s[M];
-  int sums[M];
-  float scratch[3 * M * 32];
-  int flag;
+// M int8 rows that a few blocks prepare for all: reading floats everywhere would cost the more, the more
+// rows there are, since all blocks ask the same places of L2.
+struct SharedRows {
+  int8_t* q;  // [M][row_stride(K)]
+  float* s;   // [M]
+  int* sums;  // [M]
 };
 
-// A product stage: quantise the rows of `x`, multiply with this block's share of tiles, finish.
-// work: dynamic shared memory for M int8 rows and the integer sums. store(output, m, value) gets every
-// result of this block; with a gate, of n / 2 outputs.
-template <class Shape, int M, bool GATE, class Store>
-__device__ void product_stage(const uint8_t* weights, const float* scale, int n, int k, const float* x,
-                              const float* norm, float eps, Memory<M>& memory, uint8_t* work, Store store) {
-  const int stride = row_stride(k), spans = spans_of(k), tiles = n / kTile / (GATE ? 2 : 1);
+// What a block keeps in shared memory beside its stage's work.
+template <int M>
+struct Memory {
+  RowScratch row;
+  float s[M];
+  int sums[M];
+  float squares[M * 32];
+};
+
+// Stages are functions of their own, so that the compiler does not keep what one needs in registers during
+// the others.
+//
+// A product stage: the last M blocks wait for everyone's results, quantise a row each and announce it; all
+// blocks multiply the rows with their share of tiles. Weights are on their way meanwhile.
+// work: dynamic shared memory for M int8 rows and the integer sums. prepare(m): does what is needed before
+// row m can be loaded, and returns the function that loads four of its floats. store(output, m, value) gets
+// every result of this block; with a gate, of N / 2 outputs.
+template <class Shape, int M, int N, int K, bool GATE, class Prepare, class Store>
+__device__ __noinline__ void product_stage(Grid& grid, const uint8_t* weights, const float* scale, Prepare prepare,
+                                           const float* norm, float eps, const SharedRows& shared, Memory<M>& memory,
+                                           uint8_t* work, Store store) {
+  constexpr int stride = row_stride(K), spans = spans_of(K), tiles = N / kTile / (GATE ? 2 : 1);
+  grid.arrive();
+  const Share share(tiles);
+  using Product = TileProduct<Shape::KIND, M, kThreads>;
+  Product product(weights, spans, share.first, share.count);
+  if (const int m = gridDim.x - 1 - blockIdx.x; m < M) {
+    grid.wait_for_all();
+    quantise_row<K, kThreads>(prepare(m), norm, eps, shared.q + m * stride, spans * kSpan, memory.row);
+    if (threadIdx.x == 0) {
+      shared.s[m] = memory.row.s;
+      shared.sums[m] = memory.row.sum;
+    }
+    grid.announce();
+  }
   int8_t* q = reinterpret_cast<int8_t*>(work);
   int* acc = reinterpret_cast<int*>(work + M * stride);
-  const Share share(tiles);
   const int results = share.count * kTile * M;
   for (int i = threadIdx.x; i < (GATE ? 2 : 1) * results; i += kThreads) {
     acc[i] = 0;
   }
-  quantise_rows<M, kThreads>(x, k, k, norm, eps, q, stride, spans * kSpan, memory.s, memory.sums, memory.scratch);
-  multiply_tiles<Shape::KIND, M, kThreads>(weights, spans, share.first, share.count, q, stride, acc);
+  grid.wait_for_announcements(M);
+  for (int i = threadIdx.x; i < M * stride / 16; i += kThreads) {
+    reinterpret_cast<uint4*>(q)[i] = __ldcg(reinterpret_cast<const uint4*>(shared.q) + i);
+  }
+  if (threadIdx.x < M) {
+    memory.s[threadIdx.x] = __ldcg(shared.s + threadIdx.x);
+    memory.sums[threadIdx.x] = __ldcg(shared.sums + threadIdx.x);
+  }
+  __syncthreads();
+  product.add(q, stride, acc);
   if (GATE) {
-    multiply_tiles<Shape::KIND, M, kThreads>(weights, spans, tiles + share.first, share.count, q, stride,
-                                             acc + results);
+    Product(weights, spans, tiles + share.first, share.count).add(q, stride, acc + results);
   }
   __syncthreads();
   for (int i = threadIdx.x; i < results; i += kThreads) {
@@ -111,102 +169,104 @@ __device__ void product_stage(const uint8_t* weights, const float* scale, int n,
     const int taken_off = Shape::KIND == kTernary ? memory.sums[m] : 0;
     float y = scaled(acc[i] - taken_off, __ldg(scale + output), memory.s[m]);
     if (GATE) {
-      y = gated<Shape::RELU2>(y, scaled(acc[results + i] - taken_off, __ldg(scale + n / 2 + output), memory.s[m]));
+      y = gated<Shape::RELU2>(y, scaled(acc[results + i] - taken_off, __ldg(scale + N / 2 + output), memory.s[m]));
     }
     store(output, m, y);
   }
 }
 
-// Calls into L2 what `product_stage` will read.
-template <class Shape, bool GATE>
-__device__ inline void call_ahead_stage(const uint8_t* weights, int n, int k) {
-  const int tiles = n / kTile / (GATE ? 2 : 1);
+// Calls into L2 what this block will read in a product stage: its weights and their scales.
+template <class Shape, int N, int K, bool GATE>
+__device__ __noinline__ void call_ahead_stage(const uint8_t* weights, const float* scale) {
+  constexpr int tiles = N / kTile / (GATE ? 2 : 1);
+  constexpr int64_t tile = static_cast<int64_t>(spans_of(K)) * kPieceBytes<Shape::KIND>;
   const Share share(tiles);
-  const int64_t tile = static_cast<int64_t>(spans_of(k)) * kPieceBytes<Shape::KIND>;
-  call_ahead(weights + share.first * tile, share.count * tile);
-  if (GATE) {
-    call_ahead(weights + (tiles + share.first) * tile, share.count * tile);
+  for (int part = 0; part < (GATE ? 2 : 1); part++) {
+    call_ahead(weights + (part * tiles + share.first) * tile, share.count * tile);
+    call_ahead(reinterpret_cast<const uint8_t*>(scale + (part * tiles + share.first) * kTile),
+               share.count * kTile * sizeof(float));
   }
 }
 
 // The attention stage: tasks of (key/value head, chunk). New keys and values are rotated and put into
-// the cache by the task that owns their chunk. The last task of a head combines its chunks.
-// qkv: [M][Shape::QKV]; out: [M][Shape::Q]; parts: room for the chunks; done: a counter a head, zero.
+// the cache by the task that owns their chunk. qkv: [M][Shape::QKV]; parts: the chunks' results,
+// [KV_HEADS][chunks][M * GROUP][DIM + 2].
 template <class Shape, int M>
-__device__ void attention_stage(const float* qkv, float* k_cache, float* v_cache, int capacity, int offset,
-                                const float2* turns, float scale, float* out, float* parts, unsigned* done,
-                                Memory<M>& memory, uint8_t* work) {
+__device__ __noinline__ void attention_stage(const float* qkv, float* k_cache, float* v_cache, int capacity, int offset,
+                                             const float2* turns, float scale, float* parts, uint8_t* work) {
   constexpr int DIM = Shape::DIM, GROUP = Shape::GROUP, QUERIES = M * GROUP, half = DIM / 2, width = DIM + 2;
-  float* queries = reinterpret_cast<float*>(work);  // query m * GROUP + g
-  float* keys = queries + QUERIES * DIM;
-  float* values = keys + kChunk * padded_dim(DIM);
-  float* weights = values + kChunk * DIM;
+  const ChunkMemory<QUERIES, DIM> memory(work);  // query m * GROUP + g
   const int total = offset + M, chunks = (total + kChunk - 1) / kChunk;
   for (int task = blockIdx.x; task < chunks * Shape::KV_HEADS; task += gridDim.x) {
     const int head = task % Shape::KV_HEADS, chunk = task / Shape::KV_HEADS, start = chunk * kChunk;
-    const int count = total - start < kChunk ? total - start : kChunk;
     float* k_rows = k_cache + (static_cast<int64_t>(head) * capacity + start) * DIM;
     float* v_rows = v_cache + (static_cast<int64_t>(head) * capacity + start) * DIM;
+    const int old = offset - start < kChunk ? offset - start : kChunk;
     __syncthreads();
+    memory.template load<kThreads>(k_rows, v_rows, old);
     for (int i = threadIdx.x; i < QUERIES * half; i += kThreads) {
       const int d = i % half, query = i / half, m = query / GROUP, g = query % GROUP;
       const float* from = qkv + m * Shape::QKV + (head * GROUP + g) * DIM;
       const float2 y = rotated(__ldcg(from + d), __ldcg(from + d + half), turns[m * half + d]);
-      queries[query * DIM + d] = __fmul_rn(y.x, scale);
-      queries[query * DIM + d + half] = __fmul_rn(y.y, scale);
+      memory.queries[query * DIM + d] = __fmul_rn(y.x, scale);
+      memory.queries[query * DIM + d + half] = __fmul_rn(y.y, scale);
     }
-    for (int i = threadIdx.x; i < M * half; i += kThreads) {
-      const int d = i % half, m = i / half, key = offset + m - start;
-      if (key >= 0 && key < kChunk) {
-        const float* from = qkv + m * Shape::QKV + Shape::Q + head * DIM;
-        const float2 y = rotated(__ldcg(from + d), __ldcg(from + d + half), turns[m * half + d]);
-        keys[key * padded_dim(DIM) + d] = k_rows[key * DIM + d] = y.x;
-        keys[key * padded_dim(DIM) + d + half] = k_rows[key * DIM + d + half] = y.y;
-        values[key * DIM + d] = v_rows[key * DIM + d] = __ldcg(from + Shape::KV + d);
-        values[key * DIM + d + half] = v_rows[key * DIM + d + half] = __ldcg(from + Shape::KV + d + half);
+    if (start + kChunk > offset) {
+      for (int i = threadIdx.x; i < kChunk * half; i += kThreads) {
+        const int d = i % half, key = i / half, m = start + key - offset;
+        if (m >= 0 && m < M) {
+          const float* from = qkv + m * Shape::QKV + Shape::Q + head * DIM;
+          const float2 y = rotated(__ldcg(from + d), __ldcg(from + d + half), turns[m * half + d]);
+          memory.keys[key * padded_dim(DIM) + d] = k_rows[key * DIM + d] = y.x;
+          memory.keys[key * padded_dim(DIM) + d + half] = k_rows[key * DIM + d + half] = y.y;
+          memory.values[key * DIM + d] = v_rows[key * DIM + d] = __ldcg(from + Shape::KV + d);
+          memory.values[key * DIM + d + half] = v_rows[key * DIM + d + half] = __ldcg(from + Shape::KV + d + half);
+        } else if (m >= M) {  // weighs zero, but must be a number
+          memory.values[key * DIM + d] = memory.values[key * DIM + d + half] = 0;
+        }
       }
     }
-    const int old = offset - start < kChunk ? offset - start : kChunk;
-    for (int i = threadIdx.x; i < old * DIM / 4; i += kThreads) {
-      const int key = i / (DIM / 4), d = i % (DIM / 4) * 4;
-      *reinterpret_cast<float4*>(keys + key * padded_dim(DIM) + d) =
-          *reinterpret_cast<const float4*>(k_rows + key * DIM + d);
-      *reinterpret_cast<float4*>(values + key * DIM + d) = *reinterpret_cast<const float4*>(v_rows + key * DIM + d);
-    }
     __syncthreads();
-    float* part = parts + static_cast<int64_t>(head * chunks + chunk) * QUERIES * width;
     const auto last = [&](int query) {
       const int seen = offset + query / GROUP - start;
       return seen < kChunk - 1 ? seen : kChunk - 1;
     };
-    attend_chunk<QUERIES, DIM, kThreads>(queries, keys, values, count, last, weights, part);
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      memory.flag = atomicAdd(done + head, 1u) == chunks - 1;
-    }
-    __syncthreads();
-    if (memory.flag) {
-      __threadfence();
-      const float* first = parts + static_cast<int64_t>(head) * chunks * QUERIES * width;
-      for (int i = threadIdx.x; i < QUERIES * DIM; i += kThreads) {
-        const int d = i % DIM, query = i / DIM, m = query / GROUP, g = query % GROUP;
-        out[m * Shape::Q + (head * GROUP + g) * DIM + d] =
-            combine_chunks<DIM>(first + query * width, QUERIES * width, (offset + m) / kChunk + 1, d);
-      }
-      if (threadIdx.x == 0) {
-        done[head] = 0;
-      }
-    }
+    attend_chunk<QUERIES, DIM, kThreads>(memory, last,
+                                         parts + (static_cast<int64_t>(head) * chunks + chunk) * QUERIES * width);
+  }
+}
+
+// Row m of attention from its chunks, into shared memory: row [Shape::Q], then room for the factors.
+template <class Shape, int M>
+__device__ __noinline__ void combine_row(const float* parts, int offset, int m, float* row) {
+  constexpr int GROUP = Shape::GROUP, DIM = Shape::DIM, width = DIM + 2, line = M * GROUP * width;
+  const int chunks = (offset + M + kChunk - 1) / kChunk, mine = (offset + m) / kChunk + 1;
+  combine_chunks<Shape::HEADS, DIM, kThreads>(
+      [&](int h) {
+        return parts + static_cast<int64_t>(h / GROUP) * chunks * line + (m * GROUP + h % GROUP) * width;
+      },
+      line, mine, row + Shape::Q, [&](int h, int d, float value) { row[h * DIM + d] = value; });
+  __syncthreads();
+}
+
+// Calls into L2 the keys and values that this block will read in the attention stage.
+template <class Shape>
+__device__ __noinline__ void call_ahead_keys(const float* k_cache, const float* v_cache, int capacity, int offset) {
+  const int head = blockIdx.x % Shape::KV_HEADS, start = blockIdx.x / Shape::KV_HEADS * kChunk;
+  if (start < offset) {
+    const int64_t at = (static_cast<int64_t>(head) * capacity + start) * Shape::DIM;
+    const int rows = offset - start < kChunk ? offset - start : kChunk;
+    call_ahead(reinterpret_cast<const uint8_t*>(k_cache + at), rows * Shape::DIM * sizeof(float));
+    call_ahead(reinterpret_cast<const uint8_t*>(v_cache + at), rows * Shape::DIM * sizeof(float));
   }
 }
 
 // The head over bfloat16 or float32 weights: warps take whole quads.
 template <typename T, int M>
-__device__ void dense_head(const T* weights, int n, int k, const float* x, const float* norm, float eps,
+__device__ __noinline__ void dense_head(const T* weights, int n, int k, const float* x, const float* norm, float eps,
                            Memory<M>& memory, uint8_t* work, float* logits) {
   float* y = reinterpret_cast<float*>(work);
-  normalise_rows<M, kThreads>(x, k, k, norm, eps, y, memory.scratch);
+  normalise_rows<M, kThreads>(x, k, k, norm, eps, y, memory.squares);
   const Share share((n + 3) / 4);
   const int lane = threadIdx.x % 32;
   for (int quad = share.first + threadIdx.x / 32; quad < share.first + share.count; quad += kThreads / 32) {

@@ -15,7 +15,7 @@ from kernels.reference import SMALL_ROWS, AttentionShape, DenseWeight, Epilogue,
 
 THREADS = 512
 TILE, SPAN = 16, 128  # outputs and inputs, as in products.cuh
-CHUNK = 32  # keys, as in attention.cuh
+CHUNK, TOGETHER = 32, 64  # keys, and chunks that are combined at a time, as in attention.cuh
 _MULTIPROCESSORS = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 _SHARED_MEMORY = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 _STATIC_SHARED = 12 * 1024  # what a block uses beside the part asked for, and a little room
@@ -43,6 +43,11 @@ def device_attribute(attribute: int) -> int:
     return value.value
 
 
+def row_bytes(k: int) -> int:
+    """What an int8 row of k values takes, as in products.cuh."""
+    return -(-k // SPAN) * SPAN + 16
+
+
 @dataclass
 class WholeStep:
     """The step of one model. Make it with `WholeStep.of`, which knows which models it can run."""
@@ -55,8 +60,8 @@ class WholeStep:
     constants: dict[str, int]  # of step.cu
 
     def __post_init__(self) -> None:
-        # The barrier's two counters and one for each key/value head; every launch leaves zeros.
-        self.state = mx.zeros((2 + self.shape.kv_heads,), mx.uint32)
+        # Three counters by which blocks wait for each other; every launch leaves zeros.
+        self.state = mx.zeros((3,), mx.uint32)
         # Launches wait for each other through this: MLX does not know that they write to the caches.
         self.after = mx.zeros((1,), mx.float32)
         # The last tile of an int8 head is whole: its scales are read, though not used, beyond the vocabulary.
@@ -152,7 +157,7 @@ class WholeStep:
 
         def product(n: int, k: int, sets: int = 1) -> int:
             tiles = -(-n // sets // TILE // blocks) + 1
-            return m * (-(-k // SPAN) * SPAN + 16) + sets * tiles * TILE * m * 4
+            return m * row_bytes(k) + sets * tiles * TILE * m * 4
 
         q, group = c["HEADS"] * c["DIM"], c["HEADS"] // c["KV_HEADS"]
         lines = m * group
@@ -163,6 +168,7 @@ class WholeStep:
             product(c["HIDDEN"], c["FFN"]),
             product(c["VOCAB"], c["HIDDEN"]) if c["INT8_HEAD"] else 4 * m * c["HIDDEN"],
             4 * (lines * c["DIM"] + CHUNK * (2 * c["DIM"] + 4) + lines * CHUNK),
+            4 * (q + c["HEADS"] * (TOGETHER + 1)),
         ]
         # MLX lifts the limit of 48 KB for those who ask for more, and counts the dynamic part only.
         return max(*stages, 48 * 1024)
@@ -175,22 +181,34 @@ class WholeStep:
         """
         m, c = len(tokens), self.constants
         capacity, layers = keys[0].shape[1], len(keys)
+        # Up to eight bytes lie where both sides see them at once; larger arrays move between host and GPU.
+        numbers = [offset, capacity, *tokens, *([0] * (m % 2))]
+        requests = {f"r{i}": mx.array(numbers[2 * i : 2 * i + 2], mx.int32) for i in range(len(numbers) // 2)}
         caches = {f"k{i}": k for i, k in enumerate(keys)} | {f"v{i}": v for i, v in enumerate(values)}
         prelude = "".join(
-            f"const float* const {name}_caches[] = {{{', '.join(f'{name}{i}' for i in range(layers))}}};\n"
-            for name in "kv"
+            f"const {kind}* const {name}[] = {{{', '.join(inputs)}}};\n"
+            for kind, name, inputs in (
+                ("int", "requests", requests),
+                ("float", "k_caches", [f"k{i}" for i in range(layers)]),
+                ("float", "v_caches", [f"v{i}" for i in range(layers)]),
+            )
         )
-        q, group = self.shape.heads * self.shape.head_dim, self.shape.heads // self.shape.kv_heads
-        widths = c["HIDDEN"] + q + 2 * self.shape.kv_heads * self.shape.head_dim + q + c["FFN"]
-        chunks = -(-capacity // CHUNK)
-        scratch = m * widths + self.shape.kv_heads * chunks * m * group * (self.shape.head_dim + 2)
+        q, kv, group = (
+            self.shape.heads * self.shape.head_dim,
+            self.shape.kv_heads,
+            self.shape.heads // self.shape.kv_heads,
+        )
+        widths = (
+            c["HIDDEN"] + q + 2 * kv * self.shape.head_dim + c["FFN"] + row_bytes(max(c["HIDDEN"], c["FFN"], q)) // 4
+        )
+        scratch = m * widths + 16 + kv * -(-capacity // CHUNK) * m * group * (self.shape.head_dim + 2)
         logits, self.after = launch(
             "step",
             {
-                "request": mx.array([offset, capacity, *tokens], mx.int32),
+                **requests,
                 "after": self.after,
                 "state": self.state,
-                "weights": self.weights.view(mx.uint8),
+                "matrices": self.weights,
                 "floats": self.floats,
                 "frequency": self.shape.inverse_frequency,
                 "embedding": self.embedding,
