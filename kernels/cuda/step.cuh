@@ -12,23 +12,26 @@
 namespace bitdraft {
 
 constexpr int kThreads = 512;
+constexpr int kCounterLine = 32;  // counters are so far apart
 
 // All blocks of the launch, which must all be resident: as many as there are multiprocessors.
 struct Grid {
-  unsigned* counters;  // arrived, announced, left: zero before a launch and after it
+  // Zero before a launch and after it; each in a line of its own, since many look at one while others raise the next.
+  unsigned *arrived, *announced, *left;
   unsigned arrivals = 0, announcements = 0;
 
-  __device__ explicit Grid(unsigned* state) : counters(state) {}
+  __device__ explicit Grid(unsigned* state)
+      : arrived(state), announced(state + kCounterLine), left(state + 2 * kCounterLine) {}
 
   // This block's results so far are there for those who wait.
   __device__ void arrive() {
     arrivals += gridDim.x;
     __syncthreads();
     if (threadIdx.x == 0) {
-      raise(counters);
+      raise(arrived);
     }
   }
-  __device__ void wait_for_all() { wait(counters, arrivals); }
+  __device__ void wait_for_all() { wait(arrived, arrivals); }
   __device__ void meet() {
     arrive();
     wait_for_all();
@@ -38,28 +41,31 @@ struct Grid {
   __device__ void announce() {
     __syncthreads();
     if (threadIdx.x == 0) {
-      raise(counters + 1);
+      raise(announced);
     }
   }
   __device__ void wait_for_announcements(int expected) {
     announcements += expected;
-    wait(counters + 1, announcements);
+    wait(announced, announcements);
   }
 
   // At the end: whoever leaves last leaves zeros behind.
   __device__ void leave() {
     __syncthreads();
-    if (threadIdx.x == 0 && atomicAdd(counters + 2, 1u) == gridDim.x - 1) {
-      counters[0] = counters[1] = counters[2] = 0;
+    if (threadIdx.x == 0 && atomicAdd(left, 1u) == gridDim.x - 1) {
+      *arrived = *announced = *left = 0;
     }
   }
 
  private:
-  // Gives up after some seconds, with wrong results: better than a GPU that hangs, should the blocks not all be
-  // resident after all.
+  // Fails after some seconds, should the blocks not all be resident after all: a step has hundreds of waits, so
+  // going on without the others would take as long as a GPU that hangs, and give wrong results.
   __device__ static void wait(const unsigned* counter, unsigned value) {
     if (threadIdx.x == 0) {
-      for (int looks = 0; look(counter) < value && looks < 1 << 22; looks++) {
+      for (int looks = 0; look(counter) < value; looks++) {
+        if (looks == 1 << 23) {
+          __trap();
+        }
       }
     }
     __syncthreads();
@@ -121,8 +127,8 @@ struct Memory {
 // Stages are functions of their own, so that the compiler does not keep what one needs in registers during
 // the others.
 //
-// A product stage: the last M blocks wait for everyone's results, quantise a row each and announce it; all
-// blocks multiply the rows with their share of tiles. Weights are on their way meanwhile.
+// A product stage: the last blocks wait for everyone's results, quantise a row each (or more, if there are fewer than
+// M blocks) and announce it; all blocks multiply the rows with their share of tiles. Weights are on their way meanwhile.
 // work: dynamic shared memory for M int8 rows and the integer sums. prepare(m): does what is needed before
 // row m can be loaded, and returns the function that loads four of its floats. store(output, m, value) gets
 // every result of this block; with a gate, of N / 2 outputs.
@@ -135,7 +141,7 @@ __device__ __noinline__ void product_stage(Grid& grid, const uint8_t* weights, c
   const Share share(tiles);
   using Product = TileProduct<Shape::KIND, M, kThreads>;
   Product product(weights, spans, share.first, share.count);
-  if (const int m = gridDim.x - 1 - blockIdx.x; m < M) {
+  for (int m = gridDim.x - 1 - blockIdx.x; m < M; m += gridDim.x) {
     grid.wait_for_all();
     quantise_row<K, kThreads>(prepare(m), norm, eps, shared.q + m * stride, spans * kSpan, memory.row);
     if (threadIdx.x == 0) {

@@ -14,6 +14,7 @@ from kernels.cuda.launch import float_bits, launch
 from kernels.reference import SMALL_ROWS, AttentionShape, DenseWeight, Epilogue, Int8Weight, TernaryWeight, Weight
 
 THREADS = 512
+COUNTER_LINE = 32  # uint32, as in step.cuh
 TILE, SPAN = 16, 128  # outputs and inputs, as in products.cuh
 CHUNK, TOGETHER = 32, 64  # keys, and chunks that are combined at a time, as in attention.cuh
 _MULTIPROCESSORS = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
@@ -60,8 +61,11 @@ class WholeStep:
     constants: dict[str, int]  # of step.cu
 
     def __post_init__(self) -> None:
-        # Three counters by which blocks wait for each other; every launch leaves zeros.
-        self.state = mx.zeros((3,), mx.uint32)
+        # MLX would gladly reuse a small buffer that the host has written to, whose pages move between both sides:
+        # blocks that wait at a barrier would fault for them. A new one lies in the GPU's own memory.
+        mx.clear_cache()
+        # Three counters by which blocks wait for each other, in lines of their own; every launch leaves zeros.
+        self.state = mx.zeros((3 * COUNTER_LINE,), mx.uint32)
         # Launches wait for each other through this: MLX does not know that they write to the caches.
         self.after = mx.zeros((1,), mx.float32)
         # The last tile of an int8 head is whole: its scales are read, though not used, beyond the vocabulary.

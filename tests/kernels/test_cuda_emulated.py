@@ -23,7 +23,7 @@ from kernels.reference import AttentionShape, Epilogue, Weight
 if platform.system() != "Linux" or cuda_emulator.compiler() is None:
     pytest.skip("no g++ 12 or newer on Linux to emulate CUDA with", allow_module_level=True)
 
-RANDOM_ORDERS = (1, 2, 3)
+RANDOM_ORDERS = (1, 2)
 
 
 @pytest.fixture(scope="session")
@@ -227,14 +227,14 @@ class Model:
         return mx.concatenate(rows), keys, values
 
 
-@pytest.mark.parametrize(("kind", "head", "rows"), [("ternary", "bfloat16", (3, 8)), ("int8", "int8", (4,))])
+@pytest.mark.parametrize(("kind", "head", "rows"), [("ternary", "bfloat16", (3, 8)), ("int8", "int8", (2,))])
 def test_the_whole_step_equals_its_rows_alone_by_bits_and_the_reference_nearly(
     kind: str, head: str, rows: tuple[int, ...], emulator: cuda_emulator.Emulator
 ) -> None:
     model = Model(kind, head)
     tokens = np.random.default_rng(0).integers(0, model.vocab, 8).tolist()
     for m in rows:
-        for offset in (0, 29, 64):
+        for offset in (0, 29, 64) if m < 8 else (25,):
             alone, *caches_alone = model.one_by_one(tokens[:m], offset)
             assert close(alone, model.defined(tokens[:m], offset), 0.05)
             for seed in (0, *RANDOM_ORDERS):
@@ -283,17 +283,18 @@ def expected(emulator: cuda_emulator.Emulator) -> mx.array:
 
 
 BROKEN = [
-    ("step.cuh", "passed += gridDim.x;", "passed += gridDim.x + 1;", "all wait for each other"),
-    ("step.cuh", "while (look(arrived) < passed) {\n      }", "", "other bits"),
-    ("step.cuh", "atomicExch(arrived, 0u);", "", "counters are not zero"),
-    ("step.cuh", "done[head] = 0;", "", "counters are not zero"),
+    ("step.cuh", "arrivals += gridDim.x;", "arrivals += gridDim.x + 1;", "all wait for each other"),
+    ("step.cuh", "look(counter) < value", "look(counter) + 1 < value", "other bits"),
+    ("step.cuh", "m += gridDim.x) {\n    grid.wait_for_all();", "m += gridDim.x) {", "other bits"),
+    ("step.cuh", "    grid.announce();\n", "", "all wait for each other"),
+    ("step.cuh", "*arrived = *announced = *left = 0", "*arrived = *left = 0", "counters are not zero"),
     ("step.cu", "__ldcg(x + m * HIDDEN + j)", "__ldg(x + m * HIDDEN + j)", "past the coherent caches"),
-    ("rows.cuh", "  __syncthreads();\n\n  float factor", "  float factor", "other bits"),
-    ("rows.cuh", "if (thread < M) {\n    int", "if (thread >= M) return;\n  {\n    int", "that some threads miss"),
-    ("products.cuh", "begin + u < end", "begin + u <= end", "outside of all buffers"),
+    ("rows.cuh", "  __syncthreads();\n  // Every warp", "  // Every warp", "other bits"),
+    ("rows.cuh", "scratch.s = s;\n  }", "scratch.s = s;\n  } else if (warp) return;", "that some threads miss"),
+    ("products.cuh", "if (index < end)", "if (index <= end)", "outside of all buffers"),
     ("products.cuh", "* kSpan + 16; }", "* kSpan + 8; }", "trap"),
     ("attention.cuh", "= sum_lanes(weight)", "= seen ? sum_lanes(weight) : 0.0f", "different operations"),
-    ("attention.cuh", "value = values[key * DIM + d]", "value = values[(key << 20) * DIM + d]", "outside of a buffer"),
+    ("attention.cuh", "{memory.values[key * DIM", "{memory.values[(key << 20) * DIM", "outside of a buffer"),
 ]
 
 

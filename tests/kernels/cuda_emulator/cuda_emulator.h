@@ -106,6 +106,7 @@ inline void __syncthreads(EMULATED_CALLER) { emulator::wait_for_block(EMULATED_C
 inline void __syncwarp(unsigned lanes = 0xffffffffu, EMULATED_CALLER) {
   emulator::exchange(emulator::Operation::sync_warp, lanes, nullptr, 0, EMULATED_CALL);
 }
+[[noreturn]] inline void __trap(EMULATED_CALLER) { emulator::fail("a trap", EMULATED_CALL); }
 inline void __threadfence(EMULATED_CALLER) { emulator::may_pause(EMULATED_CALL); }
 
 template <typename T>
