@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import mlx.core as mx
 
@@ -60,19 +60,21 @@ class WholeStep:
     shape: AttentionShape
     constants: dict[str, int]  # of step.cu
 
+    # All launches wait for each other through this. MLX does not know that they write to the caches; and two models'
+    # at once, each on a part of the multiprocessors, would wait for the other part for ever.
+    after: ClassVar[mx.array | None] = None
+
     def __post_init__(self) -> None:
         # MLX would gladly reuse a small buffer that the host has written to, whose pages move between both sides:
         # blocks that wait at a barrier would fault for them. A new one lies in the GPU's own memory.
         mx.clear_cache()
         # Three counters by which blocks wait for each other, in lines of their own; every launch leaves zeros.
         self.state = mx.zeros((3 * COUNTER_LINE,), mx.uint32)
-        # Launches wait for each other through this: MLX does not know that they write to the caches.
-        self.after = mx.zeros((1,), mx.float32)
         # The last tile of an int8 head is whole: its scales are read, though not used, beyond the vocabulary.
         self.head_scale = self.floats
         if isinstance(self.head, Int8Weight):
             self.head_scale = mx.pad(self.head.scale, (0, -self.head.n % TILE))
-        mx.eval(self.state, self.after, self.head_scale)
+        mx.eval(self.state, self.head_scale)
 
     @staticmethod
     def of(
@@ -206,11 +208,11 @@ class WholeStep:
             c["HIDDEN"] + q + 2 * kv * self.shape.head_dim + c["FFN"] + row_bytes(max(c["HIDDEN"], c["FFN"], q)) // 4
         )
         scratch = m * widths + 16 + kv * -(-capacity // CHUNK) * m * group * (self.shape.head_dim + 2)
-        logits, self.after = launch(
+        logits, WholeStep.after = launch(
             "step",
             {
                 **requests,
-                "after": self.after,
+                "after": mx.zeros((1,)) if WholeStep.after is None else WholeStep.after,
                 "state": self.state,
                 "matrices": self.weights,
                 "floats": self.floats,

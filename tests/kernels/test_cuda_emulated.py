@@ -249,6 +249,22 @@ def test_the_whole_step_equals_its_rows_alone_by_bits_and_the_reference_nearly(
             emulator.seed = 0
 
 
+def test_launches_of_two_models_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX runs at once what does not depend on each other, and a launch needs all multiprocessors to itself."""
+    seen: list[tuple[mx.array, mx.array]] = []
+    launch = step.launch
+
+    def noted(name: str, inputs: dict[str, mx.array], *arguments: Any, **options: Any) -> list[mx.array]:
+        results = launch(name, inputs, *arguments, **options)
+        seen.append((inputs["after"], results[1]))
+        return results
+
+    monkeypatch.setattr(step, "launch", noted)
+    for model in (Model("ternary", "bfloat16", layers=1), Model("ternary", "bfloat16", layers=1)):
+        model.step([1, 2], *model.caches(33), 33)
+    assert seen[1][0] is seen[0][1]
+
+
 def test_more_blocks_than_multiprocessors_would_wait_for_ever(emulator: cuda_emulator.Emulator) -> None:
     model = Model("ternary", "bfloat16", layers=1)
     emulator.multiprocessors = 5
