@@ -5,7 +5,7 @@
 
 `2b` is a model of BitNet-2B's shape with random ternary weights, made in memory. Every number of rows is
 measured in turn, round after round, and medians are reported; a step ends when its choice of tokens is on
-the host, as in decoding. The bandwidth is measured in the same run, and what `decode plan` predicts from it
+the host, as in decoding. The bandwidth is measured between the rounds, and what `decode plan` predicts from it
 stands beside what was measured. With --draft, a step of a random draft of that size is measured too, and
 speed-ups for an acceptance of 0.7 are those of the measured costs.
 """
@@ -17,12 +17,18 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_unflatten
 from mlx_lm.models import bitnet, llama
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_model
 
 from benchmarks.standin import BITNET_2B, random_codes
 from decode.checkpoint import find_teacher
@@ -30,13 +36,14 @@ from decode.model import KVCache, Transformer
 from decode.plan import Costs, draft_bytes, teacher_bytes, tokens_per_verification
 from decode.sampling import greedy_tokens
 from decode.shape import Shape
-from kernels import BitLinear
+from kernels import BitLinear, swap_bitlinear
 from kernels.backends import device_backend
 from kernels.bandwidth import Bandwidth, CpuReader, GpuReader
 from kernels.device import device_name, processors
 
 STREAMED = 1 << 29  # bytes: far more than caches hold
 ACCEPTANCE = 0.7  # for the speed-ups
+WARM_UP = 3  # rounds that compile and fill caches
 
 
 def random_bitnet(config: dict[str, Any], seed: int = 0) -> Any:
@@ -85,11 +92,46 @@ def random_draft(teacher: Transformer, size: str) -> Transformer:
     return Transformer(model, config, "int8", "int8")
 
 
-def read_bandwidth() -> Bandwidth:
-    """The fastest reading of memory here, with all processors or on the GPU."""
+def memory_reader() -> Callable[[], Bandwidth]:
+    """What reads memory as fast as can be here, with all processors or on the GPU."""
     if device_backend() == "cpu":
-        return CpuReader(STREAMED).measure(processors())
-    return GpuReader(STREAMED).measure()
+        return partial(CpuReader(STREAMED).measure, processors())
+    return GpuReader(STREAMED).measure
+
+
+def stock_step(folder: str, context: list[int]) -> Callable[[], None]:
+    """A step of the same teacher as stock MLX computes it on a CPU: float32 matrices, mlx-lm's model and cache."""
+    checkpoint = find_teacher(folder)
+    model, config = load_model(checkpoint.folder, lazy=True)
+    swap_bitlinear(model, config.get("quantization_config") or {})
+    floats = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, BitLinear):
+            weight = mx.array(layer.ternary() * layer.scales()[:, None])
+            dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+            dense.weight = weight
+            floats.append((name, dense))
+    model.update_modules(tree_unflatten(floats))
+    model.set_dtype(mx.float32)
+    cache = make_prompt_cache(model)
+    mx.eval(model(mx.array([context]), cache=cache))
+
+    def step() -> None:
+        greedy_tokens(model(mx.array([context[:1]]), cache=cache)[0])
+        for layer_cache in cache:
+            layer_cache.trim(1)
+
+    return step
+
+
+def step_of(model: Transformer, cache: KVCache, tokens: list[int], offset: int) -> Callable[[], None]:
+    """A step of these tokens at an offset, until its choices are on the host."""
+
+    def step() -> None:
+        cache.offset = offset
+        greedy_tokens(model.step(tokens, cache))
+
+    return step
 
 
 def main() -> None:
@@ -98,6 +140,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=30, help="layers of the random model")
     parser.add_argument("--head", choices=("float", "int8"), default="float")
     parser.add_argument("--draft", metavar="LAYERSxHIDDEN", help="also measure a draft of this size")
+    parser.add_argument("--stock", action="store_true", help="also measure stock MLX's float32 path, of a folder")
     parser.add_argument("--rows", default="1,2,4,5,8")
     parser.add_argument("--context", type=int, default=128, help="tokens in the cache while measuring")
     parser.add_argument("--rounds", type=int, default=30)
@@ -112,41 +155,56 @@ def main() -> None:
         model = find_teacher(options.model).load(options.head)
     rng = np.random.default_rng(1)
     prompt = rng.integers(0, model.vocab_size, max(options.context, options.prefill) + 1).tolist()
-    cache = model.new_cache()
-    model.prefill(prompt[: options.context], cache)
-
-    draft = random_draft(model, options.draft) if options.draft else None
-    draft_cache = draft.new_cache() if draft else None
-    if draft is not None and draft_cache is not None:
-        draft.prefill(prompt[: options.context], draft_cache)
-    draft_seconds: list[float] = []
     rows = [int(m) for m in options.rows.split(",")]
-    seconds: dict[int, list[float]] = {m: [] for m in rows}
-    prefills: list[float] = []
-    for round_ in range(options.rounds + 3):
-        for m in rows:
-            cache.offset = options.context
-            started = time.perf_counter()
-            greedy_tokens(model.step(prompt[:m], cache))
-            if round_ >= 3:  # the first rounds compile and warm up
-                seconds[m].append(time.perf_counter() - started)
-        if draft is not None and draft_cache is not None:
-            draft_cache.offset = options.context
-            started = time.perf_counter()
-            greedy_tokens(draft.step(prompt[:1], draft_cache))
-            if round_ >= 3:
-                draft_seconds.append(time.perf_counter() - started)
-        if round_ % 10 == 3:
-            fresh: KVCache = model.new_cache()
-            started = time.perf_counter()
-            model.prefill(prompt[: options.prefill], fresh)
-            prefills.append(time.perf_counter() - started)
+    draft = random_draft(model, options.draft) if options.draft else None
 
-    step = {m: statistics.median(times) for m, times in seconds.items()}
-    plain = step[rows[0]]
-    bandwidth = max((read_bandwidth() for _ in range(3)), key=lambda found: found.gb_per_s)
-    shape = Shape.of(model.config, options.model)
-    read = teacher_bytes(shape, "int8" if options.head == "int8" else "bf16", options.context)
+    def filled(of: Transformer) -> KVCache:
+        cache = of.new_cache()
+        of.prefill(prompt[: options.context], cache)
+        return cache
+
+    cache = filled(model)
+    steps = {str(m): step_of(model, cache, prompt[:m], options.context) for m in rows}
+    if draft is not None:
+        steps["draft"] = step_of(draft, filled(draft), prompt[:1], options.context)
+    if options.stock:
+        steps["stock"] = stock_step(options.model, prompt[: options.context])
+    steps["prefill"] = lambda: model.prefill(prompt[: options.prefill], model.new_cache())
+    read_memory, bandwidths = memory_reader(), []
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for round_ in range(options.rounds + WARM_UP):
+        for name, step in steps.items():
+            if name == "prefill" and round_ % 4:
+                continue
+            started = time.perf_counter()
+            step()
+            if round_ >= WARM_UP:
+                seconds[name].append(time.perf_counter() - started)
+        if round_ % 4 == 0:
+            bandwidths.append(read_memory().gb_per_s)
+            steps[str(rows[0])]()  # what reading has driven out of the caches comes back
+
+    report = summary(model, draft, {name: statistics.median(times) for name, times in seconds.items()}, options)
+    bandwidth = statistics.median(bandwidths)
+    report |= {
+        "read_gb_per_s": bandwidth,
+        "fraction_of_bandwidth": report["plain_gb_per_s"] / bandwidth,
+        "predicted_plain_tok_per_s": bandwidth * 1e9 / report["bytes_per_step"]["total"],
+    }
+    print(json.dumps(report, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1))
+
+
+def summary(
+    model: Transformer, draft: Transformer | None, seconds: dict[str, float], options: argparse.Namespace
+) -> dict[str, Any]:
+    """What medians of seconds say; with a draft, beside what bytes alone predict."""
+    rows = [int(m) for m in options.rows.split(",")]
+    plain = seconds[str(rows[0])]
+    read = teacher_bytes(
+        Shape.of(model.config, options.model), "int8" if options.head == "int8" else "bf16", options.context
+    )
     report: dict[str, Any] = {
         "model": options.model,
         "backend": model.ops.NAME,
@@ -154,36 +212,32 @@ def main() -> None:
         "head": options.head,
         "context": options.context,
         "bytes_per_step": read,
-        "seconds": step,
-        "ratio_to_m1": {m: s / plain for m, s in step.items()},
+        "seconds": seconds,
+        "ratio_to_m1": {m: seconds[str(m)] / plain for m in rows},
         "plain_tok_per_s": 1 / plain,
         "plain_gb_per_s": read["total"] / plain / 1e9,
-        "read_gb_per_s": bandwidth.gb_per_s,
-        "fraction_of_bandwidth": read["total"] / plain / 1e9 / bandwidth.gb_per_s,
-        "predicted_plain_tok_per_s": bandwidth.gb_per_s * 1e9 / read["total"],
         "prefill_tokens": options.prefill,
-        "prefill_tok_per_s": options.prefill / statistics.median(prefills),
+        "prefill_tok_per_s": options.prefill / seconds["prefill"],
     }
+    if options.stock:
+        report["times_stock"] = seconds["stock"] / plain
     if draft is not None:
-        cost = statistics.median(draft_seconds) / plain
+        cost = seconds["draft"] / plain
         predicted = Costs(draft_bytes(Shape.of(draft.config, "the draft"), options.context)["total"] / read["total"])
         report["draft"] = {
             "size": options.draft,
-            "seconds": statistics.median(draft_seconds),
             "cost": cost,
             "predicted_cost": predicted.draft,
             "speedups": {
                 m - 1: {
-                    "measured": tokens_per_verification(ACCEPTANCE, m - 1) / (step[m] / plain + (m - 1) * cost),
+                    "measured": tokens_per_verification(ACCEPTANCE, m - 1) / (seconds[str(m)] / plain + (m - 1) * cost),
                     "predicted": predicted.speedup(ACCEPTANCE, m - 1),
                 }
                 for m in rows
                 if m > 1
             },
         }
-    print(json.dumps(report, indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1))
+    return report
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import mlx.core as mx
 
@@ -54,16 +54,21 @@ class WholeStep:
     shape: AttentionShape
     constants: dict[str, int]  # of step.cu
 
+    # All launches wait for each other through this. MLX does not know that they write to the caches; and two models'
+    # at once, each on a part of the multiprocessors, would wait for the other part for ever.
+    after: ClassVar[mx.array | None] = None
+
     def __post_init__(self) -> None:
+        # MLX would gladly reuse a small buffer that the host has written to, whose pages move between both sides:
+        # blocks that wait at a barrier would fault for them. A new one lies in the GPU's own memory.
+        mx.clear_cache()
         # The barrier's two counters and one for each key/value head; every launch leaves zeros.
         self.state = mx.zeros((2 + self.shape.kv_heads,), mx.uint32)
-        # Launches wait for each other through this: MLX does not know that they write to the caches.
-        self.after = mx.zeros((1,), mx.float32)
         # The last tile of an int8 head is whole: its scales are read, though not used, beyond the vocabulary.
         self.head_scale = self.floats
         if isinstance(self.head, Int8Weight):
             self.head_scale = mx.pad(self.head.scale, (0, -self.head.n % TILE))
-        mx.eval(self.state, self.after, self.head_scale)
+        mx.eval(self.state, self.head_scale)
 
     @staticmethod
     def of(
@@ -184,11 +189,11 @@ class WholeStep:
         widths = c["HIDDEN"] + q + 2 * self.shape.kv_heads * self.shape.head_dim + q + c["FFN"]
         chunks = -(-capacity // CHUNK)
         scratch = m * widths + self.shape.kv_heads * chunks * m * group * (self.shape.head_dim + 2)
-        logits, self.after = launch(
+        logits, WholeStep.after = launch(
             "step",
             {
                 "request": mx.array([offset, capacity, *tokens], mx.int32),
-                "after": self.after,
+                "after": mx.zeros((1,)) if WholeStep.after is None else WholeStep.after,
                 "state": self.state,
                 "weights": self.weights.view(mx.uint8),
                 "floats": self.floats,

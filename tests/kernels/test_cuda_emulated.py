@@ -23,7 +23,7 @@ from kernels.reference import AttentionShape, Epilogue, Weight
 if platform.system() != "Linux" or cuda_emulator.compiler() is None:
     pytest.skip("no g++ 12 or newer on Linux to emulate CUDA with", allow_module_level=True)
 
-RANDOM_ORDERS = (1, 2, 3)
+RANDOM_ORDERS = (1, 2)
 
 
 @pytest.fixture(scope="session")
@@ -227,14 +227,14 @@ class Model:
         return mx.concatenate(rows), keys, values
 
 
-@pytest.mark.parametrize(("kind", "head", "rows"), [("ternary", "bfloat16", (3, 8)), ("int8", "int8", (4,))])
+@pytest.mark.parametrize(("kind", "head", "rows"), [("ternary", "bfloat16", (3, 8)), ("int8", "int8", (2,))])
 def test_the_whole_step_equals_its_rows_alone_by_bits_and_the_reference_nearly(
     kind: str, head: str, rows: tuple[int, ...], emulator: cuda_emulator.Emulator
 ) -> None:
     model = Model(kind, head)
     tokens = np.random.default_rng(0).integers(0, model.vocab, 8).tolist()
     for m in rows:
-        for offset in (0, 29, 64):
+        for offset in (0, 29, 64) if m < 8 else (25,):
             alone, *caches_alone = model.one_by_one(tokens[:m], offset)
             assert close(alone, model.defined(tokens[:m], offset), 0.05)
             for seed in (0, *RANDOM_ORDERS):
@@ -247,6 +247,22 @@ def test_the_whole_step_equals_its_rows_alone_by_bits_and_the_reference_nearly(
                 for ours, theirs in zip((*caches[0], *caches[1]), (*caches_alone[0], *caches_alone[1]), strict=True):
                     assert same_bits(ours, theirs)
             emulator.seed = 0
+
+
+def test_launches_of_two_models_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX runs at once what does not depend on each other, and a launch needs all multiprocessors to itself."""
+    seen: list[tuple[mx.array, mx.array]] = []
+    launch = step.launch
+
+    def noted(name: str, inputs: dict[str, mx.array], *arguments: Any, **options: Any) -> list[mx.array]:
+        results = launch(name, inputs, *arguments, **options)
+        seen.append((inputs["after"], results[1]))
+        return results
+
+    monkeypatch.setattr(step, "launch", noted)
+    for model in (Model("ternary", "bfloat16", layers=1), Model("ternary", "bfloat16", layers=1)):
+        model.step([1, 2], *model.caches(33), 33)
+    assert seen[1][0] is seen[0][1]
 
 
 def test_more_blocks_than_multiprocessors_would_wait_for_ever(emulator: cuda_emulator.Emulator) -> None:

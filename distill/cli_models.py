@@ -1,0 +1,214 @@
+"""`distill`'s commands on models that exist: evaluate a draft, convert a teacher, publish a draft."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from decode.awake import awake
+from decode.checkpoint import RUNS, find_draft, find_teacher
+from decode.console import (
+    Interrupted,
+    JsonOption,
+    QuietOption,
+    SeedOption,
+    TeacherOption,
+    check_json_target,
+    progress,
+    say,
+    write_json,
+)
+
+
+def evaluate(
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            "--draft",
+            metavar="PATH|REPO",
+            help="Draft model. Default: the newest one trained for this teacher under runs/, else the shipped one.",
+        ),
+    ] = None,
+    teacher: TeacherOption = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="JSONL with `prompt` or `messages` a line, and `category`. Default: the held-out data/eval.jsonl.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", help="Only the first N prompts of each category.")
+    ] = None,
+    k: Annotated[int, typer.Option("--k", help="Tokens drafted before each verification.")] = 3,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Most new tokens a prompt.")] = 128,
+    head: Annotated[
+        str,
+        typer.Option(
+            "--head", help="The teacher's output layer as the checkpoint has it (bf16), or rounded to 8 bits (int8)."
+        ),
+    ] = "bf16",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="Where the results go. Default: the draft's folder if it is under runs/, else one named after it"
+            " there.",
+        ),
+    ] = None,
+    seed: SeedOption = 0,
+    json_file: JsonOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure a draft on prompts: real acceptance by category and position, and the speed-up, decoding greedily.
+
+    Every prompt is also decoded plainly, in turn; exit 1 if an output is not identical. Writes evaluation.json,
+    evaluation.md and pictures. Ctrl-C writes what is done; the same command goes on where it stopped.
+    """
+    from distill.evaluate import EvaluateSettings, default_folder
+    from distill.evaluate import evaluate as run_evaluation
+
+    check_json_target(json_file)
+    settings = EvaluateSettings(
+        **({} if prompts is None else {"prompts": str(prompts)}),
+        k=k,
+        max_tokens=max_tokens,
+        head=head,
+        limit=limit,
+        seed=seed,
+    )
+    teacher_checkpoint = find_teacher(teacher)
+    draft_checkpoint = find_draft(draft, teacher_checkpoint)
+    folder = out or default_folder(draft_checkpoint)
+    try:
+        with awake():
+            report = run_evaluation(teacher_checkpoint, draft_checkpoint, settings, folder, quiet)
+    except KeyboardInterrupt as error:
+        raise Interrupted(str(error)) from None
+    write_json(json_file, report)
+    _show_evaluation(report, folder, json_file, quiet)
+    if not report["complete"]:
+        raise Interrupted(f"{report['prompts']} prompts are done; the same command goes on from there")
+    if not report["identical"]:
+        raise typer.Exit(1)
+
+
+def _show_evaluation(report: dict[str, Any], folder: Path, json_file: str | None, quiet: bool) -> None:
+    from distill.evaluate import POSITION_PLOT, REPORT, TABLE, overview
+
+    if json_file != "-" and not quiet:
+        print(overview(report))
+    same = sum(entry["identical"] for entry in report["outputs"])
+    say(quiet)(
+        f"identical to plain decoding: {same} of {report['prompts']}\n"
+        f"written: {folder}/{REPORT}, {TABLE}, {POSITION_PLOT.replace('positions', '*')}"
+    )
+
+
+def convert(
+    teacher: TeacherOption = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder to write. Default: a name in runs/.")
+    ] = None,
+    json_file: JsonOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Write any BitNet checkpoint that loads in the packing of Microsoft's: same logits, a quarter byte a weight.
+
+    Reads packed weights with scales to multiply by or to divide by (the Falcon models), float master weights
+    (Microsoft's -bf16, 1bitLLM) and what `mlx_lm.convert` made of a BitNet.
+    """
+    from distill.convert import check_out
+    from distill.convert import convert as run_conversion
+
+    check_json_target(json_file)
+    began = time.perf_counter()
+    checkpoint = find_teacher(teacher)
+    out = out or RUNS / f"{Path(checkpoint.name).name}-packed"
+    check_out(out, checkpoint.folder)
+    bar = progress(sum(array.nbytes for array in checkpoint.arrays().values()), "convert", "B", quiet)
+    try:
+        converted = run_conversion(checkpoint, out, bar.update)
+    except KeyboardInterrupt:
+        raise Interrupted(f"nothing was written to {out}") from None
+    finally:
+        bar.close()
+    facts = {"teacher": checkpoint.name, "out": str(out), **vars(converted), "seconds": time.perf_counter() - began}
+    write_json(json_file, facts)
+    files = f"{converted.files} file{'s' if converted.files > 1 else ''}"
+    size = f"{converted.tensors} tensors in {files}, {converted.bytes / 1e6:.1f} MB"
+    say(quiet)(f"{out}: {size} (was {converted.family})")
+
+
+def publish(
+    repo: Annotated[str, typer.Option("--repo", metavar="OWNER/NAME", help="Repository on the Hub; made if missing.")],
+    draft: Annotated[
+        Path | None, typer.Option("--draft", metavar="DIR", help="Draft. Default: the newest complete one in runs/.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the files and print the card; needs no login and no network.")
+    ] = False,
+    private: Annotated[
+        bool | None,
+        typer.Option(
+            "--private/--public",
+            help="Who can see it. Default: a new repository is private, an existing one stays as it is.",
+        ),
+    ] = None,
+    licence: Annotated[
+        str | None,
+        typer.Option("--license", metavar="ID", help="Licence as the Hub names it. Default: the teacher's, if known."),
+    ] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option(
+            "--base-model", metavar="OWNER/NAME", help="The teacher's name on the Hub, if it was read from a folder."
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also replace another teacher's draft, or publish an unfinished one.")
+    ] = False,
+    json_file: JsonOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Upload a draft with its model card to the Hugging Face Hub, in one commit.
+
+    Uploads the weights, tokenizer, settings, log and evaluation, and nothing else in the folder.
+    Needs `hf auth login` once. Interrupted, the same command goes on.
+    """
+    from distill.publish import newest_draft, prepare
+    from distill.publish import publish as upload
+
+    check_json_target(json_file)
+    note, show = say(quiet), json_file != "-" and not quiet
+    if draft is None:
+        draft = newest_draft(RUNS)
+        note(f"draft: {draft}")
+    package = prepare(draft, repo, licence=licence, base_model=base_model, unfinished=force)
+    sizes = package.sizes()
+    if not package.licence:
+        note(f"{repo}: the teacher's licence is not known, so the card states none; give it with --license")
+    result: dict[str, Any] = {"repo": repo, "draft": str(draft), "dry_run": dry_run, "teacher": package.teacher}
+    result |= {"files": [{"name": name, "bytes": size} for name, size in sizes.items()], "bytes": sum(sizes.values())}
+    if dry_run:
+        if show:
+            for name, size in sizes.items():
+                print(f"{size:>13,}  {name}")
+            print(f"{sum(sizes.values()):>13,}  bytes to {repo}\n\n{package.card}", end="")
+    else:
+        note(f"{draft}: {len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB to {repo}")
+        try:
+            done = upload(package, private=private, force=force, quiet=quiet)
+        except KeyboardInterrupt:
+            raise Interrupted(f"the same command goes on from what {repo} has") from None
+        result |= vars(done)
+        if show:
+            print(done.url)
+        what = "commit" if done.changed else "nothing had changed since commit"
+        note(f"{what} {done.commit}, {'private' if done.private else 'public'}")
+    write_json(json_file, result | {"card": package.card})
