@@ -30,9 +30,6 @@ APPLE = {
     "M5 Pro": 307.0,
     "M5 Max": 460.0,
     "M5 Max 40-core": 614.0,
-    "M5 Ultra": 1200.0,
-    "M6": 153.0,
-    "M6 24 GB": 170.0,  # and with 32 GB
 }
 NVIDIA = {
     "A100": 2039.0,

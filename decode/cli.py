@@ -163,7 +163,7 @@ def plan(
     ] = None,
     chip: Annotated[
         str | None,
-        typer.Option("--chip", help="Whose bandwidth: M1 to M6, Pro, Max, Ultra, H100... Default: this machine's."),
+        typer.Option("--chip", help="Whose bandwidth: M1 to M5, Pro, Max, Ultra, H100... Default: this machine's."),
     ] = None,
     bandwidth: Annotated[float | None, typer.Option("--bandwidth", help="GB/s, in place of a chip's.")] = None,
     acceptance: Annotated[
