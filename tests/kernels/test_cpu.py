@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from arrays import normal, random_ternary, same_bits
 
 from kernels import reference
 from kernels.reference import AttentionShape, Epilogue, Int8Weight, TernaryWeight, Weight
@@ -42,21 +43,6 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     _native.set_threads(request.param)
     yield request.param
     _native.set_threads(0)
-
-
-def same_bits(a: mx.array, b: mx.array) -> bool:
-    """Equality by bits: unlike `==`, it tells -0 from 0 and takes a NaN for itself."""
-    x, y = np.array(a), np.array(b)
-    return x.shape == y.shape and x.dtype == y.dtype and x.tobytes() == y.tobytes()
-
-
-def random_ternary(n: int, k: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng([seed, n, k])
-    return rng.integers(-1, 2, (n, k)).astype(np.int8), rng.uniform(0.01, 2, n).astype(np.float32)
-
-
-def normal(*shape: int, seed: int = 0) -> mx.array:
-    return mx.array(np.random.default_rng([seed, *shape]).normal(0, 1, shape).astype(np.float32))
 
 
 # BitLinear

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from arrays import close, normal, random_ternary, same_bits
 
 from kernels import reference
 from kernels.backends import device_backend, self_test
@@ -22,25 +23,6 @@ from kernels import cuda
 SHAPES = [(960, 576), (576, 576), (3072, 576), (576, 1536), (24, 68), (12, 20), (40, 4)]
 SHAPES_2B = [(3840, 2560), (2560, 2560), (13824, 2560), (2560, 6912)]
 EPILOGUES: list[Epilogue | None] = [None, "relu2_mul", "silu_mul"]
-
-
-def same_bits(a: mx.array, b: mx.array) -> bool:
-    x, y = np.array(a), np.array(b)
-    return x.shape == y.shape and x.dtype == y.dtype and x.tobytes() == y.tobytes()
-
-
-def close(a: mx.array, b: mx.array, tolerance: float = 1e-5) -> bool:
-    x, y = np.array(a), np.array(b)
-    return bool(np.abs(x - y).max() <= tolerance * np.abs(y).max())
-
-
-def normal(*shape: int, seed: int = 0) -> mx.array:
-    return mx.array(np.random.default_rng([seed, *shape]).normal(0, 1, shape).astype(np.float32))
-
-
-def random_ternary(n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng([n, k])
-    return rng.integers(-1, 2, (n, k)).astype(np.int8), rng.uniform(0.01, 2, n).astype(np.float32)
 
 
 def test_self_test() -> None:

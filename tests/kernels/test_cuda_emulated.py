@@ -14,6 +14,7 @@ import cuda_emulator
 import mlx.core as mx
 import numpy as np
 import pytest
+from arrays import close, normal, random_ternary, same_bits
 
 from kernels import cuda, reference
 from kernels.cuda import step
@@ -43,25 +44,6 @@ def emulator(
     with mx.stream(mx.cpu):
         yield session_emulator
     kernel.cache_clear()
-
-
-def same_bits(a: mx.array, b: mx.array) -> bool:
-    x, y = np.array(a), np.array(b)
-    return x.shape == y.shape and x.dtype == y.dtype and x.tobytes() == y.tobytes()
-
-
-def close(a: mx.array, b: mx.array, tolerance: float = 1e-5) -> bool:
-    x, y = np.array(a), np.array(b)
-    return bool(np.abs(x - y).max() <= tolerance * np.abs(y).max())
-
-
-def normal(*shape: int, seed: int = 0) -> mx.array:
-    return mx.array(np.random.default_rng([seed, *shape]).normal(0, 1, shape).astype(np.float32))
-
-
-def random_ternary(n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng([n, k])
-    return rng.integers(-1, 2, (n, k)).astype(np.int8), rng.uniform(0.01, 2, n).astype(np.float32)
 
 
 def weights_of(kind: str, n: int, k: int) -> tuple[Any, Any]:

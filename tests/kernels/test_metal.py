@@ -15,6 +15,7 @@ import metal_emulator
 import mlx.core as mx
 import numpy as np
 import pytest
+from arrays import normal, random_ternary, same_bits
 
 from kernels import backends, metal, reference
 from kernels.reference import AttentionShape, Epilogue, Int8Weight
@@ -58,21 +59,6 @@ def defined(operation: Callable[..., Any], *arguments: Any, **options: Any) -> A
         result = operation(*arguments, **options)
         mx.eval(result)
     return result
-
-
-def same_bits(a: mx.array, b: mx.array) -> bool:
-    """Equality by bits: unlike `==`, it tells -0 from 0 and takes a NaN for itself."""
-    x, y = np.array(a), np.array(b)
-    return x.shape == y.shape and x.dtype == y.dtype and x.tobytes() == y.tobytes()
-
-
-def normal(*shape: int, seed: int = 0) -> mx.array:
-    return mx.array(np.random.default_rng([seed, *shape]).normal(0, 1, shape).astype(np.float32))
-
-
-def random_ternary(n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng([n, k])
-    return rng.integers(-1, 2, (n, k)).astype(np.int8), rng.uniform(0.01, 2, n).astype(np.float32)
 
 
 def weights_of(kind: str, n: int, k: int) -> tuple[Any, Any]:

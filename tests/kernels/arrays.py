@@ -1,0 +1,28 @@
+"""Arrays that tests of several backends make and compare."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+
+
+def same_bits(a: mx.array, b: mx.array) -> bool:
+    """Equality by bits: unlike `==`, it tells -0 from 0 and takes a NaN for itself."""
+    x, y = np.array(a), np.array(b)
+    return x.shape == y.shape and x.dtype == y.dtype and x.tobytes() == y.tobytes()
+
+
+def close(a: mx.array, b: mx.array, tolerance: float = 1e-5) -> bool:
+    """Whether no value of a is further from b's than `tolerance` of b's largest."""
+    x, y = np.array(a), np.array(b)
+    return bool(np.abs(x - y).max() <= tolerance * np.abs(y).max())
+
+
+def normal(*shape: int, seed: int = 0) -> mx.array:
+    return mx.array(np.random.default_rng([seed, *shape]).normal(0, 1, shape).astype(np.float32))
+
+
+def random_ternary(n: int, k: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Weights, int8 [n, k], and scales, float32 [n]."""
+    rng = np.random.default_rng([seed, n, k])
+    return rng.integers(-1, 2, (n, k)).astype(np.int8), rng.uniform(0.01, 2, n).astype(np.float32)
