@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from decode import families, trimmed
 from decode.files import first_line, read_json
-from decode.hub import explain
+from decode.hub import fetch_by_name
 from decode.model import Precision, Transformer
 from kernels import UserError, swap_bitlinear
 
@@ -107,11 +107,16 @@ def tokenizer_hash(folder: Path) -> str:
     return hashlib.sha256(json.dumps(read_json(path), sort_keys=True).encode()).hexdigest()
 
 
+def embedded_teacher(option: str) -> Path:
+    """The default teacher's folder; UserError, naming the option that was not given, outside a checkout."""
+    if not DEFAULT_TEACHER.exists():
+        raise UserError(f"no {option} given, and the embedded one is only in a checkout of bitdraft")
+    return DEFAULT_TEACHER
+
+
 def find_teacher(name: str | None) -> Checkpoint:
     """A BitNet checkpoint by path or Hub name; the embedded one by default."""
-    if name is None and not DEFAULT_TEACHER.exists():
-        raise UserError("no --teacher given, and the embedded one is only in a checkout of bitdraft")
-    checkpoint = find_model(name or str(DEFAULT_TEACHER), "--teacher")
+    checkpoint = find_model(name or str(embedded_teacher("--teacher")), "--teacher")
     try:
         families.Family.of(checkpoint.config)
     except UserError as error:
@@ -184,25 +189,16 @@ def _with_rope(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_hub(name: str, option: str) -> Path:
-    repo, _, revision = name.partition("@")
-    if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
-        raise UserError(f"{option} {name}: no such folder, and not a Hub name (owner/name)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import IncompleteSnapshotError
+    def fetch(repo: str, revision: str | None) -> str:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import IncompleteSnapshotError
 
-    def fetch(patterns: list[str], local: bool = False) -> Path:
-        folder = snapshot_download(repo, revision=revision or None, allow_patterns=patterns, local_files_only=local)
-        return Path(folder)
-
-    try:
         try:
-            return fetch([*PATTERNS, CARD])
+            return snapshot_download(repo, revision=revision, allow_patterns=[*PATTERNS, CARD])
         except IncompleteSnapshotError:  # without a connection, what was fetched without its card serves as well
-            return fetch(PATTERNS, local=True)
-    except Exception as error:  # the client raises errors of several libraries
-        raise UserError(
-            f"{option} {name}: no such folder, and not to be had from the Hub: {explain(error, repo)}"
-        ) from error
+            return snapshot_download(repo, revision=revision, allow_patterns=PATTERNS, local_files_only=True)
+
+    return fetch_by_name(name, option, "folder", fetch)
 
 
 def _check_weights(folder: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from decode.files import first_line
+from kernels import UserError
 
 LOG_IN = "log in with `hf auth login`"
 
@@ -92,3 +94,23 @@ def explain(error: BaseException, repo: str) -> str:
         reason = first_line(links[-1]).rstrip(".")
         return f"the connection to {constants.ENDPOINT} failed ({reason}): the same command tries again"
     return first_line(links[-1])
+
+
+class NotFound(UserError):
+    """A name that is neither here nor to be had from the Hub."""
+
+
+def fetch_by_name(name: str, option: str, local: str, fetch: Callable[[str, str | None], str]) -> Path:
+    """What `fetch(repo, revision)` downloads for a Hub name, `owner/name[@revision]`.
+
+    option, local: for errors: what was given the name, and what there is none of under it here ("folder").
+    """
+    repo, _, revision = name.partition("@")
+    if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
+        raise NotFound(f"{option} {name}: no such {local}, and not a Hub name (owner/name)")
+    try:
+        return Path(fetch(repo, revision or None))
+    except Exception as error:  # the client raises errors of several libraries
+        raise NotFound(
+            f"{option} {name}: no such {local}, and not to be had from the Hub: {explain(error, repo)}"
+        ) from error

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from decode import families
-from decode.checkpoint import DEFAULT_TEACHER
+from decode.checkpoint import embedded_teacher
 from decode.files import read_json
-from decode.hub import explain
+from decode.hub import fetch_by_name
 from decode.shape import Shape
 from kernels import UserError
 
@@ -212,27 +212,20 @@ def find_config(name: str | None, option: str) -> tuple[str, dict[str, Any]]:
     Nothing but the config is looked at, or fetched.
     """
     if name is None:
-        if not DEFAULT_TEACHER.exists():
-            raise UserError(f"no {option} given, and the embedded one is only in a checkout of bitdraft")
-        return DEFAULT_TEACHER.name, read_json(DEFAULT_TEACHER / "config.json")
+        folder = embedded_teacher(option)
+        return folder.name, read_json(folder / "config.json")
     path = Path(os.path.expanduser(name))  # noqa: PTH111  (Path.expanduser raises for an unknown ~user)
     if path.is_file():
         return str(path), read_json(path)
     if path.exists():
         return path.resolve().name, read_json(path / "config.json")
-    repo, _, revision = name.partition("@")
-    if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
-        raise UserError(f"{option} {name}: no such file or folder, and not a Hub name (owner/name)")
-    from huggingface_hub import hf_hub_download
 
-    try:
-        return name, read_json(Path(hf_hub_download(repo, "config.json", revision=revision or None)))
-    except UserError:
-        raise
-    except Exception as error:  # the client raises errors of several libraries
-        raise UserError(
-            f"{option} {name}: no such file or folder, and not to be had from the Hub: {explain(error, repo)}"
-        ) from error
+    def fetch(repo: str, revision: str | None) -> str:
+        from huggingface_hub import hf_hub_download
+
+        return hf_hub_download(repo, "config.json", revision=revision)
+
+    return name, read_json(fetch_by_name(name, option, "file or folder", fetch))
 
 
 def describe(plan: dict[str, Any]) -> str:

@@ -133,9 +133,7 @@ class Session:
 
     def report(self, outputs: list[Output], baselines: list[Output]) -> dict[str, Any]:
         """The JSON object of `decode plain` and `decode spec` (DESIGN.md section 8)."""
-        total = Tally()
-        for output in outputs:
-            total.merge(output.tally)
+        total = Tally.of(output.tally for output in outputs)
         speculative = self.draft is not None
         entries = [self._entry(output, speculative) for output in outputs]
         report: dict[str, Any] = {
@@ -159,12 +157,11 @@ class Session:
             "outputs": entries,
         }
         if baselines:
-            plain = Tally()
+            plain = Tally.of(baseline.tally for baseline in baselines)
             for entry, output, baseline in zip(entries, outputs, baselines, strict=True):
-                plain.merge(baseline.tally)
                 entry.update(self._comparison(output, baseline))
             report["baseline_tok_per_s"] = plain.tok_per_s
-            report["speedup"] = total.tok_per_s / plain.tok_per_s if plain.tok_per_s else 0.0
+            report["speedup"] = total.speedup(plain)
             report["verify_ratio"] = self._verify_ratio(total, plain)
             report["identical"] = all(entry["identical"] for entry in entries)
         return report

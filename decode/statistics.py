@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +50,18 @@ class Tally:
         self.accepted_at += [0] * (len(other.accepted_at) - len(self.accepted_at))
         for i, count in enumerate(other.accepted_at):
             self.accepted_at[i] += count
+
+    @classmethod
+    def of(cls, tallies: Iterable[Tally]) -> Tally:
+        """Many as one."""
+        total = cls()
+        for tally in tallies:
+            total.merge(tally)
+        return total
+
+    def speedup(self, plain: Tally) -> float:
+        """Over plain decoding of the same prompts."""
+        return self.tok_per_s / plain.tok_per_s if plain.tok_per_s else 0.0
 
     @property
     def decode_seconds(self) -> float:

@@ -128,12 +128,14 @@ def evaluate(
     try:
         if len(pairs) < len(prompts):
             session.warm_up()
+        total, plain = tallies(pairs)
         for index in range(len(pairs), len(prompts)):
             pair = _answer(session, prompts[index], encoded[index], index)
             kept.add(pair)
             pairs.append(pair)
-            so_far = figures(pairs)
-            bar.set_postfix(acceptance=f"{so_far['acceptance_rate']:.3f}", speedup=f"{so_far['speedup']:.2f}")
+            total.merge(pair[0].tally)
+            plain.merge(pair[1].tally)
+            bar.set_postfix(acceptance=f"{total.acceptance_rate:.3f}", speedup=f"{total.speedup(plain):.2f}")
             bar.update()
     except KeyboardInterrupt:
         if not pairs:
@@ -158,19 +160,21 @@ def category_of(prompt: Prompt) -> str:
     return prompt.category or NO_CATEGORY
 
 
+def tallies(pairs: Sequence[Pair]) -> tuple[Tally, Tally]:
+    """Of all prompts together: speculative, plain."""
+    return Tally.of(output.tally for output, _ in pairs), Tally.of(baseline.tally for _, baseline in pairs)
+
+
 def figures(pairs: Sequence[Pair]) -> dict[str, Any]:
     """The metrics of DESIGN.md section 3 over some prompts; zero where there are none."""
-    total, plain = Tally(), Tally()
-    for output, baseline in pairs:
-        total.merge(output.tally)
-        plain.merge(baseline.tally)
+    total, plain = tallies(pairs)
     return {
         "prompts": len(pairs),
         "tokens": total.tokens,
         **total.acceptance(),
         "tok_per_s": total.tok_per_s,
         "baseline_tok_per_s": plain.tok_per_s,
-        "speedup": total.tok_per_s / plain.tok_per_s if plain.tok_per_s else 0.0,
+        "speedup": total.speedup(plain),
         "looping": sum(is_looping(output.tokens) for output, _ in pairs),
     }
 

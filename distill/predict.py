@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from decode.chips import BANDWIDTH
+from decode.hub import NotFound
 from decode.plan import find_config
 from decode.shape import Shape
 from distill.collect import bytes_per_token, wants_reply
 from distill.draft_config import DraftConfig, estimate_memory
 from distill.recipe import Recipe
 from distill.sources import read_source
-from kernels.errors import UserError
 
 MOST_BYTES = 128  # a token, where the vocabulary is not known (DESIGN.md section 4)
 LOGIT_BYTES = 256 << 20  # what training keeps of logits at a time on a GPU
@@ -91,9 +91,7 @@ def teacher_config(name: str | None) -> tuple[dict[str, Any] | None, str]:
     """A teacher's config.json, without its weights, and why there is none."""
     try:
         return find_config(name, "teacher")[1], ""
-    except UserError as error:
-        if name is None or Path(name).expanduser().exists():
-            raise
+    except NotFound as error:
         return None, str(error)
 
 
