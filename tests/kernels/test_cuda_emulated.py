@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import cuda_emulator
+import emulation
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from kernels.cuda import step
 from kernels.cuda.launch import FOLDER, header, kernel, text
 from kernels.reference import AttentionShape, Epilogue, Weight
 
-if platform.system() != "Linux" or cuda_emulator.compiler() is None:
+if platform.system() != "Linux" or emulation.compiler() is None:
     pytest.skip("no g++ 12 or newer on Linux to emulate CUDA with", allow_module_level=True)
 
 RANDOM_ORDERS = (1, 2)

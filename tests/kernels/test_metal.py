@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import emulation
 import metal_emulator
 import mlx.core as mx
 import numpy as np
@@ -21,7 +22,7 @@ from kernels import backends, metal, reference
 from kernels.reference import AttentionShape, Epilogue, Int8Weight
 
 REAL = mx.metal.is_available() and mx.default_device() == mx.gpu
-if not REAL and (platform.system() != "Linux" or metal_emulator.compiler() is None):
+if not REAL and (platform.system() != "Linux" or emulation.compiler() is None):
     pytest.skip("no Metal here, and no g++ 12 or newer on Linux to emulate it with", allow_module_level=True)
 
 # Of the embedded teacher: fused QKV, output, fused gate and up, down.

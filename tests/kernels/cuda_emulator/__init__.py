@@ -9,15 +9,13 @@ is compiled.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import re
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from metal_emulator import compiler, native_flags
+from emulation import Libraries, storage
 
 from kernels.cuda.launch import HEADERS, text
 
@@ -49,12 +47,11 @@ class Emulator:
     """
 
     def __init__(self, folder: Path, multiprocessors: int = 4) -> None:
-        self.folder = folder
         self.multiprocessors = multiprocessors
         self.resident: int | None = None
         self.seed = 0
         self.launches: list[str] = []
-        self.libraries: dict[str, ctypes.CDLL] = {}
+        self.libraries = Libraries(folder, FOLDER / "cuda_emulator.cpp", FLAGS, ["-O2"])
 
     def cuda_kernel(
         self,
@@ -86,7 +83,7 @@ class Emulator:
             for array in input_names:
                 for suffix in ("_shape", "_strides", "_ndim"):
                     assert array + suffix not in source, f"{array + suffix} would become a parameter"
-            library = self.library(kernel, generated(head, body, names, types, template, shared_memory))
+            library = self.libraries.load(kernel, generated(head, body, names, types, template, shared_memory))
             self.launches.append(kernel)
             arrays = [in_memory(array) for array in inputs]
             arrays += [np.empty(s, storage(d)) for s, d in zip(output_shapes, output_dtypes, strict=True)]
@@ -112,25 +109,6 @@ class Emulator:
             return [mx.array(array).view(dtype).reshape(array.shape) for array, dtype in results]
 
         return call
-
-    def library(self, name: str, text: str) -> ctypes.CDLL:
-        key = hashlib.sha256(text.encode()).hexdigest()[:16]
-        if key not in self.libraries:
-            runtime = self.folder / "cuda_emulator.o"
-            if not runtime.exists():
-                self.compile("-O2", "-c", str(FOLDER / "cuda_emulator.cpp"), "-o", str(runtime))
-            file = self.folder / f"{name}_{key}.cpp"
-            file.write_text(text)
-            self.compile("-shared", f"-I{FOLDER}", str(file), str(runtime), "-o", str(file.with_suffix(".so")))
-            self.libraries[key] = ctypes.CDLL(str(file.with_suffix(".so")))
-        return self.libraries[key]
-
-    def compile(self, *arguments: str) -> None:
-        program = compiler()
-        assert program is not None
-        done = subprocess.run([program, *FLAGS, *native_flags(), *arguments], capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(done.stderr)
 
 
 def with_places(source: str, files: Sequence[str]) -> str:
@@ -179,11 +157,6 @@ def generated(
             "}\n",
         ]
     )
-
-
-def storage(dtype: mx.Dtype) -> str:
-    """The NumPy type of a buffer's bits."""
-    return {mx.bfloat16: "uint16"}.get(dtype) or str(dtype).rpartition(".")[2]
 
 
 def in_memory(array: mx.array) -> np.ndarray:

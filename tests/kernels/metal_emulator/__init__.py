@@ -7,14 +7,11 @@ holds the emulator's header, the kernels' header and a function whose signature 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import shutil
-import subprocess
-from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from emulation import Libraries, storage
 
 from kernels import metal
 
@@ -45,25 +42,11 @@ ATTRIBUTES = {
 }
 
 
-@cache
-def compiler() -> str | None:
-    """A g++ that knows _Float16 (12 or newer on x86), or None. clang has other names for sections."""
-    for name in ("g++", "g++-14", "g++-13", "g++-12"):
-        path = shutil.which(name)
-        probe = "#ifdef __clang__\n#error\n#endif\n_Float16 x;"
-        command = [path or "", "-x", "c++", "-std=c++20", "-fsyntax-only", "-"]
-        if path and subprocess.run(command, input=probe, text=True, capture_output=True).returncode == 0:
-            return path
-    return None
-
-
 class Emulator:
     """Compiled kernels, kept in a folder; `definitions` go to the compiler."""
 
     def __init__(self, folder: Path, *definitions: str) -> None:
-        self.folder = folder
-        self.flags = [*FLAGS, *native_flags(), *definitions]
-        self.libraries: dict[str, ctypes.CDLL] = {}
+        self.libraries = Libraries(folder, FOLDER / "metal_emulator.cpp", [*FLAGS, *definitions])
 
     def launch(
         self,
@@ -82,38 +65,13 @@ class Emulator:
         sizes = (ctypes.c_size_t * len(arrays))(*[array.nbytes for array in arrays])
         why = ctypes.create_string_buffer(200)
         triple = ctypes.c_uint32 * 3
-        failed = self.library(name, text).run_emulated(
+        failed = self.libraries.load(name, text).run_emulated(
             pointers, sizes, len(inputs), len(arrays), triple(*grid), triple(threads, 1, 1), why
         )
         if failed:
             raise RuntimeError(f"{name}: {why.value.decode()}")
         results = zip(arrays[len(inputs) :], outputs.values(), strict=True)
         return [mx.array(array).view(dtype).reshape(shape) for array, (shape, dtype) in results]
-
-    def library(self, name: str, text: str) -> ctypes.CDLL:
-        key = hashlib.sha256(text.encode()).hexdigest()[:16]
-        if key not in self.libraries:
-            runtime = self.folder / "metal_emulator.o"
-            if not runtime.exists():
-                self.compile("-c", str(FOLDER / "metal_emulator.cpp"), "-o", str(runtime))
-            file = self.folder / f"{name}_{key}.cpp"
-            file.write_text(text)
-            self.compile("-shared", f"-I{FOLDER}", str(file), str(runtime), "-o", str(file.with_suffix(".so")))
-            self.libraries[key] = ctypes.CDLL(str(file.with_suffix(".so")))
-        return self.libraries[key]
-
-    def compile(self, *arguments: str) -> None:
-        program = compiler()
-        assert program is not None
-        done = subprocess.run([program, *self.flags, *arguments], capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(done.stderr)
-
-
-def native_flags() -> list[str]:
-    """Hardware fma and half floats make the emulation many times faster."""
-    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
-    return ["-mfma", "-mf16c"] if "fma" in flags and "f16c" in flags else []
 
 
 def generated(
@@ -155,11 +113,6 @@ def generated(
             "}\n",
         ]
     )
-
-
-def storage(dtype: mx.Dtype) -> str:
-    """The NumPy type of a buffer's bits."""
-    return {mx.bfloat16: "uint16"}.get(dtype) or str(dtype).rpartition(".")[2]
 
 
 def to_numpy(array: mx.array) -> np.ndarray:
