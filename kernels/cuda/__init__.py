@@ -27,6 +27,7 @@ _GATES: dict[str | None, int] = {None: 0, "relu2_mul": 1, "silu_mul": 2}
 _ROW_THREADS = 256  # of the kernels that take a row a block
 _TILE, _SPAN = 16, 128  # outputs and inputs, as in products.cuh
 _CHUNK = 32  # keys, as in attention.cuh
+_SLOTS = 4  # pieces of weights on their way to each warp of a small product
 
 
 def set_tuning(values: dict[str, int]) -> None:
@@ -145,7 +146,16 @@ def _product(
             {"out": ((m, width), mx.float32)},
             (-(-width // (_TILE * tiles)), 1, 1),
             threads,
-            constants | {"M": m, "GATE": gate, "RESIDUAL": residual is not None, "TILES": tiles, "THREADS": threads},
+            constants
+            | {
+                "M": m,
+                "GATE": gate,
+                "RESIDUAL": residual is not None,
+                "TILES": tiles,
+                "THREADS": threads,
+                "SLOTS": _SLOTS,
+            },
+            shared_memory=threads // 32 * _SLOTS * (2048 if isinstance(weight, Int8Weight) else 512),
         )[0]
     if epilogue is not None:
         y = reference.gated(_product(xq, s, weight, None, None), epilogue)

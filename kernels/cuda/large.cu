@@ -17,7 +17,7 @@ for (int span = 0; span < spans; span++) {
 #pragma unroll
   for (int t = 0; t < mine; t++) {
     const int which = first_tile + t < tiles ? first_tile + t : tiles - 1;
-    pieces[t].load(codes + (static_cast<int64_t>(which) * spans + span) * kPieceBytes<KIND>);
+    pieces[t].load(codes + (static_cast<int64_t>(which) * spans + span) * kPieceBytes<KIND> + 16 * lane);
   }
   __syncthreads();
   for (int i = threadIdx.x; i < row_tile * kSpan / 16; i += 128) {

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 FOLDER = Path(__file__).parent
-HEADERS = ("ptx.cuh", "rows.cuh", "products.cuh", "attention.cuh", "step.cuh")
+HEADERS = ("ptx.cuh", "rows.cuh", "products.cuh", "attention.cuh", "exchange.cuh", "step.cuh")
 
 
 @cache

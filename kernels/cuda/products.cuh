@@ -29,16 +29,16 @@ __host__ __device__ constexpr int spans_of(int k) { return (k + kSpan - 1) / kSp
 // Rows in shared memory stand this far apart: sixteen bytes more spread them over the banks.
 __host__ __device__ constexpr int row_stride(int k) { return spans_of(k) * kSpan + 16; }
 
-// What a lane holds of a (tile, span).
+// What a lane holds of a (tile, span): sixteen bytes, or as many a step, that lie 512 bytes apart.
 template <int KIND>
 struct Piece {
   uint4 words[KIND == kTernary ? 1 : kSteps];
 
-  __device__ void load(const uint8_t* piece) {
-    const int lane = threadIdx.x % 32;
+  // from: this lane's first.
+  __device__ void load(const uint8_t* from) {
 #pragma unroll
     for (int i = 0; i < (KIND == kTernary ? 1 : kSteps); i++) {
-      words[i] = stream16(piece + 512 * i + 16 * lane);
+      words[i] = *reinterpret_cast<const uint4*>(from + 512 * i);
     }
   }
 
@@ -74,84 +74,95 @@ struct RowPiece {
   }
 };
 
-// Adds the products of a range of tiles into acc, [tiles][kTile][M] int32 of shared memory.
-// x: M rows of int8, `stride` bytes apart, zeros behind their end up to whole spans. Warps take equal,
-// contiguous parts of the pieces (tile, span) and meet in acc.
-template <int KIND, int M, int THREADS>
-__device__ void multiply_tiles(const uint8_t* weights, int spans, int first_tile, int tiles, const int8_t* x,
-                               int64_t stride, int* acc) {
-  constexpr int warps = THREADS / 32, depth = KIND == kTernary ? 4 : 2;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, part = lane % 4;
-  const int pieces = tiles * spans;
-  const int begin = pieces * warp / warps, end = pieces * (warp + 1) / warps;
-  if (begin == end) {
-    return;
-  }
-  const uint8_t* from = weights + static_cast<int64_t>(first_tile) * spans * kPieceBytes<KIND>;
-  const int8_t* mine = x + (row < M ? row : 0) * stride + 32 * part;
+// A warp's part of the products of a range of tiles: warps take equal, contiguous parts of its pieces (tile, span).
+// SLOTS pieces are on their way to shared memory while one is multiplied, the first of them from `start` on.
+template <int KIND, int M, int SLOTS>
+struct Product {
+  static constexpr int kRing = SLOTS * kPieceBytes<KIND>;  // bytes of shared memory a warp needs
 
-  // The weights of the next `depth` pieces are on their way while one is multiplied.
-  Piece<KIND> ahead[depth];
-#pragma unroll
-  for (int u = 0; u < depth; u++) {
-    if (begin + u < end) {
-      ahead[u].load(from + static_cast<int64_t>(begin + u) * kPieceBytes<KIND>);
+  const uint8_t* from;
+  int64_t jump;
+  uint8_t* ring;
+  int spans, begin, end, half;
+
+  // gate: 0, or how many tiles behind a gate's tiles their partners are, which come behind them in `run`, too.
+  // rings: kRing bytes a warp; of its pieces a lane reads what it has copied itself.
+  __device__ void start(const uint8_t* weights, int spans_of_row, int first_tile, int tiles, int gate, int warps,
+                        uint8_t* rings) {
+    const int warp = threadIdx.x / 32, pieces = (gate ? 2 : 1) * tiles * spans_of_row;
+    ring = rings + warp * kRing + threadIdx.x % 32 * 16;
+    spans = spans_of_row;
+    half = tiles * spans;
+    jump = static_cast<int64_t>(gate - tiles) * spans * kPieceBytes<KIND>;
+    begin = pieces * warp / warps;
+    end = pieces * (warp + 1) / warps;
+    from = weights + static_cast<int64_t>(first_tile) * spans * kPieceBytes<KIND> + threadIdx.x % 32 * 16;
+#pragma unroll 1
+    for (int slot = 0; slot < SLOTS; slot++) {
+      fetch(begin + slot, slot);
     }
   }
-  int c[4] = {};
-  int tile = begin / spans, span = begin % spans;
-  for (int piece = begin; piece < end; piece += depth) {
+
+  __device__ void fetch(int piece, int slot) const {
+    if (piece < end) {
+      const uint8_t* at = from + static_cast<int64_t>(piece) * kPieceBytes<KIND> + (piece < half ? 0 : jump);
 #pragma unroll
-    for (int u = 0; u < depth; u++) {
-      if (piece + u < end) {
-        const Piece<KIND> now = ahead[u];
-        if (piece + u + depth < end) {
-          ahead[u].load(from + static_cast<int64_t>(piece + u + depth) * kPieceBytes<KIND>);
-        }
-        RowPiece rows;
-        rows.clear();
-        if (row < M) {
-          rows.load(mine + span * kSpan);
-        }
+      for (int i = 0; i < kPieceBytes<KIND>; i += 512) {
+        copy_ahead(ring + slot * kPieceBytes<KIND> + i, at + i);
+      }
+    }
+    close_copies();
+  }
+
+  // Adds to acc, [tiles][kTile][M] int32 of shared memory. x: M rows of int8, `stride` bytes apart; what lies
+  // behind their end up to whole spans meets weights of zero.
+  __device__ void run(const int8_t* x, int stride, int* acc) const {
+    const int lane = threadIdx.x % 32, row = lane / 4, part = lane % 4;
+    const int8_t* mine = x + (row < M ? row : 0) * stride + 32 * part;
+    // Three chains of sums, since each of them waits for its last one.
+    int even[4] = {}, odd[4] = {}, minus[4] = {};
+    int tile = begin / spans, span = begin % spans, slot = 0;
+#pragma unroll 1
+    for (int piece = begin; piece < end; piece++) {
+      await_copies<SLOTS - 1>();
+      Piece<KIND> now;
+      now.load(ring + slot * kPieceBytes<KIND>);
+      fetch(piece + SLOTS, slot);
+      slot = slot + 1 < SLOTS ? slot + 1 : 0;
+      RowPiece rows;
+      rows.clear();
+      if (row < M) {
+        rows.load(mine + span * kSpan);
+      }
 #pragma unroll
-        for (int step = 0; step < kSteps; step++) {
-          unsigned a[4];
-          now.operands(step, a);
-          multiply(c, a, rows.operand(step, 0), rows.operand(step, 1));
+      for (int step = 0; step < kSteps; step++) {
+        unsigned a[4];
+        now.operands(step, a);
+        multiply(step % 2 ? odd : even, a, rows.operand(step, 0), rows.operand(step, 1));
+        if constexpr (KIND == kTernary) {  // codes are weights plus one
+          const unsigned minus_one[4] = {~0u, ~0u, ~0u, ~0u};
+          multiply(minus, minus_one, rows.operand(step, 0), rows.operand(step, 1));
         }
-        if (++span == spans || piece + u + 1 == end) {
-          int* to = acc + (tile * kTile + row) * M + 2 * part;  // here `row` is an output, `part` two rows
+      }
+      if (++span == spans || piece + 1 == end) {
+        int* to = acc + (tile * kTile + row) * M + 2 * part;  // here `row` is an output, `part` two rows
 #pragma unroll
-          for (int i = 0; i < 2; i++) {
-            if (2 * part + i < M) {
-              atomicAdd(to + i, c[i]);
-              atomicAdd(to + 8 * M + i, c[2 + i]);
-            }
+        for (int i = 0; i < 2; i++) {
+          if (2 * part + i < M) {
+            atomicAdd(to + i, even[i] + odd[i] + minus[i]);
+            atomicAdd(to + 8 * M + i, even[2 + i] + odd[2 + i] + minus[2 + i]);
           }
-          c[0] = c[1] = c[2] = c[3] = 0;
-          span = 0;
-          tile++;
         }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          even[i] = odd[i] = minus[i] = 0;
+        }
+        span = 0;
+        tile++;
       }
     }
   }
-}
-
-// Sums of M int8 rows, added to `sums` in shared memory; `length` is a multiple of 16.
-template <int M, int THREADS>
-__device__ void sum_rows(const int8_t* x, int length, int* sums) {
-#pragma unroll
-  for (int m = 0; m < M; m++) {
-    int sum = 0;
-    for (int i = 4 * threadIdx.x; i < length; i += 4 * THREADS) {
-      sum = __dp4a(0x01010101, *reinterpret_cast<const int*>(x + m * length + i), sum);
-    }
-    sum = __reduce_add_sync(kAllLanes, sum);
-    if (threadIdx.x % 32 == 0) {
-      atomicAdd(sums + m, sum);
-    }
-  }
-}
+};
 
 // float(sum) * (scale / s), the division first and nothing fused, as the reference has it.
 __device__ inline float scaled(int sum, float scale, float s) {

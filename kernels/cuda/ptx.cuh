@@ -5,10 +5,10 @@
 
 namespace bitdraft {
 
-// Sixteen bytes of weights, which the first cache need not keep.
+// Sixteen bytes of weights, which the first cache need not keep. Volatile: the load starts where it is written.
 __device__ inline uint4 stream16(const void* p) {
   uint4 v;
-  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
       : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
       : "l"(p));
   return v;
@@ -22,16 +22,61 @@ __device__ inline void multiply(int (&c)[4], const unsigned (&a)[4], unsigned b0
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Adds one to a counter after everything this thread has seen or done.
-__device__ inline void raise(unsigned* counter) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+// Three words and a number; what waiting for one in vain ends with is an error, not a GPU that hangs.
+using Packet = uint4;
+constexpr unsigned kPatience = 1u << 24;  // looks, which takes seconds
+
+// Writes a packet as one, for all blocks to see.
+__device__ inline void post(Packet* to, Packet p) {
+  asm volatile(
+      "{\n .reg .b64 low, high;\n .reg .b128 all;\n mov.b64 low, {%1, %2};\n mov.b64 high, {%3, %4};\n"
+      " mov.b128 all, {low, high};\n st.relaxed.gpu.global.b128 [%0], all;\n}" ::"l"(to),
+      "r"(p.x), "r"(p.y), "r"(p.z), "r"(p.w)
+      : "memory");
 }
 
-// A counter's value, before everything this thread does next.
-__device__ inline unsigned look(const unsigned* counter) {
-  unsigned seen;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-  return seen;
+// Reads a packet as one, as it is now.
+__device__ inline Packet peek(const Packet* from) {
+  Packet p;
+  asm volatile(
+      "{\n .reg .b64 low, high;\n .reg .b128 all;\n ld.relaxed.gpu.global.b128 all, [%4];\n mov.b128 {low, high}, all;\n"
+      " mov.b64 {%0, %1}, low;\n mov.b64 {%2, %3}, high;\n}"
+      : "=r"(p.x), "=r"(p.y), "=r"(p.z), "=r"(p.w)
+      : "l"(from)
+      : "memory");
+  return p;
+}
+
+// Between two looks at packets of which this one has not had its number.
+__device__ inline void look_again(const Packet*, unsigned, unsigned looks) {
+  if (looks > kPatience) {
+    asm volatile("trap;");
+  }
+}
+
+// Starts to copy sixteen bytes to shared memory. A thread's copies since its last `close_copies` are a group.
+__device__ inline void copy_ahead(void* to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
+               "l"(from)
+               : "memory");
+#else
+  *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+#endif
+}
+
+__device__ inline void close_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits for this thread's copies but those of its last `groups` groups.
+template <int groups>
+__device__ inline void await_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");
+#endif
 }
 
 // Calls memory into L2; address and bytes are multiples of 16.

@@ -1,9 +1,8 @@
 // x [m][k] -> xq [m][padded] int8, s [m]. One block a row. sizes: k (a multiple of 4) and padded.
 // Constants: NORM, EPS (bits), THREADS.
 using namespace bitdraft;
-__shared__ float scratch[3 * 32];
-__shared__ int sums[1];
+__shared__ float scratch[2 * 32];
 const int64_t row = blockIdx.x;
 const int k = sizes[0], padded = sizes[1];
 quantise_rows<1, THREADS>(x + row * k, k, k, NORM ? norm : nullptr, __int_as_float(EPS), xq + row * padded, padded,
-                          padded, s + row, sums, scratch);
+                          padded, s + row, scratch);

@@ -33,17 +33,15 @@ __device__ inline float4 load_shared4(const float* p) { return __ldcg(reinterpre
 
 // Norm and int8 of M rows at once, by a whole block of THREADS.
 // x: rows of k floats, k a multiple of 4, `stride` apart; norm: k floats or null.
-// q: [M][q_stride] int8 (shared or global), filled with zeros up to `padded`; s: [M] factors; sums: [M]
-// sums of a row's int8, which take off the "plus one" of ternary codes. scratch: 3 * M * 32 floats of
-// shared memory. Ends with a barrier.
+// q: [M][q_stride] int8, filled with zeros up to `padded`; s: [M] factors. scratch: 2 * M * 32 floats of
+// shared memory.
 template <int M, int THREADS>
 __device__ void quantise_rows(const float* x, int k, int64_t stride, const float* norm, float eps, int8_t* q,
-                              int64_t q_stride, int padded, float* s, int* sums, float* scratch) {
+                              int64_t q_stride, int padded, float* s, float* scratch) {
   constexpr int warps = THREADS / 32;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   float* squares = scratch;
   float* largest = scratch + M * 32;
-  int* totals = reinterpret_cast<int*>(scratch + 2 * M * 32);
 
   float square[M], top[M];
 #pragma unroll
@@ -89,7 +87,6 @@ __device__ void quantise_rows(const float* x, int k, int64_t stride, const float
       s[m] = scale;
     }
   }
-  int sum[M] = {};
   for (int i = 4 * thread; i < padded; i += 4 * THREADS) {
     const bool inside = i < k;
     const float4 w = inside && norm ? __ldg(reinterpret_cast<const float4*>(norm + i)) : make_float4(1, 1, 1, 1);
@@ -100,26 +97,9 @@ __device__ void quantise_rows(const float* x, int k, int64_t stride, const float
       const int b = __float2int_rn(__fmul_rn(__fmul_rn(v.y, w.y), factor[m]));
       const int c = __float2int_rn(__fmul_rn(__fmul_rn(v.z, w.z), factor[m]));
       const int d = __float2int_rn(__fmul_rn(__fmul_rn(v.w, w.w), factor[m]));
-      sum[m] += a + b + c + d;
       *reinterpret_cast<char4*>(q + m * q_stride + i) = make_char4(a, b, c, d);
     }
   }
-#pragma unroll
-  for (int m = 0; m < M; m++) {
-    const int total = __reduce_add_sync(kAllLanes, sum[m]);
-    if (lane == 0) {
-      totals[m * 32 + warp] = total;
-    }
-  }
-  __syncthreads();
-  if (thread < M) {
-    int total = 0;
-    for (int w = 0; w < warps; w++) {
-      total += totals[thread * 32 + w];
-    }
-    sums[thread] = total;
-  }
-  __syncthreads();
 }
 
 // RMSNorm of M rows into shared memory, y: [M][k]; norm may be null. Ends with a barrier.

@@ -1,214 +1,245 @@
 // A whole decoding step of 1..8 rows in one launch.
 //
-// One block a multiprocessor stays for the step. Between stages all blocks meet at a barrier, which
-// costs a microsecond where a launch of its own would cost several, and the weights of the stage to come
-// are called into L2 while the present one is computed. A layer is five stages: QKV, attention, output
-// projection, gate and up, down.
+// One block a multiprocessor stays for the step. A layer is four products, QKV, output, gate and up, and down, with
+// attention behind the first. Between them blocks exchange packets (exchange.cuh): in front of a product the statistics
+// of its rows, then their int8, each block those of the values that it has computed itself. The residual stream never
+// leaves its owners. The first weights of a product are on their way to shared memory since the end of the one before.
+//
+// All products run through the same instructions, with what differs in a table: the code of a layer has to fit into
+// the multiprocessors' caches of instructions.
 #pragma once
 
 #include "attention.cuh"
+#include "exchange.cuh"
 #include "products.cuh"
 
 namespace bitdraft {
 
-constexpr int kThreads = 512;
+enum ProductOf { kQkv, kOutput, kGateUp, kDown, kProducts, kHead = kProducts };
+enum RowsOf { kStream, kAttended, kMiddle, kRowKinds };  // the residual stream, attention's results, the FFN's middle
 
-// All blocks of the launch, which must all be resident: as many as there are multiprocessors.
-struct Grid {
-  unsigned* arrived;  // zero before a launch and after it
-  unsigned passed = 0;
-
-  __device__ explicit Grid(unsigned* state) : arrived(state) {}
-
-  __device__ void meet() {
-    passed += gridDim.x;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      raise(arrived);
-      while (look(arrived) < passed) {
-      }
-    }
-    __syncthreads();
-  }
-
-  // After the last meeting: whoever leaves last leaves zeros behind.
-  __device__ void leave() {
-    __syncthreads();
-    if (threadIdx.x == 0 && atomicAdd(arrived + 1, 1u) == gridDim.x - 1) {
-      arrived[1] = 0;
-      atomicExch(arrived, 0u);
-    }
-  }
-};
-
-// Of `total` things, those of this block.
-struct Share {
-  int first, count;
-  __device__ explicit Share(int total)
-      : first(static_cast<int64_t>(total) * blockIdx.x / gridDim.x),
-        count(static_cast<int64_t>(total) * (blockIdx.x + 1) / gridDim.x - first) {}
-};
-
-// Calls a contiguous range of memory into L2; both ends are multiples of 16 bytes.
-__device__ inline void call_ahead(const uint8_t* from, int64_t bytes) {
-  if (threadIdx.x == 0) {
-    for (int64_t at = 0; at < bytes; at += 1 << 16) {
-      prefetch(from + at, bytes - at < 1 << 16 ? bytes - at : 1 << 16);
-    }
-  }
-}
-
-// The shapes of a model; `Shape` of the functions below is one of these.
-template <int KIND_, int LAYERS_, int HIDDEN_, int FFN_, int HEADS_, int KV_HEADS_, int DIM_, bool SUB_NORM_, bool RELU2_>
+// The shapes of a model, and where things lie.
+template <int KIND, int HIDDEN, int FFN, int HEADS, int KV_HEADS, int DIM>
 struct ModelShape {
-  static constexpr int KIND = KIND_, LAYERS = LAYERS_, HIDDEN = HIDDEN_, FFN = FFN_, HEADS = HEADS_,
-                       KV_HEADS = KV_HEADS_, DIM = DIM_;
-  static constexpr bool SUB_NORM = SUB_NORM_, RELU2 = RELU2_;
-  static constexpr int Q = HEADS * DIM, KV = KV_HEADS * DIM, QKV = Q + 2 * KV, GROUP = HEADS / KV_HEADS;
+  static constexpr int Q = HEADS * DIM, KV = KV_HEADS * DIM, QKV = Q + 2 * KV;
   static constexpr int64_t bytes(int n, int k) {
     return static_cast<int64_t>(n / kTile) * spans_of(k) * kPieceBytes<KIND>;
   }
   // Where a layer's matrices start, in bytes, and its norms and scales, in floats.
   static constexpr int64_t O_AT = bytes(QKV, HIDDEN), GATE_UP_AT = O_AT + bytes(HIDDEN, Q),
                            DOWN_AT = GATE_UP_AT + bytes(2 * FFN, HIDDEN), LAYER_BYTES = DOWN_AT + bytes(HIDDEN, FFN);
-  static constexpr int64_t ATTENTION_NORM_AT = HIDDEN, POST_NORM_AT = ATTENTION_NORM_AT + Q,
-                           FFN_NORM_AT = POST_NORM_AT + HIDDEN, QKV_SCALE_AT = FFN_NORM_AT + FFN,
-                           O_SCALE_AT = QKV_SCALE_AT + QKV, GATE_UP_SCALE_AT = O_SCALE_AT + HIDDEN,
-                           DOWN_SCALE_AT = GATE_UP_SCALE_AT + 2 * FFN, LAYER_FLOATS = DOWN_SCALE_AT + HIDDEN;};
-
-// Shared memory of a block; the parts that are never used together lie upon each other.
-template <int M>
-struct Memory {
-  float s[M];
-  int sums[M];
-  float scratch[3 * M * 32];
-  int flag;
+  static constexpr int ATTENTION_NORM_AT = HIDDEN, POST_NORM_AT = ATTENTION_NORM_AT + Q,
+                       FFN_NORM_AT = POST_NORM_AT + HIDDEN, QKV_SCALE_AT = FFN_NORM_AT + FFN,
+                       O_SCALE_AT = QKV_SCALE_AT + QKV, GATE_UP_SCALE_AT = O_SCALE_AT + HIDDEN,
+                       DOWN_SCALE_AT = GATE_UP_SCALE_AT + 2 * FFN, LAYER_FLOATS = DOWN_SCALE_AT + HIDDEN;
+  // Where packets start, with room for eight rows: statistics and int8 of each kind of rows, Q, K and V (and, at the
+  // end, the states for the head), and the parts of attention.
+  static constexpr int rows_packets(int k) { return k / kTile * (8 + packets_of(4 * 8)); }
+  static constexpr int A_PACKETS_AT = rows_packets(HIDDEN), H_PACKETS_AT = A_PACKETS_AT + rows_packets(Q),
+                       QKV_PACKETS_AT = H_PACKETS_AT + rows_packets(FFN),
+                       PARTS_AT = QKV_PACKETS_AT + (QKV > HIDDEN ? QKV : HIDDEN) / kTile * packets_of(kTile * 8);
 };
 
-// A product stage: quantise the rows of `x`, multiply with this block's share of tiles, finish.
-// work: dynamic shared memory for M int8 rows and the integer sums. store(output, m, value) gets every
-// result of this block; with a gate, of n / 2 outputs.
-template <class Shape, int M, bool GATE, class Store>
-__device__ void product_stage(const uint8_t* weights, const float* scale, int n, int k, const float* x,
-                              const float* norm, float eps, Memory<M>& memory, uint8_t* work, Store store) {
-  const int stride = row_stride(k), spans = spans_of(k), tiles = n / kTile / (GATE ? 2 : 1);
-  int8_t* q = reinterpret_cast<int8_t*>(work);
-  int* acc = reinterpret_cast<int*>(work + M * stride);
-  const Share share(tiles);
-  const int results = share.count * kTile * M;
-  for (int i = threadIdx.x; i < (GATE ? 2 : 1) * results; i += kThreads) {
-    acc[i] = 0;
-  }
-  quantise_rows<M, kThreads>(x, k, k, norm, eps, q, stride, spans * kSpan, memory.s, memory.sums, memory.scratch);
-  multiply_tiles<Shape::KIND, M, kThreads>(weights, spans, share.first, share.count, q, stride, acc);
-  if (GATE) {
-    multiply_tiles<Shape::KIND, M, kThreads>(weights, spans, tiles + share.first, share.count, q, stride,
-                                             acc + results);
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < results; i += kThreads) {
-    const int m = i % M, output = kTile * share.first + i / M;
-    const int taken_off = Shape::KIND == kTernary ? memory.sums[m] : 0;
-    float y = scaled(acc[i] - taken_off, __ldg(scale + output), memory.s[m]);
-    if (GATE) {
-      y = gated<Shape::RELU2>(y, scaled(acc[results + i] - taken_off, __ldg(scale + n / 2 + output), memory.s[m]));
+// What differs between a layer's products.
+struct Stage {
+  int64_t weights;    // bytes from the layer's start
+  int scales, norm;   // floats from the layer's start; norm: in front of the product, -1 for none
+  int input, output;  // of RowsOf; of Q, K and V, what attention makes of them
+  int first, tiles;   // this block's outputs
+  int gate;           // as Product::start has it
+};
+
+// A row of k values, of which this block has the tiles of a share; own: room for them and their norm.
+template <int M>
+__device__ Rows rows_of(int k, Packet* packets, float* own) {
+  const int group = tiles_of_group(k);
+  const Share share(k / kTile / group);
+  const int tiles = share.count * group;
+  return {k, group, share.first * group, tiles, own, own + tiles * M * kTile, packets, packets + k / kTile * 8};
+}
+
+// What is called ahead or copied is so by the last threads, since the first have most to do.
+__device__ inline int from_the_last() { return kThreads - 1 - threadIdx.x; }
+
+// Calls a contiguous range of memory into L2; both ends are multiples of 16 bytes.
+__device__ inline void call_ahead(const void* from, int64_t bytes) {
+  if (from_the_last() == 0) {
+#pragma unroll 1
+    for (int64_t at = 0; at < bytes; at += 1 << 16) {
+      prefetch(static_cast<const uint8_t*>(from) + at, bytes - at < 1 << 16 ? bytes - at : 1 << 16);
     }
-    store(output, m, y);
   }
 }
 
-// Calls into L2 what `product_stage` will read.
-template <class Shape, bool GATE>
-__device__ inline void call_ahead_stage(const uint8_t* weights, int n, int k) {
-  const int tiles = n / kTile / (GATE ? 2 : 1);
-  const Share share(tiles);
-  const int64_t tile = static_cast<int64_t>(spans_of(k)) * kPieceBytes<Shape::KIND>;
-  call_ahead(weights + share.first * tile, share.count * tile);
-  if (GATE) {
-    call_ahead(weights + (tiles + share.first) * tile, share.count * tile);
+// Starts to copy `tiles` tiles of floats to shared memory; ones for null.
+__device__ inline void copy_tiles(float* to, const float* from, int tiles) {
+  const int i = from_the_last();
+  if (i < tiles * 4) {
+    if (from) {
+      copy_ahead(to + 4 * i, from + 4 * i);
+    } else {
+      *reinterpret_cast<float4*>(to + 4 * i) = make_float4(1, 1, 1, 1);
+    }
   }
 }
 
-// The attention stage: tasks of (key/value head, chunk). New keys and values are rotated and put into
-// the cache by the task that owns their chunk. The last task of a head combines its chunks.
-// qkv: [M][Shape::QKV]; out: [M][Shape::Q]; parts: room for the chunks; done: a counter a head, zero.
-template <class Shape, int M>
-__device__ void attention_stage(const float* qkv, float* k_cache, float* v_cache, int capacity, int offset,
-                                const float2* turns, float scale, float* out, float* parts, unsigned* done,
-                                Memory<M>& memory, uint8_t* work) {
-  constexpr int DIM = Shape::DIM, GROUP = Shape::GROUP, QUERIES = M * GROUP, half = DIM / 2, width = DIM + 2;
-  float* queries = reinterpret_cast<float*>(work);  // query m * GROUP + g
+// A layer's caches, [KV_HEADS][capacity][DIM], `offset` keys long before this step.
+struct Caches {
+  float *keys, *values;
+  int offset, capacity;
+};
+
+// The tasks of attention: a key/value head, a chunk of keys, and up to two of M rows; the keys it sees begin with
+// `start`, `old` of them from before this step.
+template <int M, int KV_HEADS>
+struct Task {
+  static constexpr int each = M < 2 ? M : 2, splits = (M + each - 1) / each;
+  int head, chunk, row, rows, start, count, old;
+
+  static __device__ int total(int offset) { return (offset + M + kChunk - 1) / kChunk * KV_HEADS * splits; }
+
+  __device__ Task(int task, int offset)
+      : head(task % KV_HEADS), chunk(task / KV_HEADS / splits), row(task / KV_HEADS % splits * each),
+        rows(M - row < each ? M - row : each), start(chunk * kChunk) {
+    count = offset + row + rows - start;
+    count = count < kChunk ? count : kChunk;
+    old = offset - start < 0 ? 0 : offset - start < kChunk ? offset - start : kChunk;
+  }
+};
+
+// The parts of attention. New keys and values are rotated and put into the cache by the tasks of their rows.
+// qkv: packets [(Q + 2 KV) / 16]; parts: packets of 16 values, the largest score and the sum,
+// [chunks][KV_HEADS][M * GROUP][DIM / 16].
+template <int M, int HEADS, int KV_HEADS, int DIM>
+__device__ void attend(const Caches& cache, const Packet* qkv, Packet* parts, unsigned number, const float2* turns,
+                       float scale, uint8_t* work) {
+  constexpr int GROUP = HEADS / KV_HEADS, QUERIES = Task<M, KV_HEADS>::each * GROUP, half = DIM / 2, width = DIM + 2,
+                tiles = DIM / kTile;  // of a head
+  float* queries = reinterpret_cast<float*>(work);  // query m * GROUP + g, of the task's rows
   float* keys = queries + QUERIES * DIM;
   float* values = keys + kChunk * padded_dim(DIM);
   float* weights = values + kChunk * DIM;
-  const int total = offset + M, chunks = (total + kChunk - 1) / kChunk;
-  for (int task = blockIdx.x; task < chunks * Shape::KV_HEADS; task += gridDim.x) {
-    const int head = task % Shape::KV_HEADS, chunk = task / Shape::KV_HEADS, start = chunk * kChunk;
-    const int count = total - start < kChunk ? total - start : kChunk;
-    float* k_rows = k_cache + (static_cast<int64_t>(head) * capacity + start) * DIM;
-    float* v_rows = v_cache + (static_cast<int64_t>(head) * capacity + start) * DIM;
+  float* part = weights + QUERIES * kChunk;
+  float* fresh = part + QUERIES * width;  // [M][GROUP queries, key, value][DIM]
+  const int tasks = Task<M, KV_HEADS>::total(cache.offset);
+#pragma unroll 1
+  for (int number_of_task = blockIdx.x; number_of_task < tasks; number_of_task += gridDim.x) {
+    const Task<M, KV_HEADS> task(number_of_task, cache.offset);
+    if (task.count <= 0) {
+      continue;
+    }
+    const int64_t at = (static_cast<int64_t>(task.head) * cache.capacity + task.start) * DIM;
+    float* k_rows = cache.keys + at;
+    float* v_rows = cache.values + at;
     __syncthreads();
-    for (int i = threadIdx.x; i < QUERIES * half; i += kThreads) {
-      const int d = i % half, query = i / half, m = query / GROUP, g = query % GROUP;
-      const float* from = qkv + m * Shape::QKV + (head * GROUP + g) * DIM;
-      const float2 y = rotated(__ldcg(from + d), __ldcg(from + d + half), turns[m * half + d]);
+#pragma unroll 2
+    for (int i = threadIdx.x; i < task.old * DIM / 4; i += kThreads) {
+      const int key = i / (DIM / 4), d = i % (DIM / 4) * 4;
+      copy_ahead(keys + key * padded_dim(DIM) + d, k_rows + key * DIM + d);
+      copy_ahead(values + key * DIM + d, v_rows + key * DIM + d);
+    }
+    const bool news = task.count > task.old;  // keys of this step are in the chunk
+    receive<kTile * M>(
+        (GROUP + (news ? 2 : 0)) * tiles, number,
+        [&](int unit) {
+          const int which = unit / tiles, tile = unit % tiles;
+          const int from = which < GROUP ? task.head * GROUP + which : HEADS + task.head + (which - GROUP) * KV_HEADS;
+          return qkv + (from * tiles + tile) * packets_of(kTile * M);
+        },
+        [&](int unit, int i, unsigned word) {
+          fresh[i / kTile * (GROUP + 2) * DIM + unit * kTile + i % kTile] = __uint_as_float(word);
+        });
+    close_copies();
+    await_copies<0>();
+    __syncthreads();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < task.rows * GROUP * half; i += kThreads) {
+      const int d = i % half, query = i / half, m = task.row + query / GROUP;
+      const float* from = fresh + (m * (GROUP + 2) + query % GROUP) * DIM;
+      const float2 y = rotated(from[d], from[d + half], turns[m * half + d]);
       queries[query * DIM + d] = __fmul_rn(y.x, scale);
       queries[query * DIM + d + half] = __fmul_rn(y.y, scale);
     }
-    for (int i = threadIdx.x; i < M * half; i += kThreads) {
-      const int d = i % half, m = i / half, key = offset + m - start;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < (task.row + task.rows) * half; i += kThreads) {
+      const int d = i % half, m = i / half, key = cache.offset + m - task.start;
       if (key >= 0 && key < kChunk) {
-        const float* from = qkv + m * Shape::QKV + Shape::Q + head * DIM;
-        const float2 y = rotated(__ldcg(from + d), __ldcg(from + d + half), turns[m * half + d]);
-        keys[key * padded_dim(DIM) + d] = k_rows[key * DIM + d] = y.x;
-        keys[key * padded_dim(DIM) + d + half] = k_rows[key * DIM + d + half] = y.y;
-        values[key * DIM + d] = v_rows[key * DIM + d] = __ldcg(from + Shape::KV + d);
-        values[key * DIM + d + half] = v_rows[key * DIM + d + half] = __ldcg(from + Shape::KV + d + half);
+        const float* from = fresh + (m * (GROUP + 2) + GROUP) * DIM;
+        const float2 y = rotated(from[d], from[d + half], turns[m * half + d]);
+        keys[key * padded_dim(DIM) + d] = y.x;
+        keys[key * padded_dim(DIM) + d + half] = y.y;
+        values[key * DIM + d] = from[DIM + d];
+        values[key * DIM + d + half] = from[DIM + d + half];
+        if (m >= task.row) {
+          k_rows[key * DIM + d] = y.x;
+          k_rows[key * DIM + d + half] = y.y;
+          v_rows[key * DIM + d] = from[DIM + d];
+          v_rows[key * DIM + d + half] = from[DIM + d + half];
+        }
       }
     }
-    const int old = offset - start < kChunk ? offset - start : kChunk;
-    for (int i = threadIdx.x; i < old * DIM / 4; i += kThreads) {
-      const int key = i / (DIM / 4), d = i % (DIM / 4) * 4;
-      *reinterpret_cast<float4*>(keys + key * padded_dim(DIM) + d) =
-          *reinterpret_cast<const float4*>(k_rows + key * DIM + d);
-      *reinterpret_cast<float4*>(values + key * DIM + d) = *reinterpret_cast<const float4*>(v_rows + key * DIM + d);
-    }
     __syncthreads();
-    float* part = parts + static_cast<int64_t>(head * chunks + chunk) * QUERIES * width;
     const auto last = [&](int query) {
-      const int seen = offset + query / GROUP - start;
-      return seen < kChunk - 1 ? seen : kChunk - 1;
+      const int seen = cache.offset + task.row + query / GROUP - task.start;
+      return query >= task.rows * GROUP ? -1 : seen < kChunk - 1 ? seen : kChunk - 1;
     };
-    attend_chunk<QUERIES, DIM, kThreads>(queries, keys, values, count, last, weights, part);
-    __threadfence();
+    attend_chunk<QUERIES, DIM, kThreads>(queries, keys, values, task.count, last, weights, part);
     __syncthreads();
-    if (threadIdx.x == 0) {
-      memory.flag = atomicAdd(done + head, 1u) == chunks - 1;
-    }
-    __syncthreads();
-    if (memory.flag) {
-      __threadfence();
-      const float* first = parts + static_cast<int64_t>(head) * chunks * QUERIES * width;
-      for (int i = threadIdx.x; i < QUERIES * DIM; i += kThreads) {
-        const int d = i % DIM, query = i / DIM, m = query / GROUP, g = query % GROUP;
-        out[m * Shape::Q + (head * GROUP + g) * DIM + d] =
-            combine_chunks<DIM>(first + query * width, QUERIES * width, (offset + m) / kChunk + 1, d);
-      }
-      if (threadIdx.x == 0) {
-        done[head] = 0;
-      }
-    }
+    const int64_t first = (static_cast<int64_t>(task.chunk * KV_HEADS + task.head) * M + task.row) * GROUP * tiles;
+    send<kTile + 2>(parts + first * packets_of(kTile + 2), task.rows * GROUP * tiles, number, [&](int unit, int i) {
+      const float* from = part + unit / tiles * width;
+      return __float_as_uint(from[i < kTile ? unit % tiles * kTile + i : DIM + i - kTile]);
+    });
   }
 }
 
-// The head over bfloat16 or float32 weights: warps take whole quads.
+// This block's tiles of attention's results: the chunks of a row and head, combined in order, by the threads that
+// `finish_tiles` asks for them.
+template <int M, int HEADS, int KV_HEADS, int DIM>
+__device__ void combine(const Rows& rows, int offset, const Packet* parts, unsigned number) {
+  constexpr int GROUP = HEADS / KV_HEADS, tiles = DIM / kTile, packets = packets_of(kTile + 2), depth = 2;
+  constexpr int64_t stride = static_cast<int64_t>(KV_HEADS) * M * GROUP * tiles * packets;  // of chunks
+  const int lane = threadIdx.x % 32, o = lane % 16, items = rows.tiles * M;
+#pragma unroll 1
+  for (int pair = threadIdx.x / 32 * 2; pair < items; pair += kThreads / 16) {
+    const int item = pair + lane / 16 < items ? pair + lane / 16 : pair, tile = item % rows.tiles, m = item / rows.tiles;
+    const int head = (rows.first + tile) / tiles, query = head / GROUP * M * GROUP + m * GROUP + head % GROUP;
+    const Packet* from = parts + (query * tiles + (rows.first + tile) % tiles) * packets;
+    const int chunks = (offset + m) / kChunk + 1;
+    float top = minus_infinity(), value = 0, sum = 0;
+#pragma unroll 1
+    for (int c = o; c < chunks; c += 16) {
+      Packet scores[1];
+      await_packets(scores, 1, number, [&](int) { return from + c * stride + packets - 1; });
+      top = fmaxf(top, __uint_as_float(scores[0].y));
+    }
+    top = max_tile(top);
+#pragma unroll 1
+    for (int first = 0; first < chunks; first += depth) {
+      Packet got[2 * depth];  // of each chunk, with this thread's value and with the scores
+      await_packets(got, 2 * (chunks - first), number, [&](int u) {
+        return from + (first + u / 2) * stride + (u % 2 ? packets - 1 : o / 3);
+      });
+#pragma unroll
+      for (int u = 0; u < depth; u++) {
+        if (first + u < chunks) {
+          const Packet p = got[2 * u], scores = got[2 * u + 1];
+          const float factor = expf(__fsub_rn(__uint_as_float(scores.y), top));
+          value = __fmaf_rn(__uint_as_float(o % 3 == 0 ? p.x : o % 3 == 1 ? p.y : p.z), factor, value);
+          sum = __fmaf_rn(__uint_as_float(scores.z), factor, sum);
+        }
+      }
+    }
+    rows.mine[(tile * M + m) * kTile + o] = __fdiv_rn(value, sum);
+  }
+}
+
+// The head over bfloat16 or float32 weights: warps take whole quads. y: [M][k], the normalised rows.
 template <typename T, int M>
-__device__ void dense_head(const T* weights, int n, int k, const float* x, const float* norm, float eps,
-                           Memory<M>& memory, uint8_t* work, float* logits) {
-  float* y = reinterpret_cast<float*>(work);
-  normalise_rows<M, kThreads>(x, k, k, norm, eps, y, memory.scratch);
+__device__ void dense_head(const T* weights, int n, int k, const float* y, float* logits) {
   const Share share((n + 3) / 4);
   const int lane = threadIdx.x % 32;
+#pragma unroll 1
   for (int quad = share.first + threadIdx.x / 32; quad < share.first + share.count; quad += kThreads / 32) {
     const float mine = dense_quad<T, M>(weights, k, n, 4 * quad, y);
     const int j = lane / M, m = lane % M;

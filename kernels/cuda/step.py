@@ -16,6 +16,9 @@ from kernels.reference import SMALL_ROWS, AttentionShape, DenseWeight, Epilogue,
 THREADS = 512
 TILE, SPAN = 16, 128  # outputs and inputs, as in products.cuh
 CHUNK = 32  # keys, as in attention.cuh
+PIECE_BYTES = (512, 2048)  # of ternary and int8 weights, as in products.cuh
+SLOTS = (10, 3)  # pieces of them on their way to each warp
+PAIRED = 256  # tiles of a row from which on two share a packet of statistics, as in exchange.cuh
 _MULTIPROCESSORS = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 _SHARED_MEMORY = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 _STATIC_SHARED = 12 * 1024  # what a block uses beside the part asked for, and a little room
@@ -59,16 +62,8 @@ class WholeStep:
     after: ClassVar[mx.array | None] = None
 
     def __post_init__(self) -> None:
-        # MLX would gladly reuse a small buffer that the host has written to, whose pages move between both sides:
-        # blocks that wait at a barrier would fault for them. A new one lies in the GPU's own memory.
-        mx.clear_cache()
-        # The barrier's two counters and one for each key/value head; every launch leaves zeros.
-        self.state = mx.zeros((2 + self.shape.kv_heads,), mx.uint32)
-        # The last tile of an int8 head is whole: its scales are read, though not used, beyond the vocabulary.
-        self.head_scale = self.floats
-        if isinstance(self.head, Int8Weight):
-            self.head_scale = mx.pad(self.head.scale, (0, -self.head.n % TILE))
-        mx.eval(self.state, self.head_scale)
+        self.packets = mx.zeros((0,), mx.uint32)  # for the caches' capacity, made by the first step
+        self.exchanges = 0  # that packets were numbered for
 
     @staticmethod
     def of(
@@ -151,26 +146,53 @@ class WholeStep:
             shared.append(replace(layer, **parts))  # type: ignore[type-var]
         return shared
 
-    def shared_memory(self, m: int) -> int:
-        """Bytes of dynamic shared memory a block needs for m rows: the largest of its stages."""
+    def most_tiles(self) -> dict[str, int]:
+        """The most tiles that a block has: of the residual stream, of attention or the FFN's middle, of any outputs."""
         c, blocks = self.constants, device_attribute(_MULTIPROCESSORS)
+        q, kv = c["HEADS"] * c["DIM"], c["KV_HEADS"] * c["DIM"]
 
-        def product(n: int, k: int, sets: int = 1) -> int:
-            tiles = -(-n // sets // TILE // blocks) + 1
-            return m * (-(-k // SPAN) * SPAN + 16) + sets * tiles * TILE * m * 4
+        def of_rows(k: int) -> int:
+            group = 2 if k // TILE > PAIRED and k % (2 * TILE) == 0 else 1
+            return -(-(k // TILE // group) // blocks) * group
 
-        q, group = c["HEADS"] * c["DIM"], c["HEADS"] // c["KV_HEADS"]
-        lines = m * group
+        stream, other = of_rows(c["HIDDEN"]), max(of_rows(q), of_rows(c["FFN"]))
+        most = max(stream, other, -(-((q + 2 * kv) // TILE) // blocks))
+        return {"STREAM_TILES": stream, "OTHER_TILES": other, "MOST_TILES": most}
+
+    def shared_memory(self, m: int) -> int:
+        """Bytes of dynamic shared memory a block needs for m rows: its own values, and the largest of its stages."""
+        c, tiles = self.constants, self.most_tiles()
+        hidden, dim, group = c["HIDDEN"], c["DIM"], c["HEADS"] // c["KV_HEADS"]
+        own = 4 * TILE * ((tiles["STREAM_TILES"] + tiles["OTHER_TILES"]) * (m + 1) + 4 * tiles["MOST_TILES"])
+        ring = SLOTS[c["KIND"]] * PIECE_BYTES[c["KIND"]]
+        if c["INT8_HEAD"]:
+            ring = max(ring, SLOTS[1] * PIECE_BYTES[1])
+
+        def product(tiles: int, k: int) -> int:
+            return m * (-(-k // SPAN) * SPAN + 16) + tiles * TILE * m * 4
+
+        lines = min(m, 2) * group
         stages = [
-            product(q + 2 * c["KV_HEADS"] * c["DIM"], c["HIDDEN"]),
-            product(c["HIDDEN"], q),
-            product(2 * c["FFN"], c["HIDDEN"], 2),
-            product(c["HIDDEN"], c["FFN"]),
-            product(c["VOCAB"], c["HIDDEN"]) if c["INT8_HEAD"] else 4 * m * c["HIDDEN"],
-            4 * (lines * c["DIM"] + CHUNK * (2 * c["DIM"] + 4) + lines * CHUNK),
+            *(product(2 * tiles["MOST_TILES"], k) for k in (hidden, c["HEADS"] * dim, c["FFN"])),
+            4 * (lines * (2 * dim + 2 + CHUNK) + CHUNK * (2 * dim + 4) + m * (group + 2) * dim),
+            4 * m * hidden,  # the states in front of a float head
         ]
+        if c["INT8_HEAD"]:
+            stages.append(product(-(-(-(-c["VOCAB"] // TILE)) // device_attribute(_MULTIPROCESSORS)), hidden))
         # MLX lifts the limit of 48 KB for those who ask for more, and counts the dynamic part only.
-        return max(*stages, 48 * 1024)
+        return max(own + THREADS // 32 * ring + max(stages), 48 * 1024)
+
+    def _reserve_packets(self, capacity: int) -> None:
+        """Room for the packets of up to eight rows and of every chunk of the caches, as ModelShape lays them out."""
+        c = self.constants
+        heads, kv_heads, dim = c["HEADS"], c["KV_HEADS"], c["DIM"]
+        q, qkv = heads * dim, (heads + 2 * kv_heads) * dim
+        row, values, part = _packets(4 * SMALL_ROWS), _packets(TILE * SMALL_ROWS), _packets(TILE + 2)
+        tiles = (SMALL_ROWS + row) * (c["HIDDEN"] + q + c["FFN"]) + values * max(qkv, c["HIDDEN"])
+        tiles += part * SMALL_ROWS * q * -(-capacity // CHUNK)
+        if self.packets.size < 4 * tiles // TILE:
+            self.packets = mx.zeros((4 * tiles // TILE,), mx.uint32)
+            mx.eval(self.packets)
 
     def __call__(self, tokens: Sequence[int], keys: list[mx.array], values: list[mx.array], offset: int) -> mx.array:
         """Logits of m new tokens, float32 [m, vocab]; their keys and values go into the caches in place.
@@ -180,35 +202,39 @@ class WholeStep:
         """
         m, c = len(tokens), self.constants
         capacity, layers = keys[0].shape[1], len(keys)
+        self._reserve_packets(capacity)
+        number = 1 + self.exchanges % (1 << 30)
+        self.exchanges += 2 * layers + 1
         caches = {f"k{i}": k for i, k in enumerate(keys)} | {f"v{i}": v for i, v in enumerate(values)}
         prelude = "".join(
             f"const float* const {name}_caches[] = {{{', '.join(f'{name}{i}' for i in range(layers))}}};\n"
             for name in "kv"
         )
-        q, group = self.shape.heads * self.shape.head_dim, self.shape.heads // self.shape.kv_heads
-        widths = c["HIDDEN"] + q + 2 * self.shape.kv_heads * self.shape.head_dim + q + c["FFN"]
-        chunks = -(-capacity // CHUNK)
-        scratch = m * widths + self.shape.kv_heads * chunks * m * group * (self.shape.head_dim + 2)
-        logits, WholeStep.after = launch(
+        (logits,) = launch(
             "step",
             {
-                "request": mx.array([offset, capacity, *tokens], mx.int32),
+                "request": mx.array([offset, capacity, number, *tokens], mx.int32),
                 "after": mx.zeros((1,)) if WholeStep.after is None else WholeStep.after,
-                "state": self.state,
+                "packets": self.packets,
                 "weights": self.weights.view(mx.uint8),
                 "floats": self.floats,
                 "frequency": self.shape.inverse_frequency,
                 "embedding": self.embedding,
                 "head": self.head.data,
-                "head_scale": self.head_scale,
+                "head_scale": self.head.scale if isinstance(self.head, Int8Weight) else self.floats,
                 **caches,
             },
-            {"logits": ((m, c["VOCAB"]), mx.float32), "scratch": ((scratch,), mx.float32)},
+            {"logits": ((m, c["VOCAB"]), mx.float32)},
             (device_attribute(_MULTIPROCESSORS), 1, 1),
             THREADS,
-            {**c, "M": m, "HEAD": mx.float32 if isinstance(self.head, Int8Weight) else self.head.data.dtype},
+            {**c, "M": m, **self.most_tiles(), "SLOTS": SLOTS[c["KIND"]], "HEAD_SLOTS": SLOTS[1], "HEAD": mx.float32 if isinstance(self.head, Int8Weight) else self.head.data.dtype},
             shared_memory=self.shared_memory(m),
             prelude=prelude,
             alone=True,
         )
+        WholeStep.after = logits
         return logits
+
+
+def _packets(words: int) -> int:
+    return -(-words // 3)

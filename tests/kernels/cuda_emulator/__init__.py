@@ -35,8 +35,8 @@ TYPES = {
     mx.uint32: "uint32_t",
 }
 GUARD = 1024  # bytes behind dynamic shared memory, as in cuda_emulator.cpp
-# Inputs that the whole step changes in place: its counters and the caches.
-IN_PLACE = re.compile(r"state|[kv]\d+")
+# Inputs that the whole step changes in place: its packets and the caches.
+IN_PLACE = re.compile(r"packets|[kv]\d+")
 
 
 class Emulator:

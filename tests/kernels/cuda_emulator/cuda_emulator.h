@@ -12,7 +12,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <math.h>
+#include <unordered_map>
+#include <vector>
 
 #define __device__
 #define __host__

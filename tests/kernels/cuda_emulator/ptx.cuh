@@ -22,8 +22,54 @@ inline void multiply(int (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned 
   }
 }
 
-inline void raise(unsigned* counter, EMULATED_CALLER) { atomicAdd(counter, 1u, EMULATED_CALL); }
-inline unsigned look(const unsigned* counter, EMULATED_CALLER) { return emulator::watch(counter, EMULATED_CALL); }
+using Packet = uint4;
+
+inline void post(Packet* to, Packet p, EMULATED_CALLER) {
+  emulator::may_pause(EMULATED_CALL);
+  emulator::check(to, 16, emulator::Access::coherent, EMULATED_CALL);
+  *to = p;
+}
+
+inline Packet peek(const Packet* from, EMULATED_CALLER) {
+  emulator::may_pause(EMULATED_CALL);
+  emulator::check(from, 16, emulator::Access::coherent, EMULATED_CALL);
+  return *from;
+}
+
+inline void look_again(const Packet* missing, unsigned number, unsigned, EMULATED_CALLER) {
+  while (emulator::watch(&missing->w, EMULATED_CALL) != number) {
+  }
+}
+
+// What is copied lies there only when its thread has waited for it.
+struct Copy {
+  void* to;
+  uint4 bytes;
+};
+struct Copies {
+  std::vector<Copy> open;
+  std::deque<std::vector<Copy>> closed;
+};
+inline std::unordered_map<const void*, Copies> copies;  // of a thread
+
+inline void copy_ahead(void* to, const void* from, EMULATED_CALLER) {
+  emulator::check(from, 16, emulator::Access::coherent, EMULATED_CALL);
+  *static_cast<uint4*>(to) = make_uint4(~0u, ~0u, ~0u, ~0u);
+  copies[emulator::running].open.push_back({to, *static_cast<const uint4*>(from)});
+}
+
+inline void close_copies() {
+  Copies& mine = copies[emulator::running];
+  mine.closed.push_back(std::move(mine.open));
+  mine.open.clear();
+}
+
+template <int groups>
+inline void await_copies() {
+  for (auto& closed = copies[emulator::running].closed; closed.size() > groups; closed.pop_front()) {
+    for (const Copy& copy : closed.front()) *static_cast<uint4*>(copy.to) = copy.bytes;
+  }
+}
 
 inline void prefetch(const uint8_t* from, unsigned bytes, EMULATED_CALLER) {
   if (bytes % 16) emulator::fail("a prefetch of no whole 16 bytes", EMULATED_CALL);

@@ -1,0 +1,222 @@
+// How the blocks of one launch hand each other what they have computed, without a barrier.
+//
+// Everything goes in packets through L2: three words and the number of the exchange, written and read as one. So data
+// and the news that they are there take one way through L2, where a barrier takes three (data, fence, counter), and
+// who waits, waits for what it needs only. Numbers never come back, so packets are never cleared.
+//
+// A packet is written again once in every layer. By then all have read it: whoever writes it has since received what
+// its readers made of it, for no row can be rounded before all of it is there.
+#pragma once
+
+#include "rows.cuh"
+
+namespace bitdraft {
+
+constexpr int kThreads = 512;  // of a block
+constexpr int kGroupTiles = 256;  // rows of more tiles than this are summed up in pairs of tiles
+
+__host__ __device__ constexpr int packets_of(int words) { return (words + 2) / 3; }
+
+// Tiles of sixteen values that share a packet of statistics.
+__host__ __device__ constexpr int tiles_of_group(int k) { return k / 16 > kGroupTiles && k % 32 == 0 ? 2 : 1; }
+
+// Of `total` things, those of this block.
+struct Share {
+  int first, count;
+  __device__ explicit Share(int total)
+      : first(static_cast<int64_t>(total) * blockIdx.x / gridDim.x),
+        count(static_cast<int64_t>(total) * (blockIdx.x + 1) / gridDim.x - first) {}
+};
+
+// Sends `units` units of WORDS words each; word(unit, i) is one of them. By the whole block.
+template <int WORDS, class Word>
+__device__ void send(Packet* to, int units, unsigned number, Word word) {
+  constexpr int packets = packets_of(WORDS);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < units * packets; i += kThreads) {
+    const int unit = i / packets, first = i % packets * 3;
+    Packet p = make_uint4(0, 0, 0, number);
+#pragma unroll 1
+    for (int w = first; w < first + 3; w++) {
+      p.x = p.y;
+      p.y = p.z;
+      p.z = w < WORDS ? word(unit, w) : 0;
+    }
+    post(to + i, p);
+  }
+}
+
+// The first `count` of DEPTH packets, from where(u) on, with this number: looks at all that are missing at once.
+template <int DEPTH, class Where>
+__device__ inline void await_packets(Packet (&packets)[DEPTH], int count, unsigned number, Where where) {
+#pragma unroll
+  for (int u = 0; u < DEPTH; u++) {
+    packets[u].w = ~number;
+  }
+#pragma unroll 1
+  for (unsigned looks = 0;; looks++) {
+#pragma unroll
+    for (int u = 0; u < DEPTH; u++) {
+      if (u < count && packets[u].w != number) {
+        packets[u] = peek(where(u));
+      }
+    }
+    const Packet* missing = nullptr;
+#pragma unroll
+    for (int u = 0; u < DEPTH; u++) {
+      if (u < count && packets[u].w != number) {
+        missing = where(u);
+      }
+    }
+    if (!missing) {
+      return;
+    }
+    look_again(missing, number, looks);
+  }
+}
+
+// Receives `units` units, each from the packets that from(unit) points to; take(unit, i, word) gets every word.
+// By the whole block; threads go on when they have taken theirs.
+template <int WORDS, class From, class Take>
+__device__ void receive(int units, unsigned number, From from, Take take) {
+  constexpr int packets = packets_of(WORDS), depth = 4;
+  const int total = units * packets;
+#pragma unroll 1
+  for (int first = threadIdx.x; first < total; first += depth * kThreads) {
+    Packet got[depth];
+    await_packets(got, (total - first + kThreads - 1) / kThreads, number, [&](int u) {
+      const int i = first + u * kThreads;
+      return from(i / packets) + i % packets;
+    });
+#pragma unroll
+    for (int u = 0; u < depth; u++) {
+      const int i = first + u * kThreads;
+      if (i < total) {
+        const int unit = i / packets, at = i % packets * 3;
+        take(unit, at, got[u].x);
+        if (at + 1 < WORDS) {
+          take(unit, at + 1, got[u].y);
+        }
+        if (at + 2 < WORDS) {
+          take(unit, at + 2, got[u].z);
+        }
+      }
+    }
+  }
+}
+
+// Rows that all blocks compute together: a block has some tiles of sixteen values of every row.
+struct Rows {
+  int k, group;         // values; tiles that share a packet of statistics
+  int first, tiles;     // this block's
+  float* mine;          // [tiles][M][16], in shared memory
+  float* norm;          // that lies behind them, [tiles][16], in shared memory; ones for none
+  Packet* statistics;   // [M][k / 16 / group]
+  Packet* packets;      // of the rows' int8, [k / 16][packets_of(4 * M)]
+
+  __device__ int groups() const { return k / 16 / group; }
+};
+
+// What rounding M rows to int8 takes: 1 / rms, the factor of x * norm, and the row's scale.
+template <int M>
+struct Factors {
+  float r[M], factor[M], s[M];
+};
+
+__device__ inline float sum_tile(float x) {
+  for (int lane = 8; lane > 0; lane /= 2) {
+    x = __fadd_rn(x, __shfl_xor_sync(kAllLanes, x, lane));
+  }
+  return x;
+}
+
+__device__ inline float max_tile(float x) {
+  for (int lane = 8; lane > 0; lane /= 2) {
+    x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, lane));
+  }
+  return x;
+}
+
+// Keeps this block's values and sends their statistics: of every group of tiles the sum of squares and the largest
+// magnitude behind the norm. value(tile, m, o) is called once for each.
+template <int M, class Value>
+__device__ void finish_tiles(const Rows& rows, unsigned number, Value value) {
+  const int lane = threadIdx.x % 32, o = lane % 16, items = rows.tiles * M;
+#pragma unroll 1
+  for (int pair = threadIdx.x / 32 * 2; pair < items; pair += kThreads / 16) {
+    const int item = pair + lane / 16, tile = item % rows.tiles, m = item / rows.tiles;
+    float y = 0, largest = 0;
+    if (item < items) {
+      y = value(tile, m, o);
+      rows.mine[(tile * M + m) * 16 + o] = y;
+      largest = fabsf(__fmul_rn(y, rows.norm[tile * 16 + o]));
+    }
+    float squares = sum_tile(__fmul_rn(y, y));
+    largest = max_tile(largest);
+    if (rows.group == 2) {  // a warp's two tiles are of one row then
+      squares = __fadd_rn(squares, __shfl_xor_sync(kAllLanes, squares, 16));
+      largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 16));
+    }
+    if (item < items && (rows.group == 2 ? lane : o) == 0) {
+      post(rows.statistics + m * rows.groups() + (rows.first + tile) / rows.group,
+           make_uint4(__float_as_uint(squares), __float_as_uint(largest), 0, number));
+    }
+  }
+}
+
+// Receives the statistics of M rows and sums them up, in one order on every grid. work: 2 * M * groups floats of
+// shared memory, free behind the next barrier.
+template <int M>
+__device__ void receive_statistics(const Rows& rows, unsigned number, bool normed, float eps, Factors<M>& factors,
+                                   float* work) {
+  const int groups = rows.groups(), m = threadIdx.x / 32, lane = threadIdx.x % 32;
+  receive<2>(
+      M * groups, number, [&](int unit) { return rows.statistics + unit; },
+      [&](int unit, int i, unsigned word) { work[2 * unit + i] = __uint_as_float(word); });
+  __syncthreads();
+  if (m < M) {
+    const float2* row = reinterpret_cast<const float2*>(work) + m * groups;
+    float squares = 0, top = 0;
+#pragma unroll 1
+    for (int group = lane; group < groups; group += 32) {
+      squares = __fadd_rn(squares, row[group].x);
+      top = fmaxf(top, row[group].y);
+    }
+    squares = sum_lanes(squares);
+    top = max_lanes(top);
+    if (lane == 0) {
+      const float r = normed ? __frsqrt_rn(__fadd_rn(__fdiv_rn(squares, static_cast<float>(rows.k)), eps)) : 1.0f;
+      const float scale = __fdiv_rn(127.0f, fmaxf(__fmul_rn(top, r), kSmallest));
+      factors.r[m] = r;
+      factors.s[m] = scale;
+      factors.factor[m] = __fmul_rn(r, scale);
+    }
+  }
+}
+
+// Sends the int8 of this block's values.
+template <int M>
+__device__ void send_rows(const Rows& rows, const Factors<M>& factors, unsigned number) {
+  send<4 * M>(rows.packets + rows.first * packets_of(4 * M), rows.tiles, number, [&](int tile, int i) {
+    const int m = i / 4, at = i % 4 * 4;
+    const float4 v = *reinterpret_cast<const float4*>(rows.mine + (tile * M + m) * 16 + at);
+    const float4 w = *reinterpret_cast<const float4*>(rows.norm + tile * 16 + at);
+    const unsigned a = __float2int_rn(__fmul_rn(__fmul_rn(v.x, w.x), factors.factor[m])) & 255;
+    const unsigned b = __float2int_rn(__fmul_rn(__fmul_rn(v.y, w.y), factors.factor[m])) & 255;
+    const unsigned c = __float2int_rn(__fmul_rn(__fmul_rn(v.z, w.z), factors.factor[m])) & 255;
+    const unsigned d = __float2int_rn(__fmul_rn(__fmul_rn(v.w, w.w), factors.factor[m])) & 255;
+    return a | b << 8 | c << 16 | d << 24;
+  });
+}
+
+// Receives the int8 of M whole rows into q, `stride` bytes apart.
+template <int M>
+__device__ void receive_rows(const Rows& rows, unsigned number, int8_t* q, int stride) {
+  receive<4 * M>(
+      rows.k / 16, number, [&](int tile) { return rows.packets + tile * packets_of(4 * M); },
+      [&](int tile, int i, unsigned word) {
+        *reinterpret_cast<unsigned*>(q + i / 4 * stride + tile * 16 + i % 4 * 4) = word;
+      });
+}
+
+}  // namespace bitdraft
