@@ -62,9 +62,9 @@ def prepare_ternary(ternary: np.ndarray, scale: np.ndarray) -> TernaryWeight:
     if k % 4:
         raise UserError(f"the CUDA kernels need a number of inputs that is a multiple of 4, not {k}")
     codes = _fragments(mx.array(ternary) + 1, 1).astype(mx.uint8)
-    # [half of outputs, half of inputs] first: the operands a0..a3 as bits 2i..2i+1 of a step's bytes.
-    a = codes.transpose(6, 1, 0, 3, 2, 4, 5, 7)
-    data = mx.contiguous(a[0, 0] | a[0, 1] << 2 | a[1, 0] << 4 | a[1, 1] << 6).view(mx.uint32).reshape(-1)
+    # The step first: bits 2s..2s+1 of the bytes of a word, which is one of the operands a0..a3.
+    c = codes.transpose(5, 0, 3, 2, 4, 6, 1, 7)
+    data = mx.contiguous(c[0] | c[1] << 2 | c[2] << 4 | c[3] << 6).view(mx.uint32).reshape(-1)
     mx.eval(data)
     return TernaryWeight(data, _on_device(scale.astype(np.float32)), n, k)
 

@@ -15,6 +15,9 @@ namespace bitdraft {
 constexpr int kThreads = 512;  // of a block
 constexpr int kGroupTiles = 256;  // rows of more tiles than this are summed up in pairs of tiles
 
+// Packets that a thread waits for at a time, where it gets about as many for M rows.
+__host__ __device__ constexpr int depth_of(int m) { return m == 1 ? 1 : m <= 4 ? 2 : 4; }
+
 __host__ __device__ constexpr int packets_of(int words) { return (words + 2) / 3; }
 
 // Tiles of sixteen values that share a packet of statistics.
@@ -28,21 +31,24 @@ struct Share {
         count(static_cast<int64_t>(total) * (blockIdx.x + 1) / gridDim.x - first) {}
 };
 
-// Sends `units` units of WORDS words each; word(unit, i) is one of them. By the whole block.
+// Sends `units` units of WORDS words each; word(unit, i) is one of them. By the whole block: a lane makes a word, and
+// ten lanes of a warp send what thirty have made.
 template <int WORDS, class Word>
 __device__ void send(Packet* to, int units, unsigned number, Word word) {
-  constexpr int packets = packets_of(WORDS);
+  constexpr int room = 3 * packets_of(WORDS);
+  const int lane = threadIdx.x % 32, total = units * room;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < units * packets; i += kThreads) {
-    const int unit = i / packets, first = i % packets * 3;
-    Packet p = make_uint4(0, 0, 0, number);
-#pragma unroll 1
-    for (int w = first; w < first + 3; w++) {
-      p.x = p.y;
-      p.y = p.z;
-      p.z = w < WORDS ? word(unit, w) : 0;
+  for (int first = threadIdx.x / 32 * 30; first < total; first += kThreads / 32 * 30) {
+    const int unit = (first + lane) / room, i = (first + lane) % room;
+    const unsigned made = lane < 30 && first + lane < total && i < WORDS ? word(unit, i) : 0;
+    Packet p;
+    p.x = __shfl_sync(kAllLanes, made, 3 * lane % 32);
+    p.y = __shfl_sync(kAllLanes, made, (3 * lane + 1) % 32);
+    p.z = __shfl_sync(kAllLanes, made, (3 * lane + 2) % 32);
+    p.w = number;
+    if (lane < 10 && first + 3 * lane < total) {
+      post(to + first / 3 + lane, p);
     }
-    post(to + i, p);
   }
 }
 
@@ -77,19 +83,20 @@ __device__ inline void await_packets(Packet (&packets)[DEPTH], int count, unsign
 
 // Receives `units` units, each from the packets that from(unit) points to; take(unit, i, word) gets every word.
 // By the whole block; threads go on when they have taken theirs.
-template <int WORDS, class From, class Take>
+// DEPTH: packets that a thread waits for at a time.
+template <int WORDS, int DEPTH, class From, class Take>
 __device__ void receive(int units, unsigned number, From from, Take take) {
-  constexpr int packets = packets_of(WORDS), depth = 4;
+  constexpr int packets = packets_of(WORDS);
   const int total = units * packets;
 #pragma unroll 1
-  for (int first = threadIdx.x; first < total; first += depth * kThreads) {
-    Packet got[depth];
+  for (int first = threadIdx.x; first < total; first += DEPTH * kThreads) {
+    Packet got[DEPTH];
     await_packets(got, (total - first + kThreads - 1) / kThreads, number, [&](int u) {
       const int i = first + u * kThreads;
       return from(i / packets) + i % packets;
     });
 #pragma unroll
-    for (int u = 0; u < depth; u++) {
+    for (int u = 0; u < DEPTH; u++) {
       const int i = first + u * kThreads;
       if (i < total) {
         const int unit = i / packets, at = i % packets * 3;
@@ -170,7 +177,7 @@ template <int M>
 __device__ void receive_statistics(const Rows& rows, unsigned number, bool normed, float eps, Factors<M>& factors,
                                    float* work) {
   const int groups = rows.groups(), m = threadIdx.x / 32, lane = threadIdx.x % 32;
-  receive<2>(
+  receive<2, depth_of(M)>(
       M * groups, number, [&](int unit) { return rows.statistics + unit; },
       [&](int unit, int i, unsigned word) { work[2 * unit + i] = __uint_as_float(word); });
   __syncthreads();
@@ -212,7 +219,7 @@ __device__ void send_rows(const Rows& rows, const Factors<M>& factors, unsigned 
 // Receives the int8 of M whole rows into q, `stride` bytes apart.
 template <int M>
 __device__ void receive_rows(const Rows& rows, unsigned number, int8_t* q, int stride) {
-  receive<4 * M>(
+  receive<4 * M, depth_of(M)>(
       rows.k / 16, number, [&](int tile) { return rows.packets + tile * packets_of(4 * M); },
       [&](int tile, int i, unsigned word) {
         *reinterpret_cast<unsigned*>(q + i / 4 * stride + tile * 16 + i % 4 * 4) = word;

@@ -45,6 +45,12 @@ for (int span = 0; span < spans; span++) {
       for (int step = 0; step < kSteps; step++) {
         unsigned a[4];
         pieces[t].operands(step, a);
+        if constexpr (KIND == kTernary) {
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            a[i] >>= 2 * step;
+          }
+        }
         multiply(acc[t][g], a, rows.operand(step, 0), rows.operand(step, 1));
       }
     }

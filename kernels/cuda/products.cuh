@@ -6,7 +6,7 @@
 // span), lane 4g + q holds for each of four steps s the operands a0..a3 of four consecutive inputs each:
 //   a0: output g,     inputs 32q + 8s + 0..3      a2: output g,     inputs 32q + 8s + 4..7
 //   a1: output g + 8, the same                    a3: output g + 8, the same
-//   ternary: a 32-bit word a step; bits 2i..2i+1 of its byte b are weight + 1 of ai's byte b; [lane][step];
+//   ternary: a 32-bit word for each of a0..a3; bits 2s..2s+1 of its byte b are weight + 1 of step s's byte b; [lane][i];
 //   int8:    sixteen bytes, a0..a3, a step; [step][lane].
 // bfloat16 matrices stay as they are, [n][k].
 #pragma once
@@ -42,20 +42,14 @@ struct Piece {
     }
   }
 
-  // The operands of a step.
+  // The operands of a step; of ternary codes where they stand in their words, which is times 4^step.
   __device__ void operands(int step, unsigned (&a)[4]) const {
-    if constexpr (KIND == kTernary) {
-      const unsigned w = step == 0 ? words[0].x : step == 1 ? words[0].y : step == 2 ? words[0].z : words[0].w;
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        a[i] = w >> (2 * i) & 0x03030303u;
-      }
-    } else {
-      a[0] = words[step].x;
-      a[1] = words[step].y;
-      a[2] = words[step].z;
-      a[3] = words[step].w;
-    }
+    const uint4 v = words[KIND == kTernary ? 0 : step];
+    const unsigned mask = KIND == kTernary ? 0x03030303u << (2 * step) : ~0u;
+    a[0] = v.x & mask;
+    a[1] = v.y & mask;
+    a[2] = v.z & mask;
+    a[3] = v.w & mask;
   }
 };
 
@@ -119,8 +113,7 @@ struct Product {
   __device__ void run(const int8_t* x, int stride, int* acc) const {
     const int lane = threadIdx.x % 32, row = lane / 4, part = lane % 4;
     const int8_t* mine = x + (row < M ? row : 0) * stride + 32 * part;
-    // Three chains of sums, since each of them waits for its last one.
-    int even[4] = {}, odd[4] = {}, minus[4] = {};
+    int sums[kSteps][4] = {}, ones[4] = {};  // of each step, since its codes stand elsewhere; of the rows alone
     int tile = begin / spans, span = begin % spans, slot = 0;
 #pragma unroll 1
     for (int piece = begin; piece < end; piece++) {
@@ -138,24 +131,33 @@ struct Product {
       for (int step = 0; step < kSteps; step++) {
         unsigned a[4];
         now.operands(step, a);
-        multiply(step % 2 ? odd : even, a, rows.operand(step, 0), rows.operand(step, 1));
+        const unsigned b0 = rows.operand(step, 0), b1 = rows.operand(step, 1);
         if constexpr (KIND == kTernary) {  // codes are weights plus one
-          const unsigned minus_one[4] = {~0u, ~0u, ~0u, ~0u};
-          multiply(minus, minus_one, rows.operand(step, 0), rows.operand(step, 1));
+          multiply_codes(sums[step], a, b0, b1);
+          multiply_codes(ones, {0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u}, b0, b1);
+        } else {
+          multiply(sums[step], a, b0, b1);
         }
       }
       if (++span == spans || piece + 1 == end) {
         int* to = acc + (tile * kTile + row) * M + 2 * part;  // here `row` is an output, `part` two rows
+        int total[4];
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-          if (2 * part + i < M) {
-            atomicAdd(to + i, even[i] + odd[i] + minus[i]);
-            atomicAdd(to + 8 * M + i, even[2 + i] + odd[2 + i] + minus[2 + i]);
+        for (int i = 0; i < 4; i++) {
+          total[i] = -ones[i];
+          ones[i] = 0;
+#pragma unroll
+          for (int step = 0; step < kSteps; step++) {
+            total[i] += sums[step][i] >> (KIND == kTernary ? 2 * step : 0);
+            sums[step][i] = 0;
           }
         }
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          even[i] = odd[i] = minus[i] = 0;
+        for (int i = 0; i < 2; i++) {
+          if (2 * part + i < M) {
+            atomicAdd(to + i, total[i]);
+            atomicAdd(to + 8 * M + i, total[2 + i]);
+          }
         }
         span = 0;
         tile++;

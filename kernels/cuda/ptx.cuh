@@ -22,6 +22,14 @@ __device__ inline void multiply(int (&c)[4], const unsigned (&a)[4], unsigned b0
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The same with unsigned bytes on the left.
+__device__ inline void multiply_codes(int (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // Three words and a number; what waiting for one in vain ends with is an error, not a GPU that hangs.
 using Packet = uint4;
 constexpr unsigned kPatience = 1u << 24;  // looks, which takes seconds

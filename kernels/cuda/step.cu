@@ -135,9 +135,6 @@ for (int turn = 0; turn < kProducts * LAYERS + INT8_HEAD; turn++) {
       product.run(q, stride, acc);
     }
   }
-  if (turn + 1 < kProducts * LAYERS + INT8_HEAD) {
-    start_stage(turn + 1);
-  }
   __syncthreads();
 
   if (at_head) {
@@ -158,15 +155,19 @@ for (int turn = 0; turn < kProducts * LAYERS + INT8_HEAD; turn++) {
     send<kTile * M>(qkv + first * packets_of(kTile * M), tiles, number, [&](int tile, int i) {
       return __float_as_uint(result(tile * kTile + i % kTile, i / kTile));
     });
-    continue;
+  } else {
+    finish_tiles<M>(out, number + (which == kOutput ? 1 : which == kDown ? 2 : 0), [&](int tile, int m, int o) {
+      const int local = tile * kTile + o;
+      const float y = result(local, m);
+      return which == kGateUp ? gated<RELU2>(y, result(tiles * kTile + local, m))
+                              : __fadd_rn(y, out.mine[(tile * M + m) * kTile + o]);
+    });
   }
-  finish_tiles<M>(out, number + (which == kOutput ? 1 : which == kDown ? 2 : 0), [&](int tile, int m, int o) {
-    const int local = tile * kTile + o;
-    const float y = result(local, m);
-    return which == kGateUp ? gated<RELU2>(y, result(tiles * kTile + local, m))
-                            : __fadd_rn(y, out.mine[(tile * M + m) * kTile + o]);
-  });
   number += which == kDown ? 2 : 0;
+  // Warps that had nothing to finish are here already.
+  if (turn + 1 < kProducts * LAYERS + INT8_HEAD) {
+    start_stage(turn + 1);
+  }
 }
 
 if constexpr (!INT8_HEAD) {
@@ -179,7 +180,7 @@ if constexpr (!INT8_HEAD) {
   });
   receive_statistics<M>(in, number, true, eps, factors, y);
   __syncthreads();
-  receive<kTile * M>(
+  receive<kTile * M, depth_of(M)>(
       HIDDEN / kTile, number, [&](int tile) { return qkv + tile * packets_of(kTile * M); },
       [&](int tile, int i, unsigned word) {
         const int m = i / kTile, column = tile * kTile + i % kTile;

@@ -139,7 +139,7 @@ __device__ void attend(const Caches& cache, const Packet* qkv, Packet* parts, un
       copy_ahead(values + key * DIM + d, v_rows + key * DIM + d);
     }
     const bool news = task.count > task.old;  // keys of this step are in the chunk
-    receive<kTile * M>(
+    receive<kTile * M, depth_of(M)>(
         (GROUP + (news ? 2 : 0)) * tiles, number,
         [&](int unit) {
           const int which = unit / tiles, tile = unit % tiles;
@@ -197,7 +197,7 @@ __device__ void attend(const Caches& cache, const Packet* qkv, Packet* parts, un
 // `finish_tiles` asks for them.
 template <int M, int HEADS, int KV_HEADS, int DIM>
 __device__ void combine(const Rows& rows, int offset, const Packet* parts, unsigned number) {
-  constexpr int GROUP = HEADS / KV_HEADS, tiles = DIM / kTile, packets = packets_of(kTile + 2), depth = 2;
+  constexpr int GROUP = HEADS / KV_HEADS, tiles = DIM / kTile, packets = packets_of(kTile + 2), depth = 8;
   constexpr int64_t stride = static_cast<int64_t>(KV_HEADS) * M * GROUP * tiles * packets;  // of chunks
   const int lane = threadIdx.x % 32, o = lane % 16, items = rows.tiles * M;
 #pragma unroll 1
@@ -206,27 +206,42 @@ __device__ void combine(const Rows& rows, int offset, const Packet* parts, unsig
     const int head = (rows.first + tile) / tiles, query = head / GROUP * M * GROUP + m * GROUP + head % GROUP;
     const Packet* from = parts + (query * tiles + (rows.first + tile) % tiles) * packets;
     const int chunks = (offset + m) / kChunk + 1;
+    const auto scores_of = [&](int chunk) {
+      Packet got[1];
+      await_packets(got, 1, number, [&](int) { return from + chunk * stride + packets - 1; });
+      return got[0];
+    };
+    // A lane has the scores of one chunk in sixteen; those of the first sixteen are kept.
+    Packet scores = make_uint4(0, 0, 0, 0);
     float top = minus_infinity(), value = 0, sum = 0;
 #pragma unroll 1
     for (int c = o; c < chunks; c += 16) {
-      Packet scores[1];
-      await_packets(scores, 1, number, [&](int) { return from + c * stride + packets - 1; });
-      top = fmaxf(top, __uint_as_float(scores[0].y));
+      const Packet now = scores_of(c);
+      top = fmaxf(top, __uint_as_float(now.y));
+      scores = c == o ? now : scores;
     }
     top = max_tile(top);
 #pragma unroll 1
-    for (int first = 0; first < chunks; first += depth) {
-      Packet got[2 * depth];  // of each chunk, with this thread's value and with the scores
-      await_packets(got, 2 * (chunks - first), number, [&](int u) {
-        return from + (first + u / 2) * stride + (u % 2 ? packets - 1 : o / 3);
-      });
+    for (int first = 0; first < (offset + M - 1) / kChunk + 1; first += 16) {  // as often for every row
+      if (first > 0 && first + o < chunks) {
+        scores = scores_of(first + o);
+      }
+      const float weight = first + o < chunks ? expf(__fsub_rn(__uint_as_float(scores.y), top)) : 0.0f;
+#pragma unroll 1
+      for (int c = 0; c < 16; c += depth) {
+        Packet got[depth];
+        await_packets(got, chunks - first - c, number,
+                      [&](int u) { return from + (first + c + u) * stride + o / 3; });
 #pragma unroll
-      for (int u = 0; u < depth; u++) {
-        if (first + u < chunks) {
-          const Packet p = got[2 * u], scores = got[2 * u + 1];
-          const float factor = expf(__fsub_rn(__uint_as_float(scores.y), top));
-          value = __fmaf_rn(__uint_as_float(o % 3 == 0 ? p.x : o % 3 == 1 ? p.y : p.z), factor, value);
-          sum = __fmaf_rn(__uint_as_float(scores.z), factor, sum);
+        for (int u = 0; u < depth; u++) {
+          const int lane_of_chunk = lane / 16 * 16 + c + u;
+          const float factor = __shfl_sync(kAllLanes, weight, lane_of_chunk);
+          const float part = __uint_as_float(__shfl_sync(kAllLanes, scores.z, lane_of_chunk));
+          if (first + c + u < chunks) {
+            const Packet p = got[u];
+            value = __fmaf_rn(__uint_as_float(o % 3 == 0 ? p.x : o % 3 == 1 ? p.y : p.z), factor, value);
+            sum = __fmaf_rn(part, factor, sum);
+          }
         }
       }
     }

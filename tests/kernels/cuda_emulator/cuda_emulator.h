@@ -118,6 +118,13 @@ T __shfl_xor_sync(unsigned lanes, T value, int mask, EMULATED_CALLER) {
   return value;
 }
 
+template <typename T>
+T __shfl_sync(unsigned lanes, T value, int from, EMULATED_CALLER) {
+  const auto& brought = emulator::exchange(emulator::Operation::shuffle, lanes, &value, sizeof value, EMULATED_CALL);
+  std::memcpy(&value, brought[from], sizeof value);
+  return value;
+}
+
 inline int __reduce_add_sync(unsigned lanes, int value, EMULATED_CALLER) {
   const auto& brought = emulator::exchange(emulator::Operation::add, lanes, &value, sizeof value, EMULATED_CALL);
   int total = 0;

@@ -8,7 +8,8 @@ inline uint4 stream16(const void* p, EMULATED_CALLER) {
 
 // Lane 4g + q has a0, a2 of output g and a1, a3 of output g + 8, b0 and b1 of row g: four inputs each, from 4q
 // (a0, a1, b0) and from 16 + 4q on. Its results are of outputs g (c0, c1) and g + 8 (c2, c3), rows 2q and 2q + 1.
-inline void multiply(int (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, EMULATED_CALLER) {
+template <typename Left>
+void multiply_bytes(int (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, EMULATED_CALLER) {
   const unsigned mine[] = {a[0], a[1], a[2], a[3], b0, b1};
   const auto& brought = emulator::exchange(emulator::Operation::multiply, ~0u, mine, sizeof mine, EMULATED_CALL);
   const int output = emulator::lane() / 4, row = emulator::lane() % 4 * 2;
@@ -16,10 +17,20 @@ inline void multiply(int (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned 
     for (int q = 0; q < 4; ++q) {
       const auto& left = brought[4 * output + q];
       const auto& right = brought[4 * (row + i % 2) + q];
-      c[i] = __dp4a(int(left[i / 2]), int(right[4]), c[i]);
-      c[i] = __dp4a(int(left[2 + i / 2]), int(right[5]), c[i]);
+      for (int byte = 0; byte < 4; ++byte) {
+        c[i] += int(Left(left[i / 2] >> 8 * byte)) * int8_t(right[4] >> 8 * byte);
+        c[i] += int(Left(left[2 + i / 2] >> 8 * byte)) * int8_t(right[5] >> 8 * byte);
+      }
     }
   }
+}
+
+inline void multiply(int (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, EMULATED_CALLER) {
+  multiply_bytes<int8_t>(c, a, b0, b1, EMULATED_CALL);
+}
+
+inline void multiply_codes(int (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, EMULATED_CALLER) {
+  multiply_bytes<uint8_t>(c, a, b0, b1, EMULATED_CALL);
 }
 
 using Packet = uint4;
