@@ -5,7 +5,8 @@
 
 `2b` is a model of BitNet-2B's shape with random ternary weights, made in memory. Every number of rows is
 measured in turn, round after round, and medians are reported; a step ends when its choice of tokens is on
-the host, as in decoding. The bandwidth is measured between the rounds, and what `decode plan` predicts from it
+the host, as in decoding; `generate_tok_per_s` is plain decoding with the next step queued before a token is known, and
+without. The bandwidth is measured between the rounds, and what `decode plan` predicts from it
 stands beside what was measured. With --draft, a step of a random draft of that size is measured too, and
 speed-ups for an acceptance of 0.7 are those of the measured costs.
 """
@@ -32,6 +33,7 @@ from mlx_lm.utils import load_model
 
 from benchmarks.standin import BITNET_2B, random_codes
 from decode.checkpoint import find_teacher
+from decode.engine import generate
 from decode.model import KVCache, Transformer
 from decode.plan import Costs, draft_bytes, teacher_bytes, tokens_per_verification
 from decode.sampling import greedy_tokens
@@ -44,6 +46,7 @@ from kernels.device import device_name, processors
 STREAMED = 1 << 29  # bytes: far more than caches hold
 ACCEPTANCE = 0.7  # for the speed-ups
 WARM_UP = 3  # rounds that compile and fill caches
+GENERATED = 64  # tokens of plain decoding
 
 
 def random_bitnet(config: dict[str, Any], seed: int = 0) -> Any:
@@ -134,6 +137,14 @@ def step_of(model: Transformer, cache: KVCache, tokens: list[int], offset: int) 
     return step
 
 
+def generated(model: Transformer, prompt: list[int], queues: bool) -> float:
+    """Tokens a second of plain decoding by the engine, with steps queued ahead or not."""
+    usual, model.queues = model.queues, queues
+    rounds = list(generate(model, prompt, max_tokens=GENERATED + 1, end_tokens=frozenset()))
+    model.queues = usual
+    return GENERATED / sum(step.verify_seconds for step in rounds[1:])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="2b, or a checkpoint's folder")
@@ -184,12 +195,17 @@ def main() -> None:
             bandwidths.append(read_memory().gb_per_s)
             steps[str(rows[0])]()  # what reading has driven out of the caches comes back
 
+    rates: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(3):
+        for queues, found in rates.items():
+            found.append(generated(model, prompt[: options.context], queues))
     report = summary(model, draft, {name: statistics.median(times) for name, times in seconds.items()}, options)
     bandwidth = statistics.median(bandwidths)
     report |= {
         "read_gb_per_s": bandwidth,
         "fraction_of_bandwidth": report["plain_gb_per_s"] / bandwidth,
         "predicted_plain_tok_per_s": bandwidth * 1e9 / report["bytes_per_step"]["total"],
+        "generate_tok_per_s": {"queued": statistics.median(rates[True]), "waiting": statistics.median(rates[False])},
     }
     print(json.dumps(report, indent=1))
     if options.json:

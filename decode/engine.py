@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import mlx.core as mx
 import numpy as np
 
 from decode.model import Transformer
@@ -49,6 +50,9 @@ class ModelDrafter:
         self.model.prefill(prompt[:-1], self.cache)
 
     def propose(self, sequence: list[int], k: int) -> tuple[list[int], np.ndarray]:
+        """Up to k tokens, none behind an end token; where they are sampled, with their distributions [k, vocab]."""
+        if self.sampling.greedy and self.model.queues:
+            return self._queued(sequence, k), np.empty(0)
         feed = sequence[self.cache.offset :]
         drafted: list[int] = []
         distributions: list[np.ndarray] = []
@@ -65,6 +69,20 @@ class ModelDrafter:
             if token in self.end_tokens:
                 break
         return drafted, np.array(distributions)
+
+    def _queued(self, sequence: list[int], k: int) -> list[int]:
+        """k steps, each queued before the token of the one before is known: the host waits once."""
+        feed: list[int] | mx.array = sequence[self.cache.offset :]
+        self.cache.reserve(len(feed) + k)
+        tokens: list[mx.array] = []
+        for _ in range(k):
+            feed = self.model.best_tokens(self.model.step(feed, self.cache)[-1:])
+            tokens.append(feed)
+        drafted: list[int] = np.array(mx.concatenate(tokens)).tolist()
+        end = next((i for i, token in enumerate(drafted) if token in self.end_tokens), k)
+        drafted = drafted[: end + 1]
+        self.cache.offset = len(sequence) + len(drafted) - 1
+        return drafted
 
     def confirm(self, sequence: list[int], accepted: int) -> None:
         """Drop rejected proposals: `sequence` is the text before them, of which `accepted` stay."""
@@ -97,6 +115,9 @@ def generate(
     sequence = list(prompt)
     room = min(max_tokens, teacher.context - len(prompt))
     prefill_seconds = time.perf_counter() - started
+    # Plain decoding's next token, where its step runs before the one before is known.
+    queues = drafter is None and sampling.greedy and teacher.queues
+    queued: mx.array | None = None
 
     while room > 0:
         began = time.perf_counter()
@@ -107,20 +128,27 @@ def generate(
         if drafter is not None and wanted > 0 and len(sequence) + wanted <= drafter.model.context:
             drafted, q = drafter.propose(sequence, wanted)
         proposed = time.perf_counter()
-        logits = teacher.step([sequence[-1], *drafted], cache)
-        if sampling.greedy:
-            own = greedy_tokens(logits)
-            accepted = next((i for i, token in enumerate(drafted) if token != own[i]), len(drafted))
+        if queues:
+            token = teacher.best_tokens(teacher.step(sequence[-1:], cache)) if queued is None else queued
+            queued = None
+            if room > 1:
+                queued = teacher.best_tokens(teacher.step(token, cache))
+                mx.async_eval(queued)
+            accepted, emitted = 0, [int(drawn) for drawn in np.array(token)]
+        elif sampling.greedy:
+            own = greedy_tokens(teacher.step([sequence[-1], *drafted], cache))
+            accepted = next((i for i, drawn in enumerate(drafted) if drawn != own[i]), len(drafted))
             emitted = [*drafted[:accepted], own[accepted]]
         else:
-            accepted, token = accept(drafted, q, sampling.probabilities(np.array(logits)), rng)
-            emitted = [*drafted[:accepted], token]
+            logits = np.array(teacher.step([sequence[-1], *drafted], cache))
+            accepted, chosen = accept(drafted, q, sampling.probabilities(logits), rng)
+            emitted = [*drafted[:accepted], chosen]
         end = next((i for i, token in enumerate(emitted) if token in end_tokens), None)
         counted = len(drafted)
         if end is not None:
             emitted, counted = emitted[: end + 1], min(counted, end + 1)
             accepted = min(accepted, end + 1)
-        cache.offset = len(sequence) + len(emitted) - 1
+        cache.offset = len(sequence) + len(emitted) - (queued is None)
         if drafter is not None:
             drafter.confirm(sequence, accepted)
         sequence += emitted

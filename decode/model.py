@@ -17,7 +17,7 @@ import numpy as np
 
 from decode.trimmed import check_kept
 from kernels import BitLinear, UserError, backend
-from kernels.backends import Backend
+from kernels.backends import Backend, device_backend
 from kernels.reference import (
     SMALL_ROWS,
     AttentionShape,
@@ -124,6 +124,8 @@ class Transformer:
         self.final_norm = model.model.norm.weight.astype(mx.float32)
         self.layers = [self._layer(block) for block in model.layers]
         mx.eval(self.embedding, self.final_norm)
+        # Whether a step may be queued before its tokens are known. On a CPU it would compete with the step before.
+        self.queues = device_backend() != "cpu"
         self.whole_step = self.ops.whole_step(
             layers=self.layers,
             embedding=self.embedding,
@@ -165,6 +167,14 @@ class Transformer:
         """The id that a row of the head stands for."""
         return row if self.kept is None else int(self.kept[row])
 
+    def best_tokens(self, logits: mx.array) -> mx.array:
+        """The id of each row's highest logit, the lowest among equals.
+
+        float32 [m, vocab] -> uint32 [m], not evaluated.
+        """
+        best = mx.argmax(logits, axis=-1)
+        return best if self.kept is None else mx.array(self.kept, mx.uint32)[best]
+
     def over_vocabulary(self, p: np.ndarray) -> np.ndarray:
         """A distribution over the head's rows, float64 [v], as one over all ids, [vocab_size]: zero for the others."""
         if self.kept is None:
@@ -176,20 +186,22 @@ class Transformer:
     def new_cache(self) -> KVCache:
         return KVCache(len(self.layers), self.shape.kv_heads, self.shape.head_dim)
 
-    def step(self, tokens: list[int] | np.ndarray, cache: KVCache) -> mx.array:
+    def step(self, tokens: list[int] | np.ndarray | mx.array, cache: KVCache) -> mx.array:
         """Logits of each of a few new tokens; a token's bits are the same alone or among others.
 
-        tokens: m ids. Returns float32 [m, vocab], one logit a row of the head; the cache moves on by m.
-        More than eight rows are run in groups of eight.
+        tokens: m ids; where `queues` holds, also an array of them that is not evaluated. Returns float32
+        [m, vocab], one logit a row of the head; the cache moves on by m. More than eight rows are run in groups
+        of eight.
         """
         cache.reserve(len(tokens))
         groups = [tokens[i : i + SMALL_ROWS] for i in range(0, len(tokens), SMALL_ROWS)]
         logits = [self._small_step(group, cache) for group in groups]
         return logits[0] if len(logits) == 1 else mx.concatenate(logits)
 
-    def _small_step(self, tokens: list[int] | np.ndarray, cache: KVCache) -> mx.array:
+    def _small_step(self, tokens: list[int] | np.ndarray | mx.array, cache: KVCache) -> mx.array:
         if self.whole_step is not None:
-            logits = self.whole_step([int(t) for t in tokens], cache.keys, cache.values, cache.offset)
+            ids = tokens if isinstance(tokens, mx.array) else [int(t) for t in tokens]
+            logits = self.whole_step(ids, cache.keys, cache.values, cache.offset)
             cache.offset += len(tokens)
             return logits
         x = self._extend(mx.array(tokens), cache)

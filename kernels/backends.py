@@ -25,7 +25,7 @@ class WholeStep(Protocol):
     """A model's decoding step of 1..8 rows as one operation (kernels.cuda.step, kernels.cpu)."""
 
     def __call__(
-        self, tokens: Sequence[int], keys: list[mx.array], values: list[mx.array], offset: int
+        self, tokens: Sequence[int] | mx.array, keys: list[mx.array], values: list[mx.array], offset: int
     ) -> mx.array: ...
 
     def share_weights(self, layers: Sequence[Any]) -> list[Any]: ...

@@ -177,13 +177,16 @@ class WholeStep:
         """The layers as they are: the step holds the same arrays."""
         return list(layers)
 
-    def __call__(self, tokens: Sequence[int], keys: list[mx.array], values: list[mx.array], offset: int) -> mx.array:
+    def __call__(
+        self, tokens: Sequence[int] | mx.array, keys: list[mx.array], values: list[mx.array], offset: int
+    ) -> mx.array:
         """Logits of m new tokens, float32 [m, vocab]; the lists' caches are replaced by the new ones.
 
-        tokens: m <= 8 ids; keys, values: a layer's float32 [kv_heads, capacity, head_dim] each, with
-        offset + m <= capacity. Updated in place when nobody else holds them, as in `attention`.
+        tokens: m <= 8 ids, or an array of them; keys, values: a layer's float32 [kv_heads, capacity, head_dim]
+        each, with offset + m <= capacity. Updated in place when nobody else holds them, as in `attention`.
         """
-        logits, *caches = _native.step(self._model, mx.array(list(tokens), mx.int32), [*keys, *values], offset)
+        ids = tokens.astype(mx.int32) if isinstance(tokens, mx.array) else mx.array(list(tokens), mx.int32)
+        logits, *caches = _native.step(self._model, ids, [*keys, *values], offset)
         keys[:], values[:] = caches[: len(keys)], caches[len(keys) :]
         return logits
 

@@ -16,8 +16,12 @@ HEADERS = ("ptx.cuh", "rows.cuh", "products.cuh", "attention.cuh", "exchange.cuh
 
 @cache
 def text(name: str) -> str:
-    """A file of this folder; blank where it includes what NVRTC has no folder for, so that lines keep their numbers."""
-    return re.sub(r'#include "\w+\.cuh"|#pragma once|#include <stdint.h>', "", (FOLDER / name).read_text())
+    """A file of this folder, without comments, indentation and what NVRTC has no folder for; lines keep their numbers.
+
+    MLX copies and hashes a kernel's whole text at every launch.
+    """
+    blank = r'#include "\w+\.cuh"|#pragma once|#include <stdint.h>|//.*|^ +'
+    return re.sub(blank, "", (FOLDER / name).read_text(), flags=re.MULTILINE)
 
 
 @cache

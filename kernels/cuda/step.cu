@@ -1,6 +1,6 @@
 // The body of the whole step. Constants: M, KIND, LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, DIM, SUB_NORM, RELU2, VOCAB,
-// INT8_HEAD, EPS and SCALE (bits of floats), EMBEDDING and HEAD (types). request: the offset, the caches' capacity, the
-// number of the first exchange, and the tokens. `k_caches` and `v_caches` are arrays of pointers made by the caller
+// INT8_HEAD, EPS and SCALE (bits of floats), EMBEDDING and HEAD (types). request: the offset, the caches' capacity and
+// the number of the first exchange. `k_caches` and `v_caches` are arrays of pointers made by the caller
 // from inputs; the caches and the packets, though inputs, are written in place: nobody else holds them, and the next
 // step waits for `after`.
 using namespace bitdraft;
@@ -79,7 +79,7 @@ await_copies<0>();
 __syncthreads();
 start_stage(0);
 finish_tiles<M>(rows[kStream], number, [&](int tile, int m, int o) {
-  const int64_t row = static_cast<int64_t>(request[3 + m]) * HIDDEN;
+  const int64_t row = static_cast<int64_t>(tokens[m]) * HIDDEN;
   return static_cast<float>(embedding[row + (rows[kStream].first + tile) * kTile + o]);
 });
 

@@ -178,7 +178,7 @@ class WholeStep:
             4 * m * hidden,  # the states in front of a float head
         ]
         if c["INT8_HEAD"]:
-            stages.append(product(-(-(-(-c["VOCAB"] // TILE)) // device_attribute(_MULTIPROCESSORS)), hidden))
+            stages.append(product(-(-((c["VOCAB"] + TILE - 1) // TILE) // device_attribute(_MULTIPROCESSORS)), hidden))
         # MLX lifts the limit of 48 KB for those who ask for more, and counts the dynamic part only.
         return max(own + THREADS // 32 * ring + max(stages), 48 * 1024)
 
@@ -194,11 +194,13 @@ class WholeStep:
             self.packets = mx.zeros((4 * tiles // TILE,), mx.uint32)
             mx.eval(self.packets)
 
-    def __call__(self, tokens: Sequence[int], keys: list[mx.array], values: list[mx.array], offset: int) -> mx.array:
+    def __call__(
+        self, tokens: Sequence[int] | mx.array, keys: list[mx.array], values: list[mx.array], offset: int
+    ) -> mx.array:
         """Logits of m new tokens, float32 [m, vocab]; their keys and values go into the caches in place.
 
-        tokens: m <= 8 ids; keys, values: a layer's float32 [kv_heads, capacity, head_dim] each, of
-        which nobody else may hold a part, with offset + m <= capacity.
+        tokens: m <= 8 ids, or an array of them, uint32; keys, values: a layer's float32 [kv_heads, capacity,
+        head_dim] each, of which nobody else may hold a part, with offset + m <= capacity.
         """
         m, c = len(tokens), self.constants
         capacity, layers = keys[0].shape[1], len(keys)
@@ -213,7 +215,8 @@ class WholeStep:
         (logits,) = launch(
             "step",
             {
-                "request": mx.array([offset, capacity, number, *tokens], mx.int32),
+                "tokens": tokens if isinstance(tokens, mx.array) else mx.array(list(tokens), mx.uint32),
+                "request": mx.array([offset, capacity, number], mx.int32),
                 "after": mx.zeros((1,)) if WholeStep.after is None else WholeStep.after,
                 "packets": self.packets,
                 "weights": self.weights.view(mx.uint8),
@@ -227,7 +230,14 @@ class WholeStep:
             {"logits": ((m, c["VOCAB"]), mx.float32)},
             (device_attribute(_MULTIPROCESSORS), 1, 1),
             THREADS,
-            {**c, "M": m, **self.most_tiles(), "SLOTS": SLOTS[c["KIND"]], "HEAD_SLOTS": SLOTS[1], "HEAD": mx.float32 if isinstance(self.head, Int8Weight) else self.head.data.dtype},
+            {
+                **c,
+                "M": m,
+                **self.most_tiles(),
+                "SLOTS": SLOTS[c["KIND"]],
+                "HEAD_SLOTS": SLOTS[1],
+                "HEAD": mx.float32 if isinstance(self.head, Int8Weight) else self.head.data.dtype,
+            },
             shared_memory=self.shared_memory(m),
             prelude=prelude,
             alone=True,

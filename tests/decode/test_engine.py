@@ -111,6 +111,32 @@ def test_greedy_speculation_changes_nothing(
         assert said(speak(teacher, prompt, weak, k=k)) == plain
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_steps_queued_before_their_tokens_are_known_change_nothing(
+    teacher: Transformer,
+    weak: Transformer,
+    prompts: list[list[int]],
+    whole: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on GPUs, with a whole step or with single operations."""
+    expected = [said(speak(teacher, prompt)) for prompt in prompts[:2]]
+    rounds = speak(teacher, prompts[0], weak, k=3)
+    for model in (teacher, weak):
+        monkeypatch.setattr(model, "queues", True)
+        if not whole:
+            monkeypatch.setattr(model, "whole_step", None)
+    for prompt, plain in zip(prompts, expected, strict=False):
+        assert said(speak(teacher, prompt)) == plain
+        for end in (plain[-1], plain[7]):  # a reply that ends while the next step runs, or inside of a proposal
+            upto = plain[: plain.index(end) + 1]
+            assert said(speak(teacher, prompt, end_tokens=frozenset({end}))) == upto
+            assert said(speak(teacher, prompt, teacher, k=4, end_tokens=frozenset({end}))) == upto
+    assert [(r.tokens, r.drafted, r.accepted) for r in speak(teacher, prompts[0], weak, k=3)] == [
+        (r.tokens, r.drafted, r.accepted) for r in rounds
+    ]
+
+
 @pytest.mark.parametrize("k", [1, 3, 7, 12])
 def test_partly_right_drafts_change_nothing(teacher: Transformer, prompts: list[list[int]], k: int) -> None:
     """Rounds that accept some and reject others are where a cache rewound wrongly shows."""
