@@ -192,7 +192,7 @@ __device__ void receive_statistics(const Rows& rows, unsigned number, bool norme
     squares = sum_lanes(squares);
     top = max_lanes(top);
     if (lane == 0) {
-      const float r = normed ? __frsqrt_rn(__fadd_rn(__fdiv_rn(squares, static_cast<float>(rows.k)), eps)) : 1.0f;
+      const float r = inverse_rms(squares, rows.k, eps, normed);
       const float scale = __fdiv_rn(127.0f, fmaxf(__fmul_rn(top, r), kSmallest));
       factors.r[m] = r;
       factors.s[m] = scale;
@@ -208,11 +208,7 @@ __device__ void send_rows(const Rows& rows, const Factors<M>& factors, unsigned 
     const int m = i / 4, at = i % 4 * 4;
     const float4 v = *reinterpret_cast<const float4*>(rows.mine + (tile * M + m) * 16 + at);
     const float4 w = *reinterpret_cast<const float4*>(rows.norm + tile * 16 + at);
-    const unsigned a = __float2int_rn(__fmul_rn(__fmul_rn(v.x, w.x), factors.factor[m])) & 255;
-    const unsigned b = __float2int_rn(__fmul_rn(__fmul_rn(v.y, w.y), factors.factor[m])) & 255;
-    const unsigned c = __float2int_rn(__fmul_rn(__fmul_rn(v.z, w.z), factors.factor[m])) & 255;
-    const unsigned d = __float2int_rn(__fmul_rn(__fmul_rn(v.w, w.w), factors.factor[m])) & 255;
-    return a | b << 8 | c << 16 | d << 24;
+    return rounded(v, w, factors.factor[m]);
   });
 }
 

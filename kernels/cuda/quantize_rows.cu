@@ -4,5 +4,5 @@ using namespace bitdraft;
 __shared__ float scratch[2 * 32];
 const int64_t row = blockIdx.x;
 const int k = sizes[0], padded = sizes[1];
-quantise_rows<1, THREADS>(x + row * k, k, k, NORM ? norm : nullptr, __int_as_float(EPS), xq + row * padded, padded,
-                          padded, s + row, scratch);
+quantise_row<THREADS>(x + row * k, k, NORM ? norm : nullptr, __int_as_float(EPS), xq + row * padded, padded, s + row,
+                      scratch);

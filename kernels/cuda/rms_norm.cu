@@ -3,4 +3,4 @@ using namespace bitdraft;
 __shared__ float scratch[32];
 const int64_t row = blockIdx.x;
 const int k = sizes[0];
-normalise_rows<1, THREADS>(x + row * k, k, k, norm, __int_as_float(EPS), y + row * k, scratch);
+normalise_row<THREADS>(x + row * k, k, norm, __int_as_float(EPS), y + row * k, scratch);

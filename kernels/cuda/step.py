@@ -17,7 +17,7 @@ THREADS = 512
 TILE, SPAN = 16, 128  # outputs and inputs, as in products.cuh
 CHUNK = 32  # keys, as in attention.cuh
 PIECE_BYTES = (512, 2048)  # of ternary and int8 weights, as in products.cuh
-SLOTS = (10, 3)  # pieces of them on their way to each warp
+SLOTS = ((10, 3), (6, 2), (2, 1))  # pieces of them on their way to each warp: as many as there is shared memory for
 PAIRED = 256  # tiles of a row from which on two share a packet of statistics, as in exchange.cuh
 _MULTIPROCESSORS = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 _SHARED_MEMORY = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
@@ -64,6 +64,7 @@ class WholeStep:
     def __post_init__(self) -> None:
         self.packets = mx.zeros((0,), mx.uint32)  # for the caches' capacity, made by the first step
         self.exchanges = 0  # that packets were numbered for
+        self.slots = SLOTS[0]
 
     @staticmethod
     def of(
@@ -130,7 +131,10 @@ class WholeStep:
         )
         mx.eval(made.weights, made.floats, made.embedding)
         limit = device_attribute(_SHARED_MEMORY) - _STATIC_SHARED
-        return made if made.shared_memory(SMALL_ROWS) <= limit else None
+        for made.slots in SLOTS:
+            if made.shared_memory(SMALL_ROWS) <= limit:
+                return made
+        return None
 
     def share_weights(self, layers: Sequence[Layer]) -> list[Layer]:
         """The same layers with their matrices' data as views of the one array, so that memory holds them once."""
@@ -164,9 +168,8 @@ class WholeStep:
         c, tiles = self.constants, self.most_tiles()
         hidden, dim, group = c["HIDDEN"], c["DIM"], c["HEADS"] // c["KV_HEADS"]
         own = 4 * TILE * ((tiles["STREAM_TILES"] + tiles["OTHER_TILES"]) * (m + 1) + 4 * tiles["MOST_TILES"])
-        ring = SLOTS[c["KIND"]] * PIECE_BYTES[c["KIND"]]
-        if c["INT8_HEAD"]:
-            ring = max(ring, SLOTS[1] * PIECE_BYTES[1])
+        kinds = {c["KIND"], int(c["INT8_HEAD"])}  # an int8 head's weights lie where the layers' do
+        ring = max(self.slots[kind] * PIECE_BYTES[kind] for kind in kinds)
 
         def product(tiles: int, k: int) -> int:
             return m * (-(-k // SPAN) * SPAN + 16) + tiles * TILE * m * 4
@@ -234,8 +237,8 @@ class WholeStep:
                 **c,
                 "M": m,
                 **self.most_tiles(),
-                "SLOTS": SLOTS[c["KIND"]],
-                "HEAD_SLOTS": SLOTS[1],
+                "SLOTS": self.slots[c["KIND"]],
+                "HEAD_SLOTS": self.slots[1],
                 "HEAD": mx.float32 if isinstance(self.head, Int8Weight) else self.head.data.dtype,
             },
             shared_memory=self.shared_memory(m),
