@@ -1,6 +1,6 @@
 """The CUDA backend: the operations of `kernels.reference` as kernels of our own, through MLX's CUDA build.
 
-Products of 1..8 rows read the weights once for all rows (dp4a), larger ones use the int8 tensor cores;
+Products use the int8 tensor cores; those of 1..8 rows read the weights once for all rows;
 BitLinear equals the reference bit for bit. Attention works in chunks of keys that are combined in order,
 for any number of rows, so that no library plans anew for every length of context. `step.WholeStep` runs a
 whole decoding step as one launch of the same functions.
