@@ -101,15 +101,15 @@ template <int DIM>
 __device__ float combine_chunks(const float* parts, int64_t stride, int chunks, int d) {
   float top = minus_infinity();
   for (int c = 0; c < chunks; c++) {
-    top = fmaxf(top, __ldcg(parts + c * stride + DIM));
+    top = fmaxf(top, parts[c * stride + DIM]);
   }
   float value = 0, sum = 0;
 #pragma unroll 4
   for (int c = 0; c < chunks; c++) {
     const float* part = parts + c * stride;
-    const float factor = expf(__ldcg(part + DIM) - top);
-    value = __fmaf_rn(__ldcg(part + d), factor, value);
-    sum = __fmaf_rn(__ldcg(part + DIM + 1), factor, sum);
+    const float factor = expf(part[DIM] - top);
+    value = __fmaf_rn(part[d], factor, value);
+    sum = __fmaf_rn(part[DIM + 1], factor, sum);
   }
   return __fdiv_rn(value, sum);
 }

@@ -153,6 +153,7 @@ def generated(
             "}",
             "unsigned char* emulator::emulated_shared_memory() { return mlx::core::cu::work; }",
             "void emulator::emulated_kernel(void* const* buffers) {",
+            "bitdraft::copies.erase(emulator::running);",
             f"mlx::core::cu::custom_kernel({', '.join(arguments)});",
             "}\n",
         ]

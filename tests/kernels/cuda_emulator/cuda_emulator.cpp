@@ -41,7 +41,7 @@ struct Fiber : Thread {
   Operation operation;
   const char* file;  // of the call that it waits in
   int line;
-  const unsigned* counter;  // that it looked at last, with nothing done since
+  const unsigned* watched;  // the word that it looked at last, with nothing done since
   unsigned value;
 };
 
@@ -169,7 +169,7 @@ void resume(Slot& slot, unsigned index) {
 }
 
 bool runnable(const Fiber& fiber) {
-  return fiber.state == State::ready || (fiber.state == State::watching && *fiber.counter != fiber.value);
+  return fiber.state == State::ready || (fiber.state == State::watching && *fiber.watched != fiber.value);
 }
 
 bool runnable(const Slot& slot, unsigned warp) {
@@ -256,7 +256,7 @@ bool settle(Slot& slot) {
     }
     if (!shown) continue;
     why += " " + name_of(*shown) + " at " + place(shown->file, shown->line);
-    if (shown->state == State::watching) why += " for a counter that stays " + std::to_string(shown->value);
+    if (shown->state == State::watching) why += " for a word that stays " + std::to_string(shown->value);
     why += ";";
   }
   if (next_block < order.size()) {
@@ -352,7 +352,7 @@ void run_block(Slot& slot, const Shared& shared, unsigned index) {
     fiber.block = slot.block;
     fiber.state = State::ready;
     fiber.started = false;
-    fiber.counter = nullptr;
+    fiber.watched = nullptr;
     fiber.file = nullptr;
     fiber.line = 0;
     slot.warps[t / kLanes].parity[t % kLanes] = 0;
@@ -407,27 +407,27 @@ const Brought& exchange(Operation operation, unsigned lanes, const void* brought
   const int lane = fiber.thread.x % kLanes, parity = warp.parity[lane] ^= 1;
   std::memcpy(warp.brought[parity][lane], brought, bytes);
   fiber.operation = operation;
-  fiber.counter = nullptr;
+  fiber.watched = nullptr;
   suspend(State::at_operation, file, line);
   return warp.brought[parity];
 }
 
 void wait_for_block(const char* file, int line) {
-  self().counter = nullptr;
+  self().watched = nullptr;
   suspend(State::at_barrier, file, line);
 }
 
 void may_pause(const char* file, int line) {
-  self().counter = nullptr;
+  self().watched = nullptr;
   if (chance(4)) suspend(State::ready, file, line);
 }
 
-unsigned watch(const unsigned* counter, const char* file, int line) {
-  check(counter, sizeof *counter, Access::coherent, file, line);
+unsigned watch(const unsigned* word, const char* file, int line) {
+  check(word, sizeof *word, Access::coherent, file, line);
   Fiber& fiber = self();
-  if (fiber.counter == counter) suspend(State::watching, file, line);
-  fiber.counter = counter;
-  fiber.value = *counter;
+  if (fiber.watched == word) suspend(State::watching, file, line);
+  fiber.watched = word;
+  fiber.value = *word;
   return fiber.value;
 }
 

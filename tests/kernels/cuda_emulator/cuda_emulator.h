@@ -1,11 +1,11 @@
 // The part of CUDA C++ that kernels/cuda uses, as C++ for g++: the kernels' own text is compiled behind this
 // header and executed (cuda_emulator.cpp) to test what it computes.
 //
-// A thread is a fiber that hands over at each warp operation, barrier and look at a counter; blocks that are
+// A thread is a fiber that hands over at each warp operation, barrier and wait for a packet; blocks that are
 // resident together live at once. What CUDA leaves undefined, or a GPU would wait for in vain, is an error here: lanes
 // of a warp at different operations, a barrier that some threads miss, reads and writes outside of buffers and
 // arrays, addresses that are not aligned, loads past the coherent caches of what the kernel may write, overflow
-// of signed integers, counters that nobody will raise. Memory that nothing was written to holds random bytes.
+// of signed integers, packets that nobody will send. Memory that nothing was written to holds random bytes.
 // Not shown: the order in which a GPU's threads see each other's writes. Here they see them at once.
 #pragma once
 
@@ -20,7 +20,6 @@
 #define __device__
 #define __host__
 #define __global__
-#define __noinline__ __attribute__((__noinline__))
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 // A block's threads are fibers of one thread of the operating system, so its shared memory is that thread's own.
@@ -32,9 +31,6 @@
 
 struct uint3 {
   unsigned x, y, z;
-};
-struct alignas(4) char4 {
-  signed char x, y, z, w;
 };
 struct alignas(8) float2 {
   float x, y;
@@ -48,7 +44,6 @@ struct alignas(16) int4 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-inline char4 make_char4(signed char x, signed char y, signed char z, signed char w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
@@ -80,15 +75,15 @@ inline int lane() { return running->thread.x % 32; }
 constexpr int kWords = 6;  // that a lane can bring to an operation
 using Brought = uint32_t[32][kWords];
 
-enum class Operation : int { none, sync_warp, shuffle, add, max, multiply };
+enum class Operation : int { none, shuffle, multiply };
 
 // Waits until all lanes of the warp are at this operation; returns what each of them brought.
 const Brought& exchange(Operation operation, unsigned lanes, const void* brought, size_t bytes, EMULATED_CALLER);
 void wait_for_block(EMULATED_CALLER);
 // Where others may run, if the order is a random one.
 void may_pause(EMULATED_CALLER);
-// A counter's value; who looks at the same value again is only resumed once it has changed.
-unsigned watch(const unsigned* counter, EMULATED_CALLER);
+// A word's value; who looks at the same value again is only resumed once it has changed.
+unsigned watch(const unsigned* word, EMULATED_CALLER);
 
 enum class Access { coherent, read_only, ahead };
 // Fails if an address is not aligned to its size, not of a buffer, or of one that the kernel may write to.
@@ -106,11 +101,6 @@ To bits_as(From from) {
 }  // namespace emulator
 
 inline void __syncthreads(EMULATED_CALLER) { emulator::wait_for_block(EMULATED_CALL); }
-inline void __syncwarp(unsigned lanes = 0xffffffffu, EMULATED_CALLER) {
-  emulator::exchange(emulator::Operation::sync_warp, lanes, nullptr, 0, EMULATED_CALL);
-}
-inline void __threadfence(EMULATED_CALLER) { emulator::may_pause(EMULATED_CALL); }
-
 template <typename T>
 T __shfl_xor_sync(unsigned lanes, T value, int mask, EMULATED_CALLER) {
   const auto& brought = emulator::exchange(emulator::Operation::shuffle, lanes, &value, sizeof value, EMULATED_CALL);
@@ -125,41 +115,12 @@ T __shfl_sync(unsigned lanes, T value, int from, EMULATED_CALLER) {
   return value;
 }
 
-inline int __reduce_add_sync(unsigned lanes, int value, EMULATED_CALLER) {
-  const auto& brought = emulator::exchange(emulator::Operation::add, lanes, &value, sizeof value, EMULATED_CALL);
-  int total = 0;
-  for (const auto& words : brought) total += int(words[0]);
-  return total;
-}
-
-inline unsigned __reduce_max_sync(unsigned lanes, unsigned value, EMULATED_CALLER) {
-  const auto& brought = emulator::exchange(emulator::Operation::max, lanes, &value, sizeof value, EMULATED_CALL);
-  unsigned top = 0;
-  for (const auto& words : brought) top = words[0] > top ? words[0] : top;
-  return top;
-}
-
 template <typename T>
 T atomicAdd(T* address, T value, EMULATED_CALLER) {
   emulator::may_pause(EMULATED_CALL);
   const T before = *address;
   *address = before + value;
   return before;
-}
-
-template <typename T>
-T atomicExch(T* address, T value, EMULATED_CALLER) {
-  emulator::may_pause(EMULATED_CALL);
-  const T before = *address;
-  *address = value;
-  return before;
-}
-
-// From L2, which all blocks share.
-template <typename T>
-T __ldcg(const T* address, EMULATED_CALLER) {
-  emulator::check(address, sizeof(T), emulator::Access::coherent, EMULATED_CALL);
-  return *address;
 }
 
 // Through a cache that never learns of writes.
