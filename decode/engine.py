@@ -129,7 +129,11 @@ def generate(
             drafted, q = drafter.propose(sequence, wanted)
         proposed = time.perf_counter()
         if queues:
-            token = teacher.best_tokens(teacher.step(sequence[-1:], cache)) if queued is None else queued
+            token = queued
+            if token is None:
+                # A cache that grew between the two steps would be copied without waiting for the first to write to it.
+                cache.reserve(2)
+                token = teacher.best_tokens(teacher.step(sequence[-1:], cache))
             queued = None
             if room > 1:
                 queued = teacher.best_tokens(teacher.step(token, cache))
