@@ -7,8 +7,8 @@
 measured in turn, round after round, and medians are reported; a step ends when its choice of tokens is on
 the host, as in decoding; `generate_tok_per_s` is plain decoding with the next step queued before a token is known, and
 without. The bandwidth is measured between the rounds, and what `decode plan` predicts from it
-stands beside what was measured. With --draft, a step of a random draft of that size is measured too, and
-speed-ups for an acceptance of 0.7 are those of the measured costs.
+stands beside what was measured. With --draft, a step of a random draft of that size is measured too, and whole rounds
+of drafting and verifying; speed-ups for an acceptance of 0.7 are those of the measured costs.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from mlx_lm.utils import load_model
 
 from benchmarks.standin import BITNET_2B, random_codes
 from decode.checkpoint import find_teacher
-from decode.engine import generate
+from decode.engine import ModelDrafter, generate
 from decode.model import KVCache, Transformer
 from decode.plan import Costs, draft_bytes, teacher_bytes, tokens_per_verification
-from decode.sampling import greedy_tokens
+from decode.sampling import Sampling, greedy_tokens
 from decode.shape import Shape
 from kernels import BitLinear, swap_bitlinear
 from kernels.backends import device_backend
@@ -46,7 +46,7 @@ from kernels.device import device_name, processors
 STREAMED = 1 << 29  # bytes: far more than caches hold
 ACCEPTANCE = 0.7  # for the speed-ups
 WARM_UP = 3  # rounds that compile and fill caches
-GENERATED = 64  # tokens of plain decoding
+GENERATED = 64  # tokens, plainly or in rounds
 
 
 def random_bitnet(config: dict[str, Any], seed: int = 0) -> Any:
@@ -145,6 +145,15 @@ def generated(model: Transformer, prompt: list[int], queues: bool) -> float:
     return GENERATED / sum(step.verify_seconds for step in rounds[1:])
 
 
+def round_seconds(model: Transformer, draft: Transformer, prompt: list[int], k: int) -> float:
+    """Median time of a round of the engine that drafts and verifies k tokens, of which random weights accept next to
+    none."""
+    drafter = ModelDrafter(draft, Sampling(), frozenset(), 0)
+    rounds = generate(model, prompt, max_tokens=GENERATED, end_tokens=frozenset(), drafter=drafter, k=k)
+    times = [step.draft_seconds + step.verify_seconds for step in rounds if step.drafted == k]
+    return statistics.median(times[WARM_UP:])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="2b, or a checkpoint's folder")
@@ -199,6 +208,9 @@ def main() -> None:
     for _ in range(3):
         for queues, found in rates.items():
             found.append(generated(model, prompt[: options.context], queues))
+    whole_rounds = {}
+    if draft is not None:
+        whole_rounds = {m - 1: round_seconds(model, draft, prompt[: options.context], m - 1) for m in rows if m > 1}
     report = summary(model, draft, {name: statistics.median(times) for name, times in seconds.items()}, options)
     bandwidth = statistics.median(bandwidths)
     report |= {
@@ -207,6 +219,12 @@ def main() -> None:
         "predicted_plain_tok_per_s": bandwidth * 1e9 / report["bytes_per_step"]["total"],
         "generate_tok_per_s": {"queued": statistics.median(rates[True]), "waiting": statistics.median(rates[False])},
     }
+    if draft is not None:
+        best = max(report["generate_tok_per_s"].values())
+        report["draft"]["rounds"] = {
+            k: {"seconds": each, "speedup": tokens_per_verification(ACCEPTANCE, k) / each / best}
+            for k, each in whole_rounds.items()
+        }
     print(json.dumps(report, indent=1))
     if options.json:
         options.json.write_text(json.dumps(report, indent=1))

@@ -24,7 +24,7 @@ class Round:
     """What one verification emitted; times in seconds of wall clock.
 
     drafted counts only proposals that could have been emitted: none behind an end token, none
-    past the limit.
+    past the limit. draft_seconds end when the proposals are known; on a GPU the verification is queued by then.
     """
 
     tokens: list[int]
@@ -49,8 +49,11 @@ class ModelDrafter:
         self.rng = np.random.default_rng([self.seed, 1])
         self.model.prefill(prompt[:-1], self.cache)
 
-    def propose(self, sequence: list[int], k: int) -> tuple[list[int], np.ndarray]:
-        """Up to k tokens, none behind an end token; where they are sampled, with their distributions [k, vocab]."""
+    def propose(self, sequence: list[int], k: int) -> tuple[list[int] | mx.array, np.ndarray]:
+        """Up to k tokens, none behind an end token; where they are sampled, with their distributions [k, vocab].
+
+        Where steps are queued, k tokens as an array, uint32, that is not evaluated: then some may be behind an end.
+        """
         if self.sampling.greedy and self.model.queues:
             return self._queued(sequence, k), np.empty(0)
         feed = sequence[self.cache.offset :]
@@ -70,19 +73,15 @@ class ModelDrafter:
                 break
         return drafted, np.array(distributions)
 
-    def _queued(self, sequence: list[int], k: int) -> list[int]:
-        """k steps, each queued before the token of the one before is known: the host waits once."""
+    def _queued(self, sequence: list[int], k: int) -> mx.array:
         feed: list[int] | mx.array = sequence[self.cache.offset :]
+        # A cache that grew between two steps would be copied without waiting for the first to write to it.
         self.cache.reserve(len(feed) + k)
         tokens: list[mx.array] = []
         for _ in range(k):
             feed = self.model.best_tokens(self.model.step(feed, self.cache)[-1:])
             tokens.append(feed)
-        drafted: list[int] = np.array(mx.concatenate(tokens)).tolist()
-        end = next((i for i, token in enumerate(drafted) if token in self.end_tokens), k)
-        drafted = drafted[: end + 1]
-        self.cache.offset = len(sequence) + len(drafted) - 1
-        return drafted
+        return mx.concatenate(tokens)
 
     def confirm(self, sequence: list[int], accepted: int) -> None:
         """Drop rejected proposals: `sequence` is the text before them, of which `accepted` stay."""
@@ -123,35 +122,46 @@ def generate(
         began = time.perf_counter()
         drafted: list[int] = []
         q = np.empty(0)
+        verified: mx.array | None = None
         # The last token of all is always the teacher's own, so a proposal for it would be wasted.
         wanted = min(k, room - 1)
         if drafter is not None and wanted > 0 and len(sequence) + wanted <= drafter.model.context:
-            drafted, q = drafter.propose(sequence, wanted)
+            proposals, q = drafter.propose(sequence, wanted)
+            if isinstance(proposals, mx.array):
+                # Verification is queued before the proposals are known, so that the GPU need not wait for the host.
+                mx.async_eval(proposals)
+                feed = mx.concatenate([mx.array(sequence[-1:], mx.uint32), proposals])
+                verified = teacher.best_tokens(teacher.step(feed, cache))
+                mx.async_eval(verified)
+                drafted = _upto_end(np.array(proposals).tolist(), end_tokens)
+            else:
+                drafted = proposals
         proposed = time.perf_counter()
         if queues:
             token = queued
             if token is None:
-                # A cache that grew between the two steps would be copied without waiting for the first to write to it.
-                cache.reserve(2)
+                cache.reserve(2)  # both steps' rows, as a drafter's
                 token = teacher.best_tokens(teacher.step(sequence[-1:], cache))
             queued = None
             if room > 1:
                 queued = teacher.best_tokens(teacher.step(token, cache))
                 mx.async_eval(queued)
-            accepted, emitted = 0, [int(drawn) for drawn in np.array(token)]
+            accepted, emitted = 0, np.array(token).tolist()
         elif sampling.greedy:
-            own = greedy_tokens(teacher.step([sequence[-1], *drafted], cache))
+            if verified is None:
+                own = greedy_tokens(teacher.step([sequence[-1], *drafted], cache))
+            else:
+                own = np.array(verified).tolist()
             accepted = next((i for i, drawn in enumerate(drafted) if drawn != own[i]), len(drafted))
             emitted = [*drafted[:accepted], own[accepted]]
         else:
             logits = np.array(teacher.step([sequence[-1], *drafted], cache))
             accepted, chosen = accept(drafted, q, sampling.probabilities(logits), rng)
             emitted = [*drafted[:accepted], chosen]
-        end = next((i for i, token in enumerate(emitted) if token in end_tokens), None)
-        counted = len(drafted)
-        if end is not None:
-            emitted, counted = emitted[: end + 1], min(counted, end + 1)
-            accepted = min(accepted, end + 1)
+        emitted = _upto_end(emitted, end_tokens)
+        ended = emitted[-1] in end_tokens
+        counted = min(len(drafted), len(emitted)) if ended else len(drafted)
+        accepted = min(accepted, len(emitted))
         cache.offset = len(sequence) + len(emitted) - (queued is None)
         if drafter is not None:
             drafter.confirm(sequence, accepted)
@@ -160,8 +170,13 @@ def generate(
         done = time.perf_counter()
         yield Round(emitted, counted, accepted, proposed - began, done - proposed, prefill_seconds)
         prefill_seconds = 0.0
-        if end is not None:
+        if ended:
             return
+
+
+def _upto_end(tokens: list[int], end_tokens: frozenset[int]) -> list[int]:
+    """The tokens without those behind an end token."""
+    return tokens[: next((i + 1 for i, token in enumerate(tokens) if token in end_tokens), None)]
 
 
 def margin_at(teacher: Transformer, prompt: list[int], tokens: list[int]) -> float:

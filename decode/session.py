@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import mlx.core as mx
+
 from decode.checkpoint import Checkpoint, check_same_tokenizer
 from decode.engine import ModelDrafter, generate, margin_at
 from decode.metal import limit_memory
@@ -16,6 +18,7 @@ from decode.sampling import Sampling
 from decode.statistics import Tally, is_looping
 from kernels import UserError, backend, reference
 from kernels.device import device_name, versions
+from kernels.reference import SMALL_ROWS
 
 Show = Callable[[str], None]
 
@@ -85,9 +88,18 @@ class Session:
         return encoded
 
     def warm_up(self) -> None:
-        """Run every shape once, so that first-use costs fall outside the timings."""
+        """Run everything once, every number of rows too, so that what first use costs falls outside the timings.
+
+        Kernels are compiled then, on GPUs one for each number of rows.
+        """
+        text = [self.end_token] * (2 * SMALL_ROWS)
         for speculative in (False, True) if self.draft else (False,):
-            self.answer(Prompt([], "warm-up"), [self.end_token] * 4, 0, speculative=speculative, limit=8)
+            self.answer(Prompt([], "warm-up"), text, 0, speculative=speculative, limit=SMALL_ROWS)
+        # A draft steps over its last proposal and the teacher's own token behind it where all were accepted.
+        for model, most in ((self.teacher, self.k + 1), (self.draft, 2)):
+            for rows in range(1, min(most, SMALL_ROWS) + 1):
+                if model is not None:
+                    mx.eval(model.step(text[:rows], model.new_cache()))
 
     @property
     def end_token(self) -> int:

@@ -33,6 +33,14 @@ def memory_bytes() -> int:
     return int(known) if known else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def cache_folder() -> Path:
+    """Where what was found or compiled on this machine is kept: `bitdraft` in the user's cache folder."""
+    home = Path(os.path.expanduser("~"))  # noqa: PTH111  (Path.home raises for a user without a home)
+    if platform.system() == "Darwin":
+        return home / "Library" / "Caches" / "bitdraft"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "bitdraft"
+
+
 def processors() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

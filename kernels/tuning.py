@@ -14,7 +14,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import statistics
 import time
 import warnings
@@ -27,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from kernels.device import device_name, processors
+from kernels.device import cache_folder, device_name, processors
 from kernels.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,13 +42,8 @@ ROWS = (1, 4)
 
 
 def path() -> Path:
-    """Where tunings are kept: `bitdraft/tuning.json` in the user's cache folder."""
-    home = Path(os.path.expanduser("~"))  # noqa: PTH111  (Path.home raises for a user without a home)
-    if platform.system() == "Darwin":
-        cache = home / "Library" / "Caches"
-    else:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
-    return cache / "bitdraft" / "tuning.json"
+    """Where tunings are kept."""
+    return cache_folder() / "tuning.json"
 
 
 def key(candidate: Backend) -> str:

@@ -1,7 +1,6 @@
 // Parts of attention: a block has up to M rows from blockIdx.z * M on, a key/value head and a chunk of keys.
 // queries [m][HEADS * DIM], caches [KV_HEADS][capacity][DIM] -> parts [KV_HEADS][chunks][m * GROUP][DIM + 2].
 // Constants: M, HEADS, KV_HEADS, DIM, THREADS. rows: m, the offset and the capacity.
-using namespace bitdraft;
 constexpr int GROUP = HEADS / KV_HEADS, width = DIM + 2, lines = M * GROUP;
 extern __shared__ __align__(128) uint8_t work[];
 float* mine = reinterpret_cast<float*>(work);

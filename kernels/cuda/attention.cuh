@@ -13,7 +13,7 @@ constexpr int kChunk = 32;  // keys: one a lane
 
 __device__ inline float minus_infinity() { return __int_as_float(0xff800000); }
 
-__host__ __device__ constexpr int padded_dim(int dim) { return dim + 4; }  // keeps lanes' keys in different banks
+constexpr int padded_dim(int dim) { return dim + 4; }  // keeps lanes' keys in different banks
 
 // cos and sin of pos * frequency for M rows: table [M][DIM / 2].
 template <int M, int DIM, int THREADS>

@@ -1,7 +1,6 @@
 // M = 1..8 float rows times a bfloat16 or float32 matrix [n][k]; a warp has four outputs (with a gate, four
 // of the gate and their partners) to itself. sizes: n, k.
 // Constants: T, M, GATE, RESIDUAL, THREADS.
-using namespace bitdraft;
 extern __shared__ __align__(128) uint8_t work[];
 const int n = sizes[0], k = sizes[1], width = GATE ? n / 2 : n;
 float* rows = reinterpret_cast<float*>(work);

@@ -16,12 +16,12 @@ constexpr int kThreads = 512;  // of a block
 constexpr int kGroupTiles = 256;  // rows of more tiles than this are summed up in pairs of tiles
 
 // Packets that a thread waits for at a time, where it gets about as many for M rows.
-__host__ __device__ constexpr int depth_of(int m) { return m == 1 ? 1 : m <= 4 ? 2 : 4; }
+constexpr int depth_of(int m) { return m == 1 ? 1 : m <= 4 ? 2 : 4; }
 
-__host__ __device__ constexpr int packets_of(int words) { return (words + 2) / 3; }
+constexpr int packets_of(int words) { return (words + 2) / 3; }
 
 // Tiles of sixteen values that share a packet of statistics.
-__host__ __device__ constexpr int tiles_of_group(int k) { return k / 16 > kGroupTiles && k % 32 == 0 ? 2 : 1; }
+constexpr int tiles_of_group(int k) { return k / 16 > kGroupTiles && k % 32 == 0 ? 2 : 1; }
 
 // Of `total` things, those of this block.
 struct Share {

@@ -1,7 +1,6 @@
 // The product of many int8 rows with a ternary or int8 matrix: a block of four warps takes 64 rows and 128
 // outputs, a warp 32 of these, and every weight in registers serves 64 rows. sizes: outputs, spans, rows.
 // Constants: KIND, RESIDUAL.
-using namespace bitdraft;
 constexpr int row_tile = 64, groups = row_tile / 8, mine = 2, line = kSpan + 16;  // bytes, spread over banks
 __shared__ __align__(16) int8_t tile[row_tile * line];
 __shared__ int sums[row_tile];

@@ -1,54 +1,101 @@
-"""Kernels from the `.cu` files of this folder, made when first used and kept."""
+"""Kernels from the `.cu` files of this folder, compiled when first used and kept on disk for later processes.
+
+MLX could compile them too (`mx.fast.cuda_kernel`), but with headers of its own that take longer than the kernels, anew
+in every process, and copying and hashing their whole text at every launch.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
 import re
 import struct
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
+from kernels.cuda import nvrtc
+from kernels.device import cache_folder
+
 FOLDER = Path(__file__).parent
 HEADERS = ("ptx.cuh", "rows.cuh", "products.cuh", "attention.cuh", "exchange.cuh", "step.cuh")
+TYPES = {  # ptx.cuh defines those that are no words of CUDA C++
+    mx.float32: "float",
+    mx.bfloat16: "bfloat16",
+    mx.int8: "int8_t",
+    mx.uint8: "uint8_t",
+    mx.int32: "int32_t",
+    mx.uint32: "uint32_t",
+}
+
+Constants = tuple[tuple[str, int | bool | mx.Dtype], ...]
+Parameters = tuple[tuple[str, mx.Dtype], ...]
 
 
 @cache
 def text(name: str) -> str:
-    """A file of this folder, without comments, indentation and what NVRTC has no folder for; lines keep their numbers.
-
-    MLX copies and hashes a kernel's whole text at every launch.
-    """
-    blank = r'#include "\w+\.cuh"|#pragma once|#include <stdint.h>|//.*|^ +'
-    return re.sub(blank, "", (FOLDER / name).read_text(), flags=re.MULTILINE)
-
-
-@cache
-def header() -> str:
-    """The shared functions, in one piece."""
-    return "".join(map(text, HEADERS))
+    """A file of this folder, without the headers it names: a kernel's text holds them all."""
+    return re.sub(r'#include "\w+\.cuh"|#pragma once', "", (FOLDER / name).read_text())
 
 
 @cache
 def kernel(
-    name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], prelude: str, shared_memory: int, bound: int
-) -> Any:
-    """The kernel whose body is NAME.cu, behind `prelude`; `bound`: threads a block, alone on its multiprocessor.
+    name: str, inputs: Parameters, outputs: Parameters, constants: Constants, prelude: str, bound: int
+) -> tuple[str, bytes]:
+    """The symbol and the machine code of the kernel that `kernel_text` writes."""
+    symbol, whole = kernel_text(name, inputs, outputs, constants, prelude, bound)
+    return symbol, machine_code(symbol, whole)
 
-    MLX writes the signature, which has no place for launch bounds; the attribute they belong to has.
+
+def kernel_text(
+    name: str, inputs: Parameters, outputs: Parameters, constants: Constants, prelude: str, bound: int
+) -> tuple[str, str]:
+    """The symbol and the text of the kernel whose body is NAME.cu, behind `prelude`.
+
+    bound: threads a block, alone on its multiprocessor; 0: any. The symbol names all that the machine code depends on.
     """
-    head = header()
-    if bound:
-        head += f"\n#undef __global__\n#define __global__ __attribute__((global)) __launch_bounds__({bound}, 1)\n"
-    return mx.fast.cuda_kernel(
-        name=f"bitdraft_{name}",
-        input_names=list(inputs),
-        output_names=list(outputs),
-        source=prelude + text(f"{name}.cu"),
-        header=head,
-        shared_memory=shared_memory,
-    )
+    parameters = [f"const {TYPES[dtype]}* {key}" for key, dtype in inputs]
+    parameters += [f"{TYPES[dtype]}* {key}" for key, dtype in outputs]
+    lines = [_constant(key, value) for key, value in constants]
+
+    def whole(symbol: str) -> str:
+        head = f"{f'__launch_bounds__({bound}, 1) ' if bound else ''}{symbol}({', '.join(parameters)})"
+        body = [f'extern "C" __global__ void {head} {{', *lines, prelude, text(f"{name}.cu"), "}"]
+        return "\n".join([*map(text, HEADERS), "namespace bitdraft {", *body, "}\n"])
+
+    symbol = f"bitdraft_{name}_{hashlib.sha256(whole('').encode()).hexdigest()[:16]}"
+    return symbol, whole(symbol)
+
+
+def _constant(key: str, value: int | bool | mx.Dtype) -> str:
+    if isinstance(value, mx.Dtype):
+        return f"using {key} = {TYPES[value]};"
+    return f"constexpr {'bool' if isinstance(value, bool) else 'int'} {key} = {int(value)};"
+
+
+def machine_code(symbol: str, whole: str) -> bytes:
+    """What a kernel's whole text compiles to here, from the user's cache folder where a process before had the same.
+
+    A file there begins with the SHA-256 of what follows; one that was damaged is written anew. A folder that cannot be
+    written to costs the compilation in every process, no more.
+    """
+    target = nvrtc.architecture()
+    file = cache_folder() / "cuda" / f"{symbol}-{target}-nvrtc{nvrtc.version()}"
+    with contextlib.suppress(OSError):
+        stored = file.read_bytes()
+        if hashlib.sha256(stored[32:]).digest() == stored[:32]:
+            return stored[32:]
+    code = nvrtc.compile_text(whole, symbol, target)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(hashlib.sha256(code).digest() + code)
+        temporary.replace(file)
+    with contextlib.suppress(OSError):
+        temporary.unlink()
+    return code
 
 
 def launch(
@@ -67,14 +114,25 @@ def launch(
 
     constants: what the body uses by name. alone: a block may have a multiprocessor's registers to itself.
     """
-    made = kernel(name, tuple(inputs), tuple(outputs), prelude, shared_memory, threads if alone else 0)
-    result: list[mx.array] = made(
+    symbol, code = kernel(
+        name,
+        tuple((key, array.dtype) for key, array in inputs.items()),
+        tuple((key, dtype) for key, (_, dtype) in outputs.items()),
+        tuple(constants.items()),
+        prelude,
+        threads if alone else 0,
+    )
+    result: list[mx.array] = mx.fast.precompiled_cuda_kernel(
+        name=symbol,
+        compiled_source=code,
         inputs=list(inputs.values()),
-        template=list(constants.items()),
-        grid=(grid[0] * threads, grid[1], grid[2]),
-        threadgroup=(threads, 1, 1),
         output_shapes=[shape for shape, _ in outputs.values()],
         output_dtypes=[dtype for _, dtype in outputs.values()],
+        scalars=[],
+        grid=(grid[0] * threads, grid[1], grid[2]),
+        threadgroup=(threads, 1, 1),
+        shared_memory=shared_memory,
+        ensure_row_contiguous=True,
     )
     return result
 

@@ -24,10 +24,10 @@ constexpr int kSteps = 4;   // of 32 inputs a span
 template <int KIND>
 constexpr int kPieceBytes = KIND == kTernary ? 512 : 2048;  // of a (tile, span)
 
-__host__ __device__ constexpr int spans_of(int k) { return (k + kSpan - 1) / kSpan; }
+constexpr int spans_of(int k) { return (k + kSpan - 1) / kSpan; }
 
 // Rows in shared memory stand this far apart: sixteen bytes more spread them over the banks.
-__host__ __device__ constexpr int row_stride(int k) { return spans_of(k) * kSpan + 16; }
+constexpr int row_stride(int k) { return spans_of(k) * kSpan + 16; }
 
 // What a lane holds of a (tile, span): sixteen bytes, or as many a step, that lie 512 bytes apart.
 template <int KIND>

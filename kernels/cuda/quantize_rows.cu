@@ -1,6 +1,5 @@
 // x [m][k] -> xq [m][padded] int8, s [m]. One block a row. sizes: k (a multiple of 4) and padded.
 // Constants: NORM, EPS (bits), THREADS.
-using namespace bitdraft;
 __shared__ float scratch[2 * 32];
 const int64_t row = blockIdx.x;
 const int k = sizes[0], padded = sizes[1];

@@ -1,5 +1,4 @@
 // x [m][k] -> y [m][k]. One block a row. sizes: k. Constants: EPS (bits), THREADS.
-using namespace bitdraft;
 __shared__ float scratch[32];
 const int64_t row = blockIdx.x;
 const int k = sizes[0];

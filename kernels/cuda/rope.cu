@@ -1,6 +1,5 @@
 // qkv [m][QKV] -> rotated and scaled queries [m][Q], rotated keys and plain values [KV_HEADS][m][DIM].
 // One block a row. Constants: HEADS, KV_HEADS, DIM, SCALE (bits), THREADS. rows: m and the offset.
-using namespace bitdraft;
 constexpr int half = DIM / 2, width = (HEADS + 2 * KV_HEADS) * DIM;
 __shared__ float2 turns[half];
 const int row = blockIdx.x, m = rows[0], offset = rows[1];

@@ -4,9 +4,6 @@
 // order.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <stdint.h>
-
 #include "ptx.cuh"
 
 namespace bitdraft {

@@ -2,7 +2,6 @@
 // (with a gate: TILES of the gate and their partners). sizes: outputs, spans of inputs.
 // Constants: KIND, M, GATE (0, 1 relu2, 2 silu), RESIDUAL, TILES, THREADS, and
 // SLOTS of a warp's ring, which is the dynamic shared memory.
-using namespace bitdraft;
 constexpr int sets = GATE ? 2 : 1;
 using Stream = Product<KIND, M, SLOTS>;
 extern __shared__ __align__(128) uint8_t work[];

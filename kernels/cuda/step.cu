@@ -3,7 +3,6 @@
 // the number of the first exchange. `k_caches` and `v_caches` are arrays of pointers made by the caller
 // from inputs; the caches and the packets, though inputs, are written in place: nobody else holds them, and the next
 // step waits for `after`.
-using namespace bitdraft;
 using Model = ModelShape<KIND, HIDDEN, FFN, HEADS, KV_HEADS, DIM>;
 extern __shared__ __align__(128) uint8_t work[];
 __shared__ Stage stages[kProducts + 1];

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import ClassVar, Protocol
 
 import mlx.core as mx
 
 from kernels.cuda.launch import float_bits, launch
+from kernels.cuda.nvrtc import device_attribute
 from kernels.reference import SMALL_ROWS, AttentionShape, DenseWeight, Epilogue, Int8Weight, TernaryWeight, Weight
 
 THREADS = 512
@@ -35,15 +34,6 @@ class Layer(Protocol):
     attention_sub_norm: mx.array | None
     post_norm: mx.array
     ffn_sub_norm: mx.array | None
-
-
-@cache
-def device_attribute(attribute: int) -> int:
-    """An attribute of the GPU that MLX runs on (device 0), as the driver reports it."""
-    value = ctypes.c_int()
-    if ctypes.CDLL("libcuda.so.1").cuDeviceGetAttribute(ctypes.byref(value), attribute, 0) != 0:
-        raise OSError("the CUDA driver does not answer")
-    return value.value
 
 
 @dataclass

@@ -19,13 +19,14 @@ from arrays import close, normal, random_ternary, same_bits
 
 from kernels import cuda, reference
 from kernels.cuda import step
-from kernels.cuda.launch import FOLDER, header, kernel, text
+from kernels.cuda.launch import FOLDER, kernel, text
 from kernels.reference import AttentionShape, Epilogue, Weight
 
 if platform.system() != "Linux" or emulation.compiler() is None:
     pytest.skip("no g++ 12 or newer on Linux to emulate CUDA with", allow_module_level=True)
 
 RANDOM_ORDERS = (1, 2)
+LAUNCH = sys.modules["kernels.cuda.launch"]  # in the package, its name stands for the function
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +40,8 @@ def emulator(
 ) -> Iterator[cuda_emulator.Emulator]:
     """All launches go to the emulator: in a fixed order on four multiprocessors, until a test says otherwise."""
     session_emulator.seed, session_emulator.multiprocessors, session_emulator.resident = 0, 4, None
-    monkeypatch.setattr(mx.fast, "cuda_kernel", session_emulator.cuda_kernel)
+    monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", session_emulator.precompiled_cuda_kernel)
+    monkeypatch.setattr(LAUNCH, "machine_code", session_emulator.machine_code)
     monkeypatch.setattr(step, "device_attribute", lambda name: cuda_emulator.attribute(session_emulator, name))
     kernel.cache_clear()
     with mx.stream(mx.cpu):
@@ -366,12 +368,11 @@ def test_a_broken_kernel_is_noticed(
     whole = (folder / file).read_text()
     assert before in whole
     (folder / file).write_text(whole.replace(before, after))
-    # The module itself: in the package, its name stands for the function.
-    monkeypatch.setattr(sys.modules["kernels.cuda.launch"], "FOLDER", folder)
-    for cached in (text, header, kernel):
+    monkeypatch.setattr(LAUNCH, "FOLDER", folder)
+    for cached in (text, kernel):
         cached.cache_clear()
     try:
         assert fault in faults_of_a_step(emulator, expected)
     finally:
-        text.cache_clear()
-        header.cache_clear()
+        for cached in (text, kernel):
+            cached.cache_clear()

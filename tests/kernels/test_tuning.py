@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from kernels.errors import UserError
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(tuning.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
     yield tmp_path / "bitdraft" / "tuning.json"
 
 
@@ -36,7 +37,7 @@ def test_where_it_is_kept(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     assert tuning.path() == cache
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert tuning.path() == Path.home() / ".cache" / "bitdraft" / "tuning.json"
-    monkeypatch.setattr(tuning.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
     assert tuning.path() == Path.home() / "Library" / "Caches" / "bitdraft" / "tuning.json"
 
 

@@ -49,16 +49,6 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
-struct __nv_bfloat16 {
-  uint16_t bits;
-  operator float() const {
-    const uint32_t wide = uint32_t(bits) << 16;
-    float value;
-    std::memcpy(&value, &wide, 4);
-    return value;
-  }
-};
-
 namespace emulator {
 
 // Where the kernel's text calls something; as default arguments these name the caller.

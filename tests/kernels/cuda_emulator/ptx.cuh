@@ -1,6 +1,11 @@
 // What stands for kernels/cuda/ptx.cuh where the kernels are run by the emulator.
 namespace bitdraft {
 
+struct bfloat16 {
+  uint16_t bits;
+  operator float() const { return __uint_as_float(uint32_t(bits) << 16); }
+};
+
 inline uint4 stream16(const void* p, EMULATED_CALLER) {
   emulator::check(p, 16, emulator::Access::read_only, EMULATED_CALL);
   return *static_cast<const uint4*>(p);
