@@ -149,7 +149,8 @@ def self_test(candidate: Backend) -> str | None:
     """Compare BitLinear by bits with the reference, the float operations within TOLERANCE of it, and
     by bits the rows of a call with the same rows alone.
 
-    Returns None, or what is wrong with the first operation that fails. Costs a few milliseconds.
+    Returns None, or what is wrong with the first operation that fails. Costs a few milliseconds, and seconds where a
+    GPU's kernels are compiled for it.
     """
     return next((fault for _, fault in operation_faults(candidate) if fault is not None), None)
 
