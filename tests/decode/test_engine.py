@@ -13,8 +13,8 @@ from conftest import ROOT, TEACHER, environment
 
 from decode.checkpoint import find_model, find_teacher
 from decode.engine import ModelDrafter, Round, generate, margin_at
-from decode.model import Precision, Transformer
-from decode.prompts import Tokenizer, make_prompt
+from decode.model import KVCache, Precision, Transformer
+from decode.prompts import Prompt, Tokenizer, make_prompt
 from decode.sampling import Sampling
 from decode.session import Session
 from decode.statistics import Tally
@@ -399,6 +399,29 @@ def test_finish_reason_and_streamed_text(session: Session, monkeypatch: pytest.M
     monkeypatch.setattr(session.tokenizer, "end_tokens", frozenset({whole.tokens[at]}))
     ended = session.answer(prompt, ids, 0, speculative=True)
     assert ended.finish_reason == "stop" and ended.tokens == whole.tokens[: at + 1]
+
+
+@pytest.mark.parametrize("k", [3, 12])
+def test_warming_up_leaves_no_number_of_rows_to_the_timings(
+    weak_draft: Path, prompts: list[list[int]], k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPUs compile a kernel for each: also for the few rows with which a reply ends."""
+    taken: set[tuple[int, int]] = set()  # models and rows
+    step = Transformer._small_step
+
+    def noted(model: Transformer, tokens: list[int], cache: KVCache) -> mx.array:
+        taken.add((id(model), len(tokens)))
+        return step(model, tokens, cache)
+
+    monkeypatch.setattr(Transformer, "_small_step", noted)
+    for draft in (weak_draft, TEACHER):
+        session = Session(find_teacher(None), find_model(str(draft), "--draft"), k=k)
+        session.warm_up()
+        warm = set(taken)
+        for limit in range(1, 20):
+            session.answer(Prompt([], "1"), prompts[0], 0, speculative=limit % 3 > 0, limit=limit)
+        assert taken == warm
+        taken.clear()
 
 
 def test_prompts_are_checked_before_the_first_is_answered(session: Session) -> None:
