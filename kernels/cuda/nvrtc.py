@@ -6,6 +6,7 @@ import ctypes
 from functools import cache
 
 LIBRARIES = ("libnvrtc.so.13", "libnvrtc.so.12")  # whichever MLX's build has loaded
+OPTIONS = ("--std=c++17", "--device-as-default-execution-space")
 _COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 
 
@@ -71,7 +72,7 @@ def compile_text(text: str, name: str, target: str) -> bytes:
     nvrtc, program = library(), ctypes.c_void_p()
     _check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), f"{name}.cu".encode(), 0, None, None))
     try:
-        options = [b"--std=c++17", b"--device-as-default-execution-space", f"--gpu-architecture={target}".encode()]
+        options = [option.encode() for option in (*OPTIONS, f"--gpu-architecture={target}")]
         failed = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
         if failed:
             log = _result(program, "ProgramLog").decode(errors="replace")
