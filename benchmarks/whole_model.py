@@ -36,7 +36,7 @@ from decode.checkpoint import find_teacher
 from decode.engine import ModelDrafter, generate
 from decode.model import KVCache, Transformer
 from decode.plan import Costs, draft_bytes, teacher_bytes, tokens_per_verification
-from decode.sampling import Sampling, greedy_tokens
+from decode.sampling import Sampling
 from decode.shape import Shape
 from kernels import BitLinear, swap_bitlinear
 from kernels.backends import device_backend
@@ -120,7 +120,7 @@ def stock_step(folder: str, context: list[int]) -> Callable[[], None]:
     mx.eval(model(mx.array([context]), cache=cache))
 
     def step() -> None:
-        greedy_tokens(model(mx.array([context[:1]]), cache=cache)[0])
+        np.array(mx.argmax(model(mx.array([context[:1]]), cache=cache)[0], axis=-1))
         for layer_cache in cache:
             layer_cache.trim(1)
 
@@ -132,7 +132,7 @@ def step_of(model: Transformer, cache: KVCache, tokens: list[int], offset: int) 
 
     def step() -> None:
         cache.offset = offset
-        greedy_tokens(model.step(tokens, cache))
+        np.array(model.best_tokens(model.step(tokens, cache)))
 
     return step
 

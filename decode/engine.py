@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from decode.model import Transformer
-from decode.sampling import Sampling, accept, draw, greedy_tokens
+from decode.model import KVCache, Transformer
+from decode.sampling import Sampling, accept, draw
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Round:
     """What one verification emitted; times in seconds of wall clock.
 
     drafted counts only proposals that could have been emitted: none behind an end token, none
-    past the limit. draft_seconds end when the proposals are known; on a GPU the verification is queued by then.
+    past the limit. draft_seconds end when the proposals are computed; a greedy verification is queued by then.
     """
 
     tokens: list[int]
@@ -49,39 +49,25 @@ class ModelDrafter:
         self.rng = np.random.default_rng([self.seed, 1])
         self.model.prefill(prompt[:-1], self.cache)
 
-    def propose(self, sequence: list[int], k: int) -> tuple[list[int] | mx.array, np.ndarray]:
-        """Up to k tokens, none behind an end token; where they are sampled, with their distributions [k, vocab].
+    def propose(self, sequence: list[int], k: int) -> mx.array:
+        """The k tokens that follow greedily, uint32, still being computed: some of them may be behind an end token."""
+        return self.model.continuation(sequence[self.cache.offset :], self.cache, k)
 
-        Where steps are queued, k tokens as an array, uint32, that is not evaluated: then some may be behind an end.
-        """
-        if self.sampling.greedy and self.model.queues:
-            return self._queued(sequence, k), np.empty(0)
+    def sample(self, sequence: list[int], k: int) -> tuple[list[int], np.ndarray]:
+        """Up to k tokens, none behind an end token, and the distributions that they were drawn from, [k, vocab]."""
         feed = sequence[self.cache.offset :]
         drafted: list[int] = []
         distributions: list[np.ndarray] = []
         while len(drafted) < k:
-            logits = self.model.step(feed, self.cache)[-1:]
-            if self.sampling.greedy:
-                token = self.model.token_of(greedy_tokens(logits)[0])
-            else:
-                q = self.model.over_vocabulary(self.sampling.probabilities(np.array(logits))[0])
-                token = draw(q, self.rng)
-                distributions.append(q)
+            logits = np.array(self.model.step(feed, self.cache)[-1:])
+            q = self.model.over_vocabulary(self.sampling.probabilities(logits)[0])
+            token = draw(q, self.rng)
             drafted.append(token)
+            distributions.append(q)
             feed = [token]
             if token in self.end_tokens:
                 break
         return drafted, np.array(distributions)
-
-    def _queued(self, sequence: list[int], k: int) -> mx.array:
-        feed: list[int] | mx.array = sequence[self.cache.offset :]
-        # A cache that grew between two steps would be copied without waiting for the first to write to it.
-        self.cache.reserve(len(feed) + k)
-        tokens: list[mx.array] = []
-        for _ in range(k):
-            feed = self.model.best_tokens(self.model.step(feed, self.cache)[-1:])
-            tokens.append(feed)
-        return mx.concatenate(tokens)
 
     def confirm(self, sequence: list[int], accepted: int) -> None:
         """Drop rejected proposals: `sequence` is the text before them, of which `accepted` stay."""
@@ -119,45 +105,35 @@ def generate(
     queued: mx.array | None = None
 
     while room > 0:
-        began = time.perf_counter()
+        began = proposed = time.perf_counter()
         drafted: list[int] = []
-        q = np.empty(0)
-        verified: mx.array | None = None
         # The last token of all is always the teacher's own, so a proposal for it would be wasted.
         wanted = min(k, room - 1)
-        if drafter is not None and wanted > 0 and len(sequence) + wanted <= drafter.model.context:
-            proposals, q = drafter.propose(sequence, wanted)
-            if isinstance(proposals, mx.array):
-                # Verification is queued before the proposals are known, so that the GPU need not wait for the host.
-                mx.async_eval(proposals)
-                feed = mx.concatenate([mx.array(sequence[-1:], mx.uint32), proposals])
-                verified = teacher.best_tokens(teacher.step(feed, cache))
-                mx.async_eval(verified)
-                drafted = _upto_end(np.array(proposals).tolist(), end_tokens)
-            else:
-                drafted = proposals
-        proposed = time.perf_counter()
-        if queues:
+        fits = drafter is not None and wanted > 0 and len(sequence) + wanted <= drafter.model.context
+        proposer = drafter if fits else None
+        if not sampling.greedy:
+            q = np.empty(0)
+            if proposer is not None:
+                drafted, q = proposer.sample(sequence, wanted)
+                proposed = time.perf_counter()
+            logits = np.array(teacher.step([sequence[-1], *drafted], cache))
+            accepted, chosen = accept(drafted, q, sampling.probabilities(logits), rng)
+            emitted = [*drafted[:accepted], chosen]
+        elif proposer is not None:
+            proposals, own, proposed = _propose_and_verify(teacher, proposer, sequence, wanted, cache)
+            drafted = _upto_end(proposals, end_tokens)
+            accepted = next((i for i, drawn in enumerate(drafted) if drawn != own[i]), len(drafted))
+            emitted = [*drafted[:accepted], own[accepted]]
+        else:
             token = queued
             if token is None:
                 cache.reserve(2)  # both steps' rows, as a drafter's
                 token = teacher.best_tokens(teacher.step(sequence[-1:], cache))
             queued = None
-            if room > 1:
+            if queues and room > 1:
                 queued = teacher.best_tokens(teacher.step(token, cache))
                 mx.async_eval(queued)
             accepted, emitted = 0, np.array(token).tolist()
-        elif sampling.greedy:
-            if verified is None:
-                own = greedy_tokens(teacher.step([sequence[-1], *drafted], cache))
-            else:
-                own = np.array(verified).tolist()
-            accepted = next((i for i, drawn in enumerate(drafted) if drawn != own[i]), len(drafted))
-            emitted = [*drafted[:accepted], own[accepted]]
-        else:
-            logits = np.array(teacher.step([sequence[-1], *drafted], cache))
-            accepted, chosen = accept(drafted, q, sampling.probabilities(logits), rng)
-            emitted = [*drafted[:accepted], chosen]
         emitted = _upto_end(emitted, end_tokens)
         ended = emitted[-1] in end_tokens
         counted = min(len(drafted), len(emitted)) if ended else len(drafted)
@@ -172,6 +148,28 @@ def generate(
         prefill_seconds = 0.0
         if ended:
             return
+
+
+def _propose_and_verify(
+    teacher: Transformer, drafter: ModelDrafter, sequence: list[int], k: int, cache: KVCache
+) -> tuple[list[int], list[int], float]:
+    """k proposals, the teacher's k + 1 choices, and when (`time.perf_counter`) the proposals had been computed.
+
+    Verification is queued before the host knows the proposals, so that the device need not wait for it.
+    """
+    proposals = drafter.propose(sequence, k)
+    clock = teacher.ops.clock(proposals)
+    mx.async_eval(proposals if clock is None else clock)
+    feed = mx.concatenate([mx.array(sequence[-1:], mx.uint32), proposals])
+    own = teacher.best_tokens(teacher.step(feed, cache))
+    mx.async_eval(own)
+    if clock is None:
+        mx.eval(proposals)
+        proposed = time.perf_counter()
+    else:  # a host without an idle core would learn of the proposals late
+        mx.eval(own)
+        proposed = 1e-9 * int(np.array(clock))
+    return np.array(proposals).tolist(), np.array(own).tolist(), proposed
 
 
 def _upto_end(tokens: list[int], end_tokens: frozenset[int]) -> list[int]:

@@ -114,9 +114,12 @@ class Transformer:
         float_head = self.embedding if args.tie_word_embeddings else float_weight(model.lm_head)
         # The ids that the head's rows stand for, where it is trimmed (decode.trimmed).
         self.kept: np.ndarray | None = None
+        self._kept_ids: mx.array | None = None
         if "kept" in model:
             self.kept = check_kept(model.kept, self.vocab_size)
-            float_head = float_head[mx.array(self.kept)]
+            self._kept_ids = mx.array(self.kept, mx.uint32)
+            mx.eval(self._kept_ids)
+            float_head = float_head[self._kept_ids]
         self.head: DenseWeight | Int8Weight = (
             self.ops.prepare_int8(float_head) if head == "int8" else self.ops.prepare_dense(float_head)
         )
@@ -124,7 +127,8 @@ class Transformer:
         self.final_norm = model.model.norm.weight.astype(mx.float32)
         self.layers = [self._layer(block) for block in model.layers]
         mx.eval(self.embedding, self.final_norm)
-        # Whether a step may be queued before its tokens are known. On a CPU it would compete with the step before.
+        # Whether plain decoding queues a step before its token is known. On a CPU the host's share of the work would
+        # compete with the step before.
         self.queues = device_backend() != "cpu"
         self.whole_step = self.ops.whole_step(
             layers=self.layers,
@@ -163,17 +167,13 @@ class Transformer:
         weight = mx.concatenate([float_weight(part) for part in parts])
         return self.ops.prepare_int8(weight) if self._precision == "int8" else self.ops.prepare_dense(weight)
 
-    def token_of(self, row: int) -> int:
-        """The id that a row of the head stands for."""
-        return row if self.kept is None else int(self.kept[row])
-
     def best_tokens(self, logits: mx.array) -> mx.array:
         """The id of each row's highest logit, the lowest among equals.
 
         float32 [m, vocab] -> uint32 [m], not evaluated.
         """
-        best = mx.argmax(logits, axis=-1)
-        return best if self.kept is None else mx.array(self.kept, mx.uint32)[best]
+        best = self.ops.argmax(logits)
+        return best if self._kept_ids is None else self._kept_ids[best]
 
     def over_vocabulary(self, p: np.ndarray) -> np.ndarray:
         """A distribution over the head's rows, float64 [v], as one over all ids, [vocab_size]: zero for the others."""
@@ -189,14 +189,35 @@ class Transformer:
     def step(self, tokens: list[int] | np.ndarray | mx.array, cache: KVCache) -> mx.array:
         """Logits of each of a few new tokens; a token's bits are the same alone or among others.
 
-        tokens: m ids; where `queues` holds, also an array of them that is not evaluated. Returns float32
-        [m, vocab], one logit a row of the head; the cache moves on by m. More than eight rows are run in groups
-        of eight.
+        tokens: m ids, or an array of them that may still be computed. Returns float32 [m, vocab], one logit a
+        row of the head; the cache moves on by m. More than eight rows are run in groups of eight.
         """
         cache.reserve(len(tokens))
         groups = [tokens[i : i + SMALL_ROWS] for i in range(0, len(tokens), SMALL_ROWS)]
         logits = [self._small_step(group, cache) for group in groups]
         return logits[0] if len(logits) == 1 else mx.concatenate(logits)
+
+    def continuation(self, tokens: list[int], cache: KVCache, count: int) -> mx.array:
+        """The `count` tokens that follow `tokens` greedily, uint32, still being computed.
+
+        tokens: at most eight ids. The cache moves on by all of them and all choices but the last.
+        """
+        # A cache that grew between two steps would be copied without waiting for the first to write to it.
+        rows = len(tokens) + count - 1
+        cache.reserve(rows)
+        if self.whole_step is not None:
+            chosen = self.whole_step.continuation(tokens, cache.keys, cache.values, cache.offset, count, self._kept_ids)
+            if chosen is not None:
+                cache.offset += rows
+                mx.async_eval(chosen)
+                return chosen
+        feed: list[int] | mx.array = tokens
+        choices: list[mx.array] = []
+        for _ in range(count):
+            feed = self.best_tokens(self.step(feed, cache)[-1:])
+            mx.async_eval(feed)  # runs while the next one is put together
+            choices.append(feed)
+        return mx.concatenate(choices)
 
     def _small_step(self, tokens: list[int] | np.ndarray | mx.array, cache: KVCache) -> mx.array:
         if self.whole_step is not None:

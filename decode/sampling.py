@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import mlx.core as mx
 import numpy as np
 
 from kernels import UserError
@@ -51,11 +50,6 @@ class Sampling:
             np.put_along_axis(p, order, ordered, -1)
             p /= p.sum(-1, keepdims=True)
         return p
-
-
-def greedy_tokens(logits: mx.array) -> list[int]:
-    """argmax of each row, the lowest id among equals. float32 [m, vocab] -> m ids."""
-    return [int(token) for token in np.array(mx.argmax(logits, axis=-1))]
 
 
 def draw(p: np.ndarray, rng: np.random.Generator) -> int:

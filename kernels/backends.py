@@ -28,6 +28,16 @@ class WholeStep(Protocol):
         self, tokens: Sequence[int] | mx.array, keys: list[mx.array], values: list[mx.array], offset: int
     ) -> mx.array: ...
 
+    def continuation(
+        self,
+        tokens: Sequence[int],
+        keys: list[mx.array],
+        values: list[mx.array],
+        offset: int,
+        count: int,
+        kept: mx.array | None,
+    ) -> mx.array | None: ...
+
     def share_weights(self, layers: Sequence[Any]) -> list[Any]: ...
 
 
@@ -70,6 +80,10 @@ class Backend(Protocol):
     def attention_batch(
         self, qkv: mx.array, k_cache: mx.array, v_cache: mx.array, positions: mx.array, shape: AttentionShape
     ) -> tuple[mx.array, mx.array, mx.array]: ...
+
+    def argmax(self, x: mx.array) -> mx.array: ...
+
+    def clock(self, x: mx.array) -> mx.array | None: ...
 
     def whole_step(
         self,

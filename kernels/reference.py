@@ -261,6 +261,15 @@ def attention_batch(
     return out.reshape(s, -1), k_cache, v_cache
 
 
+def argmax(x: mx.array) -> mx.array:
+    """The index of each row's highest value, the lowest among equals. float32 [m, n] -> uint32 [m]."""
+    return mx.argmax(x, axis=-1)
+
+
+def clock(x: mx.array) -> mx.array | None:
+    """When x had been computed, as an operation behind it, where a device's clock is the host's; here it is not."""
+
+
 def whole_step(**model: object) -> None:
     """A whole decoding step as one operation, where a backend has that; this one has not."""
 

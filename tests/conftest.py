@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,10 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlx.core as mx
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TEACHER = ROOT / "checkpoints" / "bitnet-smol-43m"
+SHIPPED = ROOT / "checkpoints" / "bitnet-smol-43m-draft"
 
 Command = Callable[..., "Result"]
 
@@ -96,4 +100,16 @@ def changed_copy(source: Path, target: Path, **replaced: bytes | None) -> Path:
     for name, content in new.items():
         if content is not None:
             (target / name).write_bytes(content)
+    return target
+
+
+def trimmed_copy(source: Path, target: Path, kept: np.ndarray) -> Path:
+    """A draft's folder whose head knows some ids only. kept: int32 [v], ascending."""
+    from decode import trimmed
+
+    config = json.loads((source / "config.json").read_text())
+    config |= {"model_type": trimmed.MODEL_TYPE, trimmed.SIZE: len(kept)}
+    changed_copy(source, target, config__json=json.dumps(config).encode(), model__safetensors=None, draft__json=None)
+    weights = dict(mx.load(str(source / "model.safetensors")))  # type: ignore[arg-type]
+    mx.save_safetensors(str(target / "model.safetensors"), weights | {"kept": mx.array(kept)}, {"format": "mlx"})
     return target

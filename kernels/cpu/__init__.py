@@ -135,6 +135,16 @@ def attention_packed(qkv: mx.array, document: np.ndarray, shape: AttentionShape)
     return mx.concatenate(outputs).reshape(b, t, -1)
 
 
+def argmax(x: mx.array) -> mx.array:
+    """As `reference.argmax`."""
+    return _native.argmax(x)
+
+
+def clock(x: mx.array) -> mx.array:
+    """When x had been computed: `time.perf_counter_ns`, int64, not evaluated."""
+    return _native.clock(x)
+
+
 class WholeStep:
     """A decoding step of 1..8 tokens as one operation, with the bits of the single ones.
 
@@ -185,10 +195,31 @@ class WholeStep:
         tokens: m <= 8 ids, or an array of them; keys, values: a layer's float32 [kv_heads, capacity, head_dim]
         each, with offset + m <= capacity. Updated in place when nobody else holds them, as in `attention`.
         """
-        ids = tokens.astype(mx.int32) if isinstance(tokens, mx.array) else mx.array(list(tokens), mx.int32)
-        logits, *caches = _native.step(self._model, ids, [*keys, *values], offset)
+        logits, *caches = _native.step(self._model, _ids(tokens), [*keys, *values], offset)
         keys[:], values[:] = caches[: len(keys)], caches[len(keys) :]
         return logits
+
+    def continuation(
+        self,
+        tokens: Sequence[int],
+        keys: list[mx.array],
+        values: list[mx.array],
+        offset: int,
+        count: int,
+        kept: mx.array | None,
+    ) -> mx.array:
+        """The `count` tokens that follow greedily, uint32: steps over `tokens`, and over each choice but the last.
+
+        kept: the ids that a trimmed head's rows stand for, uint32, evaluated. Else as a call; one operation, since MLX
+        holds the caches of a step until it has run, so that one queued behind it would copy them.
+        """
+        chosen, *caches = _native.continuation(self._model, _ids(tokens), [*keys, *values], offset, count, kept)
+        keys[:], values[:] = caches[: len(keys)], caches[len(keys) :]
+        return chosen
+
+
+def _ids(tokens: Sequence[int] | mx.array) -> mx.array:
+    return tokens.astype(mx.int32) if isinstance(tokens, mx.array) else mx.array(list(tokens), mx.int32)
 
 
 whole_step = WholeStep

@@ -276,4 +276,6 @@ def attention(
 
 attention_batch = reference.attention_batch
 attention_packed = reference.attention_packed
+argmax = reference.argmax
+clock = reference.clock
 whole_step = WholeStep.of

@@ -238,6 +238,9 @@ class WholeStep:
         WholeStep.after = logits
         return logits
 
+    def continuation(self, *arguments: object) -> None:
+        """Several steps as one operation, which this backend has not."""
+
 
 def _packets(words: int) -> int:
     return -(-words // 3)

@@ -92,10 +92,10 @@ class Oracle:
     def start(self, prompt: list[int]) -> None:
         self.truth = prompt
 
-    def propose(self, sequence: list[int], k: int) -> tuple[list[int], np.ndarray]:
+    def propose(self, sequence: list[int], k: int) -> mx.array:
         at = len(sequence) - self.prompt
         self.asked.append(k)
-        return self.reply[at : at + k], np.empty(0)
+        return mx.array(self.reply[at : at + k], mx.uint32)
 
     def confirm(self, sequence: list[int], accepted: int) -> None:
         pass
@@ -231,13 +231,15 @@ def test_end_token_stops_and_nothing_behind_it_counts(teacher: Transformer, prom
     assert (rounds[0].drafted, rounds[0].accepted) == (at + 1, at)
 
 
-def test_a_model_drafter_stops_at_an_end_token(teacher: Transformer, prompts: list[list[int]]) -> None:
-    prompt = prompts[0]
-    plain = said(speak(teacher, prompt))
-    at = next(i for i in range(2, 40) if plain[i] not in plain[:i])
-    drafter = ModelDrafter(teacher, Sampling(), frozenset({plain[at]}), 0)
-    drafter.start(prompt)
-    assert drafter.propose(list(prompt), at + 5)[0] == plain[: at + 1]
+def test_a_draft_that_samples_stops_at_an_end_token(teacher: Transformer, prompts: list[list[int]]) -> None:
+    drafter = ModelDrafter(teacher, Sampling(temperature=1.0), NEVER, 0)
+    drafter.start(prompts[0])
+    drafted, _ = drafter.sample(list(prompts[0]), 9)
+    assert len(drafted) == 9
+    end = drafted[4]
+    drafter = ModelDrafter(teacher, Sampling(temperature=1.0), frozenset({end}), 0)
+    drafter.start(prompts[0])
+    assert drafter.sample(list(prompts[0]), 9)[0] == drafted[: drafted.index(end) + 1]
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 3, 5, 8])

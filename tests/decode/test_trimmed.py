@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import TEACHER, changed_copy
+from conftest import SHIPPED, TEACHER, trimmed_copy
 
-from decode import trimmed as trimmed_heads
 from decode.checkpoint import find_model, find_teacher
 from decode.engine import ModelDrafter, generate
 from decode.model import Transformer
@@ -18,7 +16,6 @@ from decode.prompts import Tokenizer, make_prompt
 from decode.sampling import Sampling
 from decode.session import Session
 
-SHIPPED = TEACHER.with_name(f"{TEACHER.name}-draft")
 VOCAB = 16_384
 NEVER: frozenset[int] = frozenset()
 
@@ -35,13 +32,7 @@ def kept() -> np.ndarray:
 @pytest.fixture(scope="module")
 def folder(kept: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped draft, its head trimmed."""
-    out = tmp_path_factory.mktemp("drafts") / "trimmed"
-    config = json.loads((SHIPPED / "config.json").read_text())
-    config |= {"model_type": trimmed_heads.MODEL_TYPE, trimmed_heads.SIZE: len(kept)}
-    changed_copy(SHIPPED, out, config__json=json.dumps(config).encode(), model__safetensors=None, draft__json=None)
-    weights = dict(mx.load(str(SHIPPED / "model.safetensors")))  # type: ignore[arg-type]
-    mx.save_safetensors(str(out / "model.safetensors"), weights | {"kept": mx.array(kept)}, {"format": "mlx"})
-    return out
+    return trimmed_copy(SHIPPED, tmp_path_factory.mktemp("drafts") / "trimmed", kept)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +73,7 @@ def test_what_it_samples_from_is_zero_outside_its_tokens(
 ) -> None:
     drafter = ModelDrafter(trimmed, Sampling(temperature=1.0, **options), NEVER, 0)  # type: ignore[arg-type]
     drafter.start(prompt)
-    drafted, q = drafter.propose(prompt, 8)
+    drafted, q = drafter.sample(prompt, 8)
     assert q.shape == (8, VOCAB) and np.allclose(q.sum(axis=1), 1)
     assert not np.delete(q, kept, axis=1).any()
     assert set(drafted) <= set(kept.tolist()) and (q[np.arange(8), drafted] > 0).all()

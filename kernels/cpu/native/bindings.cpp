@@ -49,12 +49,16 @@ NB_MODULE(_native, m) {
         "kv_heads"_a, "inverse_frequency"_a, "scale"_a);
   m.def("attention_batch", &bitdraft::attention_batch, "qkv"_a, "k_cache"_a, "v_cache"_a, "positions"_a,
         "heads"_a, "kv_heads"_a, "inverse_frequency"_a, "scale"_a);
+  m.def("argmax", &bitdraft::argmax, "x"_a);
+  m.def("clock", &bitdraft::clock, "x"_a);
   nb::class_<bitdraft::StepModel>(m, "StepModel");
   m.def("step_model", &bitdraft::step_model, "embedding"_a, "inverse_frequency"_a, "heads"_a, "kv_heads"_a,
         "scale"_a, "epilogue"_a, "eps"_a);
   m.def("add_linear", &bitdraft::add_linear, "model"_a, "data"_a, "scale"_a.none(), "n"_a, "k"_a,
         "norm"_a.none());
   m.def("step", &bitdraft::step, "model"_a, "tokens"_a, "caches"_a, "offset"_a);
+  m.def("continuation", &bitdraft::continuation, "model"_a, "tokens"_a, "caches"_a, "offset"_a, "count"_a,
+        "kept"_a.none());
   m.def("isa", [] { return std::string(bitdraft::kernels().name); });
   m.def("available_isas", &bitdraft::available_isas);
   m.def("select_isa", &bitdraft::select_isa, "name"_a);

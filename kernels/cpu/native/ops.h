@@ -45,6 +45,10 @@ std::vector<mx::array> attention_batch(const mx::array& qkv, const mx::array& k_
                                        const mx::array& v_cache, const mx::array& positions, int heads,
                                        int kv_heads, const mx::array& inverse_frequency, float scale);
 
+mx::array argmax(const mx::array& x);
+// Nanoseconds of the steady clock when x had been computed, int64.
+mx::array clock(const mx::array& x);
+
 // Points libmlx's sgemm, dgemm and cgemm at the OpenBLAS in `path`; returns the slots written.
 int install_blas(const std::string& path);
 bool blas_installed();
@@ -61,6 +65,9 @@ inline void require(bool holds, const char* message) {
     throw std::invalid_argument(message);
   }
 }
+
+// The lowest index of the highest value; 0 where there is none (NaN).
+uint32_t best_index(const float* x, int64_t n);
 
 inline mx::array as_float(const mx::array& a) {
   return a.dtype() == mx::float32 ? a : mx::astype(a, mx::float32);

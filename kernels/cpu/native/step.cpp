@@ -5,7 +5,7 @@
 namespace bitdraft {
 namespace {
 
-enum Slot { kStep = 4 };
+enum Slot { kStates = 4, kLogits = 5 };
 
 // y = linear(x), gated if `gated`; residual may be null.
 void apply(const Kernels& set, const StepModel& model, const Linear& linear, const float* x, int64_t m, bool gated,
@@ -39,37 +39,49 @@ void embed(const mx::array& embedding, int token, float* x) {
   }
 }
 
-// caches: keys of each layer, then values of each, every one of `capacity` positions.
-void run(const StepModel& model, int offset, const mx::array& tokens, const std::vector<float*>& caches,
-         int64_t capacity, float* logits) {
+// The caches' memory: the keys of each layer, then the values of each.
+struct Caches {
+  std::vector<float*> data;
+  int64_t capacity;
+};
+
+// Runs the layers over m tokens at an offset. Returns the last states, [m][hidden], in scratch memory.
+float* run_layers(const StepModel& model, const int32_t* tokens, int64_t m, int offset, const Caches& caches) {
   const Kernels& set = kernels();
-  const int64_t m = tokens.shape(0), hidden = model.hidden();
+  const int64_t hidden = model.hidden();
   const Linear* linear = model.linears.data();
   const int64_t qkv_width = linear[0].n, attended_width = linear[1].k, gated_width = linear[2].n / 2;
-  float* x = scratch_floats(kStep, m * (2 * hidden + qkv_width + attended_width + gated_width));
+  float* x = scratch_floats(kStates, m * (2 * hidden + qkv_width + attended_width + gated_width));
   float *next = x + m * hidden, *qkv = next + m * hidden, *attended = qkv + m * qkv_width,
         *h = attended + m * attended_width;
   for (int64_t i = 0; i < m; i++) {
-    embed(model.embedding, tokens.data<int32_t>()[i * tokens.strides(0)], x + i * hidden);
+    embed(model.embedding, tokens[i], x + i * hidden);
   }
   for (size_t layer = 0; layer < model.layers(); layer++, linear += 4) {
     apply(set, model, linear[0], x, m, false, nullptr, qkv);
     attend_rows(model.heads, offset, Matrix<float>(qkv, m, qkv_width), model.inverse_frequency.data<float>(),
-                caches[layer], caches[model.layers() + layer], capacity, attended);
+                caches.data[layer], caches.data[model.layers() + layer], caches.capacity, attended);
     apply(set, model, linear[1], attended, m, false, x, next);
     apply(set, model, linear[2], next, m, true, nullptr, h);
     apply(set, model, linear[3], h, m, false, next, x);
   }
-  apply(set, model, *linear, x, m, false, nullptr, logits);
+  return x;
 }
 
-class Step : public CpuPrimitive {
- public:
-  Step(mx::Stream stream, std::shared_ptr<StepModel> model, int offset)
-      : CpuPrimitive(stream), model_(std::move(model)), offset_(offset) {}
-  DEFINE_NAME(BitdraftStep)
+void run_head(const StepModel& model, const float* states, int64_t m, float* logits) {
+  apply(kernels(), model, model.linears.back(), states, m, false, nullptr, logits);
+}
 
-  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+// What a step and a chain of steps have in common: tokens and caches in, one array and the caches out.
+class OverCaches : public CpuPrimitive {
+ public:
+  OverCaches(mx::Stream stream, std::shared_ptr<StepModel> model, int offset)
+      : CpuPrimitive(stream), model_(std::move(model)), offset_(offset) {}
+
+ protected:
+  // Runs body(tokens, caches, out[0]) once the caches are the outputs' own.
+  template <class Body>
+  void dispatch_over_caches(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, Body body) {
     allocate(outputs[0]);
     drop_spare_inputs(inputs, outputs);
     std::vector<size_t> copied;
@@ -78,23 +90,96 @@ class Step : public CpuPrimitive {
         copied.push_back(i);
       }
     }
-    dispatch(inputs, outputs,
-             [model = model_, offset = offset_, copied](std::vector<mx::array>& in, std::vector<mx::array>& out) {
-               for (size_t i : copied) {
-                 copy_cache(in[i], out[i]);
-               }
-               std::vector<float*> caches;
-               for (size_t i = 1; i < out.size(); i++) {
-                 caches.push_back(out[i].data<float>());
-               }
-               run(*model, offset, in[0], caches, out[1].shape(1), out[0].data<float>());
-             });
+    dispatch(inputs, outputs, [copied, body](std::vector<mx::array>& in, std::vector<mx::array>& out) {
+      for (size_t i : copied) {
+        copy_cache(in[i], out[i]);
+      }
+      Caches caches{{}, out[1].shape(1)};
+      for (size_t i = 1; i < out.size(); i++) {
+        caches.data.push_back(out[i].data<float>());
+      }
+      std::vector<int32_t> tokens(in[0].size());
+      for (size_t i = 0; i < tokens.size(); i++) {
+        tokens[i] = in[0].data<int32_t>()[static_cast<int64_t>(i) * in[0].strides(0)];
+      }
+      body(tokens, caches, out[0]);
+    });
   }
 
- private:
   std::shared_ptr<StepModel> model_;
   int offset_;
 };
+
+class Step : public OverCaches {
+ public:
+  using OverCaches::OverCaches;
+  DEFINE_NAME(BitdraftStep)
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    dispatch_over_caches(inputs, outputs, [model = model_, offset = offset_](const std::vector<int32_t>& tokens,
+                                                                             const Caches& caches, mx::array& logits) {
+      const auto m = static_cast<int64_t>(tokens.size());
+      run_head(*model, run_layers(*model, tokens.data(), m, offset, caches), m, logits.data<float>());
+    });
+  }
+};
+
+class Continuation : public OverCaches {
+ public:
+  Continuation(mx::Stream stream, std::shared_ptr<StepModel> model, int offset, MaybeArray kept)
+      : OverCaches(stream, std::move(model), offset), kept_(std::move(kept)) {}
+  DEFINE_NAME(BitdraftContinuation)
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    dispatch_over_caches(inputs, outputs, [model = model_, offset = offset_, kept = kept_](
+                                              const std::vector<int32_t>& tokens, const Caches& caches,
+                                              mx::array& chosen) {
+      float* logits = scratch_floats(kLogits, model->linears.back().n);
+      const int32_t* feed = tokens.data();
+      int64_t m = static_cast<int64_t>(tokens.size());
+      int at = offset;
+      for (int64_t i = 0; i < chosen.shape(0); i++) {
+        const float* states = run_layers(*model, feed, m, at, caches);
+        run_head(*model, states + (m - 1) * model->hidden(), 1, logits);
+        const uint32_t best = best_index(logits, model->linears.back().n);
+        at += static_cast<int>(m);
+        chosen.data<uint32_t>()[i] = kept ? kept->data<uint32_t>()[best] : best;
+        feed = reinterpret_cast<int32_t*>(chosen.data<uint32_t>()) + i;
+        m = 1;
+      }
+    });
+  }
+
+ private:
+  MaybeArray kept_;
+};
+
+// Checks the arguments, and makes the operation's outputs: an array of this shape and dtype, and the new caches.
+// rows: how many are written to the caches.
+template <class Operation, class... Options>
+std::vector<mx::array> over_caches(const std::shared_ptr<StepModel>& model, const mx::array& tokens,
+                                   const std::vector<mx::array>& caches, int offset, int rows,
+                                   const mx::Shape& shape, mx::Dtype dtype, const Options&... options) {
+  const Heads& h = model->heads;
+  require(model->linears.size() % 4 == 1, "a model has four linear layers a layer, and a head");
+  require(tokens.ndim() == 1 && tokens.dtype() == mx::int32 && tokens.size() > 0 && tokens.shape(0) <= kSmallRows,
+          "tokens must be int32 [m], m <= 8");
+  require(caches.size() == 2 * model->layers(), "a layer has two caches");
+  std::vector<mx::Shape> shapes{shape};
+  std::vector<mx::Dtype> dtypes{dtype};
+  std::vector<mx::array> inputs{tokens};
+  for (const mx::array& cache : caches) {
+    require(cache.ndim() == 3 && cache.dtype() == mx::float32 && cache.shape() == caches[0].shape() &&
+                cache.shape(0) == h.kv_heads && cache.shape(2) == h.d,
+            "every cache must be float32 [kv_heads, capacity, d]");
+    shapes.push_back(cache.shape());
+    dtypes.push_back(mx::float32);
+    inputs.push_back(cache);
+  }
+  require(offset >= 0 && offset + rows <= caches[0].shape(1), "the new rows do not fit the cache");
+  const auto operation = std::make_shared<Operation>(cpu_stream(), model, offset, options...);
+  return mx::array::make_arrays(std::move(shapes), dtypes, operation, inputs);
+}
 
 }  // namespace
 
@@ -122,23 +207,19 @@ void add_linear(StepModel& model, const mx::array& data, const MaybeArray& scale
 
 std::vector<mx::array> step(const std::shared_ptr<StepModel>& model, const mx::array& tokens,
                             const std::vector<mx::array>& caches, int offset) {
-  const Heads& h = model->heads;
-  require(model->linears.size() % 4 == 1, "a model has four linear layers a layer, and a head");
-  require(tokens.ndim() == 1 && tokens.dtype() == mx::int32 && tokens.shape(0) <= kSmallRows,
-          "tokens must be int32 [m], m <= 8");
-  require(caches.size() == 2 * model->layers(), "a layer has two caches");
-  std::vector<mx::Shape> shapes{{tokens.shape(0), model->linears.back().n}};
-  std::vector<mx::array> inputs{tokens};
-  for (const mx::array& cache : caches) {
-    require(cache.ndim() == 3 && cache.dtype() == mx::float32 && cache.shape() == caches[0].shape() &&
-                cache.shape(0) == h.kv_heads && cache.shape(2) == h.d,
-            "every cache must be float32 [kv_heads, capacity, d]");
-    shapes.push_back(cache.shape());
-    inputs.push_back(cache);
-  }
-  require(offset >= 0 && offset + tokens.shape(0) <= caches[0].shape(1), "the new rows do not fit the cache");
-  return mx::array::make_arrays(shapes, std::vector<mx::Dtype>(shapes.size(), mx::float32),
-                                std::make_shared<Step>(cpu_stream(), model, offset), inputs);
+  const int m = static_cast<int>(tokens.size());
+  return over_caches<Step>(model, tokens, caches, offset, m, {m, model->linears.back().n}, mx::float32);
+}
+
+std::vector<mx::array> continuation(const std::shared_ptr<StepModel>& model, const mx::array& tokens,
+                                    const std::vector<mx::array>& caches, int offset, int count,
+                                    const MaybeArray& kept) {
+  require(count > 0, "at least one token must be asked for");
+  require(!kept || (kept->ndim() == 1 && kept->dtype() == mx::uint32 && kept->is_available() &&
+                    kept->flags().row_contiguous && kept->shape(0) == model->linears.back().n),
+          "kept must be uint32, evaluated, one id a row of the head");
+  const int rows = static_cast<int>(tokens.size()) + count - 1;
+  return over_caches<Continuation>(model, tokens, caches, offset, rows, {count}, mx::uint32, kept);
 }
 
 }  // namespace bitdraft

@@ -33,9 +33,15 @@ std::shared_ptr<StepModel> step_model(const mx::array& embedding, const mx::arra
 void add_linear(StepModel& model, const mx::array& data, const MaybeArray& scale, int n, int k,
                 const MaybeArray& norm);
 
+
 // tokens: int32 [m], m <= 8; caches: float32 [kv_heads, capacity, d], the keys of each layer, then the values of each.
 // Returns the logits, float32 [m, vocab], and the caches.
 std::vector<mx::array> step(const std::shared_ptr<StepModel>& model, const mx::array& tokens,
                             const std::vector<mx::array>& caches, int offset);
+// Steps that choose the highest logit's token, each over the token before: `count` tokens, uint32, and the caches.
+// kept: uint32, evaluated, the ids that a trimmed head's rows stand for.
+std::vector<mx::array> continuation(const std::shared_ptr<StepModel>& model, const mx::array& tokens,
+                                    const std::vector<mx::array>& caches, int offset, int count,
+                                    const MaybeArray& kept);
 
 }  // namespace bitdraft

@@ -1,0 +1,110 @@
+"""What the native CPU backend does for decoding beside products: choices of tokens, their time, chains of steps."""
+
+import platform
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from arrays import normal, same_bits
+from conftest import SHIPPED, trimmed_copy
+
+from kernels import reference
+
+if platform.system() != "Linux":
+    pytest.skip("the native CPU backend is built on Linux only", allow_module_level=True)
+
+from decode.checkpoint import find_model
+from decode.model import Transformer
+from kernels import cpu
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 100, 16384])
+def test_argmax_equals_the_reference(n: int) -> None:
+    for m in (1, 2, 8):
+        x = normal(m, n, seed=m)
+        coarse = mx.round(x)  # many equals, of which the lowest index counts
+        for rows in (x, coarse, -mx.abs(coarse), x[:, ::-1], x.T, mx.broadcast_to(x[:1], (3, n))):
+            best = cpu.argmax(rows)
+            assert best.dtype == mx.uint32 and best.tolist() == reference.argmax(rows).tolist()
+
+
+def test_argmax_takes_the_lowest_of_infinite_values() -> None:
+    x = np.full((3, 40), -np.inf, np.float32)
+    x[1, [7, 30]] = np.inf
+    x[2, 39] = -1e38
+    assert cpu.argmax(mx.array(x)).tolist() == reference.argmax(mx.array(x)).tolist() == [0, 7, 39]
+
+
+def test_argmax_refuses_what_has_no_rows_of_floats() -> None:
+    for x in (mx.zeros((3,)), mx.zeros((3, 0)), mx.zeros((2, 2), mx.int32)):
+        with pytest.raises(ValueError, match=r"float32 \[m, n\]"):
+            cpu.argmax(x)
+
+
+def test_the_clock_tells_when_an_array_was_computed_and_not_what_came_after() -> None:
+    """Its time is the host's, between those at which the host queued the work and saw it done."""
+    x = normal(300, 300)
+    before = time.perf_counter_ns()
+    first = cpu.clock(x @ x)
+    mx.async_eval(first)
+    last = cpu.clock(x @ x @ x)
+    mx.eval(last)
+    after = time.perf_counter_ns()
+    assert before < int(np.array(first)) < int(np.array(last)) < after
+
+
+@pytest.fixture(params=[None, 100], ids=["whole", "trimmed"])
+def draft(request: pytest.FixtureRequest, tmp_path: Path) -> Transformer:
+    folder = SHIPPED
+    if request.param:
+        kept = np.random.default_rng(5).choice(16_384, request.param, replace=False)
+        folder = trimmed_copy(SHIPPED, tmp_path / "trimmed", np.sort(kept).astype(np.int32))
+    return find_model(str(folder), "--draft").load("int8", "int8")
+
+
+@pytest.mark.parametrize("given", [1, 2, 8])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_continuation_has_the_tokens_and_caches_of_single_steps(draft: Transformer, given: int, count: int) -> None:
+    prompt = np.random.default_rng(1).integers(0, 16_384, 20 + given).tolist()
+    results = []
+    for whole in (draft.whole_step, None):
+        draft.whole_step = whole
+        cache = draft.new_cache()
+        draft.prefill(prompt[:20], cache)
+        tokens = draft.continuation(prompt[20:], cache, count)
+        assert tokens.dtype == mx.uint32 and cache.offset == 20 + given + count - 1
+        results.append([tokens, *(array[:, : cache.offset] for array in (*cache.keys, *cache.values))])
+    assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+    assert count < 5 or len(set(results[0][0].tolist())) > 1
+
+
+def test_a_continuation_writes_to_one_cache(draft: Transformer) -> None:
+    """Copies of it take longer than the steps, and memory."""
+    cache = draft.new_cache()
+    cache.reserve(8192)
+    draft.prefill([1, 2, 3], cache)
+    whole = sum(array.nbytes for array in (*cache.keys, *cache.values))
+    mx.reset_peak_memory()
+    base = mx.get_active_memory()
+    for _ in range(3):
+        mx.eval(draft.continuation([4], cache, 5))
+    assert mx.get_peak_memory() - base < whole / 8
+
+
+def test_a_continuation_refuses_what_does_not_fit(draft: Transformer) -> None:
+    step, cache = draft.whole_step, draft.new_cache()
+    assert step is not None
+    cache.reserve(4)
+    room = cache.keys[0].shape[1]
+    step.continuation([1, 2], cache.keys, cache.values, room - 4, 3, None)
+    for given, count, offset, kept, complaint in (
+        ([1, 2], 3, room - 3, None, "do not fit"),
+        ([1] * 9, 1, 0, None, "m <= 8"),
+        ([], 1, 0, None, "m <= 8"),
+        ([1], 0, 0, None, "at least one token"),
+        ([1], 1, 0, mx.zeros((5,), mx.uint32), "one id a row"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            step.continuation(given, cache.keys, cache.values, offset, count, kept)
