@@ -11,6 +11,8 @@ import hashlib
 import os
 import re
 import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -99,43 +101,76 @@ def machine_code(symbol: str, whole: str) -> bytes:
     return code
 
 
-def launch(
+@dataclass(frozen=True)
+class Launch:
+    """A compiled kernel and its grid, to be run many times. Make it with `prepare`."""
+
+    symbol: str
+    code: bytes
+    blocks: tuple[int, int, int]
+    threads: int
+    shared_memory: int
+    dtypes: tuple[mx.Dtype, ...]  # of the outputs
+
+    def __call__(self, inputs: Sequence[mx.array], shapes: Sequence[tuple[int, ...]]) -> list[mx.array]:
+        """The outputs, of these shapes, for inputs of the dtypes that it was prepared for."""
+        x, y, z = self.blocks
+        result: list[mx.array] = mx.fast.precompiled_cuda_kernel(
+            name=self.symbol,
+            compiled_source=self.code,
+            inputs=inputs,
+            output_shapes=shapes,
+            output_dtypes=self.dtypes,
+            scalars=[],
+            grid=(x * self.threads, y, z),
+            threadgroup=(self.threads, 1, 1),
+            shared_memory=self.shared_memory,
+            ensure_row_contiguous=True,
+        )
+        return result
+
+
+def prepare(
     name: str,
-    inputs: dict[str, mx.array],
-    outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]],
-    grid: tuple[int, int, int],
+    inputs: Parameters,
+    outputs: Parameters,
+    blocks: tuple[int, int, int],
     threads: int,
     constants: dict[str, int | bool | mx.Dtype],
     *,
     shared_memory: int = 0,
     prelude: str = "",
     alone: bool = False,
-) -> list[mx.array]:
-    """Run NAME.cu on `grid` blocks of `threads` threads; returns its outputs in order.
+) -> Launch:
+    """NAME.cu on a grid of `blocks`. alone: a block may have a multiprocessor's registers to itself.
 
-    constants: what the body uses by name. alone: a block may have a multiprocessor's registers to itself.
+    constants: what the body uses by name.
     """
-    symbol, code = kernel(
+    symbol, code = kernel(name, inputs, outputs, tuple(constants.items()), prelude, threads if alone else 0)
+    return Launch(symbol, code, blocks, threads, shared_memory, tuple(dtype for _, dtype in outputs))
+
+
+def launch(
+    name: str,
+    inputs: dict[str, mx.array],
+    outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]],
+    blocks: tuple[int, int, int],
+    threads: int,
+    constants: dict[str, int | bool | mx.Dtype],
+    *,
+    shared_memory: int = 0,
+) -> list[mx.array]:
+    """Run NAME.cu once, as `prepare` has it; returns its outputs in order."""
+    prepared = prepare(
         name,
         tuple((key, array.dtype) for key, array in inputs.items()),
         tuple((key, dtype) for key, (_, dtype) in outputs.items()),
-        tuple(constants.items()),
-        prelude,
-        threads if alone else 0,
-    )
-    result: list[mx.array] = mx.fast.precompiled_cuda_kernel(
-        name=symbol,
-        compiled_source=code,
-        inputs=list(inputs.values()),
-        output_shapes=[shape for shape, _ in outputs.values()],
-        output_dtypes=[dtype for _, dtype in outputs.values()],
-        scalars=[],
-        grid=(grid[0] * threads, grid[1], grid[2]),
-        threadgroup=(threads, 1, 1),
+        blocks,
+        threads,
+        constants,
         shared_memory=shared_memory,
-        ensure_row_contiguous=True,
     )
-    return result
+    return prepared(list(inputs.values()), [shape for shape, _ in outputs.values()])
 
 
 def float_bits(value: float) -> int:

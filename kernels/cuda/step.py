@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 
 import mlx.core as mx
 
-from kernels.cuda.launch import float_bits, launch
+from kernels.cuda.launch import Launch, float_bits, prepare
 from kernels.cuda.nvrtc import device_attribute
 from kernels.reference import SMALL_ROWS, AttentionShape, DenseWeight, Epilogue, Int8Weight, TernaryWeight, Weight
 
@@ -17,6 +17,7 @@ TILE, SPAN = 16, 128  # outputs and inputs, as in products.cuh
 CHUNK = 32  # keys, as in attention.cuh
 PIECE_BYTES = (512, 2048)  # of ternary and int8 weights, as in products.cuh
 SLOTS = ((10, 3), (6, 2), (2, 1))  # pieces of them on their way to each warp: as many as there is shared memory for
+FIXED = ("weights", "floats", "frequency", "embedding", "head", "head_scale")  # inputs of every launch
 PAIRED = 256  # tiles of a row from which on two share a packet of statistics, as in exchange.cuh
 _MULTIPROCESSORS = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 _SHARED_MEMORY = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
@@ -55,6 +56,11 @@ class WholeStep:
         self.packets = mx.zeros((0,), mx.uint32)  # for the caches' capacity, made by the first step
         self.exchanges = 0  # that packets were numbered for
         self.slots = SLOTS[0]
+        self.launches: dict[int, Launch] = {}  # by the number of rows
+        head_scale = self.head.scale if isinstance(self.head, Int8Weight) else self.floats
+        weights = self.weights.view(mx.uint8)
+        self.fixed = [weights, self.floats, self.shape.inverse_frequency, self.embedding, self.head.data, head_scale]
+        mx.eval(self.fixed)
 
     @staticmethod
     def of(
@@ -119,7 +125,6 @@ class WholeStep:
                 "SCALE": float_bits(shape.scale),
             },
         )
-        mx.eval(made.weights, made.floats, made.embedding)
         limit = device_attribute(_SHARED_MEMORY) - _STATIC_SHARED
         for made.slots in SLOTS:
             if made.shared_memory(SMALL_ROWS) <= limit:
@@ -195,39 +200,48 @@ class WholeStep:
         tokens: m <= 8 ids, or an array of them, uint32; keys, values: a layer's float32 [kv_heads, capacity,
         head_dim] each, of which nobody else may hold a part, with offset + m <= capacity.
         """
-        m, c = len(tokens), self.constants
-        capacity, layers = keys[0].shape[1], len(keys)
+        m, capacity = len(tokens), keys[0].shape[1]
         self._reserve_packets(capacity)
         number = 1 + self.exchanges % (1 << 30)
-        self.exchanges += 2 * layers + 1
-        caches = {f"k{i}": k for i, k in enumerate(keys)} | {f"v{i}": v for i, v in enumerate(values)}
+        self.exchanges += 2 * len(keys) + 1
+        if m not in self.launches:
+            self.launches[m] = self._prepared(m)
+        inputs = [
+            tokens if isinstance(tokens, mx.array) else mx.array(list(tokens), mx.uint32),
+            mx.array([offset, capacity, number], mx.int32),
+            mx.zeros((1,)) if WholeStep.after is None else WholeStep.after,
+            self.packets,
+            *self.fixed,
+            *keys,
+            *values,
+        ]
+        (logits,) = self.launches[m](inputs, [(m, self.constants["VOCAB"])])
+        WholeStep.after = logits
+        return logits
+
+    def _prepared(self, m: int) -> Launch:
+        """The launch for m rows."""
+        layers = self.constants["LAYERS"]
+        caches = [f"{kind}{i}" for kind in "kv" for i in range(layers)]
         prelude = "".join(
-            f"const float* const {name}_caches[] = {{{', '.join(f'{name}{i}' for i in range(layers))}}};\n"
-            for name in "kv"
+            f"const float* const {kind}_caches[] = {{{', '.join(f'{kind}{i}' for i in range(layers))}}};\n"
+            for kind in "kv"
         )
-        (logits,) = launch(
+        return prepare(
             "step",
-            {
-                "tokens": tokens if isinstance(tokens, mx.array) else mx.array(list(tokens), mx.uint32),
-                "request": mx.array([offset, capacity, number], mx.int32),
-                "after": mx.zeros((1,)) if WholeStep.after is None else WholeStep.after,
-                "packets": self.packets,
-                "weights": self.weights.view(mx.uint8),
-                "floats": self.floats,
-                "frequency": self.shape.inverse_frequency,
-                "embedding": self.embedding,
-                "head": self.head.data,
-                "head_scale": self.head.scale if isinstance(self.head, Int8Weight) else self.floats,
-                **caches,
-            },
-            {"logits": ((m, c["VOCAB"]), mx.float32)},
+            (
+                *(("tokens", mx.uint32), ("request", mx.int32), ("after", mx.float32), ("packets", mx.uint32)),
+                *zip(FIXED, (array.dtype for array in self.fixed), strict=True),
+                *((name, mx.float32) for name in caches),
+            ),
+            (("logits", mx.float32),),
             (device_attribute(_MULTIPROCESSORS), 1, 1),
             THREADS,
             {
-                **c,
+                **self.constants,
                 "M": m,
                 **self.most_tiles(),
-                "SLOTS": self.slots[c["KIND"]],
+                "SLOTS": self.slots[self.constants["KIND"]],
                 "HEAD_SLOTS": self.slots[1],
                 "HEAD": mx.float32 if isinstance(self.head, Int8Weight) else self.head.data.dtype,
             },
@@ -235,8 +249,6 @@ class WholeStep:
             prelude=prelude,
             alone=True,
         )
-        WholeStep.after = logits
-        return logits
 
     def continuation(self, *arguments: object) -> None:
         """Several steps as one operation, which this backend has not."""

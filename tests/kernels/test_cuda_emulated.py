@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -281,14 +281,14 @@ def test_less_shared_memory_takes_shorter_rings(monkeypatch: pytest.MonkeyPatch)
 def test_launches_of_two_models_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """MLX runs at once what does not depend on each other, and a launch needs all multiprocessors to itself."""
     seen: list[tuple[mx.array, mx.array]] = []
-    launch = step.launch
+    launch = mx.fast.precompiled_cuda_kernel
 
-    def noted(name: str, inputs: dict[str, mx.array], *arguments: Any, **options: Any) -> list[mx.array]:
-        results = launch(name, inputs, *arguments, **options)
-        seen.append((inputs["after"], results[0]))
+    def noted(*, inputs: Sequence[mx.array], **options: Any) -> list[mx.array]:
+        results: list[mx.array] = launch(inputs=inputs, **options)
+        seen.append((inputs[2], results[0]))
         return results
 
-    monkeypatch.setattr(step, "launch", noted)
+    monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", noted)
     for model in (Model("ternary", "bfloat16", layers=1), Model("ternary", "bfloat16", layers=1)):
         model.step([1, 2], *model.caches(33), 33)
     assert seen[1][0] is seen[0][1]
