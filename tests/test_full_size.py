@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 from conftest import ROOT, TEACHER, environment
 
 SHAPE = ("--layers", "1", "--hidden", "64", "--heads", "1", "--kv-heads", "1", "--intermediate", "64")
@@ -29,11 +30,13 @@ def test_every_stage_runs_and_too_much_memory_fails(tmp_path: Path) -> None:
     assert "0.001 GB" in failure
 
     stages = {stage["name"]: stage for stage in facts["stages"]}
-    commands = ("stand-in", "collect texts", "collect replies", "verify", "train", "decode plain", "decode spec")
-    assert set(commands) <= set(stages)
+    models = ("collect texts", "collect replies", "train", "decode plain", "decode spec", "evaluate")
+    assert set(stages) == {"stand-in", "verify", *models}
     for name, stage in stages.items():
         assert stage["seconds"] > 0 and stage["peak_bytes"] > 1e7
         assert f"\n| {name} | " in done.stdout
+        if mx.default_device() == mx.cpu:
+            assert stage["gpu_bytes"] is None
     teacher = tmp_path / "out" / "teacher"
     assert stages["stand-in"]["disk_bytes"] == sum(path.stat().st_size for path in teacher.iterdir())
     # A process that loads the teacher holds at least MLX and its weights; one that does not, less.
