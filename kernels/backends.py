@@ -6,7 +6,7 @@ import importlib
 import os
 import platform
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, Protocol
 
@@ -16,9 +16,9 @@ import numpy as np
 from kernels import reference, tuning
 from kernels.errors import UserError
 from kernels.reference import AttentionShape, DenseWeight, Epilogue, Int8Weight, TernaryWeight, Weight
+from kernels.self_test import self_test
 
 CHOICES = ("reference", "cpu", "metal", "cuda")
-TOLERANCE = 1e-5  # of the largest value: float32 sums in another order
 
 
 class WholeStep(Protocol):
@@ -102,8 +102,8 @@ class Backend(Protocol):
 def backend() -> Backend:
     """The backend for this process. `BITDRAFT_KERNELS=reference|cpu|metal|cuda` forces one.
 
-    A backend that cannot be loaded, or whose BitLinear differs from the reference in one bit, is
-    replaced by the reference with one warning. What `python -m kernels tune` found here is applied.
+    One that cannot be loaded, or that fails its self-test, is replaced by the reference with one warning, unless it was
+    asked for. What `python -m kernels tune` found here is applied.
     """
     chosen, reason = choose()
     if chosen is reference:
@@ -125,7 +125,7 @@ def device_backend() -> str:
 def choose() -> tuple[Backend, str | None]:
     """The backend, and why it is the reference where nobody asked for that (else None).
 
-    Raises UserError where BITDRAFT_KERNELS asks for what this device cannot run.
+    Raises UserError where BITDRAFT_KERNELS asks for what cannot run here.
     """
     wanted = os.environ.get("BITDRAFT_KERNELS", "")
     if wanted and wanted not in CHOICES:
@@ -139,14 +139,17 @@ def choose() -> tuple[Backend, str | None]:
         return reference, "MLX was told to run on this Mac's CPU, for which no native kernels are built"
     try:
         candidate: Backend = importlib.import_module(f"kernels.{device}")  # type: ignore[assignment]
+        if device == "cpu":
+            _use_fast_blas()
+        fault = self_test(candidate)
+        reason = None if fault is None else f"the {device} kernels fail their self-test ({fault})"
     except ImportError as error:
-        return reference, f"the native {device} kernels cannot be loaded ({error})"
-    if device == "cpu":
-        _use_fast_blas()
-    fault = self_test(candidate)
-    if fault is not None:
-        return reference, f"the {device} kernels fail their self-test ({fault})"
-    return candidate, None
+        reason = f"the native {device} kernels cannot be loaded ({error})"
+    if reason is None:
+        return candidate, None
+    if wanted:
+        raise UserError(f"BITDRAFT_KERNELS={wanted}: {reason}")
+    return reference, reason
 
 
 def _use_fast_blas() -> None:
@@ -157,118 +160,3 @@ def _use_fast_blas() -> None:
         use_fast_blas()
     except ImportError:
         pass
-
-
-def self_test(candidate: Backend) -> str | None:
-    """Compare BitLinear by bits with the reference, the float operations within TOLERANCE of it, and
-    by bits the rows of a call with the same rows alone.
-
-    Returns None, or what is wrong with the first operation that fails. Costs a few milliseconds, and seconds where a
-    GPU's kernels are compiled for it.
-    """
-    return next((fault for _, fault in operation_faults(candidate) if fault is not None), None)
-
-
-def operation_faults(candidate: Backend) -> Iterator[tuple[str, str | None]]:
-    """The self-test operation by operation: its name, and None or what is wrong with it."""
-    for name, check in _CHECKS.items():
-        try:
-            fault = check(candidate, np.random.default_rng(0))
-        except Exception as error:  # a compiler's complaint about a kernel has no type of its own
-            fault = f"{name}: {(str(error).strip() or type(error).__name__).splitlines()[0][:200]}"
-        yield name, fault
-
-
-def _floats(rng: np.random.Generator, *shape: int) -> mx.array:
-    return mx.array(rng.normal(0, 1, shape).astype(np.float32))
-
-
-def _ternary(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    return rng.integers(-1, 2, (24, 68)).astype(np.int8), rng.uniform(0.1, 1, 24).astype(np.float32)
-
-
-def _test_bitlinear(candidate: Backend, rng: np.random.Generator) -> str | None:
-    weight, x = _ternary(rng), _floats(rng, 8, 68)
-    ours, defined = candidate.prepare_ternary(*weight), reference.prepare_ternary(*weight)
-    xq, s = reference.quantize_rows(x)
-    same = _equal(candidate.bitlinear(xq, s, ours), reference.bitlinear(xq, s, defined))
-    return None if same else "bitlinear differs from the reference"
-
-
-def _test_int8_linear(candidate: Backend, rng: np.random.Generator) -> str | None:
-    weight = _floats(rng, 24, 68).astype(mx.bfloat16)
-    xq, s = reference.quantize_rows(_floats(rng, 8, 68))
-    ours, defined = candidate.prepare_int8(weight), reference.prepare_int8(weight)
-    same = _equal(candidate.int8_linear(xq, s, ours), reference.int8_linear(xq, s, defined))
-    return None if same else "int8_linear differs from the reference"
-
-
-def _test_ternary(candidate: Backend, rng: np.random.Generator) -> str | None:
-    weight, x = _ternary(rng), _floats(rng, 8, 68)
-    ours = candidate.prepare_ternary(*weight)
-    if not _equal(candidate.linear(x, ours), reference.linear(x, reference.prepare_ternary(*weight))):
-        return "linear over ternary weights differs from the reference"
-    return _test_rows(candidate, ours, "ternary", x, _floats(rng, 68), _floats(rng, 8, 24))
-
-
-def _test_int8(candidate: Backend, rng: np.random.Generator) -> str | None:
-    weight = candidate.prepare_int8(_floats(rng, 24, 68).astype(mx.bfloat16))
-    return _test_rows(candidate, weight, "int8", _floats(rng, 8, 68), _floats(rng, 68), _floats(rng, 8, 24))
-
-
-def _test_float(candidate: Backend, rng: np.random.Generator) -> str | None:
-    weight = _floats(rng, 24, 68).astype(mx.bfloat16)
-    x, norm, residual = _floats(rng, 8, 68), _floats(rng, 68), _floats(rng, 8, 24)
-    ours, defined = candidate.prepare_dense(weight), reference.prepare_dense(weight)
-    y, expected = (
-        ops.linear(x, prepared, norm=norm, eps=1e-5, residual=residual)
-        for ops, prepared in ((candidate, ours), (reference, defined))
-    )
-    if not _close(y, expected):
-        return "linear over float weights differs from the reference"
-    return _test_rows(candidate, ours, "float", x, norm, residual)
-
-
-def _test_rows(
-    candidate: Backend, weight: Weight, kind: str, x: mx.array, norm: mx.array, residual: mx.array
-) -> str | None:
-    together = candidate.linear(x, weight, norm=norm, eps=1e-5, residual=residual)
-    alone = [
-        candidate.linear(x[i : i + 1], weight, norm=norm, eps=1e-5, residual=residual[i : i + 1]) for i in range(8)
-    ]
-    same = _equal(together, mx.concatenate(alone))
-    return None if same else f"linear over {kind} weights gives a row other bits among others than alone"
-
-
-def _test_attention(candidate: Backend, rng: np.random.Generator) -> str | None:
-    m, offset, shape = 8, 5, AttentionShape(4, 2, 32, mx.array(0.5 ** np.arange(16, dtype=np.float32)))
-    qkv, keys, values = _floats(rng, m, 8 * 32), _floats(rng, 2, 16, 32), _floats(rng, 2, 16, 32)
-    with mx.stream(mx.cpu):  # a GPU's library may multiply with fewer bits than float32 has
-        expected = reference.attention(qkv, mx.array(keys), mx.array(values), offset, shape)[0]
-        mx.eval(expected)
-    together = candidate.attention(qkv, mx.array(keys), mx.array(values), offset, shape)[0]
-    alone = []
-    for i in range(m):
-        out, keys, values = candidate.attention(qkv[i : i + 1], keys, values, offset + i, shape)
-        alone.append(out)
-    if not _equal(together, mx.concatenate(alone)):
-        return "attention gives a row other bits among others than alone"
-    return None if _close(together, expected) else "attention differs from the reference"
-
-
-def _equal(a: mx.array, b: mx.array) -> bool:
-    return bool(mx.array_equal(a, b).item())
-
-
-def _close(a: mx.array, b: mx.array) -> bool:
-    return bool((mx.abs(a - b).max() <= TOLERANCE * mx.abs(b).max()).item())
-
-
-_CHECKS: dict[str, Callable[[Backend, np.random.Generator], str | None]] = {
-    "bitlinear": _test_bitlinear,
-    "int8_linear": _test_int8_linear,
-    "linear, ternary": _test_ternary,
-    "linear, int8": _test_int8,
-    "linear, float": _test_float,
-    "attention": _test_attention,
-}

@@ -7,8 +7,9 @@ import os
 from typing import Any
 
 from kernels import tuning
-from kernels.backends import Backend, choose, device_backend, operation_faults
+from kernels.backends import Backend, choose, device_backend
 from kernels.device import device_name, versions
+from kernels.self_test import operation_faults
 
 
 def describe() -> dict[str, Any]:

@@ -154,7 +154,7 @@ def tune(
     seconds: how long each setting is timed, about. tick is called ROUNDS times for each. Settings take
     turns, so that a machine that slows down slows all of them.
     """
-    from kernels.backends import self_test
+    from kernels.self_test import self_test
 
     chains = _chains(candidate)
     sound: list[Settings] = []

@@ -8,15 +8,20 @@ override what the processor offers.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import itertools
+import os
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from kernels import reference
+from kernels.errors import UserError
 from kernels.openblas import find_openblas
 from kernels.reference import SMALL_ROWS, AttentionShape, DenseWeight, Epilogue, Int8Weight, TernaryWeight, Weight
 
@@ -32,6 +37,17 @@ except ImportError as error:
 # A nearby version may have all the symbols and yet other data structures.
 if _RUNNING.split("+")[0].split(".dev")[0] != _native.mlx_version:
     raise ImportError(f"the extension was built for MLX {_native.mlx_version}, not {_RUNNING}; {_REBUILD}")
+# Sources that changed since, as after `git pull`, may ask more of it than it has.
+_sources = sorted(
+    file for file in (Path(__file__).parent / "native").glob("*") if file.suffix in (".cpp", ".h", ".inl")
+)
+_digests = "".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in _sources)
+if _sources and hashlib.sha256(_digests.encode()).hexdigest() != getattr(_native, "sources", None):
+    raise ImportError(f"the extension was built from other sources than those beside it; {_REBUILD}")
+if (_isa := os.environ.get("BITDRAFT_ISA")) and _isa not in _native.available_isas():
+    raise UserError(f"BITDRAFT_ISA={_isa}: this processor has {', '.join(_native.available_isas())}")
+if (_threads := os.environ.get("BITDRAFT_THREADS")) and not (_threads.isdecimal() and 0 < int(_threads) <= 1024):
+    raise UserError(f"BITDRAFT_THREADS={_threads}: must be a number from 1 to 1024")
 
 NAME = "cpu"
 ROUNDED_AT_ONCE = 512  # outputs of an int8 weight: so many float copies stay in cache, a head's would take gigabytes
@@ -233,4 +249,10 @@ def use_fast_blas() -> bool:
     if _native.blas_installed():
         return True
     library = find_openblas()
-    return library is not None and _native.install_blas(str(library)) > 0
+    if library is None:
+        return False
+    try:
+        return _native.install_blas(str(library)) > 0
+    except RuntimeError as error:
+        warnings.warn(f"{library}: {error}; float products will be slow", stacklevel=2)
+        return False

@@ -2,6 +2,7 @@ import mlx.core as mx
 import numpy as np
 
 mlx_version: str
+sources: str  # SHA-256 over those of the files in native/, sorted
 
 def pack_ternary(ternary: np.ndarray) -> mx.array: ...
 def pack_int8(weight: np.ndarray) -> mx.array: ...

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -12,7 +14,8 @@ import pytest
 from conftest import ROOT, environment
 
 from kernels import reference
-from kernels.backends import CHOICES, Backend, device_backend, self_test
+from kernels.backends import CHOICES, Backend, device_backend
+from kernels.self_test import operation_faults, self_test
 
 SHOW = "from kernels import backend; print(backend().NAME)"
 # The package as it is where no extension was built.
@@ -38,6 +41,12 @@ def test_sound_backends_pass(candidate: Any) -> None:
     assert self_test(candidate) is None
 
 
+def backend_with(**replaced: Any) -> Any:
+    """The reference, some of its operations replaced."""
+    operations = {name: getattr(reference, name) for name in dir(reference) if not name.startswith("_")}
+    return SimpleNamespace(**{**operations, "NAME": "spoiled", **replaced})
+
+
 def spoiled(operation: str) -> Backend:
     """A backend that is right but for the last bit of one value of one operation."""
 
@@ -53,10 +62,8 @@ def spoiled(operation: str) -> Backend:
             spoilt = bits.view(mx.float32)
         return (spoilt, *result[1:]) if isinstance(result, tuple) else spoilt
 
-    names = ["prepare_ternary", "prepare_int8", "prepare_dense", "quantize_rows"]
-    names += ["bitlinear", "int8_linear", "linear", "attention", "attention_batch"]
-    operations = {name: getattr(reference, name) for name in names}
-    return SimpleNamespace(NAME="spoiled", **{**operations, operation: wrong})  # type: ignore[return-value]
+    found: Backend = backend_with(**{operation: wrong})
+    return found
 
 
 @pytest.mark.parametrize("operation", ["bitlinear", "int8_linear", "linear", "attention"])
@@ -65,19 +72,58 @@ def test_one_wrong_bit_is_found(operation: str) -> None:
     assert fault is not None and operation in fault
 
 
-def test_a_wrong_result_is_found_though_it_is_the_same_for_all_rows() -> None:
-    operations = {name: getattr(reference, name) for name in dir(reference) if not name.startswith("_")}
+def linear_that(**changed: Any) -> Callable[..., mx.array]:
+    """The reference's, that takes an option for another."""
+    return lambda x, weight, **options: reference.linear(x, weight, **{**options, **changed})
 
-    def no_scale(qkv: mx.array, k: mx.array, v: mx.array, offset: int, shape: Any) -> Any:
-        return reference.attention(qkv * 1.01, k, v, offset, shape)
 
-    wrong: Any = SimpleNamespace(**{**operations, "attention": no_scale})
-    assert self_test(wrong) == "attention differs from the reference"
+def only_few(operation: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """An operation that is wrong for more than eight rows."""
+    return lambda x, *rest, **options: operation(x, *rest, **options) * (1 if x.shape[0] <= 8 else 1.05)
 
-    def no_eps(x: mx.array, weight: Any, **options: Any) -> mx.array:
-        return reference.linear(x, weight, **{**options, "residual": None})
 
-    assert "linear" in (self_test(SimpleNamespace(**{**operations, "linear": no_eps})) or "")  # type: ignore[arg-type]
+def without_square(x: mx.array, weight: Any, **options: Any) -> mx.array:
+    if options.get("epilogue") != "relu2_mul":
+        return reference.linear(x, weight, **options)
+    y = reference.linear(x, weight, **{**options, "epilogue": None})
+    return mx.maximum(y[:, :12], 0) * y[:, 12:]
+
+
+@pytest.mark.parametrize(
+    ("operation", "wrong", "fault"),
+    [
+        ("attention", lambda qkv, *rest: reference.attention(qkv * 1.01, *rest), "attention differs"),
+        ("attention_batch", lambda qkv, *rest: reference.attention_batch(qkv * 1.1, *rest), "attention, batch differs"),
+        ("linear", linear_that(residual=None), "linear, ternary differs"),
+        ("linear", linear_that(eps=0.0), "linear, ternary differs"),
+        ("linear", linear_that(norm=None), "linear, ternary differs"),
+        ("linear", without_square, "linear, ternary differs"),
+        ("linear", only_few(reference.linear), "linear, ternary differs"),
+        ("bitlinear", only_few(reference.bitlinear), "bitlinear differs"),
+        ("int8_linear", only_few(reference.int8_linear), "int8_linear differs"),
+        ("argmax", lambda x: mx.argmin(x, axis=-1), "argmax differs"),
+    ],
+)
+def test_a_wrong_result_is_found_though_it_is_the_same_for_all_rows(
+    operation: str, wrong: Callable[..., Any], fault: str
+) -> None:
+    assert fault in (self_test(backend_with(**{operation: wrong})) or "")
+
+
+@pytest.mark.skipif(len(candidates()) == 1, reason="the native kernels are not built here")
+def test_a_wrong_whole_step_is_found() -> None:
+    from kernels import cpu
+
+    class Forgetful(cpu.WholeStep):
+        """Begins each step with empty caches."""
+
+        def __call__(self, tokens: Any, keys: list[mx.array], values: list[mx.array], offset: int) -> mx.array:
+            return super().__call__(tokens, [0 * k for k in keys], [0 * v for v in values], offset)
+
+    operations = {name: getattr(cpu, name) for name in dir(cpu) if not name.startswith("__")}
+    faults = dict(operation_faults(SimpleNamespace(**{**operations, "whole_step": Forgetful})))  # type: ignore[arg-type]
+    assert faults.pop("whole step") == "whole step gives a row other bits among others than alone"
+    assert not any(faults.values())
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -113,3 +159,41 @@ def test_a_wrong_backend_is_replaced_with_one_warning() -> None:
     done = shell(spoil + "from kernels import backend; backend(); " + SHOW, BITDRAFT_KERNELS="")
     assert done.stdout == "reference\n"
     assert done.stderr.count("UserWarning") == 1 and "bitlinear differs from the reference" in done.stderr
+
+
+@pytest.mark.skipif(len(candidates()) == 1, reason="the native kernels are not built here")
+@pytest.mark.parametrize(
+    ("before", "complaint"),
+    [
+        ("import mlx.core as mx; mx.__version__ = '0.1.2'", "was built for MLX"),
+        (
+            "from kernels.cpu import _native as n; n.sources = 'other'; del sys.modules['kernels.cpu']",
+            "other sources",
+        ),
+        ("sys.modules['kernels.cpu._native'] = None", "cannot be loaded"),
+    ],
+)
+def test_an_extension_that_does_not_fit_is_not_used_and_says_how_to_build_it(before: str, complaint: str) -> None:
+    start = f"import sys; {before}; "
+    done = shell(start + SHOW, BITDRAFT_KERNELS="")
+    assert done.stdout == "reference\n", done.stderr
+    assert complaint in done.stderr and "pip install" in done.stderr and done.stderr.count("UserWarning") == 1
+    forced = shell(start + SHOW, BITDRAFT_KERNELS="cpu")
+    assert forced.stdout == "" and "UserError: BITDRAFT_KERNELS=cpu: " in forced.stderr and complaint in forced.stderr
+
+
+@pytest.mark.skipif(len(candidates()) == 1, reason="the native kernels are not built here")
+@pytest.mark.parametrize(
+    ("variable", "value"), [("BITDRAFT_ISA", "sse9"), ("BITDRAFT_THREADS", "two"), ("BITDRAFT_THREADS", "0")]
+)
+def test_a_variable_that_makes_no_sense_is_refused(variable: str, value: str) -> None:
+    done = shell(SHOW, BITDRAFT_KERNELS="", **{variable: value})
+    assert done.stdout == "" and f"UserError: {variable}={value}: " in done.stderr
+
+
+@pytest.mark.skipif(len(candidates()) == 1, reason="the native kernels are not built here")
+def test_a_damaged_blas_costs_speed_only(tmp_path: Path) -> None:
+    (tmp_path / "libscipy_openblas.so").write_bytes(b"\x7fELF, or not")
+    damage = f"from kernels import cpu; cpu.find_openblas = lambda: {str(tmp_path / 'libscipy_openblas.so')!r}; "
+    done = shell(damage + SHOW, BITDRAFT_KERNELS="")
+    assert done.stdout == "cpu\n" and "libscipy_openblas.so" in done.stderr and "slow" in done.stderr

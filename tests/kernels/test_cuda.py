@@ -8,9 +8,10 @@ import pytest
 from arrays import close, normal, random_ternary, same_bits
 
 from kernels import reference
-from kernels.backends import device_backend, self_test
+from kernels.backends import device_backend
 from kernels.errors import UserError
 from kernels.reference import AttentionShape, Epilogue
+from kernels.self_test import self_test
 
 if device_backend() != "cuda":
     pytest.skip("MLX does not run on an NVIDIA GPU here", allow_module_level=True)

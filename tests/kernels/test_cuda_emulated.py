@@ -21,6 +21,7 @@ from kernels import cuda, reference
 from kernels.cuda import step
 from kernels.cuda.launch import FOLDER, kernel, text
 from kernels.reference import AttentionShape, Epilogue, Weight
+from kernels.self_test import CHECKS, operation_faults
 
 if platform.system() != "Linux" or emulation.compiler() is None:
     pytest.skip("no g++ 12 or newer on Linux to emulate CUDA with", allow_module_level=True)
@@ -62,6 +63,10 @@ def weights_of(kind: str, n: int, k: int) -> tuple[Any, Any]:
 
 
 # Single operations
+
+
+def test_it_passes_the_self_test() -> None:
+    assert dict(operation_faults(cuda)) == dict.fromkeys(CHECKS)
 
 
 @pytest.mark.parametrize("k", [20, 576, 2560])

@@ -22,6 +22,7 @@ NB_MODULE(_native, m) {
   // The version this was compiled for, which has to be the one that runs.
   m.attr("mlx_version") = std::to_string(MLX_VERSION_MAJOR) + "." + std::to_string(MLX_VERSION_MINOR) + "." +
                           std::to_string(MLX_VERSION_PATCH);
+  m.attr("sources") = BITDRAFT_SOURCES;
   m.def(
       "pack_ternary",
       [](const Int8Matrix& ternary) {
