@@ -61,6 +61,14 @@ Head = Annotated[
     typer.Option("--head", help="The teacher's output layer as the checkpoint has it, or rounded to 8 bits."),
 ]
 TopK = Annotated[int, typer.Option("--top-k", help="Sample from this many tokens; 0 is all.")]
+TraceOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--trace",
+        metavar="FILE.gputrace",
+        help="Record what the GPU does, for Xcode; on a Mac, with MTL_CAPTURE_ENABLED=1 and few tokens.",
+    ),
+]
 
 
 @app.command()
@@ -74,14 +82,7 @@ def plain(
     top_p: TopP = 1.0,
     top_k: TopK = 0,
     head: Head = HeadChoice.bf16,
-    trace: Annotated[
-        Path | None,
-        typer.Option(
-            "--trace",
-            metavar="FILE.gputrace",
-            help="Record what the GPU does, for Xcode; on a Mac, with MTL_CAPTURE_ENABLED=1 and few tokens.",
-        ),
-    ] = None,
+    trace: TraceOption = None,
     seed: SeedOption = 0,
     json_file: JsonOption = None,
     quiet: QuietOption = False,
@@ -124,6 +125,7 @@ def spec(
         bool,
         typer.Option("--compare", help="Decode plainly too, in turn: speed-up, and whether outputs are identical."),
     ] = False,
+    trace: TraceOption = None,
     seed: SeedOption = 0,
     json_file: JsonOption = None,
     quiet: QuietOption = False,
@@ -135,6 +137,7 @@ def spec(
     """
     sampling = Sampling(temperature, top_p, top_k)
     check_json_target(json_file)
+    check_trace(trace)
     texts = gather_prompts(prompt, prompts, SAMPLES)
     teacher_checkpoint = find_teacher(teacher)
     draft_checkpoint: Checkpoint = find_draft(draft, teacher_checkpoint)
@@ -149,7 +152,7 @@ def spec(
         head=head.precision,
     )
     say(quiet)(f"draft: {draft_checkpoint.folder}")
-    report = _answer_all(session, texts, compare=compare, json_file=json_file, quiet=quiet)
+    report = _answer_all(session, texts, compare=compare, json_file=json_file, quiet=quiet, trace=trace)
     if compare and sampling.greedy and not report["identical"]:
         raise typer.Exit(1)
 
@@ -245,7 +248,7 @@ def _answer_all(
     compare: bool,
     json_file: str | None,
     quiet: bool,
-    trace: Path | None = None,
+    trace: Path | None,
 ) -> dict[str, Any]:
     """Answer every prompt, with --compare plainly and speculatively in turn, and report."""
     encoded = session.encode(prompts)

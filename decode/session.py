@@ -62,6 +62,7 @@ class Session:
         self.sampling = sampling or Sampling()
         self.head = head
         limit_memory()
+        backend()  # what is wrong with it is no fault of the checkpoint's
         self.teacher: Transformer = teacher.load(head)
         self.draft = self._load_draft(draft) if draft is not None else None
 

@@ -32,6 +32,7 @@ from kernels.device import cache_bytes, device_name, memory_bytes, processors, v
 from kernels.errors import UserError
 from kernels.reference import quantize_rows
 
+MOST_INPUTS = 65_536
 KERNELS = ("bitlinear", "linear", "int8", "quantized_4bit", "quantized_2bit", "bf16")
 OURS = ("bitlinear", "linear", "int8")
 SHAPES = "3840x2560,2560x2560,13824x2560,2560x6912,6912x2560"  # BitNet-2B: qkv, o, gate and up, down, one of up
@@ -64,6 +65,8 @@ class Plan:
             n, k = map(int, match.groups()) if match else (0, 0)
             if n < 1 or k < 1:
                 raise UserError(f"--shapes {text}: must be NxK, as 6912x2560 for 6912 outputs of 2560 inputs")
+            if k > MOST_INPUTS:
+                raise UserError(f"--shapes {text}: int8 sums are exact up to {MOST_INPUTS} inputs")
             if 16 * n * k > memory_bytes():
                 raise UserError(f"--shapes {text}: needs more memory than there is")
             sizes.append((n, k))

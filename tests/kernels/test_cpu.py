@@ -478,7 +478,7 @@ def test_a_whole_step_has_the_bits_of_its_operations(model: str, precision: Prec
     transformer = find_model(str(ROOT / "checkpoints" / model), "--draft").load(precision, precision)
     whole = transformer.whole_step
     assert whole is not None
-    for length, m in [(1, 1), (20, 3), (30, 8)]:
+    for length, m in [(1, 1), (2, 2), (20, 3), (7, 4), (2038, 5), (31, 6), (32, 7), (30, 8)]:
         rng = np.random.default_rng([length, m])
         prompt, tokens = rng.integers(0, 16000, length).tolist(), rng.integers(0, 16000, m).tolist()
         results = []

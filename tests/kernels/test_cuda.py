@@ -106,6 +106,8 @@ def test_attention(heads: tuple[int, int, int], offset: int) -> None:
     with mx.stream(mx.cpu):
         expected, k_expected, _ = reference.attention(qkv, mx.array(keys), mx.array(values), offset, shape)
     assert close(together, expected, 1e-4) and close(k_new, k_expected)
+    for m in range(2, 8):
+        assert same_bits(cuda.attention(qkv[:m], mx.array(keys), mx.array(values), offset, shape)[0], together[:m]), m
     for i in range(8):
         out, keys, values = cuda.attention(qkv[i : i + 1], keys, values, offset + i, shape)
         assert same_bits(out, together[i : i + 1]), i
@@ -125,8 +127,8 @@ def test_the_whole_step_equals_its_rows_alone_by_bits_and_the_single_operations_
     whole = model.whole_step
     assert whole is not None
     rng = np.random.default_rng(m)
-    prompt, tokens = rng.integers(0, 16000, 300).tolist(), rng.integers(0, 16000, m).tolist()
-    for length in (1, 20, 29, 300):
+    prompt, tokens = rng.integers(0, 16000, 2040).tolist(), rng.integers(0, 16000, m).tolist()
+    for length in (1, 20, 29, 300, 2040):
         cache = model.new_cache()
         model.prefill(prompt[:length], cache)
         together = model.step(tokens, cache)
