@@ -65,10 +65,10 @@ class Plan:
             n, k = map(int, match.groups()) if match else (0, 0)
             if n < 1 or k < 1:
                 raise UserError(f"--shapes {text}: must be NxK, as 6912x2560 for 6912 outputs of 2560 inputs")
-            if k > MOST_INPUTS:
-                raise UserError(f"--shapes {text}: int8 sums are exact up to {MOST_INPUTS} inputs")
             if 16 * n * k > memory_bytes():
                 raise UserError(f"--shapes {text}: needs more memory than there is")
+            if k > MOST_INPUTS:
+                raise UserError(f"--shapes {text}: int8 sums are exact up to {MOST_INPUTS} inputs")
             sizes.append((n, k))
         counts = []
         for text in _items("--rows", rows):

@@ -131,6 +131,8 @@ def _attention(candidate: Backend, rng: np.random.Generator) -> str | None:
 
 
 def _attention_batch(candidate: Backend, rng: np.random.Generator) -> str | None:
+    if candidate.attention_batch == reference.attention_batch:
+        return None  # MLX's own, which a GPU would take seconds to compile
     shape = AttentionShape(4, 2, 32, mx.array(0.5 ** np.arange(16, dtype=np.float32)))
     qkv, keys, values = _floats(rng, 3, 8 * 32), _floats(rng, 3, 2, 16, 32), _floats(rng, 3, 2, 16, 32)
     positions = mx.array([4, 0, 9], mx.int32)
@@ -138,8 +140,7 @@ def _attention_batch(candidate: Backend, rng: np.random.Generator) -> str | None
         expected = reference.attention_batch(qkv, keys, values, positions, shape)[0]
         mx.eval(expected)
     found = candidate.attention_batch(qkv, mx.array(keys), mx.array(values), positions, shape)[0]
-    # On a GPU this one is MLX's own, with whatever precision that has.
-    return None if _close(found, expected, ROUNDED) else DIFFERS
+    return None if _close(found, expected, TOLERANCE) else DIFFERS
 
 
 def _argmax(candidate: Backend, rng: np.random.Generator) -> str | None:

@@ -91,6 +91,7 @@ def test_of_several_thread_counts_the_best_is_reported() -> None:
         (["--shapes", "-4x64"], ["--shapes -4x64"]),
         (["--shapes", ","], ["--shapes"]),
         (["--shapes", "9999999x9999999"], ["--shapes 9999999x9999999", "memory"]),
+        (["--shapes", "1x70000"], ["--shapes 1x70000", "65536 inputs"]),
         (["--rows", "1,x"], ["--rows x"]),
         (["--rows", "0"], ["--rows 0"]),
         (["--kernels", "bitlinear,fast"], ["--kernels fast", "quantized_4bit"]),
