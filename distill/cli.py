@@ -210,7 +210,10 @@ def train(
         ),
     ] = None,
     loss: Annotated[
-        str, typer.Option("--loss", help="kl: KL with the tail as a bucket; ce: the teacher's first choice.")
+        str,
+        typer.Option(
+            "--loss", help="kl: KL with the tail as a bucket; ce: the teacher's first choice; tv: total variation."
+        ),
     ] = "kl",
     temperature: Annotated[
         float, typer.Option("--temperature", help="Temperature of the loss; the dataset must have it.")
