@@ -25,6 +25,15 @@ from kernels import UserError, swap_bitlinear
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_TEACHER = ROOT / "checkpoints" / "bitnet-smol-43m"
 RUNS = Path("runs")
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")  # of config.json, always there
+OTHER_SIZES = (
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    trimmed.SIZE,
+)
 ROPE = ("rope_theta", "rope_scaling")
 GGUF = "GGUF files (such as i2_s) are not read; take the safetensors checkpoint that they were made from"
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
@@ -56,7 +65,7 @@ class Checkpoint:
             yield
         except UserError as error:
             raise UserError(f"{self.folder}: {error}") from None
-        except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, ZeroDivisionError, OSError) as error:
+        except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, ArithmeticError, OSError) as error:
             raise UserError(f"{self.folder}: cannot be loaded: {first_line(error)}") from error
 
     def _load_model(self) -> tuple[nn.Module, dict[str, Any]]:
@@ -169,14 +178,21 @@ def find_model(name: str, option: str) -> Checkpoint:
     config = _with_rope(read_json(folder / "config.json"))
     if config.get("model_file"):
         raise UserError(f"{folder}/config.json: asks for code of its own (model_file), which is never run")
-    for key in ("vocab_size", "hidden_size", "num_hidden_layers"):
-        if not isinstance(config.get(key), int) or config[key] < 1:
-            raise UserError(f"{folder}/config.json: {key} is {config.get(key)!r}, not a positive number")
+    _check_config(config, folder / "config.json")
     _check_weights(folder)
     if not (folder / "tokenizer.json").exists():
         older = " (tokenizer.model alone is not read)" if (folder / "tokenizer.model").exists() else ""
         raise UserError(f"{folder}: tokenizer.json is missing{older}")
     return Checkpoint(folder, folder.resolve().name if local else name, config)
+
+
+def _check_config(config: dict[str, Any], path: Path) -> None:
+    """Refuse sizes that are none: libraries would fail on them late and badly, MLX by ending the process."""
+    for key in (*SIZES, *OTHER_SIZES):
+        value = config.get(key)
+        absent = value is None and key in OTHER_SIZES
+        if not absent and (type(value) is not int or value < 1):  # bool is an int to isinstance
+            raise UserError(f"{path}: {key} is {value!r}, not a positive number")
 
 
 def _with_rope(config: dict[str, Any]) -> dict[str, Any]:
@@ -203,18 +219,19 @@ def _from_hub(name: str, option: str) -> Path:
 
 def _check_weights(folder: Path) -> None:
     """Every weight file is there and whole (a header and as many bytes as it promises)."""
+    files = set(folder.glob("model*.safetensors"))  # all of them are loaded, those that an index leaves out too
     index = folder / "model.safetensors.index.json"
     if index.exists():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{index}: has no weight_map")
-        names = set(weight_map.values())
-        if any(not isinstance(name, str) or Path(name).name != name for name in names):
-            raise UserError(f"{index}: names a file outside its folder")
-        files = [folder / name for name in sorted(names)]
-    else:
-        files = sorted(folder.glob("model*.safetensors")) or [folder / "model.safetensors"]
-    for file in files:
+        for name in weight_map.values():
+            if not isinstance(name, str):
+                raise UserError(f"{index}: is damaged ({name!r} is no file's name)")
+            if not name or Path(name).name != name:
+                raise UserError(f"{index}: names a file outside its folder")
+            files.add(folder / name)
+    for file in sorted(files) or [folder / "model.safetensors"]:
         if not file.exists():
             pickles = sorted(folder.glob("pytorch_model*.bin"))
             why = f"only {pickles[0].name} is there, a pickle, which is never loaded" if pickles else "half-downloaded?"
@@ -246,13 +263,17 @@ def token_table(folder: Path) -> dict[int, tuple[str, bool]]:
     """Token id -> (text, is special), from tokenizer.json."""
     path = folder / "tokenizer.json"
     data = read_json(path)
-    vocab = data.get("model", {}).get("vocab")
+    model = data.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(vocab, dict):
         raise UserError(f"{path}: has no vocabulary")
-    table = {token_id: (text, False) for text, token_id in vocab.items()}
     try:
-        for added in data.get("added_tokens") or []:
-            table[added["id"]] = (added["content"], bool(added.get("special")))
+        entries = data.get("added_tokens") or []
+        added = [(entry["id"], entry["content"], bool(entry.get("special"))) for entry in entries]
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: its added_tokens are damaged ({error!r})") from error
-    return table
+    tokens = [(token_id, text, False) for text, token_id in vocab.items()] + added
+    for token_id, text, _ in tokens:
+        if type(token_id) is not int:
+            raise UserError(f"{path}: is damaged (the id of token {text!r} is {token_id!r})")
+    return {token_id: (text, special) for token_id, text, special in tokens}

@@ -60,7 +60,7 @@ class Family:
             )
         else:
             raise UserError(f"not a BitNet checkpoint (quant_method is {method!r}, not 'bitnet')")
-        if model_type not in ACTIVATIONS:
+        if not isinstance(model_type, str) or model_type not in ACTIVATIONS:
             raise UserError(f"model_type {model_type!r} is not supported (bitnet and llama are)")
         for key in ("attention_bias", "mlp_bias"):
             if config.get(key):
@@ -77,7 +77,9 @@ def is_bitnet(config: dict[str, Any]) -> bool:
 
 def _is_1bitllm(config: dict[str, Any]) -> bool:
     """Whether the config is of the models of `1bitLLM`, a `llama` by its model_type, with code of its own."""
-    if "BitnetForCausalLM" not in (config.get("architectures") or []) and "weight_bits" not in config:
+    architectures = config.get("architectures")
+    named = isinstance(architectures, list) and "BitnetForCausalLM" in architectures
+    if not named and "weight_bits" not in config:
         return False
     bits = config.get("weight_bits", 1), config.get("input_bits", 8)
     if bits != (1, 8):
@@ -95,7 +97,10 @@ def _declared(model_type: str, quantization: dict[str, Any]) -> Family:
         raise UserError(f"quantization_mode {mode!r} is not supported (offline and online are)")
     if quantization.get("use_rms_norm"):
         raise UserError("use_rms_norm: linear layers with a norm of their own are not supported")
-    for name in quantization.get("modules_to_not_convert") or []:
+    skipped = quantization.get("modules_to_not_convert") or []
+    if not isinstance(skipped, list):
+        raise UserError(f"modules_to_not_convert is {skipped!r}, not a list of names")
+    for name in skipped:
         if any(projection in str(name) for projection in _PROJECTIONS):
             raise UserError(f"modules_to_not_convert names {name!r}: layers that are partly float are not supported")
     # transformers has no online `bitlinear`: that class reads packed weights whatever the mode is.

@@ -202,7 +202,11 @@ def _best(sizes: list[dict[str, Any]], acceptance: str, ideal: float) -> dict[st
 
 def check_teacher(config: dict[str, Any], where: str) -> None:
     """UserError, naming `where`, for the config.json of a model that is no BitNet: its bytes would be counted wrong."""
-    if "model_type" in config and not families.is_bitnet(config):
+    try:
+        known = "model_type" not in config or families.is_bitnet(config)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if not known:
         raise UserError(f"{where}: not a BitNet checkpoint (model_type is {config['model_type']!r})")
 
 

@@ -37,21 +37,23 @@ class Tokenizer:
     """A model folder's tokenizer and chat template, through mlx-lm."""
 
     def __init__(self, folder: Path) -> None:
+        from huggingface_hub.errors import StrictDataclassError
         from mlx_lm.utils import load_tokenizer
         from transformers.utils import logging
 
         logging.set_verbosity_error()  # it warns of prompts beyond the context, which we refuse
+        declared = _declared_ends(folder / "generation_config.json")  # first: mlx-lm reads it too, without a check
         try:
             with _without_code(folder) as readable:
                 self._wrapped = load_tokenizer(readable)
-        except (ValueError, OSError, KeyError, TypeError) as error:
+        except UserError:
+            raise
+        except StrictDataclassError as error:  # transformers reads the model's config too, and checks its types
+            raise UserError(f"{folder / 'config.json'}: {first_line(error)}") from error
+        except Exception as error:  # several libraries read the files; `tokenizers` raises Exception itself
             raise UserError(f"{folder}: the tokenizer cannot be loaded: {first_line(error)}") from error
         self.folder = folder
-        config_path = folder / "generation_config.json"
-        ends = set(self._wrapped.eos_token_ids)
-        if config_path.exists():
-            declared = read_json(config_path).get("eos_token_id")
-            ends |= set(declared if isinstance(declared, list) else [] if declared is None else [declared])
+        ends = set(self._wrapped.eos_token_ids) | declared
         # BitNet-2B's config names 128001 only, while its chat turns end with <|eot_id|>.
         vocab = self._wrapped.get_vocab()
         ends |= {vocab[token] for token in ("<|eot_id|>", "<|im_end|>") if token in vocab}
@@ -61,11 +63,9 @@ class Tokenizer:
         """Token ids of a prompt through the chat template, or of its bare text with `raw`."""
         if raw or not self._wrapped.has_chat_template:
             return self.encode_text("\n".join(message["content"] for message in prompt.messages))
-        from jinja2 import TemplateError
-
         try:
             ids: list[int] = self._wrapped.apply_chat_template(prompt.messages, add_generation_prompt=True)
-        except TemplateError as error:  # such as roles that do not take turns
+        except Exception as error:  # it is a program of the checkpoint's: roles that do not take turns, or any mistake
             raise UserError(f"prompt {prompt.id}: the chat template refuses it: {first_line(error)}") from error
         return ids
 
@@ -94,6 +94,15 @@ class Tokenizer:
 
     def streamer(self) -> Streamer:
         return Streamer(self)
+
+
+def _declared_ends(path: Path) -> set[int]:
+    """The end tokens that a generation_config.json names, if it is there."""
+    declared = read_json(path).get("eos_token_id") if path.exists() else None
+    ends = declared if isinstance(declared, list) else [] if declared is None else [declared]
+    if any(type(token) is not int for token in ends):
+        raise UserError(f"{path}: eos_token_id is {declared!r}, not a token's id or a list of them")
+    return set(ends)
 
 
 @contextmanager
@@ -180,7 +189,10 @@ def _parse_line(text: str, where: str, number: int) -> Prompt:
         raise UserError(f"{where}: the prompt is empty")
     if SURROGATE.search(json.dumps(entry, ensure_ascii=False)):
         raise UserError(f"{where}: holds half a surrogate pair, which no UTF-8 text can hold")
-    return Prompt(messages, str(entry.get("id", number)), entry.get("category"))
+    category = entry.get("category")
+    if category is not None and not (isinstance(category, str) and len(f"{category}.".splitlines()) == 1):
+        raise UserError(f"{where}: its category is {category!r}, not a name of one line")
+    return Prompt(messages, str(entry.get("id", number)), category)
 
 
 def make_prompt(text: str, prompt_id: str) -> Prompt:

@@ -28,27 +28,23 @@ class Shape:
 
     @classmethod
     def of(cls, config: dict[str, Any], where: str) -> Shape:
-        """From the config.json of a teacher or a draft; UserError, naming `where`, if something is missing."""
+        """From the config.json of a teacher or a draft; UserError, naming `where` and the key that is no size."""
         try:
-            heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-            shape = cls(
-                layers=int(config["num_hidden_layers"]),
+            heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
+            vocab = _size(config, "vocab_size")
+            return cls(
+                layers=_size(config, "num_hidden_layers"),
                 hidden=hidden,
                 heads=heads,
-                kv_heads=int(config.get("num_key_value_heads") or heads),
-                head_dim=int(config.get("head_dim") or hidden // heads),
-                intermediate=int(config["intermediate_size"]),
-                vocab=int(config["vocab_size"]),
-                head_rows=int(config.get(trimmed.SIZE) or config["vocab_size"]),
+                kv_heads=_size(config, "num_key_value_heads", heads),
+                head_dim=_size(config, "head_dim", hidden // heads),
+                intermediate=_size(config, "intermediate_size"),
+                vocab=vocab,
+                head_rows=_size(config, trimmed.SIZE, vocab),
                 layer_bits=2 if families.is_bitnet(config) else 8,
             )
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise UserError(f"{where}: no usable {error}") from error
-        if min(vars(shape).values()) < 1:
-            raise UserError(f"{where}: a size is not positive")
-        return shape
 
     @classmethod
     def of_draft(cls, layers: int, hidden: int, *, kv_ratio: float, vocab: int, head_rows: int | None = None) -> Shape:
@@ -96,3 +92,15 @@ class Shape:
     def cache_bytes(self, context: int) -> int:
         """Keys and values, float32, of `context` positions."""
         return 2 * self.layers * self.kv_heads * self.head_dim * 4 * context
+
+
+def _size(config: dict[str, Any], key: str, default: int | None = None) -> int:
+    """A size of config.json's; default: where it has none."""
+    value = default if config.get(key) is None else config[key]
+    if value is None:
+        raise UserError(f"has no {key}")
+    if type(value) is not int:  # bool is an int to isinstance
+        raise UserError(f"{key} is {value!r}, not a whole number")
+    if value < 1:
+        raise UserError(f"{key} is {value}, not positive")
+    return value

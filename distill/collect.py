@@ -101,6 +101,7 @@ class CollectSettings:
             "--batch": (self.batch, 1, None),
             "--reply-batch": (self.reply_batch, 1, None),
             "--max-reply": (self.max_reply, 1, context),
+            "--seed": (self.seed, 0, None),
         }
         for option, (value, low, high) in limits.items():
             if value < low or (high is not None and value > high):

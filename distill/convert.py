@@ -20,7 +20,8 @@ import numpy as np
 from decode.checkpoint import Checkpoint
 from decode.families import Family, dequantized, packed_tensors
 from decode.files import copy_tokenizer_file, first_line, read_json
-from distill.draft import aside, recover
+from decode.prompts import Tokenizer
+from distill.draft import aside, holds_current, recover
 from kernels import UserError
 from kernels.packing import check_codes
 
@@ -52,6 +53,8 @@ class Converted:
 
 def check_out(folder: Path, source: Path) -> None:
     """Refuse a folder that holds anything but an earlier conversion, or that is the original."""
+    if holds_current(folder):
+        raise UserError(f"--out {folder.resolve()}: is the current folder or holds it; give it a folder of its own")
     recover(folder)
     if folder.exists() and folder.resolve() == source.resolve():
         raise UserError(f"--out {folder}: is the checkpoint that is read")
@@ -82,6 +85,7 @@ def convert(
     """
     folder = folder.absolute()
     check_out(folder, checkpoint.folder)
+    _check_copied(checkpoint.folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     replaced = aside(folder)
     try:
@@ -102,6 +106,14 @@ def convert(
         shutil.rmtree(temporary, ignore_errors=True)
         recover(folder)
     return result
+
+
+def _check_copied(folder: Path) -> None:
+    """Refuse files that would be copied as they are into a checkpoint that then does not load."""
+    for name in COPIED:
+        if name.endswith(".json") and (folder / name).is_file():
+            read_json(folder / name)
+    Tokenizer(folder)
 
 
 def _write(checkpoint: Checkpoint, folder: Path, report: Callable[[int], object], shard_bytes: int) -> Converted:

@@ -190,6 +190,8 @@ def sha256(path: Path) -> str:
 
 def check_out(folder: Path) -> None:
     """Refuse a folder that holds something else than a draft of ours, or cannot be written."""
+    if holds_current(folder):
+        raise UserError(f"{folder.resolve()}: is the current folder or holds it; a draft needs a folder of its own")
     recover(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file, not a folder for a draft")
@@ -205,14 +207,20 @@ def check_out(folder: Path) -> None:
         raise UserError(f"{folder}: cannot be written (no permission in {above})")
 
 
+def holds_current(folder: Path) -> bool:
+    """Whether a folder is the current one or above it, as the root always is: neither is ever replaced."""
+    return Path.cwd().is_relative_to(os.path.realpath(folder))  # Path.resolve raises where links go round
+
+
 def aside(folder: Path) -> Path:
-    """Where a folder stands while another takes its place."""
+    """Where a folder stands while another takes its place; not for one that `holds_current`."""
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100  ("." and ".." have no name; Path.absolute keeps "..")
     return folder.with_name(f".{folder.name}.replaced")
 
 
 def recover(folder: Path) -> None:
     """Undo a replacement that was killed between its two renames."""
-    if aside(folder).is_dir() and not folder.exists():
+    if not folder.exists() and aside(folder).is_dir():
         aside(folder).rename(folder)
 
 
@@ -304,8 +312,13 @@ def _link(source: Path, target: Path) -> None:
 
 
 def check_files(folder: Path, provenance: dict[str, Any]) -> None:
-    """UserError where a file that draft.json lists is not there or not the same."""
-    for name, digest in dict(provenance.get("files", {})).items():
+    """UserError where a file that draft.json lists is not there or not the same, or is not the draft's own."""
+    files = provenance.get("files", {})
+    if not isinstance(files, dict):
+        raise UserError(f"{folder / 'draft.json'}: is damaged (`files` does not list names and hashes)")
+    for name, digest in files.items():
+        if Path(name).name != name:
+            raise UserError(f"{folder / 'draft.json'}: names a file outside its folder: {name!r}")
         path = folder / name
         if not path.is_file():
             raise UserError(f"{path}: not there; the draft is incomplete")

@@ -20,6 +20,7 @@ from kernels import UserError
 from kernels.reference import TernaryWeight
 
 Json = dict[str, Any]
+PACKED = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}
 
 
 def edited(name: str, change: Callable[[Json], None]) -> bytes:
@@ -75,6 +76,12 @@ def test_hashes_tell_content_not_layout(tmp_path: Path) -> None:
         ("model__safetensors__index__json", b'{"weight_map": {"a": "../x"}}', "index.json: names a file outside"),
         (
             "model__safetensors__index__json",
+            b'{"weight_map": {"a": []}}',
+            "index.json: is damaged ([] is no file's name)",
+        ),
+        ("model-old__safetensors", b"garbage", "model-old.safetensors: damaged or cut short"),
+        (
+            "model__safetensors__index__json",
             b'{"weight_map": {"a": "model-00002-of-2.safetensors"}}',
             "model-00002-of-2.safetensors: missing",
         ),
@@ -104,6 +111,11 @@ def test_half_a_download(tmp_path: Path) -> None:
         ({"quantization_config": "bitnet"}, "not a BitNet checkpoint"),
         ({"vocab_size": "many"}, "vocab_size is 'many'"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"vocab_size": True}, "vocab_size is True"),
+        ({"max_position_embeddings": "a"}, "max_position_embeddings is 'a'"),
+        ({"num_key_value_heads": -3}, "num_key_value_heads is -3"),
+        ({"model_type": ["bitnet"]}, "model_type ['bitnet'] is not supported"),
+        ({"quantization_config": PACKED | {"modules_to_not_convert": 3}}, "modules_to_not_convert is 3"),
     ],
 )
 def test_configs_refused(tmp_path: Path, values: Json, complaint: str) -> None:
@@ -120,10 +132,11 @@ def test_configs_refused(tmp_path: Path, values: Json, complaint: str) -> None:
         {"num_hidden_layers": 13},
         {"num_hidden_layers": 11},
         {"hidden_size": 512},
-        {"num_attention_heads": 0},
+        {"num_attention_heads": 7},
         {"rms_norm_eps": None},
+        {"rope_theta": "a"},
         {"vocab_size": 5},
-        {"intermediate_size": "wide"},
+        {"intermediate_size": 3000},
     ],
 )
 def test_configs_that_do_not_fit_the_weights(tmp_path: Path, values: Json) -> None:
@@ -218,6 +231,8 @@ def drop_token(content: Json) -> None:
         (lambda content: content["added_tokens"][2].update(content="<|end|>"), "disagree on token 2"),
         (lambda content: content["added_tokens"][2].update(special=False), "disagree on token 2"),
         (lambda content: content["model"].update(vocab=[]), "has no vocabulary"),
+        (lambda content: content.update(model=[]), "has no vocabulary"),
+        (lambda content: content["model"]["vocab"].update({"a": "b"}), "is damaged \\(the id of token 'a' is 'b'\\)"),
         (lambda content: content.update(added_tokens=[{}]), "added_tokens are damaged"),
     ],
 )

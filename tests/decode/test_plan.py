@@ -209,4 +209,7 @@ def test_bad_input(command: Command, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**BITNET_2B, "hidden_size": "wide"}))
     refused("--bandwidth", 50, "--draft", tmp_path, parts=("--draft", "wide"))
     (tmp_path / "config.json").write_text(json.dumps({**BITNET_2B, "vocab_size": 0}))
-    refused("--bandwidth", 50, "--draft", tmp_path, parts=("--draft", "not positive"))
+    refused("--bandwidth", 50, "--draft", tmp_path, parts=("--draft", "vocab_size is 0, not positive"))
+    four_bits = {**BITNET_2B, "model_type": "llama", "weight_bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(four_bits))
+    refused("--bandwidth", 50, "--teacher", tmp_path, parts=("--teacher", "weight_bits"))

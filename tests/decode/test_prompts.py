@@ -73,6 +73,9 @@ def test_the_projects_own_prompts() -> None:
         ('{"messages": "hello"}', "its messages are not"),
         ('{"messages": [{"role": "user"}]}', "its messages are not"),
         ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": ""}]}', "prompt is empty"),
+        ('{"prompt": "fine", "category": 3}', "its category is 3, not a name of one line"),
+        ('{"prompt": "fine", "category": ["a"]}', "its category is ['a']"),
+        ('{"prompt": "fine", "category": "two\\nlines"}', "its category is 'two\\nlines'"),
         ('{"prompt": "half \\ud83d"}', "half a surrogate pair"),
         ('{"prompt": "fine", "id": "\\udc00"}', "half a surrogate pair"),
         (b'{"prompt": "caf\xe9"}', "is not valid UTF-8 (byte 16)"),
@@ -156,11 +159,14 @@ def test_conversations_end_with_the_end_token(tokenizer: Tokenizer) -> None:
     assert ids[-1] in tokenizer.end_tokens and not tokenizer.end_tokens & set(ids[start:-1])
 
 
-def test_a_template_that_refuses_is_one_line(tmp_path: Path) -> None:
-    config = json.loads((TEACHER / "tokenizer_config.json").read_text())
-    config["chat_template"] = "{{ raise_exception('roles must take turns') }}"
+@pytest.mark.parametrize(
+    ("template", "complaint"),
+    [("{{ raise_exception('roles must take turns') }}", "roles must take turns"), ("{{ 1 / 0 }}", "division by zero")],
+)
+def test_a_template_that_refuses_is_one_line(tmp_path: Path, template: str, complaint: str) -> None:
+    config = json.loads((TEACHER / "tokenizer_config.json").read_text()) | {"chat_template": template}
     picky = Tokenizer(changed_copy(TEACHER, tmp_path / "m", tokenizer_config__json=json.dumps(config).encode()))
-    with pytest.raises(UserError, match="prompt p7: the chat template refuses it: roles must take turns"):
+    with pytest.raises(UserError, match=f"prompt p7: the chat template refuses it: {complaint}"):
         picky.encode_prompt(Prompt([{"role": "user", "content": "a"}], "p7"))
 
 
@@ -171,13 +177,25 @@ def test_end_tokens(tmp_path: Path, declared: str, ends: set[int]) -> None:
     assert Tokenizer(folder).end_tokens == ends
 
 
-def test_damaged_tokenizers(tmp_path: Path) -> None:
-    for i, (name, content) in enumerate(
-        (("generation_config", b"{"), ("tokenizer", b"{}"), ("tokenizer_config", b"nope"))
-    ):
-        folder = changed_copy(TEACHER, tmp_path / str(i), **{f"{name}__json": content})
-        with pytest.raises(UserError, match=re.escape(str(folder))):
-            Tokenizer(folder)
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("generation_config.json", b"{", "/generation_config.json: cannot be read"),
+        ("generation_config.json", b'{"eos_token_id": "a"}', "/generation_config.json: eos_token_id is 'a', not"),
+        ("tokenizer.json", b"{}", ": the tokenizer cannot be loaded"),
+        ("tokenizer.json", b'{"model": []}', ": the tokenizer cannot be loaded"),
+        ("tokenizer.json", b'{"added_tokens": [], "model": {"type": "BPE", "vocab": [1]}}', ": the tokenizer cannot"),
+        ("tokenizer_config.json", b"nope", ""),
+        ("tokenizer_config.json", b'{"chat_template_type": "zzz"}', ": the tokenizer cannot be loaded"),
+        ("config.json", b'{"model_type": "bitnet", "eos_token_id": "a"}', "/config.json: Validation error for field"),
+        ("config.json", b'{"model_type": "bitnet", "rms_norm_eps": "a"}', "/config.json: Validation error for field"),
+    ],
+)
+def test_damaged_tokenizers(tmp_path: Path, name: str, content: bytes, complaint: str) -> None:
+    folder = changed_copy(TEACHER, tmp_path / "m", **{name.replace(".", "__"): content})
+    with pytest.raises(UserError, match=re.escape(f"{folder}{complaint}")) as caught:
+        Tokenizer(folder)
+    assert "\n" not in str(caught.value)
 
 
 TEXTS = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -139,6 +140,13 @@ def test_what_cannot_be_converted_leaves_nothing(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=str(folder)) as caught:
             convert(find_teacher(str(folder)), tmp_path / "out", lambda _: None)
         assert complaint in str(caught.value) and ".tmp" not in str(caught.value)
+    for name in ("tokenizer.json", "generation_config.json"):
+        folder = small.microsoft(tmp_path / name)
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).write_text("<!DOCTYPE html>")
+        with pytest.raises(UserError, match=re.escape(f"{folder / name}: cannot be read")):
+            convert(find_teacher(str(folder)), tmp_path / "out", lambda _: None)
+        cases[name] = ({}, "")
     interrupted = small.microsoft(tmp_path / "interrupted")
 
     def interrupt(_: int) -> None:

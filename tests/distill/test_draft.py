@@ -159,6 +159,18 @@ def test_save_replaces_drafts_and_nothing_else(tmp_path: Path, teacher: Path, co
     assert draft.load(out).provenance["note"] == "second"
 
 
+@pytest.mark.parametrize("name", [".", "..", "", "/", "../draft/."])
+def test_the_current_folder_is_never_replaced(
+    tmp_path: Path, teacher: Path, config: DraftConfig, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor one that holds it, though it be an older draft's."""
+    out = tmp_path / "draft"
+    draft.save(out, draft.create(config, 0), config, teacher, provenance())
+    monkeypatch.chdir(out)
+    with pytest.raises(UserError, match="is the current folder or holds it"):
+        draft.check_out(Path(name))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -170,6 +182,11 @@ def test_save_replaces_drafts_and_nothing_else(tmp_path: Path, teacher: Path, co
         (lambda f: (_cut(f / "model.safetensors"), (f / "draft.json").unlink()), "not a readable safetensors"),
         (lambda f: _edit(f, hidden_size=64), "config.json: differs|asks for"),
         (lambda f: (_edit(f, intermediate_size=64), (f / "draft.json").unlink()), "asks for"),
+        *(
+            (lambda f, files=files: _edit(f, "draft.json", files=files), r"draft\.json: is damaged \(`files`")
+            for files in (None, "abc", ["x"])
+        ),
+        (lambda f: _edit(f, "draft.json", files={"../draft/gone": ""}), r"names a file outside its folder: '\.\./"),
     ],
 )
 def test_damaged_drafts_are_named(
@@ -186,9 +203,9 @@ def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
 
-def _edit(folder: Path, **changes: object) -> None:
-    content = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(content | changes))
+def _edit(folder: Path, name: str = "config.json", **changes: object) -> None:
+    content = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(content | changes))
 
 
 def test_the_teachers_embedding_is_read_without_a_copy() -> None:

@@ -68,6 +68,7 @@ BITNET_2B = {  # DESIGN.md section 5
         ("[train]\nvocab = 0\n", "line 2: [train] vocab 0"),
         ("[train]\ntemperature = 0.5\n", "line 2: [train] temperature 0.5: must be 1 or one of [collect] temperature"),
         ("[collect]\nseq_len = 1\n", "line 2: [collect] seq_len 1: must be at least 16"),
+        ("[collect]\nseed = -1\n", "line 2: [collect] seed -1: must be at least 0"),
         ("[evaluate]\nk = 0\n", "line 2: [evaluate] k 0: must be at least 1"),
         ('[evaluate]\nhead = "int4"\n', "[evaluate] head int4"),
         ("[train\n", "is not TOML: "),
