@@ -203,7 +203,7 @@ def publish(
     else:
         note(f"{draft}: {len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB to {repo}")
         try:
-            done = upload(package, private=private, force=force, quiet=quiet)
+            done = upload(package, private=private, force=force)
         except KeyboardInterrupt:
             raise Interrupted(f"the same command goes on from what {repo} has") from None
         result |= vars(done)

@@ -22,7 +22,9 @@ from decode.checkpoint import ROOT, RUNS, Checkpoint
 from decode.metal import limit_memory
 from decode.model import Transformer
 from decode.prompts import Prompt, Tokenizer
+from decode.shape import Shape
 from distill.bits import Settings
+from distill.draft_config import physical_memory
 from distill.replies import write_replies
 from distill.shards import Block, Dataset, ShardWriter
 from distill.sources import Document, identity, is_excluded, load_excluded, read_source
@@ -297,6 +299,7 @@ class Collector:
                 pending = []
 
     def _answer(self, chunk: list[tuple[int, list[int]]]) -> list[Reply]:
+        self._check_caches(chunk)
         heat = self.settings.reply_temperatures
         texts = write_replies(
             self.model,
@@ -310,6 +313,17 @@ class Collector:
         )
         pairs = zip(chunk, texts, strict=True)
         return [Reply(n, np.concatenate([np.array(ids, np.int32), text]), len(ids)) for (n, ids), text in pairs]
+
+    def _check_caches(self, chunk: list[tuple[int, list[int]]]) -> None:
+        """Refuse, before anything is allocated, a batch whose caches alone are more than there is memory."""
+        longest = max(len(ids) for _, ids in chunk) + self.settings.max_reply
+        shape = Shape.of(self.plan.teacher.config, str(self.plan.teacher.folder))
+        need, have = len(chunk) * shape.cache_bytes(longest), physical_memory()
+        if need > have:
+            raise UserError(
+                f"--reply-batch {self.settings.reply_batch}: the caches of {len(chunk)} prompts and their replies need"
+                f" {need / 1e9:,.1f} GB, and this machine has {have / 1e9:,.1f} GB: choose a smaller one"
+            )
 
     def score(self, rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Block:
         """Run the teacher over rows, `batch` at a time, and keep its top k and log-sum-exps."""

@@ -116,21 +116,17 @@ def hub_name(teacher: Facts) -> str | None:
     return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
 
 
-def publish(package: Package, *, private: bool | None = None, force: bool = False, quiet: bool = False) -> Published:
+def publish(package: Package, *, private: bool | None = None, force: bool = False) -> Published:
     """Upload, in one commit, whatever the repository does not hold yet.
 
-    private: None leaves a repository as it is and makes a new one private; force: also in place of another model;
-    quiet: without the Hub client's progress bars.
+    private: None leaves a repository as it is and makes a new one private; force: also in place of another model.
     Interrupted, the same call goes on: what the Hub already has is not sent again. UserError for what stands against
     it, naming the repository.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
     from huggingface_hub.errors import RepositoryNotFoundError
-    from huggingface_hub.utils import disable_progress_bars
 
     repo = package.repo
-    if quiet:
-        disable_progress_bars()
     if get_token() is None:
         raise UserError(f"{repo}: publishing needs a login: run `hf auth login`, or set HF_TOKEN")
     api = HfApi(library_name="bitdraft")

@@ -20,7 +20,15 @@ JsonOption = Annotated[
     str | None,
     typer.Option("--json", metavar="FILE", help="Write the results as one JSON object; - is standard output."),
 ]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars or summaries.")]
+
+
+def _quiet(value: bool) -> bool:
+    if value:  # read when the Hub's client is imported, which is after this
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    return value
+
+
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", callback=_quiet, help="No progress bars or summaries.")]
 
 
 class Interrupted(Exception):

@@ -300,6 +300,14 @@ def test_impossible_settings(
     assert not (tmp_path / "d").exists()
 
 
+def test_caches_beyond_the_memory_are_refused(
+    teacher: Checkpoint, settings: CollectSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distill.collect.physical_memory", lambda: 1_000_000)
+    with pytest.raises(UserError, match=rf"--reply-batch {settings.reply_batch}: .* this machine has 0\.0 GB"):
+        Collector(make_plan(teacher, settings, tmp_path)).run()
+
+
 def test_nothing_to_collect_from(teacher: Checkpoint, settings: CollectSettings, tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     chosen = replace(settings, sources=(str(tmp_path / "empty.jsonl"),))

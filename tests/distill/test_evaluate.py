@@ -8,14 +8,16 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Command, arguments, environment
 
+from decode.checkpoint import find_model, find_teacher
 from decode.prompts import Prompt
-from decode.session import Output
+from decode.session import Output, Session
 from decode.statistics import Tally
-from distill.evaluate import figures, without_looping
+from distill.evaluate import EvaluateSettings, evaluate, figures, without_looping
 
 SHIPPED = Path(__file__).resolve().parents[2] / "checkpoints" / "bitnet-smol-43m-draft"
 LENGTH = 20
@@ -68,6 +70,24 @@ def test_evaluation_counts_what_decoding_counts(command: Command, work: Path, pr
     page = (draft / "evaluation.md").read_text(encoding="utf-8")
     assert f"| maths | 2 | {rows[1]['acceptance_rate']:.3f} |" in page and "6 of 6" in page and "**all**" in page
     shutil.rmtree(draft)
+
+
+def test_both_ways_take_turns_in_being_first(
+    weak_draft: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that gets slower from second to second must not favour one of them."""
+    order: list[tuple[str, bool]] = []
+    answer = Session.answer
+
+    def noted(session: Session, prompt: Prompt, *others: Any, speculative: bool, **options: Any) -> Output:
+        order.append((prompt.id, speculative))
+        return answer(session, prompt, *others, speculative=speculative, **options)
+
+    monkeypatch.setattr(Session, "answer", noted)
+    settings = EvaluateSettings(prompts=str(prompts), max_tokens=4)
+    evaluate(find_teacher(None), find_model(str(weak_draft), "--draft"), settings, tmp_path / "out", quiet=True)
+    turns = [[speculative for name, speculative in order if name == f"p{i}"] for i in range(6)]
+    assert turns == [[False, True], [True, False]] * 3
 
 
 def test_looping_replies_are_set_apart() -> None:
