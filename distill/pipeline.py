@@ -6,7 +6,10 @@ other settings is overwritten.
 
 from __future__ import annotations
 
+import gc
 import json
+import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,6 +28,7 @@ from distill.draft_config import DraftConfig, check_memory
 from distill.evaluate import evaluate, finished
 from distill.recipe import KEPT, STAGES, Recipe
 from distill.shards import Dataset
+from distill.sources import shown_name
 from distill.store import MANIFEST, write_atomic
 from distill.train import TrainSettings, train
 from kernels.errors import UserError
@@ -76,7 +80,7 @@ class Pipeline:
             note(f"{number} {name}: {stage.folder}{' (done before)' if skipped else ''}")
             if not skipped:
                 stage.run()
-                mx.clear_cache()
+                settle()
             if name == "train":
                 self._keep_recipe()
             seconds = time.perf_counter() - began
@@ -100,8 +104,8 @@ class Pipeline:
         trained = self._trained()
         if "collect" in names:
             self._collected()
-        elif "train" in names and not trained and not Dataset.open(recipe.dataset).complete:
-            raise UserError(f"{recipe.dataset}: is not complete; run the recipe from its first stage")
+        elif "train" in names:
+            self._check_dataset(trained)
         if not trained and "train" not in names:
             raise UserError(f"{recipe.draft}: holds no finished draft; run the recipe from an earlier stage")
         if not trained:
@@ -124,6 +128,27 @@ class Pipeline:
             name, was, now = difference
             raise UserError(f"{folder}: was begun with {name} = {json.dumps(was)}, not {json.dumps(now)}; {OTHERWISE}")
         return dataset.complete
+
+    def _check_dataset(self, trained: bool) -> None:
+        """The dataset as it is must be what [collect] says; its sources need not be there any more."""
+        folder, about = self.recipe.dataset, self.recipe.draft / "draft.json"
+        if trained and not (folder / MANIFEST).is_file():
+            where, values = about, read_json(about)["training"]["data"].get("settings")
+            if not isinstance(values, dict):
+                raise UserError(f"{about}: is damaged (training.data.settings is {values!r})")
+        else:
+            dataset = Dataset.open(folder)
+            if not dataset.complete:
+                raise UserError(f"{folder}: is not complete; run the recipe from its first stage")
+            where, values = folder, dataset.settings.values
+        for name, value in asdict(self.recipe.collect).items():
+            was, now = values.get("k" if name == "top_k" else name), list(value) if isinstance(value, tuple) else value
+            if name in ("sources", "exclude"):
+                was, now = _names(was), [shown_name(path) for path in value]
+            if was != now:
+                raise UserError(
+                    f"{where}: was made with {name} = {json.dumps(was)}, not {json.dumps(now)}; {OTHERWISE}"
+                )
 
     def _collect(self) -> None:
         collector = Collector(self._plan, self.progress)
@@ -210,3 +235,32 @@ class Pipeline:
         report = self._finished()
         assert report is not None
         return {"report": {name: value for name, value in report.items() if name != "outputs"}}
+
+
+def _names(sources: Any) -> list[Any]:
+    """Of the sources that a manifest lists."""
+    return [entry.get("name") for entry in sources or [] if isinstance(entry, dict)]
+
+
+def settle() -> None:
+    """Free what a stage left, now, with Ctrl-C held meanwhile.
+
+    Models go with their reference cycles, which takes a while, and Python prints and forgets a KeyboardInterrupt that
+    is raised in a callback of the garbage collection.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only there are signals handled
+        _free()
+        return
+    pressed: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        _free()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if pressed:
+        raise KeyboardInterrupt
+
+
+def _free() -> None:
+    gc.collect()
+    mx.clear_cache()

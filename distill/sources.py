@@ -102,9 +102,13 @@ def sha256_of(path: str | Path) -> str:
 
 def identity(path: str | Path) -> dict[str, str]:
     """What a manifest says of a source: name (without its folder), sha256, and kind: file, folder or hub."""
-    hub = _hub_name(path)
-    kind = "hub" if hub else "folder" if Path(path).is_dir() else "file"
-    return {"name": str(path) if hub else Path(path).resolve().name, "sha256": sha256_of(path), "kind": kind}
+    kind = "hub" if _hub_name(path) else "folder" if Path(path).is_dir() else "file"
+    return {"name": shown_name(path), "sha256": sha256_of(path), "kind": kind}
+
+
+def shown_name(path: str | Path) -> str:
+    """The name of a source in a manifest: of a file or folder without the one it is in."""
+    return str(path) if _hub_name(path) else Path(path).resolve().name
 
 
 # --- exclusion

@@ -7,11 +7,13 @@ import json
 import signal
 import subprocess
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, TEACHER, Command, arguments, environment
 
+from distill.pipeline import settle
 from distill.predict import predict, table, teacher_bytes
 from distill.recipe import RECIPES, find_recipe, read_recipe
 from kernels import UserError
@@ -176,6 +178,18 @@ def test_run(tmp_path: Path) -> None:
     (out / "draft" / "evaluation.json").write_text(json.dumps(report | {"identical": False}))
     code, text, _ = run("--from", "evaluate", "--quiet", "--json", "-")  # a check that failed is made again
     assert code == 0 and [stage["skipped"] for stage in json.loads(text)["stages"]] == [False]
+    # From a later stage on, what is before it must still be what the recipe says, though its sources be gone.
+    (tmp_path / "prompts.jsonl").rename(tmp_path / "away.jsonl")
+    elsewhere = TINY.replace('prompts = "prompts', 'prompts = "away')
+    (tmp_path / "tiny.toml").write_text(elsewhere.replace("tokens = 1500", "tokens = 1600"))
+    for away in (False, True):
+        code, _, told = run("--from", "train")
+        where = "runs/tiny/draft/draft.json" if away else "runs/tiny/dataset"
+        assert code == 2 and f"{where}: was made with tokens = 1500, not 1600" in told, told
+        (out / "dataset").rename(out / "away") if not away else (out / "away").rename(out / "dataset")
+    (tmp_path / "away.jsonl").rename(tmp_path / "prompts.jsonl")
+    (tmp_path / "tiny.toml").write_text(TINY.replace('["prompts.jsonl"]', '["other.jsonl"]'))
+    assert 'was made with sources = ["prompts.jsonl"], not ["other.jsonl"]' in run("--from", "train")[2]
     for old, new, named in (
         ("hidden = 64", "hidden = 128", "runs/tiny/draft: holds a finished draft that was trained with hidden = 64"),
         ("tokens = 1500", "tokens = 1600", "runs/tiny/dataset: was begun with tokens = 1500, not 1600"),
@@ -187,6 +201,21 @@ def test_run(tmp_path: Path) -> None:
         code, _, told = run()
         assert code == 2 and named in told and len(told.splitlines()) == 1, told
     assert (out / "draft" / "recipe.toml").read_bytes() == content
+
+
+def test_ctrl_c_while_a_stage_is_freed_counts() -> None:
+    """Python prints a KeyboardInterrupt of a garbage collection's callback and goes on."""
+
+    class Model:
+        pass
+
+    model = Model()
+    model.parts = [model]  # type: ignore[attr-defined]
+    alive = weakref.ref(model, lambda _: signal.raise_signal(signal.SIGINT))
+    del model
+    with pytest.raises(KeyboardInterrupt):
+        settle()
+    assert alive() is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_dry_run_without_the_teacher(command: Command, work: Path) -> None:
