@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from decode.files import read_json
 from distill.draft_config import DraftConfig
 from distill.plots import read_log
 from distill.recipe import KEPT
+from kernels import UserError
 
 EVALUATION = "evaluation.json"
 CURVES = "curves.png"
@@ -31,15 +32,29 @@ COLLECT = {
 }
 TRAIN = ("layers", "hidden", "vocab", "loss", "temperature", "tokens", "batch", "lr", "bits", "seed")
 
+# What a card takes from draft.json, outer parts first; each may be absent.
+PARTS: dict[str, type] = {
+    "teacher": dict,
+    "training": dict,
+    "training.settings": dict,
+    "training.data": dict,
+    "training.data.settings": dict,
+    "training.data.settings.sources": list,
+    "training.data.settings.exclude": list,
+    "vocabulary": dict,
+    "made_with": dict,
+    "made_with.versions": dict,
+}
+
 
 @dataclass(frozen=True)
 class Subject:
     """A draft that a card is about.
 
     repo: owner/name it goes to; about: draft.json; config, description: config.json, parsed and as it is;
-    evaluation: what `distill evaluate` found, {} if it was not run; log: the lines of log.jsonl; licence: `license`
-    and, for one that is not standard, `license_name` and `license_link`; base_model: the teacher's name on the Hub;
-    recipe: the text of its recipe, empty if it was made by single commands.
+    evaluation: what `distill evaluate` found, {} if it was not run; log: the lines of log.jsonl; recipe: the text of
+    its recipe, empty if it was made by single commands; licence: `license` and, for one that is not standard,
+    `license_name` and `license_link`; base_model: the teacher's name on the Hub.
     """
 
     repo: str
@@ -48,27 +63,30 @@ class Subject:
     description: Facts
     evaluation: Facts
     log: list[Facts]
-    licence: Facts
-    base_model: str | None
     curves: bool
     recipe: str
+    licence: Facts = field(default_factory=dict)
+    base_model: str | None = None
 
     @classmethod
-    def read(cls, folder: Path, repo: str, licence: Facts, base_model: str | None) -> Subject:
-        """UserError where a file is damaged."""
-        description = read_json(folder / "config.json")
-        return cls(
-            repo=repo,
-            about=read_json(folder / "draft.json"),
-            config=DraftConfig.from_json(description),
-            description=description,
-            evaluation=read_json(folder / EVALUATION) if (folder / EVALUATION).is_file() else {},
-            log=read_log(folder / "log.jsonl") if (folder / "log.jsonl").is_file() else [],
-            licence=licence,
-            base_model=base_model,
-            curves=(folder / CURVES).is_file(),
-            recipe=(folder / KEPT).read_text(encoding="utf-8") if (folder / KEPT).is_file() else "",
-        )
+    def read(cls, folder: Path, repo: str) -> Subject:
+        """UserError naming the file that is damaged, and which part of it."""
+        description, about = read_json(folder / "config.json"), read_json(folder / "draft.json")
+        _check_parts(about, folder / "draft.json")
+        try:
+            config = DraftConfig.from_json(description)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{folder / 'config.json'}: not a Llama's ({error})") from error
+        log = read_log(folder / "log.jsonl") if (folder / "log.jsonl").is_file() else []
+        for line in log:
+            if not isinstance(line, dict):
+                raise UserError(f"{folder / 'log.jsonl'}: is damaged (holds {line!r}, not an object)")
+        try:
+            recipe = (folder / KEPT).read_text(encoding="utf-8") if (folder / KEPT).is_file() else ""
+        except UnicodeDecodeError as error:
+            raise UserError(f"{folder / KEPT}: is not valid UTF-8 (byte {error.start})") from error
+        evaluation = read_json(folder / EVALUATION) if (folder / EVALUATION).is_file() else {}
+        return cls(repo, about, config, description, evaluation, log, (folder / CURVES).is_file(), recipe)
 
     def get(self, *path: str) -> Any:
         """A value inside draft.json, None where it is not there."""
@@ -96,6 +114,16 @@ class Subject:
     def bits(self) -> int | None:
         quantization = self.description.get("quantization")
         return quantization.get("bits") if isinstance(quantization, dict) else None
+
+
+def _check_parts(about: Facts, path: Path) -> None:
+    """Refuse a draft.json whose parts are of other kinds than those that `distill train` writes."""
+    for name, kind in PARTS.items():
+        value: Any = about
+        for key in name.split("."):
+            value = value.get(key) if value is not None else None
+        if value is not None and not isinstance(value, kind):
+            raise UserError(f"{path}: is damaged ({name} is {value!r})")
 
 
 def model_card(subject: Subject) -> str:
@@ -164,8 +192,15 @@ def _acceptance(subject: Subject) -> str:
     found = subject.evaluation
     if not found:
         return "## Acceptance\n\nNot evaluated."
+    outputs = [entry for entry in found.get("outputs") or [] if isinstance(entry, dict)]
+    same = sum(entry.get("identical") is True for entry in outputs)
     rows = [
         ("prompts", _number(found.get("prompts"))),
+        ("their file", _cell(found.get("prompts_file"))),
+        ("of each category, at most", _number(found.get("limit"))),
+        ("new tokens a prompt, at most", _number(found.get("max_tokens"))),
+        ("the teacher's head", _cell(found.get("head"))),
+        ("outputs identical to plain decoding", f"{same} of {len(outputs)}" if outputs else ""),
         ("tokens drafted a round (k)", _cell(found.get("k"))),
         ("acceptance rate (accepted / drafted)", _number(found.get("acceptance_rate"), 3)),
         ("tokens a verification", _number(found.get("mean_acceptance_length"))),

@@ -171,7 +171,11 @@ def publish(
         ),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Also replace another teacher's draft, or publish an unfinished one.")
+        bool,
+        typer.Option(
+            "--force",
+            help="Also replace another teacher's draft, or publish one that is unfinished or was not identical.",
+        ),
     ] = False,
     json_file: JsonOption = None,
     quiet: QuietOption = False,
@@ -189,7 +193,7 @@ def publish(
     if draft is None:
         draft = newest_draft(RUNS)
         note(f"draft: {draft}")
-    package = prepare(draft, repo, licence=licence, base_model=base_model, unfinished=force)
+    package = prepare(draft, repo, licence=licence, base_model=base_model, force=force)
     sizes = package.sizes()
     if not package.licence:
         note(f"{repo}: the teacher's licence is not known, so the card states none; give it with --license")

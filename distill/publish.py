@@ -7,15 +7,15 @@ repository changes in one commit at the end, so whoever downloads meanwhile has 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from decode.checkpoint import CARD, find_model
-from decode.files import read_json
+from decode.files import first_line, read_json
 from decode.hub import LOG_IN, chain, explain, server_message, status
 from distill.card import CURVES, EVALUATION, Facts, Subject, model_card
-from distill.draft import FORMAT, OPTIONAL_FILES, TOKENIZER_FILES, WEIGHTS, check_files, recover
+from distill.draft import FORMAT, OPTIONAL_FILES, TOKENIZER_FILES, WEIGHTS, check_files, recover, sha256
 from distill.provenance import LICENCE_KEYS, licence_of
 from distill.recipe import KEPT
 from kernels import UserError
@@ -70,11 +70,12 @@ def newest_draft(runs: Path) -> Path:
 
 
 def prepare(
-    folder: Path, repo: str, *, licence: str | None = None, base_model: str | None = None, unfinished: bool = False
+    folder: Path, repo: str, *, licence: str | None = None, base_model: str | None = None, force: bool = False
 ) -> Package:
     """Check a draft and write its card, without a network.
 
-    licence, base_model: in place of what draft.json knows; unfinished: take a draft whose training was stopped too.
+    licence, base_model: in place of what draft.json knows; force: take a draft whose training was stopped, or whose
+    text was not the teacher's, too; its card says so. UserError names the file that is damaged or of another draft.
     """
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -92,22 +93,52 @@ def prepare(
     about = read_json(folder / DRAFT)
     if about.get("format") != FORMAT:
         raise UserError(f"{folder / DRAFT}: not a draft of bitdraft's (format is {about.get('format')!r})")
-    find_model(str(folder), "--draft")
+    model = find_model(str(folder), "--draft")
     check_files(folder, about)
-    if about.get("complete") is not True and not unfinished:
+    if about.get("complete") is not True and not force:
         raise UserError(f"{folder}: its training is not finished; `distill train` goes on, --force publishes it as is")
     files = {name: folder / name for name in FILES if (folder / name).is_file()}
     if missing := [name for name in REQUIRED if name not in files]:
         raise UserError(f"{folder / missing[0]}: missing")
-    teacher = about.get("teacher") if isinstance(about.get("teacher"), dict) else {}
-    assert isinstance(teacher, dict)
+    _check_recipe(folder, about)
+    subject = Subject.read(folder, repo)
+    _check_evaluation(folder, subject, model.weights_hash, force)
+    teacher = subject.get("teacher") or {}
     known = {key: teacher[key] for key in LICENCE_KEYS if isinstance(teacher.get(key), str)} or licence_of(folder)
     terms = {"license": licence} if licence else known
+    subject = replace(subject, licence=terms, base_model=base_model or hub_name(teacher))
     try:
-        subject = Subject.read(folder, repo, terms, base_model or hub_name(teacher))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'}: not a Llama's ({error})") from error
-    return Package(repo, folder, files, model_card(subject), terms, teacher)
+        card = model_card(subject)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        named = f"{DRAFT}, {EVALUATION} or log.jsonl"
+        raise UserError(f"{folder}: {named} is damaged, no card can be written ({first_line(error)})") from error
+    return Package(repo, folder, files, card, terms, teacher)
+
+
+def _check_recipe(folder: Path, about: Facts) -> None:
+    """The recipe beside a draft is the one that made it."""
+    kept, recipe = folder / KEPT, about.get("recipe")
+    if kept.is_file() and (not isinstance(recipe, dict) or recipe.get("sha256") != sha256(kept)):
+        raise UserError(
+            f"{kept}: is not the recipe that draft.json names; `distill run` keeps the right one, or delete it"
+        )
+
+
+def _check_evaluation(folder: Path, subject: Subject, draft: str, force: bool) -> None:
+    """The evaluation beside a draft is its own, and found the teacher's text. draft: the hash of its weights."""
+    path, found = folder / EVALUATION, subject.evaluation
+    if not found:
+        return
+    identity = found.get("identity")
+    of = identity if isinstance(identity, dict) else {}
+    for name, wanted in (("draft", draft), ("teacher", subject.get("teacher", "hash"))):
+        if of.get(name) != wanted:
+            raise UserError(f"{path}: was measured with another {name}; run `distill evaluate` again, or delete it")
+    if found.get("identical") is not True and not force:
+        raise UserError(
+            f"{path}: its text was not identical to plain decoding, which is a fault; `distill evaluate` again, or"
+            " --force publishes it as it is"
+        )
 
 
 def hub_name(teacher: Facts) -> str | None:
@@ -123,10 +154,14 @@ def publish(package: Package, *, private: bool | None = None, force: bool = Fals
     Interrupted, the same call goes on: what the Hub already has is not sent again. UserError for what stands against
     it, naming the repository.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
     from huggingface_hub.errors import RepositoryNotFoundError
 
     repo = package.repo
+    if constants.is_offline_mode():
+        raise UserError(
+            f"{repo}: publishing needs a connection, and HF_HUB_OFFLINE is set: unset it (--dry-run needs none)"
+        )
     if get_token() is None:
         raise UserError(f"{repo}: publishing needs a login: run `hf auth login`, or set HF_TOKEN")
     api = HfApi(library_name="bitdraft")

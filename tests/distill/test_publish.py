@@ -17,11 +17,12 @@ import pytest
 from conftest import TEACHER, Command, arguments, changed_copy, environment
 from loopback_hub import Hub
 
-from decode.checkpoint import find_teacher
+from decode.checkpoint import find_model, find_teacher
 from distill import draft
 from distill.card import EVALUATION
 from distill.draft_config import DraftConfig
 from distill.publish import prepare
+from distill.recipe import KEPT
 from kernels import UserError
 
 REPO = "alice/small-draft"
@@ -63,6 +64,23 @@ def make_draft(folder: Path, teacher: dict[str, Any] | None = None, bits: int | 
     (folder / "state" / "step-7.safetensors").write_bytes(b"optimiser state")
     for name in ("notes.txt", ".env", "model-old.safetensors.bak", "pytorch_model.bin"):
         (folder / name).write_text("mine")
+    return folder
+
+
+def evaluated(folder: Path, **found: Any) -> Path:
+    """A draft with an evaluation of its own beside it, as far as publishing looks at one."""
+    teacher = json.loads((folder / "draft.json").read_text())["teacher"]["hash"]
+    identity = {"draft": find_model(str(folder), "--draft").weights_hash, "teacher": teacher}
+    (folder / EVALUATION).write_text(json.dumps({"identity": identity, "identical": True} | found))
+    return folder
+
+
+def with_recipe(folder: Path, text: str) -> Path:
+    """A draft with the recipe that made it, as `distill run` leaves one."""
+    (folder / KEPT).write_text(text)
+    named = {"name": "mine", "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    about = json.loads((folder / "draft.json").read_text())
+    (folder / "draft.json").write_text(json.dumps(about | {"recipe": named}))
     return folder
 
 
@@ -160,7 +178,9 @@ def test_card_of_a_hub_teacher_with_an_evaluation(tmp_path: Path) -> None:
     values = {"acceptance_rate": 0.5875, "mean_acceptance_length": 2.7, "acceptance_per_position": [0.72, 0.5, 0.4]}
     whole = {**values, "prompts": 50, "k": 3, "speedup": 1.08, "device": "AMD <EPYC>", "looping": 16}
     category = {**values, "category": "code", "prompts": 9, "acceptance_rate": 0.25, "speedup": 0.9, "looping": 0}
-    (folder / EVALUATION).write_text(json.dumps({**whole, "categories": [category]}))
+    whole |= {"prompts_file": "ours.jsonl", "limit": 7, "max_tokens": 96, "head": "int8"}
+    outputs = [{"identical": True}] * 50
+    evaluated(folder, **whole, categories=[category], outputs=outputs)
     package = prepare(folder, REPO)
     assert EVALUATION in package.files
     facts = metadata(package.card, tmp_path)
@@ -172,6 +192,9 @@ def test_card_of_a_hub_teacher_with_an_evaluation(tmp_path: Path) -> None:
         "| acceptance rate (accepted / drafted) | 0.588 |",
         "| accepted, by position | 0.72 0.50 0.40 |",
         "| device | AMD &lt;EPYC> |",
+        "| prompts | 50 |\n| their file | ours.jsonl |\n| of each category, at most | 7 |",
+        "| new tokens a prompt, at most | 96 |\n| the teacher's head | int8 |",
+        "| outputs identical to plain decoding | 50 of 50 |",
         "| code | 9 | 0.250 | 2.70 | 0.72 0.50 0.40 | 0.90 | 0 |",
         "transformers cannot load it: its weights are in MLX's 8-bit format",
         "[our-terms](https://example.org/terms)",
@@ -184,8 +207,8 @@ def test_card_of_a_hub_teacher_with_an_evaluation(tmp_path: Path) -> None:
 
 def test_card_of_a_recipe_and_an_evaluation_that_was_stopped(tmp_path: Path) -> None:
     folder = make_draft(tmp_path / "d", {"name": "maker/bitnet", "hash": "0" * 64})
-    (folder / EVALUATION).write_text(json.dumps({"prompts": 3, "k": 3, "acceptance_rate": 0.5, "complete": False}))
-    (folder / "recipe.toml").write_text('teacher = "maker/bitnet"\n[train]\nlr = 0.003\n')
+    evaluated(folder, prompts=3, k=3, acceptance_rate=0.5, complete=False)
+    with_recipe(folder, 'teacher = "maker/bitnet"\n[train]\nlr = 0.003\n')
     package = prepare(folder, REPO)
     assert "recipe.toml" in package.files
     for part in ("stopped before its last prompt", "```toml", "lr = 0.003", "distill run recipe.toml"):
@@ -231,8 +254,62 @@ def test_what_is_not_published(small: Path, tmp_path: Path) -> None:
         )
     ):
         refused(match, changed_copy(small, tmp_path / str(i), **change))
-    unfinished = prepare(tmp_path / "1", REPO, unfinished=True)
+    unfinished = prepare(tmp_path / "1", REPO, force=True)
     assert "**Its training was stopped before its end.**" in unfinished.card
+
+
+def test_what_belongs_to_another_draft_is_not_published(tmp_path: Path) -> None:
+    folder = evaluated(with_recipe(make_draft(tmp_path / "d"), "[train]\nlr = 0.003\n"))
+    prepare(folder, REPO)
+    for name in ("draft", "teacher"):
+        report = json.loads((folder / EVALUATION).read_text())
+        changed = report["identity"] | {name: "0" * 64}
+        (folder / EVALUATION).write_text(json.dumps(report | {"identity": changed}))
+        with pytest.raises(UserError, match=f"{EVALUATION}: was measured with another {name}"):
+            prepare(folder, REPO, force=True)
+        (folder / EVALUATION).write_text(json.dumps(report))
+    outputs = [{"identical": True}, {"identical": False}]
+    evaluated(folder, prompts=2, identical=False, outputs=outputs)
+    with pytest.raises(UserError, match=f"{EVALUATION}: its text was not identical to plain decoding"):
+        prepare(folder, REPO)
+    assert "| outputs identical to plain decoding | 1 of 2 |" in prepare(folder, REPO, force=True).card
+    (folder / EVALUATION).unlink()
+    (folder / KEPT).write_text("[train]\nlr = 0.004\n")
+    with pytest.raises(UserError, match=f"{KEPT}: is not the recipe that draft.json names"):
+        prepare(folder, REPO, force=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "complaint"),
+    [
+        ("draft.json", {"training": {"settings": []}}, r"draft\.json: is damaged \(training.settings is \[\]\)"),
+        ("draft.json", {"training": {"data": {"settings": [1]}}}, r"is damaged \(training.data.settings is \[1\]\)"),
+        ("draft.json", {"training": {"data": {"settings": {"sources": 3}}}}, r"training.data.settings.sources is 3"),
+        (
+            "draft.json",
+            {"training": {"data": {"settings": DATA | {"temperatures": ["a"]}}, "settings": {"lr": 1}}},
+            "no card can be",
+        ),
+        ("draft.json", {"vocabulary": 3}, "vocabulary is 3"),
+        ("draft.json", {"made_with": {"versions": ["mlx"]}}, r"made_with.versions is \['mlx'\]"),
+        ("draft.json", {"teacher": "me"}, "teacher is 'me'"),
+        ("log.jsonl", [1], r"log\.jsonl: is damaged \(holds \[1\], not an object\)"),
+        ("recipe.toml", b"# caf\xe9", r"recipe\.toml: is not valid UTF-8 \(byte 5\)"),
+    ],
+)
+def test_damaged_records_are_named(tmp_path: Path, name: str, changed: Any, complaint: str) -> None:
+    folder = make_draft(tmp_path / "d")
+    if name == "draft.json":
+        changed = json.loads((folder / name).read_text()) | changed
+    content = changed if isinstance(changed, bytes) else json.dumps(changed).encode() + b"\n"
+    (folder / name).write_bytes(content)
+    if name == "recipe.toml":
+        about = json.loads((folder / "draft.json").read_text())
+        recipe = {"sha256": hashlib.sha256(content).hexdigest()}
+        (folder / "draft.json").write_text(json.dumps(about | {"recipe": recipe}))
+    with pytest.raises(UserError, match=complaint) as refused:
+        prepare(folder, REPO)
+    assert str(folder) in str(refused.value) and name in str(refused.value) and "\n" not in str(refused.value)
 
 
 # --- to a Hub
@@ -283,8 +360,10 @@ def test_again_sends_nothing_and_changes_nothing(command: Command, hub: Hub, sma
     # Trained on: what changed is replaced, what is gone goes, what others put there stays.
     repository = hub.repositories[REPO]
     repository.commit({**repository.files, "chat_template.jinja": b"old", "picture.jpg": b"theirs"})
-    after = make_draft(tmp_path / "after", bits=4)
+    after = evaluated(with_recipe(make_draft(tmp_path / "after", bits=4), "[train]\nbits = 4\n"), prompts=3)
     assert publish(command, hub, after, "--private").code == 0
+    for name in (EVALUATION, KEPT):
+        assert repository.files[name] == (after / name).read_bytes()
     assert repository.private and "chat_template.jinja" not in repository.files
     assert repository.files["picture.jpg"] == b"theirs"
     assert repository.files["model.safetensors"] == (after / "model.safetensors").read_bytes()
@@ -314,7 +393,10 @@ def test_another_model_is_not_overwritten(command: Command, hub: Hub, small: Pat
 
 def test_who_may_not(command: Command, hub: Hub, small: Path) -> None:
     publish(command, hub, small, "-q", token=None).refused("distill", REPO, "needs a login", "hf auth login")
-    assert not hub.requests
+    options = ("publish", "--draft", small, "--repo", REPO)
+    offline = command("distill", *options, **(hub.environment() | {"HF_HUB_OFFLINE": "1"}))
+    assert offline.err.splitlines()[-1].startswith(f"distill: error: {REPO}: publishing needs a connection")
+    assert offline.code == 2 and not hub.requests
     publish(command, hub, small, "-q", token="hf_stale").refused("distill", REPO, "login is not valid", "HF_TOKEN")
     publish(command, hub, small, "-q", token="hf_bob").refused(
         "distill", REPO, "no right to write", "--repo of your own"
