@@ -94,8 +94,8 @@ class CollectSettings:
 
     def check(self, config: Mapping[str, Any] | None = None) -> None:
         """UserError naming the first option that cannot be; config: the teacher's, which sets some of the limits."""
-        vocab = int(config["vocab_size"]) if config else None
-        context = int(config.get("max_position_embeddings") or 1 << 30) if config else None
+        vocab = config["vocab_size"] if config else None
+        context = config.get("max_position_embeddings") if config else None
         limits = {
             "--tokens": (self.tokens, 1, None),
             "--seq-len": (self.seq_len, 2 * MIN_PIECE, context),

@@ -92,14 +92,7 @@ class Pipeline:
     def _check(self, names: tuple[str, ...]) -> None:
         recipe = self.recipe
         config = DraftConfig.for_teacher(self.teacher.folder, recipe.train.layers, recipe.train.hidden)
-        vocab, size = recipe.train.vocab, config.vocab_size
-
-        def check_vocab() -> None:
-            if vocab is not None and vocab >= size:
-                raise UserError(f"--vocab {vocab}: the teacher has {size} tokens; leave it out for a head with all")
-
-        recipe.attempt("train", check_vocab)
-        recipe.attempt("collect", lambda: recipe.collect.check(self.teacher.config))
+        recipe.check_for(self.teacher.config)
         recipe.evaluate.select()
         trained = self._trained()
         if "collect" in names:

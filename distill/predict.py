@@ -105,7 +105,7 @@ def answered(sources: Sequence[str]) -> float:
 
 
 def predict(recipe: Recipe, config: dict[str, Any] | None) -> list[Work]:
-    """The work of each stage. config: the teacher's config.json, if it is known."""
+    """The work of each stage. config: the teacher's config.json, if it is known; UserError for what it cannot do."""
     prompts = len(recipe.evaluate.select())
     if config is None:
         return [
@@ -114,6 +114,7 @@ def predict(recipe: Recipe, config: dict[str, Any] | None) -> list[Work]:
             Work("evaluate", _evaluation(recipe, prompts), None, None, None),
         ]
     teacher = Shape.of(config, f"config.json of {recipe.teacher}")
+    recipe.check_for(config)
     shape = DraftConfig.for_config(config, f"config.json of {recipe.teacher}", recipe.train.layers, recipe.train.hidden)
     return [
         _collect(recipe, teacher),

@@ -62,6 +62,17 @@ class Recipe:
         """Of the file as it is, comments and all."""
         return hashlib.sha256(self.content).hexdigest()
 
+    def check_for(self, config: dict[str, Any]) -> None:
+        """UserError, naming the line, for what a teacher of this config.json cannot do."""
+        vocab, size = self.train.vocab, config["vocab_size"]
+
+        def check_vocab() -> None:
+            if vocab is not None and vocab >= size:
+                raise UserError(f"--vocab {vocab}: the teacher has {size} tokens; leave it out for a head with all")
+
+        self.attempt("train", check_vocab)
+        self.attempt("collect", lambda: self.collect.check(config))
+
     def attempt(self, section: str, check: Callable[[], object]) -> None:
         """Run a check of a section's options, and say of what it refuses where it stands in the file."""
         try:

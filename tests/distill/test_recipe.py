@@ -198,6 +198,8 @@ def test_run(tmp_path: Path) -> None:
         ('prompts = "prompts', 'prompts = "gone', "gone.jsonl"),
     ):
         (tmp_path / "tiny.toml").write_text(TINY.replace(old, new))
+        if "teacher has" in named or "top_k" in named:
+            assert named in run("--dry-run")[2]
         code, _, told = run()
         assert code == 2 and named in told and len(told.splitlines()) == 1, told
     assert (out / "draft" / "recipe.toml").read_bytes() == content
