@@ -67,12 +67,9 @@ void multiply_dense(const Kernels& set, const Matrix<float>& x, const mx::array&
   }
   d.x = rows;
 
-  const bool parallel = static_cast<int64_t>(weight.nbytes()) + x.rows * d.n * d.k >= kParallelWork;
-  const int64_t steps = (d.n + 7) / 8;  // whole passes a chunk
-  const int64_t chunks = parallel ? std::min<int64_t>(steps, 16 * threads()) : 1;
-  parallel_for(static_cast<int>(chunks), [&](int c) {
-    set.dense(d, c * steps / chunks * 8, std::min((c + 1) * steps / chunks * 8, d.n));
-  });
+  const int64_t chunks = std::min(d.n, chunks_of(static_cast<int64_t>(weight.nbytes()) + x.rows * d.n * d.k));
+  parallel_for(static_cast<int>(chunks),
+               [&](int c) { set.dense(d, c * d.n / chunks, (c + 1) * d.n / chunks); });
 
   const int64_t width = gated ? d.n / 2 : d.n;
   for (int64_t r = 0; gated && r < x.rows; r++) {

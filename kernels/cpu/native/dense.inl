@@ -20,12 +20,14 @@ inline F load_weights_part(const void* p, int64_t at, int n) {
   }
 }
 
+constexpr int kDenseAhead = 2048;  // bytes of a stream to fetch before they are needed
+
+// Outputs first, first + stride, ...: J of them, those from `last` on as copies of the last one and dropped.
 template <bool bf16, int M, int J>
-void dense_pass(const Dense& a, int64_t first, int64_t last) {
-  // Outputs from `last` on are computed as copies of the one before and dropped.
+void dense_pass(const Dense& a, int64_t first, int64_t stride, int64_t last) {
   int64_t rows[J];
   for (int j = 0; j < J; j++) {
-    rows[j] = (first + j < last ? first + j : last - 1) * a.k;
+    rows[j] = (first + j * stride < last ? first + j * stride : last - 1) * a.k;
   }
   constexpr int count = M * J, padded = (count + 3) / 4 * 4;
   F sums[padded];
@@ -38,8 +40,7 @@ void dense_pass(const Dense& a, int64_t first, int64_t last) {
     F w[J];
 #pragma GCC unroll 32
     for (int j = 0; j < J; j++) {
-      // The place where the next pass will read: many rows are more streams than a processor foresees.
-      __builtin_prefetch(static_cast<const char*>(a.weights) + (rows[j] + c + J * a.k) * (bf16 ? 2 : 4));
+      __builtin_prefetch(static_cast<const char*>(a.weights) + (rows[j] + c) * (bf16 ? 2 : 4) + kDenseAhead);
       w[j] = load_weights<bf16>(a.weights, rows[j] + c);
     }
 #pragma GCC unroll 32
@@ -68,18 +69,20 @@ void dense_pass(const Dense& a, int64_t first, int64_t last) {
     store(totals, reduce_groups(reduce4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]), zero, zero, zero));
     for (int l = 0; l < 4 && i + l < count; l++) {
       const int m = (i + l) / J, j = (i + l) % J;
-      if (first + j < last) {
-        a.out[m * a.out_stride + first + j] = totals[l];
+      if (first + j * stride < last) {
+        a.out[m * a.out_stride + first + j * stride] = totals[l];
       }
     }
   }
 }
 
+// J streams, each of outputs that follow one another: as a processor foresees, which two streams in one page confuse.
 template <bool bf16, int M>
 void dense_rows(const Dense& a, int64_t first, int64_t last) {
   constexpr int J = kDenseAccumulators / M > 8 ? 8 : kDenseAccumulators / M > 0 ? kDenseAccumulators / M : 1;
-  for (int64_t j = first; j < last; j += J) {
-    dense_pass<bf16, M, J>(a, j, last);
+  const int64_t stride = (last - first + J - 1) / J;
+  for (int64_t j = first; j < first + stride; j++) {
+    dense_pass<bf16, M, J>(a, j, stride, last);
   }
 }
 

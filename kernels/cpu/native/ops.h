@@ -1,6 +1,7 @@
 // The operations as MLX arrays see them. Shapes and meanings are those of kernels/reference.py.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <optional>
 #include <stdexcept>
@@ -56,9 +57,15 @@ bool blas_installed();
 // From here on: shared by the operations' implementations.
 
 // Bytes of codes times rows from which a helper thread pays for being woken.
-constexpr int64_t kParallelWork = 1024 * 1024;
+constexpr int64_t kParallelWork = 48 * 1024;
 // Float multiplications from which it does, in attention and elementwise work.
-constexpr int64_t kParallelFlops = 256 * 1024;
+constexpr int64_t kParallelFlops = 64 * 1024;
+
+// Into how many chunks to cut work of this many bytes of codes times rows: small work into one a thread, since each
+// is claimed, large work into more, since threads are not equally fast.
+inline int64_t chunks_of(int64_t work) {
+  return work < kParallelWork ? 1 : threads() * std::clamp<int64_t>(work / threads() / (64 * 1024), 1, 8);
+}
 
 inline void require(bool holds, const char* message) {
   if (!holds) {

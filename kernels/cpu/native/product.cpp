@@ -50,8 +50,8 @@ void multiply_tiles(const Kernels& kernels, const Activations& x, const Product&
   constexpr int64_t cached_bytes = 512 * 1024;
   const int64_t group = std::max<int64_t>(1, cached_bytes / (kMaxRowBlock * x.padded));
   const int64_t groups = (x.blocks.count + group - 1) / group;
-  const bool parallel = tiles * tile_bytes * x.blocks.rows >= kParallelWork;
-  const int64_t spans = parallel ? std::min<int64_t>(pairs, 8 * threads()) : 1;
+  const int64_t spans = std::min(pairs, chunks_of(tiles * tile_bytes * x.blocks.rows));
+  const bool parallel = spans > 1;
   parallel_for(static_cast<int>(parallel ? spans * groups : 1), [&](int chunk) {
     const int64_t first_group = parallel ? chunk / spans : 0,
                   last_group = parallel ? first_group + 1 : groups;
