@@ -207,10 +207,9 @@ class Transformer:
         cache.reserve(rows)
         if self.whole_step is not None:
             chosen = self.whole_step.continuation(tokens, cache.keys, cache.values, cache.offset, count, self._kept_ids)
-            if chosen is not None:
-                cache.offset += rows
-                mx.async_eval(chosen)
-                return chosen
+            cache.offset += rows
+            mx.async_eval(chosen)
+            return chosen
         feed: list[int] | mx.array = tokens
         choices: list[mx.array] = []
         for _ in range(count):
@@ -310,7 +309,10 @@ class Transformer:
             qkv = self.ops.linear(x, layer.qkv, norm=layer.input_norm, eps=self.eps)
             a, keys[i], values[i] = self.ops.attention_batch(qkv, keys[i], values[i], positions, self.shape)
             x = self._after_attention(x, a, layer)
-        return self.ops.linear(x, self.head, norm=self.final_norm, eps=self.eps)
+        if len(tokens) <= SMALL_ROWS:
+            return self.ops.linear(x, self.head, norm=self.final_norm, eps=self.eps)
+        # More rows of a float head go to the library, for which it would be made float32 at every step.
+        return self.batch_logits(rms_norm(x, self.final_norm, self.eps))
 
 
 def float_weight(layer: nn.Module) -> mx.array:

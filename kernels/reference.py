@@ -149,6 +149,19 @@ def int8_linear(xq: mx.array, s: mx.array, weight: Int8Weight) -> mx.array:
     return exact.astype(mx.float32) * (weight.scale[None, :] / s[:, None])
 
 
+def check_product(
+    x: mx.array, weight: Weight, epilogue: Epilogue | None = None, residual: mx.array | None = None
+) -> None:
+    """Raise ValueError for shapes with which a kernel would read outside of its buffers."""
+    if x.shape[1] != weight.k:
+        raise ValueError(f"rows of {x.shape[1]} inputs do not fit the weight's k of {weight.k}")
+    if epilogue is not None and weight.n % 2:
+        raise ValueError(f"a gate needs an even number of outputs, not {weight.n}")
+    expected = (x.shape[0], weight.n // (2 if epilogue else 1))
+    if residual is not None and residual.shape != expected:
+        raise ValueError(f"the residual is {residual.shape}, the result {expected}")
+
+
 def linear(
     x: mx.array,
     weight: Weight,

@@ -27,6 +27,9 @@ _GATES: dict[str | None, int] = {None: 0, "relu2_mul": 1, "silu_mul": 2}
 _ROW_THREADS = 256  # of the kernels that take a row a block
 _TILE, _SPAN = 16, 128  # outputs and inputs, as in products.cuh
 _CHUNK = 32  # keys, as in attention.cuh
+_HEAD_DIMS = (32, 64, 128, 256)  # what attention is written for
+_PARTS_BYTES = 64 << 20  # of attention's parts at a time: a long prompt's of a whole prefill would take gigabytes
+_ROUNDED_AT_ONCE = 8192  # rows of a weight, whole tiles: float32 copies of a whole head would take gigabytes
 _SLOTS = 4  # pieces of weights on their way to each warp of a small product
 
 
@@ -74,9 +77,14 @@ def prepare_int8(weight: mx.array) -> Int8Weight:
     n, k = weight.shape
     if k % 4:
         raise UserError(f"the CUDA kernels need a number of inputs that is a multiple of 4, not {k}")
-    rounded, scale = reference.round_int8(weight)
-    fragments = _fragments(rounded, 0).transpose(0, 3, 5, 2, 4, 6, 1, 7)
-    data = mx.contiguous(fragments).view(mx.uint32).reshape(-1)
+    pieces, scales = [], []
+    for start in range(0, n, _ROUNDED_AT_ONCE):
+        rounded, scale = reference.round_int8(weight[start : start + _ROUNDED_AT_ONCE])
+        fragments = _fragments(rounded, 0).transpose(0, 3, 5, 2, 4, 6, 1, 7)
+        pieces.append(mx.contiguous(fragments).view(mx.uint32).reshape(-1))
+        scales.append(scale)
+        mx.eval(pieces[-1], scale)
+    data, scale = mx.concatenate(pieces), mx.concatenate(scales)
     mx.eval(data, scale)
     return Int8Weight(data, scale, n, k)
 
@@ -117,11 +125,13 @@ def _padded(xq: mx.array) -> mx.array:
 
 def bitlinear(xq: mx.array, s: mx.array, weight: TernaryWeight) -> mx.array:
     """As `reference.bitlinear`, the same bits."""
+    reference.check_product(xq, weight)
     return _product(_padded(xq), s, weight, None, None)
 
 
 def int8_linear(xq: mx.array, s: mx.array, weight: Int8Weight) -> mx.array:
     """As `reference.int8_linear`, the same bits."""
+    reference.check_product(xq, weight)
     return _product(_padded(xq), s, weight, None, None)
 
 
@@ -188,6 +198,7 @@ def linear(
     residual: mx.array | None = None,
 ) -> mx.array:
     """As `reference.linear`; more than 8 rows of a float weight go to the library."""
+    reference.check_product(x, weight, epilogue, residual)
     x = x.astype(mx.float32)
     if not isinstance(weight, DenseWeight):
         return _product(*_quantize_padded(x, norm, eps), weight, epilogue, residual)
@@ -203,13 +214,14 @@ def linear(
             "x": x,
             "weight": weight.data,
             "residual": x if residual is None else residual,
-            "sizes": _sizes(weight.n, weight.k),
+            "sizes": _sizes(weight.n),
         },
         {"out": ((m, width), mx.float32)},
         (-(-width // (4 * _ROW_THREADS // 32)), 1, 1),
         _ROW_THREADS,
         {
             "T": weight.data.dtype,
+            "K": weight.k,  # a constant, since MLX asks for a kernel's shared memory once
             "M": m,
             "GATE": _GATES[epilogue],
             "RESIDUAL": residual is not None,
@@ -234,8 +246,10 @@ def _rms_norm(x: mx.array, norm: mx.array, eps: float) -> mx.array:
 def attention(
     qkv: mx.array, k_cache: mx.array, v_cache: mx.array, offset: int, shape: AttentionShape
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """As `reference.attention`, for any number of rows."""
+    """As `reference.attention`, for any number of rows; unusual head dimensions are left to it."""
     m, heads, kv_heads, dim = qkv.shape[0], shape.heads, shape.kv_heads, shape.head_dim
+    if dim not in _HEAD_DIMS:
+        return reference.attention(qkv, k_cache, v_cache, offset, shape)
     model: dict[str, int | bool | mx.Dtype] = {"HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim}
     queries, keys, values = launch(
         "rope",
@@ -251,6 +265,22 @@ def attention(
     )
     k_cache[:, offset : offset + m] = keys
     v_cache[:, offset : offset + m] = values
+    a_row = 4 * heads * (dim + 2) * -(-(offset + m) // _CHUNK)  # bytes of parts
+    at_once = max(SMALL_ROWS, _PARTS_BYTES // a_row)
+    out = [_attend(queries[i : i + at_once], k_cache, v_cache, offset + i, shape, model) for i in range(0, m, at_once)]
+    return out[0] if len(out) == 1 else mx.concatenate(out), k_cache, v_cache
+
+
+def _attend(
+    queries: mx.array,
+    k_cache: mx.array,
+    v_cache: mx.array,
+    offset: int,
+    shape: AttentionShape,
+    model: dict[str, int | bool | mx.Dtype],
+) -> mx.array:
+    """What queries [m, heads * dim], rotated and scaled, see of caches that hold their own keys and values."""
+    m, heads, kv_heads, dim = queries.shape[0], shape.heads, shape.kv_heads, shape.head_dim
     group, capacity = heads // kv_heads, k_cache.shape[1]
     chunks = -(-(offset + m) // _CHUNK)
     lines = SMALL_ROWS * group
@@ -263,7 +293,7 @@ def attention(
         model | {"M": SMALL_ROWS, "THREADS": _ROW_THREADS},
         shared_memory=4 * (lines * dim + _CHUNK * (2 * dim + 4) + lines * _CHUNK),
     )[0]
-    out = launch(
+    return launch(
         "combine",
         {"parts": parts, "rows": mx.array([m, offset, chunks], mx.int32)},
         {"out": ((m, heads * dim), mx.float32)},
@@ -271,7 +301,6 @@ def attention(
         dim,
         model,
     )[0]
-    return out, k_cache, v_cache
 
 
 attention_batch = reference.attention_batch

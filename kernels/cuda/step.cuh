@@ -1,4 +1,4 @@
-// A whole decoding step of 1..8 rows in one launch.
+// A whole decoding step of 1..8 rows in one launch, or a chain of steps of one row.
 //
 // One block a multiprocessor stays for the step. A layer is four products, QKV, output, gate and up, and down, with
 // attention behind the first. Between them blocks exchange packets (exchange.cuh): in front of a product the statistics
@@ -33,11 +33,11 @@ struct ModelShape {
                        O_SCALE_AT = QKV_SCALE_AT + QKV, GATE_UP_SCALE_AT = O_SCALE_AT + HIDDEN,
                        DOWN_SCALE_AT = GATE_UP_SCALE_AT + 2 * FFN, LAYER_FLOATS = DOWN_SCALE_AT + HIDDEN;
   // Where packets start, with room for eight rows: statistics and int8 of each kind of rows, Q, K and V (and, at the
-  // end, the states for the head), and the parts of attention.
+  // end, the states for the head), the blocks' choices, and the parts of attention behind them.
   static constexpr int rows_packets(int k) { return k / kTile * (8 + packets_of(4 * 8)); }
   static constexpr int A_PACKETS_AT = rows_packets(HIDDEN), H_PACKETS_AT = A_PACKETS_AT + rows_packets(Q),
                        QKV_PACKETS_AT = H_PACKETS_AT + rows_packets(FFN),
-                       PARTS_AT = QKV_PACKETS_AT + (QKV > HIDDEN ? QKV : HIDDEN) / kTile * packets_of(kTile * 8);
+                       CHOICES_AT = QKV_PACKETS_AT + (QKV > HIDDEN ? QKV : HIDDEN) / kTile * packets_of(kTile * 8);
 };
 
 // What differs between a layer's products.
@@ -249,9 +249,61 @@ __device__ void combine(const Rows& rows, int offset, const Packet* parts, unsig
   }
 }
 
-// The head over bfloat16 or float32 weights: warps take whole quads. y: [M][k], the normalised rows.
-template <typename T, int M>
-__device__ void dense_head(const T* weights, int n, int k, const float* y, float* logits) {
+// A token and its logit.
+struct Choice {
+  float logit;
+  unsigned id;
+
+  static __device__ Choice none() { return {minus_infinity(), 0}; }
+
+  // The higher logit's; of equal ones the lower id. NaN is never better.
+  __device__ void better(float other, unsigned other_id) {
+    if (other > logit || (other == logit && other_id < id)) {
+      logit = other;
+      id = other_id;
+    }
+  }
+};
+
+__device__ inline Choice best_lane(Choice best) {
+  for (int lane = 16; lane > 0; lane /= 2) {
+    const float logit = __shfl_xor_sync(kAllLanes, best.logit, lane);
+    best.better(logit, __shfl_xor_sync(kAllLanes, best.id, lane));
+  }
+  return best;
+}
+
+// The best of all threads' of a block, for all of them. warps: shared, one a warp.
+__device__ inline Choice best_of_block(Choice best, Choice* warps) {
+  best = best_lane(best);
+  __syncthreads();  // what was kept there before has been read
+  if (threadIdx.x % 32 == 0) {
+    warps[threadIdx.x / 32] = best;
+  }
+  __syncthreads();
+  for (int warp = 0; warp < kThreads / 32; warp++) {
+    best.better(warps[warp].logit, warps[warp].id);
+  }
+  return best;
+}
+
+// The id that the best of all blocks' choices has. By the whole block.
+__device__ inline unsigned chosen_by_all(const Packet* packets, unsigned number, Choice* warps) {
+  Choice best = Choice::none();
+  const int blocks = gridDim.x;
+#pragma unroll 1
+  for (int block = threadIdx.x; block < blocks; block += kThreads) {
+    Packet got[1];
+    await_packets(got, 1, number, [&](int) { return packets + block; });
+    best.better(__uint_as_float(got[0].x), got[0].y);
+  }
+  return best_of_block(best, warps).id;
+}
+
+// The head over bfloat16 or float32 weights: warps take whole quads. y: [M][k], the normalised rows; take(m, j, logit)
+// gets every logit of this block.
+template <typename T, int M, class Take>
+__device__ void dense_head(const T* weights, int n, int k, const float* y, Take take) {
   const Share share((n + 3) / 4);
   const int lane = threadIdx.x % 32;
 #pragma unroll 1
@@ -259,7 +311,7 @@ __device__ void dense_head(const T* weights, int n, int k, const float* y, float
     const float mine = dense_quad<T, M>(weights, k, n, 4 * quad, y);
     const int j = lane / M, m = lane % M;
     if (j < 4 && 4 * quad + j < n) {
-      logits[static_cast<int64_t>(m) * n + 4 * quad + j] = mine;
+      take(m, 4 * quad + j, mine);
     }
   }
 }

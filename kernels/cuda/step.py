@@ -1,4 +1,4 @@
-"""A whole decoding step of 1..8 rows as one launch: see step.cuh for how it works."""
+"""A whole decoding step of 1..8 rows, or a chain of greedy steps, as one launch: see step.cuh for how it works."""
 
 from __future__ import annotations
 
@@ -56,11 +56,12 @@ class WholeStep:
         self.packets = mx.zeros((0,), mx.uint32)  # for the caches' capacity, made by the first step
         self.exchanges = 0  # that packets were numbered for
         self.slots = SLOTS[0]
-        self.launches: dict[int, Launch] = {}  # by the number of rows
+        self.launches: dict[tuple[int, bool, bool], Launch] = {}  # by the arguments of `_prepared`
+        self.no_ids = mx.zeros((1,), mx.uint32)
         head_scale = self.head.scale if isinstance(self.head, Int8Weight) else self.floats
         weights = self.weights.view(mx.uint8)
         self.fixed = [weights, self.floats, self.shape.inverse_frequency, self.embedding, self.head.data, head_scale]
-        mx.eval(self.fixed)
+        mx.eval(self.fixed, self.no_ids)
 
     @staticmethod
     def of(
@@ -188,8 +189,9 @@ class WholeStep:
         row, values, part = _packets(4 * SMALL_ROWS), _packets(TILE * SMALL_ROWS), _packets(TILE + 2)
         tiles = (SMALL_ROWS + row) * (c["HIDDEN"] + q + c["FFN"]) + values * max(qkv, c["HIDDEN"])
         tiles += part * SMALL_ROWS * q * -(-capacity // CHUNK)
-        if self.packets.size < 4 * tiles // TILE:
-            self.packets = mx.zeros((4 * tiles // TILE,), mx.uint32)
+        words = 4 * (tiles // TILE + device_attribute(_MULTIPROCESSORS))
+        if self.packets.size < words:
+            self.packets = mx.zeros((words,), mx.uint32)
             mx.eval(self.packets)
 
     def __call__(
@@ -200,27 +202,63 @@ class WholeStep:
         tokens: m <= 8 ids, or an array of them, uint32; keys, values: a layer's float32 [kv_heads, capacity,
         head_dim] each, of which nobody else may hold a part, with offset + m <= capacity.
         """
-        m, capacity = len(tokens), keys[0].shape[1]
+        m = len(tokens)
+        return self._run(self._prepared(m), (m, self.constants["VOCAB"]), tokens, keys, values, offset)
+
+    def continuation(
+        self,
+        tokens: Sequence[int],
+        keys: list[mx.array],
+        values: list[mx.array],
+        offset: int,
+        count: int,
+        kept: mx.array | None,
+    ) -> mx.array:
+        """The `count` tokens that follow `tokens` greedily, uint32: a chain of steps, each over the choice before.
+
+        tokens: at most 8 ids; caches as for a step, with room for all tokens and all choices but the last.
+        kept: uint32, the ids that a trimmed head's rows stand for.
+        """
+        launch = self._prepared(1, chain=True, kept=kept is not None)
+        return self._run(launch, (count,), tokens, keys, values, offset, count, kept)
+
+    def _run(
+        self,
+        launch: Launch,
+        shape: tuple[int, ...],
+        tokens: Sequence[int] | mx.array,
+        keys: list[mx.array],
+        values: list[mx.array],
+        offset: int,
+        count: int = 1,
+        kept: mx.array | None = None,
+    ) -> mx.array:
+        """The launch's output, of this shape."""
+        given, capacity = len(tokens), keys[0].shape[1]
         self._reserve_packets(capacity)
         number = 1 + self.exchanges % (1 << 30)
-        self.exchanges += 2 * len(keys) + 1
-        if m not in self.launches:
-            self.launches[m] = self._prepared(m)
+        self.exchanges += (given + count - 1) * (2 * len(keys) + 1)
         inputs = [
             tokens if isinstance(tokens, mx.array) else mx.array(list(tokens), mx.uint32),
-            mx.array([offset, capacity, number], mx.int32),
-            mx.zeros((1,)) if WholeStep.after is None else WholeStep.after,
+            mx.array([offset, capacity, number, given, count], mx.int32),
+            self.no_ids if WholeStep.after is None else WholeStep.after,
+            self.no_ids if kept is None else kept,
             self.packets,
             *self.fixed,
             *keys,
             *values,
         ]
-        (logits,) = self.launches[m](inputs, [(m, self.constants["VOCAB"])])
-        WholeStep.after = logits
-        return logits
+        (out,) = launch(inputs, [shape])
+        WholeStep.after = out
+        return out
 
-    def _prepared(self, m: int) -> Launch:
-        """The launch for m rows."""
+    def _prepared(self, m: int, chain: bool = False, kept: bool = False) -> Launch:
+        """The launch of a step of m rows, or of a chain of steps of one row."""
+        if (m, chain, kept) not in self.launches:
+            self.launches[m, chain, kept] = self._prepare(m, chain, kept)
+        return self.launches[m, chain, kept]
+
+    def _prepare(self, m: int, chain: bool, kept: bool) -> Launch:
         layers = self.constants["LAYERS"]
         caches = [f"{kind}{i}" for kind in "kv" for i in range(layers)]
         prelude = "".join(
@@ -230,16 +268,19 @@ class WholeStep:
         return prepare(
             "step",
             (
-                *(("tokens", mx.uint32), ("request", mx.int32), ("after", mx.float32), ("packets", mx.uint32)),
+                *(("tokens", mx.uint32), ("request", mx.int32), ("after", mx.uint32), ("kept", mx.uint32)),
+                ("packets", mx.uint32),
                 *zip(FIXED, (array.dtype for array in self.fixed), strict=True),
                 *((name, mx.float32) for name in caches),
             ),
-            (("logits", mx.float32),),
+            (("out", mx.uint32 if chain else mx.float32),),
             (device_attribute(_MULTIPROCESSORS), 1, 1),
             THREADS,
             {
                 **self.constants,
                 "M": m,
+                "CHAIN": chain,
+                "KEPT": kept,
                 **self.most_tiles(),
                 "SLOTS": self.slots[self.constants["KIND"]],
                 "HEAD_SLOTS": self.slots[1],
@@ -249,9 +290,6 @@ class WholeStep:
             prelude=prelude,
             alone=True,
         )
-
-    def continuation(self, *arguments: object) -> None:
-        """Several steps as one operation, which this backend has not."""
 
 
 def _packets(words: int) -> int:

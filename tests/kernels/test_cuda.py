@@ -95,6 +95,19 @@ def test_linear(kind: str, epilogue: Epilogue | None) -> None:
     assert close(many, expected, 2e-2)
 
 
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    weight = cuda.prepare_ternary(*random_ternary(24, 68))
+    with pytest.raises(ValueError, match="do not fit the weight's k of 68"):
+        cuda.linear(normal(1, 64), weight)
+
+
+def test_a_float_product_of_any_width_gets_its_shared_memory() -> None:
+    for k in (68, 2560, 6912):
+        weight, x, residual = normal(24, k).astype(mx.bfloat16), normal(8, k), normal(8, 24)
+        y = cuda.linear(x, cuda.prepare_dense(weight), residual=residual)
+        assert close(y, reference.linear(x, reference.prepare_dense(weight), residual=residual), 1e-4)
+
+
 @pytest.mark.parametrize("heads", [(4, 2, 32), (9, 3, 64), (20, 5, 128)])
 @pytest.mark.parametrize("offset", [0, 1, 24, 31, 32, 250, 2042])
 def test_attention(heads: tuple[int, int, int], offset: int) -> None:
@@ -113,11 +126,13 @@ def test_attention(heads: tuple[int, int, int], offset: int) -> None:
         assert same_bits(out, together[i : i + 1]), i
 
 
-def test_a_long_prefill_goes_by_the_same_attention() -> None:
+def test_a_long_prefill_goes_by_the_same_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = AttentionShape(9, 3, 64, mx.array(0.5 ** np.arange(32, dtype=np.float32)))
     qkv, keys, values = normal(133, 15 * 64), normal(3, 256, 64), normal(3, 256, 64, seed=1)
     ours = cuda.attention(qkv, mx.array(keys), mx.array(values), 40, shape)[0]
     assert close(ours, reference.attention(qkv, mx.array(keys), mx.array(values), 40, shape)[0], 1e-3)
+    monkeypatch.setattr(cuda, "_PARTS_BYTES", 1 << 20)  # in groups of rows
+    assert same_bits(ours, cuda.attention(qkv, mx.array(keys), mx.array(values), 40, shape)[0])
 
 
 @pytest.mark.parametrize("m", range(1, 9))
@@ -140,6 +155,27 @@ def test_the_whole_step_equals_its_rows_alone_by_bits_and_the_single_operations_
     cache = model.new_cache()
     model.prefill(prompt, cache)
     assert close(together, model.step(tokens, cache), 0.05)
+
+
+@pytest.mark.parametrize("head", ["float", "int8"])
+def test_a_chain_of_steps_chooses_what_single_ones_do(head: Precision) -> None:
+    model = find_teacher(None).load(head)
+    rng = np.random.default_rng(2)
+    prompt = rng.integers(0, 16000, 2030).tolist()
+    for length in (1, 20, 31, 300, 2030):
+        for tokens in ([7], [3, 9]):
+            chained, single = model.new_cache(), model.new_cache()
+            for cache in (chained, single):
+                model.prefill(prompt[:length], cache)
+                cache.reserve(16)
+            chosen = np.array(model.continuation(tokens, chained, 7)).tolist()
+            feed, expected = tokens, []
+            for _ in range(7):
+                feed = np.array(model.best_tokens(model.step(feed, single)[-1:])).tolist()
+                expected += feed
+            assert chosen == expected, (length, tokens)
+            # What a chain has left in the caches is what steps leave.
+            assert same_bits(model.step([5], chained), model.step([5], single)), (length, tokens)
 
 
 def test_many_steps_wait_for_each_other() -> None:

@@ -222,6 +222,19 @@ class Model:
             x = reference.linear(h, layer.down, norm=layer.ffn_sub_norm, eps=self.eps, residual=x)
         return reference.linear(x, self.reference_head, norm=self.final_norm, eps=self.eps)
 
+    def chosen_one_by_one(
+        self, tokens: list[int], offset: int, count: int, kept: np.ndarray
+    ) -> tuple[list[int], list[mx.array], list[mx.array]]:
+        """Greedy choices, each from a step over the one before, and the caches behind them."""
+        keys, values = self.caches(offset)
+        fed, chosen = list(tokens), []
+        for i in range(len(tokens) + count - 1):
+            best = int(np.array(mx.argmax(self.step([fed[i]], keys, values, offset + i)[0])))
+            if i >= len(tokens) - 1:
+                chosen.append(int(kept[best]))
+                fed.append(chosen[-1])
+        return chosen, keys, values
+
     def one_by_one(self, tokens: list[int], offset: int) -> tuple[mx.array, list[mx.array], list[mx.array]]:
         keys, values = self.caches(offset)
         rows = [self.step([token], keys, values, offset + i) for i, token in enumerate(tokens)]
@@ -261,6 +274,34 @@ def test_long_rows_and_long_contexts(kind: str, head: str, emulator: cuda_emulat
         for emulator.seed in (0, *RANDOM_ORDERS):
             assert same_bits(model.step(tokens, *model.caches(offset), offset), alone), (m, offset, emulator.seed)
         emulator.seed = 0
+
+
+@pytest.mark.parametrize(("kind", "head", "multiprocessors"), [("int8", "int8", 12), ("ternary", "bfloat16", 3)])
+def test_a_chain_of_steps_equals_single_ones_by_bits(
+    kind: str, head: str, multiprocessors: int, emulator: cuda_emulator.Emulator
+) -> None:
+    """Three blocks have tiles of everything; of twelve, half have none of the rows, and most none of the head."""
+    emulator.multiprocessors = multiprocessors
+    model = Model(kind, head)
+    all_ids, shuffled = np.arange(model.vocab), np.random.default_rng(1).permutation(model.vocab)
+    for tokens, offset, count, kept in (([5], 30, 3, all_ids), ([7, 1, 2], 0, 2, shuffled)):
+        expected, *caches_expected = model.chosen_one_by_one(tokens, offset, count, kept)
+        ids = None if kept is all_ids else mx.array(kept, mx.uint32)
+        for emulator.seed in RANDOM_ORDERS:
+            caches = model.caches(offset)
+            assert np.array(model.step.continuation(tokens, *caches, offset, count, ids)).tolist() == expected
+            for ours, theirs in zip((*caches[0], *caches[1]), (*caches_expected[0], *caches_expected[1]), strict=True):
+                assert same_bits(ours, theirs)
+        emulator.seed = 0
+
+
+def test_of_equal_logits_a_chain_chooses_the_lowest_id(emulator: cuda_emulator.Emulator) -> None:
+    for emulator.multiprocessors in (1, 4):
+        model = Model("ternary", "bfloat16", layers=1)
+        zeros = cuda.prepare_dense(mx.zeros((model.vocab, model.hidden), mx.bfloat16))
+        model.step.head = zeros
+        model.step.fixed[4] = zeros.data
+        assert np.array(model.step.continuation([9], *model.caches(3), 3, 2, None)).tolist() == [0, 0]
 
 
 def test_bits_do_not_depend_on_the_number_of_multiprocessors_nor_on_where_tokens_come_from(

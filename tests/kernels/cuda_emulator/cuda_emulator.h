@@ -91,6 +91,7 @@ To bits_as(From from) {
 }  // namespace emulator
 
 inline void __syncthreads(EMULATED_CALLER) { emulator::wait_for_block(EMULATED_CALL); }
+inline void __threadfence() {}
 template <typename T>
 T __shfl_xor_sync(unsigned lanes, T value, int mask, EMULATED_CALLER) {
   const auto& brought = emulator::exchange(emulator::Operation::shuffle, lanes, &value, sizeof value, EMULATED_CALL);
