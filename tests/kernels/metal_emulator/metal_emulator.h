@@ -112,7 +112,7 @@ inline float exp(float x) { return __builtin_expf(x); }
 inline float sin(float x) { return __builtin_sinf(x); }
 inline float cos(float x) { return __builtin_cosf(x); }
 inline float rsqrt(float x) { return 1.0f / __builtin_sqrtf(x); }
-// An ulp off where EMULATED_DIVISION_ERROR says so: `divide` of common.metal must not need a better one.
+// An ulp off where EMULATED_DIVISION_ERROR says so: `nearest_quotient` of common.metal must not need a better one.
 #ifndef EMULATED_DIVISION_ERROR
 #define EMULATED_DIVISION_ERROR 0
 #endif
