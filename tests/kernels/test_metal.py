@@ -421,6 +421,72 @@ def test_a_broken_kernel_is_noticed(
     assert any(fault in found for found in faults), faults
 
 
+@emulated
+@pytest.mark.parametrize(
+    ("declared", "used"),
+    [
+        ("inline float divide(float a, float b) { return a / b; }", "divide(1.0f, 2.0f)"),
+        ("inline int popcount(int a) { return a; }", "popcount(1)"),
+        ("inline float simd_sum(float a) { return a; }", "simd_sum(1.0f)"),
+        ("constant constexpr int level = 3;", "level"),
+        ("inline float log1p(float a) { return a; }", "log1p(1.0f)"),  # MLX's own
+    ],
+)
+def test_names_that_metal_or_mlx_have_taken_are_noticed(
+    monkeypatch: pytest.MonkeyPatch, declared: str, used: str
+) -> None:
+    before = "inline float gated("
+    broken(monkeypatch, "common", before, f"{declared}\ninline float user() {{ return {used}; }}\n{before}")
+    with pytest.raises(RuntimeError, match=r"ambiguous|redefinition"):
+        metal.rms_norm(normal(1, 8), normal(8), 0.5)
+
+
+@pytest.fixture
+def as_mlx_writes_them(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every kernel, with inputs of few elements and of many, for few rows and many: none is run."""
+    texts: dict[str, str] = {}
+
+    def write(
+        name: str, inputs: metal.Inputs, outputs: metal.Outputs, grid: object, threads: int, template: metal.Template
+    ) -> list[mx.array]:
+        called = f"{name}_{len(texts)}"
+        text = metal_emulator.function(called, name, inputs, outputs, template)
+        text += metal_emulator.instantiation(called, template)
+        texts.setdefault(text.replace(called, ""), text)
+        return [mx.zeros(shape, dtype) for shape, dtype in outputs.values()]
+
+    monkeypatch.setattr(metal, "launch", write)
+    for kind, (n, k), m in itertools.product(
+        ("ternary", "int8", "bfloat16", "float32"), ((2, 1), (24, 68)), (1, 2, 8, 40)
+    ):
+        weight, x = weights_of(kind, n, k)[0], normal(m, k)
+        metal.linear(x, weight)
+        metal.linear(x, weight, norm=normal(k), eps=0.5, epilogue="silu_mul", residual=normal(m, n // 2))
+        metal.quantize_rows(x)
+    for m, d in itertools.product((1, 8), (32, 64, 128)):
+        shape = attention_shape(4, 2, d)
+        metal.attention(qkv_rows(shape, m), *caches(shape, 40, 60), 40, shape)
+    return list(texts.values())
+
+
+@emulated
+def test_address_spaces_are_kept_apart(as_mlx_writes_them: list[str]) -> None:
+    """A clang knows them, which is not on every machine; a Mac's compiler refuses what mixes them."""
+    names = {text.partition("void ")[2].partition("(")[0].rstrip("0123456789_") for text in as_mlx_writes_them}
+    assert names == {path.stem for path in Path(metal.__file__).parent.glob("*.metal")} - {"common"}
+    clang = metal_emulator.clang()
+    if clang is None:
+        pytest.skip("no clang++ that knows _Float16")
+    text = metal.source("common") + "\n".join(as_mlx_writes_them)
+    assert metal_emulator.complaints(clang, text) == ""
+    for before, after in (
+        ("const auto values = x", "const device float* values = x"),
+        ("group_max(float value, Partial partial", "group_max(float value, float* partial"),
+    ):
+        assert before in text
+        assert "error" in metal_emulator.complaints(clang, text.replace(before, after)), after
+
+
 def test_layouts_hold_what_they_are_said_to() -> None:
     """Bits 2i..2i+1 of a word are a ternary weight plus one, bytes of a word an int8 weight plus 128."""
     ternary, scale = random_ternary(9, 20)
