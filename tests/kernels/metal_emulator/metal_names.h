@@ -194,6 +194,7 @@ using namespace metal;
 #define instantiate_metal_simd_comm_funcs(...)
 #define instantiate_metal_simd_reduction_funcs(...)
 static constexpr int MAX_REDUCE_SPECIALIZED_DIMS = 4;
+static constexpr int CROSS_ENTROPY_N_READS = 4;
 static constexpr int REDUCE_N_READS = 4;
 static constexpr int REDUCE_N_WRITES = 4;
 static constexpr int SOFTMAX_N_READS = 4;
@@ -205,9 +206,10 @@ struct os_log;
 TYPE(WorkPerThread) TYPE(Limits) TYPE(LoopedElemToLoc) TYPE(ConditionalType) TYPE(complex_t) TYPE(complex32_t)
 TYPE(complex64_t) TYPE(is_complex_v) TYPE(is_lane_convertible_v)
 ANY(elem_to_loc) ANY(elem_to_loc_1) ANY(elem_to_loc_2) ANY(elem_to_loc_3) ANY(elem_to_loc_2_nd) ANY(elem_to_loc_3_nd)
-ANY(ceildiv) ANY(cast_to)
+ANY(ceildiv) ANY(cast_to) ANY(schedule_row_tile)
 uint16_t bfloat16_to_uint16(const bfloat) = delete;
 bfloat uint16_to_bfloat16(const uint16_t) = delete;
+float hypot(float, float) = delete;
 float log1p(float) = delete;
 bfloat log1p(bfloat) = delete;
 #define SHUFFLES(name) ulong name(ulong, uint16_t) = delete; long name(long, uint16_t) = delete;
