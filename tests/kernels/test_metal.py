@@ -451,14 +451,15 @@ def test_a_broken_kernel_is_noticed(
         ("inline float simd_sum(float a) { return a; }", "simd_sum(1.0f)"),
         ("constant constexpr int level = 3;", "level"),
         ("inline float log1p(float a) { return a; }", "log1p(1.0f)"),  # MLX's own
+        ("inline double twice(float a) { return 2 * a; }", "twice(1.0f)"),  # Metal has no such type
     ],
 )
-def test_names_that_metal_or_mlx_have_taken_are_noticed(
+def test_words_that_metal_or_mlx_have_taken_are_noticed(
     monkeypatch: pytest.MonkeyPatch, declared: str, used: str
 ) -> None:
     before = "inline float gated("
     broken(monkeypatch, "common", before, f"{declared}\ninline float user() {{ return {used}; }}\n{before}")
-    with pytest.raises(RuntimeError, match=r"ambiguous|redefinition"):
+    with pytest.raises(RuntimeError, match=r"ambiguous|redefinition|poisoned"):
         metal.rms_norm(normal(1, 8), normal(8), 0.5)
 
 
