@@ -16,14 +16,15 @@ constant constexpr int LANES = 32;
 // a / b rounded to nearest, even where the compiler's own quotient is an ulp off (fast math). For q within an
 // ulp of a / b the remainder a - q * b fits a float, so that fma gives it exactly, and the nearest of three
 // neighbours is the one that leaves least. A tie cannot happen: no quotient of floats lies midway between two.
-// Holds while remainders are normal numbers: |a| above 2^-78.
-inline float divide(float a, float b) {
+// Holds while remainders are normal numbers: |a| above 2^-78. (`divide` is a function of namespace metal, all of
+// which MLX makes visible: one of that name here would make every call ambiguous.)
+inline float nearest_quotient(float a, float b) {
   const float q = precise::divide(a, b);
   if (isinf(q)) {
     return q;
   }
-  const float below = as_type<float>(as_type<int>(q) - 1);
-  const float above = as_type<float>(as_type<int>(q) + 1);
+  const float below = as_type<float>(as_type<uint>(q) - 1u);
+  const float above = as_type<float>(as_type<uint>(q) + 1u);
   const float left = fabs(fma(-q, b, a));
   const float nearest = fabs(fma(-below, b, a)) < left ? below : q;
   return fabs(fma(-above, b, a)) < left ? above : nearest;

@@ -97,9 +97,9 @@ for (int r = 0; r < OUTPUTS; ++r) {
 const int output = first + lane / M;
 const int row = first_row + lane % M;
 if (lane < share * M && output < width && row < m) {
-  float y = float(mine) * divide(scale[output], s[row]);
+  float y = float(mine) * nearest_quotient(scale[output], s[row]);
   if (gate) {
-    y = gated(y, float(partner) * divide(scale[width + output], s[row]), gate);
+    y = gated(y, float(partner) * nearest_quotient(scale[width + output], s[row]), gate);
   }
   if (dims[4]) {
     y += residual[row * width + output];

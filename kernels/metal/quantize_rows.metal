@@ -25,7 +25,7 @@ if (has_norm) {
     squares = fma(values[i], values[i], squares);
   }
   squares = group_sum(squares, partial, simdgroup, lane, simdgroups);
-  inverse = precise::rsqrt(divide(squares, float(k)) + as_type<float>(dims[3]));
+  inverse = precise::rsqrt(nearest_quotient(squares, float(k)) + as_type<float>(dims[3]));
 }
 
 float largest = 0.0f;
@@ -34,7 +34,7 @@ for (int i = thread_index; i < k; i += threads) {
   largest = fmax(largest, fabs(value));
 }
 largest = group_max(largest, partial, simdgroup, lane, simdgroups);
-const float factor = divide(127.0f, fmax(largest, 1e-5f));
+const float factor = nearest_quotient(127.0f, fmax(largest, 1e-5f));
 
 int sum = 0;
 for (int i = thread_index; i < stride; i += threads) {

@@ -15,7 +15,7 @@ for (int i = thread_index_in_threadgroup; i < k; i += threads) {
 }
 squares = group_sum(
     squares, partial, simdgroup_index_in_threadgroup, thread_index_in_simdgroup, simdgroups_per_threadgroup);
-const float inverse = precise::rsqrt(divide(squares, float(k)) + as_type<float>(dims[1]));
+const float inverse = precise::rsqrt(nearest_quotient(squares, float(k)) + as_type<float>(dims[1]));
 for (int i = thread_index_in_threadgroup; i < k; i += threads) {
   y[row * k + i] = values[i] * inverse * norm[i];
 }

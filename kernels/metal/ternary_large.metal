@@ -81,9 +81,9 @@ for (int i = thread_index; i < ROWS * share; i += 128) {
   const int output = first + i % share;
   if (first_row + local < m && output < width) {
     const float factor = s[first_row + local];
-    float y = result[local * COLUMNS + i % share] * divide(scale[output], factor);
+    float y = result[local * COLUMNS + i % share] * nearest_quotient(scale[output], factor);
     if (gate) {
-      y = gated(y, result[local * COLUMNS + share + i % share] * divide(scale[width + output], factor), gate);
+      y = gated(y, result[local * COLUMNS + share + i % share] * nearest_quotient(scale[width + output], factor), gate);
     }
     const int at = (first_row + local) * width + output;
     out[at] = dims[4] ? y + residual[at] : y;

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import itertools
 import platform
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import emulation
 import metal_emulator
+import mlx
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -209,12 +211,22 @@ def test_epilogues_equal_the_reference_by_bits(kind: str) -> None:
             assert same_bits(metal.linear(x, ours, **options), defined(reference.linear, x, theirs, **options))
 
 
+@pytest.mark.parametrize("kind", ["ternary", "int8"])
+def test_gate_and_up_of_bitnet_2b_equal_the_reference_by_bits(kind: str) -> None:
+    n, k = 72, 2560  # of 13824 outputs
+    ours, theirs = weights_of(kind, n, k)
+    x, residual = normal(40, k), normal(40, n // 2)
+    for m in (1, 2, 4, 8, 40):
+        options: dict[str, Any] = {"epilogue": "relu2_mul", "residual": residual[:m]}
+        assert same_bits(metal.linear(x[:m], ours, **options), defined(reference.linear, x[:m], theirs, **options)), m
+
+
 # The fused linear, whatever the weights are
 
 
 @pytest.mark.parametrize("epilogue", [None, "relu2_mul", "silu_mul"])
 @pytest.mark.parametrize("kind", ["ternary", "int8", "bfloat16", "float32"])
-@pytest.mark.parametrize(("n", "k"), [(160, 576), (36, 70), (2, 1)])
+@pytest.mark.parametrize(("n", "k"), [(160, 576), (40, 2560), (36, 70), (2, 1)])
 def test_linear_gives_a_row_the_same_bits_alone_and_among_others(
     kind: str, n: int, k: int, epilogue: Epilogue | None
 ) -> None:
@@ -313,10 +325,19 @@ def qkv_rows(shape: AttentionShape, m: int) -> mx.array:
     return normal(m, (shape.heads + 2 * shape.kv_heads) * shape.head_dim)
 
 
-@pytest.mark.parametrize("keys", [1, 2, 25, 31, 32, 33, 63, 64, 65, 1000, 2050])
-def test_attention_gives_a_row_the_same_bits_alone_and_among_others(keys: int) -> None:
+@pytest.mark.parametrize(
+    ("keys", "heads", "kv_heads", "d"),
+    [
+        *[(keys, 6, 2, 32) for keys in (1, 2, 25, 31, 32, 33, 63, 64, 65, 1000, 2050)],
+        (2041, 3, 1, 64),  # a head of the embedded teacher's, and of BitNet-2B's, into the next chunk
+        (2041, 4, 1, 128),
+    ],
+)
+def test_attention_gives_a_row_the_same_bits_alone_and_among_others(
+    keys: int, heads: int, kv_heads: int, d: int
+) -> None:
     """Row i of a group attends `keys` + i keys; alone, in a cache of another capacity, it is the same."""
-    shape = attention_shape()
+    shape = attention_shape(heads, kv_heads, d)
     offset = keys - 1
     qkv = qkv_rows(shape, 8)
     alone = []
@@ -419,6 +440,119 @@ def test_a_broken_kernel_is_noticed(
     broken(monkeypatch, name, before, after)
     faults = [fault for _, fault in operation_faults(metal) if fault is not None]
     assert any(fault in found for found in faults), faults
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("declared", "used"),
+    [
+        ("inline float divide(float a, float b) { return a / b; }", "divide(1.0f, 2.0f)"),
+        ("inline int popcount(int a) { return a; }", "popcount(1)"),
+        ("inline float simd_sum(float a) { return a; }", "simd_sum(1.0f)"),
+        ("constant constexpr int level = 3;", "level"),
+        ("inline float log1p(float a) { return a; }", "log1p(1.0f)"),  # MLX's own
+        ("inline double twice(float a) { return 2 * a; }", "twice(1.0f)"),  # Metal has no such type
+    ],
+)
+def test_words_that_metal_or_mlx_have_taken_are_noticed(
+    monkeypatch: pytest.MonkeyPatch, declared: str, used: str
+) -> None:
+    before = "inline float gated("
+    broken(monkeypatch, "common", before, f"{declared}\ninline float user() {{ return {used}; }}\n{before}")
+    with pytest.raises(RuntimeError, match=r"ambiguous|redefinition|poisoned"):
+        metal.rms_norm(normal(1, 8), normal(8), 0.5)
+
+
+Launch = tuple[str, metal.Inputs, metal.Outputs, tuple[int, int, int], int, metal.Template]
+
+
+@pytest.fixture
+def every_launch(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """Of every kernel, with inputs of few elements and of many, for few rows and many: none is run."""
+    found: dict[str, Launch] = {}
+
+    def note(*launch: Any) -> list[mx.array]:
+        name, inputs, outputs, _, _, template = launch
+        found.setdefault(as_mlx_writes_it("kernel", name, inputs, outputs, template), launch)
+        return [mx.zeros(shape, dtype) for shape, dtype in outputs.values()]
+
+    monkeypatch.setattr(metal, "launch", note)
+    kinds = ("ternary", "int8", "bfloat16", "float32")
+    for kind, (n, k), m in itertools.product(kinds, ((2, 1), (24, 68)), (1, 2, 8, 40)):
+        weight, x = weights_of(kind, n, k)[0], normal(m, k)
+        metal.linear(x, weight)
+        metal.linear(x, weight, norm=normal(k), eps=0.5, epilogue="silu_mul", residual=normal(m, n // 2))
+        metal.quantize_rows(x)
+    for m, d in itertools.product((1, 8), (32, 64, 128)):
+        shape = attention_shape(4, 2, d)
+        metal.attention(qkv_rows(shape, m), *caches(shape, 40, 60), 40, shape)
+    kernels = {path.stem for path in Path(metal.__file__).parent.glob("*.metal")} - {"common"}
+    assert {name for name, *_ in found.values()} == kernels
+    return list(found.values())
+
+
+def as_mlx_writes_it(
+    called: str, name: str, inputs: metal.Inputs, outputs: metal.Outputs, template: metal.Template
+) -> str:
+    text = metal_emulator.function(called, name, inputs, outputs, template)
+    return text + metal_emulator.instantiation(called, template)
+
+
+@emulated
+def test_the_emulator_writes_kernels_as_mlx_does(
+    every_launch: list[Launch], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """MLX writes a kernel's text without Metal too, when a function with it is exported."""
+    for name, inputs, outputs, grid, threads, template in every_launch:
+        kernel = metal._kernel(name, tuple(inputs), tuple(outputs))
+        options = {
+            "template": list(template.items()),
+            "grid": (grid[0] * threads, *grid[1:]),
+            "threadgroup": (threads, 1, 1),
+            "output_shapes": [shape for shape, _ in outputs.values()],
+            "output_dtypes": [dtype for _, dtype in outputs.values()],
+            "verbose": True,
+        }
+        mx.export_function(
+            str(tmp_path / "one.mlxfn"), lambda *arrays, k=kernel, o=options: k(inputs=arrays, **o), *inputs.values()
+        )
+        written = capfd.readouterr().out.partition("```\n")[2].rpartition("```")[0]
+        written = re.sub(r"custom_kernel_\w+", "kernel", re.sub(r"\[\[.*?\]\]", "", written))
+        ours = metal.source("common") + as_mlx_writes_it("kernel", name, inputs, outputs, template)
+        assert "".join(written.split()) == "".join(ours.replace("[[kernel]]", "").split()), name
+
+
+@emulated
+def test_address_spaces_are_kept_apart(every_launch: list[Launch]) -> None:
+    """A clang knows them, which is not on every machine; a Mac's compiler refuses what mixes them."""
+    clang = metal_emulator.clang()
+    if clang is None:
+        pytest.skip("no clang++ that knows _Float16")
+    text = metal.source("common")
+    for i, (name, inputs, outputs, _, _, template) in enumerate(every_launch):
+        text += as_mlx_writes_it(f"kernel_{i}", name, inputs, outputs, template)
+    assert metal_emulator.complaints(clang, text) == ""
+    for before, after in (
+        ("const auto values = x", "const device float* values = x"),
+        ("group_max(float value, Partial partial", "group_max(float value, float* partial"),
+    ):
+        assert before in text
+        assert "error" in metal_emulator.complaints(clang, text.replace(before, after)), after
+
+
+@emulated
+def test_the_names_that_mlx_takes_are_known() -> None:
+    """Those of the headers that MLX puts before a kernel."""
+    headers = Path(next(iter(mlx.__path__))) / "include/mlx/backend/metal/kernels"
+    known = (metal_emulator.FOLDER / "metal_names.h").read_text()
+    known += (metal_emulator.FOLDER / "metal_emulator.h").read_text()
+    start = r"^(?:typedef \w+|using|struct|#define|(?:inline|METAL_FUNC|static|constexpr)\b[^({=;\n]*?)"
+    declaration = re.compile(start + r"\s(\w+)(?=\s*[({=;\n]|$)", re.MULTILINE)
+    names: set[str] = set()
+    for file in ("utils", "bf16", "bf16_math", "complex", "defines", "logging"):
+        names.update(declaration.findall((headers / f"{file}.h").read_text()))
+    assert len(names) > 25
+    assert [name for name in names - {"int64_t"} if not re.search(rf"\b{name}\b", known)] == []
 
 
 def test_layouts_hold_what_they_are_said_to() -> None:

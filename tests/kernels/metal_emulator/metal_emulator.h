@@ -4,7 +4,8 @@
 // A thread of a threadgroup is a fiber that hands over at each simdgroup operation and barrier, so lanes meet
 // there in lockstep. What Metal leaves undefined is an error here: lanes of a simdgroup at different
 // operations, a barrier that some threads miss, reads and writes outside of buffers and arrays, overflow of
-// signed integers. Memory that nothing was written to holds NaN. Address spaces are not told apart.
+// signed integers, and names that Metal or MLX have taken (metal_names.h). Memory that nothing was written to holds
+// NaN. Address spaces are not told apart: metal_spaces.h does that.
 #pragma once
 
 #include <cstddef>
@@ -18,6 +19,7 @@
 #define threadgroup static __attribute__((section("threadgroup_memory")))
 #define INFINITY __builtin_inff()
 
+using uchar = uint8_t;
 using uint = uint32_t;
 using ushort = uint16_t;
 using ulong = uint64_t;
@@ -66,7 +68,7 @@ T unpack(uint64_t packed) {
 namespace metal {
 
 template <typename T, int N>
-struct alignas(sizeof(T) * N) vec {
+struct alignas(sizeof(T) * (N == 3 ? 4 : N)) vec {
   T elements[N];
   vec() = default;
   explicit vec(T all) {
@@ -112,7 +114,7 @@ inline float exp(float x) { return __builtin_expf(x); }
 inline float sin(float x) { return __builtin_sinf(x); }
 inline float cos(float x) { return __builtin_cosf(x); }
 inline float rsqrt(float x) { return 1.0f / __builtin_sqrtf(x); }
-// An ulp off where EMULATED_DIVISION_ERROR says so: `divide` of common.metal must not need a better one.
+// An ulp off where EMULATED_DIVISION_ERROR says so: `nearest_quotient` of common.metal must not need a better one.
 #ifndef EMULATED_DIVISION_ERROR
 #define EMULATED_DIVISION_ERROR 0
 #endif
@@ -130,7 +132,7 @@ inline void threadgroup_barrier(mem_flags) { emulator::wait_for_threadgroup(); }
 
 // Pairs of lanes, then pairs of pairs: an order that, as on a GPU, is not the lanes' own.
 template <typename T>
-T simd_sum(T value) {
+T sum_of_lanes(T value) {
   static T total;
   const uint64_t* brought = emulator::exchange(emulator::Operation::sum, emulator::pack(value));
   if (emulator::lane() == 0) {
@@ -143,6 +145,9 @@ T simd_sum(T value) {
   }
   return total;
 }
+inline float simd_sum(float value) { return sum_of_lanes(value); }
+inline int simd_sum(int value) { return sum_of_lanes(value); }
+inline uint simd_sum(uint value) { return sum_of_lanes(value); }
 
 inline float simd_max(float value) {
   static float top;
@@ -154,11 +159,10 @@ inline float simd_max(float value) {
   return top;
 }
 
-template <typename T>
-T simd_broadcast(T value, ushort from) {
+inline float simd_broadcast(float value, ushort from) {
   const uint64_t* brought = emulator::exchange(emulator::Operation::broadcast, emulator::pack(value));
   if (from >= 32) __builtin_trap();
-  return emulator::unpack<T>(brought[from]);
+  return emulator::unpack<float>(brought[from]);
 }
 
 // A lane holds the elements 2 * lane and 2 * lane + 1 of the matrix, by rows. (On a GPU it holds others.)
@@ -214,7 +218,7 @@ inline void simdgroup_multiply_accumulate(
 
 }  // namespace metal
 
-using namespace metal;
+#include "metal_names.h"
 
 namespace emulator {
 
