@@ -173,25 +173,14 @@ def _quantize(
 
 def bitlinear(xq: mx.array, s: mx.array, weight: TernaryWeight) -> mx.array:
     """As `reference.bitlinear`, the same bits."""
-    _check(xq, weight, None, None)
+    reference.check_product(xq, weight)
     return _product(*_widened(xq, s), weight)
 
 
 def int8_linear(xq: mx.array, s: mx.array, weight: Int8Weight) -> mx.array:
     """As `reference.int8_linear`, the same bits."""
-    _check(xq, weight, None, None)
+    reference.check_product(xq, weight)
     return _product(*_widened(xq, s), weight)
-
-
-def _check(x: mx.array, weight: Weight, epilogue: Epilogue | None, residual: mx.array | None) -> None:
-    """Raise ValueError for shapes with which a kernel would read outside of its buffers."""
-    if x.shape[1] != weight.k:
-        raise ValueError(f"rows of {x.shape[1]} inputs do not fit the weight's k of {weight.k}")
-    if epilogue is not None and weight.n % 2:
-        raise ValueError(f"a gate needs an even number of outputs, not {weight.n}")
-    expected = (x.shape[0], weight.n // (2 if epilogue else 1))
-    if residual is not None and residual.shape != expected:
-        raise ValueError(f"the residual is {residual.shape}, the result {expected}")
 
 
 def _widened(xq: mx.array, s: mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -250,7 +239,7 @@ def linear(
     residual: mx.array | None = None,
 ) -> mx.array:
     """As `reference.linear`, in two launches; more than 8 rows of a float weight go to the library."""
-    _check(x, weight, epilogue, residual)
+    reference.check_product(x, weight, epilogue, residual)
     x = x.astype(mx.float32)
     if not isinstance(weight, DenseWeight):
         rows = _quantize(x, norm, eps, _up(weight.k, _BLOCK) * _BLOCK, mx.float16)
