@@ -133,6 +133,8 @@ class Pipeline:
             dataset = Dataset.open(folder)
             if not dataset.complete:
                 raise UserError(f"{folder}: is not complete; run the recipe from its first stage")
+            if dataset.settings.teacher_hash != self.teacher.weights_hash:
+                raise UserError(f"{folder}: was made with another teacher than {self.teacher.name}; {OTHERWISE}")
             where, values = folder, dataset.settings.values
         for name, value in asdict(self.recipe.collect).items():
             was, now = values.get("k" if name == "top_k" else name), list(value) if isinstance(value, tuple) else value
@@ -147,11 +149,13 @@ class Pipeline:
         collector = Collector(self._plan, self.progress)
         collector.check_folder()
         try:
-            collector.run()
+            dataset = collector.run()
         except KeyboardInterrupt:
             raise KeyboardInterrupt("finished shards are kept; the same command goes on from there") from None
         finally:
             self.collected()
+        for remark in collector.remarks(dataset):
+            say(self.quiet)(remark)
 
     def _collect_facts(self) -> dict[str, Any]:
         dataset = Dataset.open(self.recipe.dataset)

@@ -190,6 +190,13 @@ def test_run(tmp_path: Path) -> None:
     (tmp_path / "away.jsonl").rename(tmp_path / "prompts.jsonl")
     (tmp_path / "tiny.toml").write_text(TINY.replace('["prompts.jsonl"]', '["other.jsonl"]'))
     assert 'was made with sources = ["prompts.jsonl"], not ["other.jsonl"]' in run("--from", "train")[2]
+    (tmp_path / "tiny.toml").write_text(TINY)
+    manifest, ours = out / "dataset" / "manifest.json", about["teacher"]["hash"]
+    manifest.write_text(manifest.read_text().replace(ours, "0" * 64))
+    (out / "draft").rename(out / "away")
+    assert f"runs/tiny/dataset: was made with another teacher than {TEACHER.name}" in run("--from", "train")[2]
+    manifest.write_text(manifest.read_text().replace("0" * 64, ours))
+    (out / "away").rename(out / "draft")
     for old, new, named in (
         ("hidden = 64", "hidden = 128", "runs/tiny/draft: holds a finished draft that was trained with hidden = 64"),
         ("tokens = 1500", "tokens = 1600", "runs/tiny/dataset: was begun with tokens = 1500, not 1600"),
