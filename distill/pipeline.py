@@ -91,7 +91,8 @@ class Pipeline:
 
     def _check(self, names: tuple[str, ...]) -> None:
         recipe = self.recipe
-        config = DraftConfig.for_teacher(self.teacher.folder, recipe.train.layers, recipe.train.hidden)
+        training = recipe.train
+        config = DraftConfig.for_teacher(self.teacher.folder, training.layers, training.hidden, training.vocab)
         recipe.check_for(self.teacher.config)
         recipe.evaluate.select()
         trained = self._trained()
@@ -102,7 +103,8 @@ class Pipeline:
         if not trained and "train" not in names:
             raise UserError(f"{recipe.draft}: holds no finished draft; run the recipe from an earlier stage")
         if not trained:
-            check_memory(config, recipe.train.batch, recipe.collect.seq_len)
+            hidden = int(self.teacher.config["hidden_size"]) if training.teacher_embedding else 0
+            check_memory(config, training.batch, recipe.collect.seq_len, hidden)
             draft.check_out(recipe.draft)
 
     # --- collect
