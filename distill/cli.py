@@ -122,10 +122,9 @@ def collect(
     plan = make_plan(find_teacher(teacher), settings, out)
     bars = Bars(quiet)
     collector = Collector(plan, bars)
-    if not dry_run:
-        collector.check_folder()
+    done = not dry_run and collector.check_folder()
     result: dict[str, Any] = {"out": str(plan.folder), "teacher": plan.teacher.name, "dry_run": dry_run}
-    if dry_run or not quiet:
+    if dry_run or not (quiet or done):
         estimate = collector.estimate()
         result["estimate"] = vars(estimate)
         note(
@@ -148,6 +147,8 @@ def collect(
             bytes=size,
             seconds=time.perf_counter() - began,
         )
+        for remark in collector.remarks(dataset):
+            note(remark)
         note(f"{plan.folder}: {dataset.tokens:,} tokens in {len(dataset.shards)} shards, {size / 1e6:.1f} MB")
     write_json(json_file, result)
 

@@ -27,13 +27,13 @@ from distill.bits import Settings
 from distill.draft_config import physical_memory
 from distill.replies import write_replies
 from distill.shards import Block, Dataset, ShardWriter
-from distill.sources import Document, identity, is_excluded, load_excluded, read_source
+from distill.sources import Document, Skipped, at_commit, identity, is_excluded, is_hub, load_excluded, read_source
 from distill.store import Replies, Reply, ReplyWriter
 from kernels import UserError
 
 HELD_OUT = ROOT / "data" / "eval.jsonl"
 DEFAULT_SOURCES = (ROOT / "data" / "prompts.jsonl", ROOT / "data" / "wiki.jsonl.xz", ROOT / "data" / "novels.jsonl.xz")
-FORMAT = 1
+FORMAT = 2
 ROWS_PER_SHARD = 64
 LOGIT_ROWS = 512
 SORTED_BYTES = 32 << 20  # of logits that numpy works on at a time: its copies of them stay this small
@@ -130,13 +130,41 @@ class Piece:
 
 
 @dataclass
+class Turn:
+    """One source's turn to give tokens: how many it should and did. `writers` are of all replies of a collection."""
+
+    quota: int = 0
+    taken: int = 0
+    announced: bool = False
+    writers: list[ReplyWriter] = field(default_factory=list)
+
+    def begin(self, quota: int) -> None:
+        self.quota, self.taken, self.announced = quota, 0, False
+
+    def take(self, source: Iterator[Piece]) -> tuple[list[Piece], bool]:
+        """Pieces of `quota` tokens, the last one cut to fit, and whether the source ended before."""
+        pieces: list[Piece] = []
+        while (room := self.quota - self.taken) >= MIN_PIECE:
+            piece = next(source, None)
+            if piece is None:
+                return pieces, True
+            pieces.append(Piece(piece.tokens[:room], piece.mask[:room]))
+            self.taken += len(pieces[-1].tokens)
+        return pieces, False
+
+
+@dataclass
 class Plan:
-    """Everything about a collection that is known before the teacher runs."""
+    """Everything about a collection that is known before the teacher runs.
+
+    sources: what is read: the settings' sources, each dataset of the Hub at its commit.
+    """
 
     teacher: Checkpoint
     settings: CollectSettings
     manifest: Settings
     folder: Path
+    sources: tuple[str, ...]
     excluded: frozenset[str] = field(repr=False)
 
 
@@ -151,7 +179,11 @@ class Estimate:
 
 
 def make_plan(teacher: Checkpoint, settings: CollectSettings, out: Path | None) -> Plan:
-    """Check the settings, read the sources once for faults, hash what is named, and choose the folder."""
+    """Check the settings, read the sources once for faults, hash what is named, and choose the folder.
+
+    A dataset of the Hub is read at the commit that the folder's manifest names, else at the one it has now: what was
+    begun goes on whatever is uploaded meanwhile, and asks the Hub nothing that it was told before.
+    """
     settings.check(teacher.config)
     for name in settings.sources:
         if Path(name).exists():  # a fault in a source's last line must not show after hours of work
@@ -164,13 +196,25 @@ def make_plan(teacher: Checkpoint, settings: CollectSettings, out: Path | None) 
         "tokenizer_hash": teacher.tokenizer_hash,
         "vocab_size": int(teacher.config["vocab_size"]),
         "k": settings.top_k,
-        "sources": [identity(name) for name in settings.sources],
+        "sources": [name if is_hub(name) else identity(name) for name in settings.sources],
         "exclude": [identity(name) for name in settings.exclude],
     }
     del values["top_k"]
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
     folder = out or RUNS / f"data-{Path(teacher.name).name}-{digest}"
-    return Plan(teacher, settings, Settings(values), folder, load_excluded(settings.exclude))
+    begun = _begun_with(folder)
+    sources = tuple(at_commit(name, begun) for name in settings.sources)
+    values["sources"] = [identity(name, read) for name, read in zip(settings.sources, sources, strict=True)]
+    return Plan(teacher, settings, Settings(values), folder, sources, load_excluded(settings.exclude))
+
+
+def _begun_with(folder: Path) -> list[Any]:
+    """The sources in a folder's manifest; what is wrong with one is said when the folder is opened."""
+    try:
+        sources = Dataset.open(folder).settings.values.get("sources")
+    except UserError:
+        return []
+    return sources if isinstance(sources, list) else []
 
 
 class Collector:
@@ -186,17 +230,24 @@ class Collector:
         limit_memory()
         self.tokenizer = Tokenizer(plan.teacher.folder)
         self.model: Transformer = plan.teacher.load()
+        self.skipped: dict[str, Skipped] = {}
 
-    def check_folder(self) -> None:
-        """Begin or take up the folder, so that one that cannot be used is refused before any work."""
-        ShardWriter.open(self.plan.folder, self.plan.manifest).close()
+    def check_folder(self) -> bool:
+        """Begin or take up the folder, so that one that cannot be used is refused before any work; whether the
+        dataset is there, whole."""
+        with ShardWriter.open(self.plan.folder, self.plan.manifest) as writer:
+            return writer.manifest.complete
 
     def run(self) -> Dataset:
-        """Collect, or go on where an earlier run with the same settings stopped."""
+        """Collect, or go on where an earlier run with the same settings stopped; of a whole dataset no source is read
+        again."""
         with ShardWriter.open(self.plan.folder, self.plan.manifest) as writer:
+            if writer.manifest.complete:
+                return Dataset.open(self.plan.folder)
             rows = self.rows()
             if not rows:
-                raise UserError(f"{', '.join(self.settings.sources)}: nothing to collect from (empty or all excluded)")
+                reasons = "; ".join(["empty or all excluded", *self._skips()])
+                raise UserError(f"{', '.join(self.settings.sources)}: nothing to collect from ({reasons})")
             shards = [rows[i : i + ROWS_PER_SHARD] for i in range(0, len(rows), ROWS_PER_SHARD)]
             missing = writer.missing(len(shards))
             total = sum(int(np.count_nonzero(document)) for _, _, document in rows)
@@ -207,35 +258,58 @@ class Collector:
             writer.finish()
         return Dataset.open(self.plan.folder)
 
+    def remarks(self, dataset: Dataset) -> list[str]:
+        """What a user should know of a collection that is done: rows left out, and tokens that no source had."""
+        remarks, asked = self._skips(), self.settings.tokens
+        if dataset.tokens < asked - MIN_PIECE * len(self.settings.sources):
+            remarks.append(
+                f"{dataset.folder}: the sources had only {dataset.tokens:,} of the {asked:,} tokens asked for"
+            )
+        return remarks
+
+    def _skips(self) -> list[str]:
+        return [
+            f"{name}: {skipped.count:,} {'row was' if skipped.count == 1 else 'rows were'} skipped: {skipped.first}"
+            for name, skipped in self.skipped.items()
+            if skipped.count
+        ]
+
     def rows(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Packed rows: tokens int32, trained positions bool, document uint8, each [seq_len].
 
-        Every source gives an equal share of the tokens; what one cannot give, the later ones do.
+        Every source gives an equal share of the tokens; what one cannot give, the later ones do, and what is missing
+        then is shared out among those that have more, until it is there or none has any.
         """
-        pieces: list[Piece] = []
-        left = self.settings.tokens
-        for index, name in enumerate(self.settings.sources):
-            quota = left // (len(self.settings.sources) - index)
-            for piece in self._pieces(index, name, quota):
-                if len(piece.tokens) > quota:
-                    piece = Piece(piece.tokens[:quota], piece.mask[:quota])
-                if len(piece.tokens) < MIN_PIECE:
-                    break
-                pieces.append(piece)
-                quota -= len(piece.tokens)
-                left -= len(piece.tokens)
+        turn, pieces, left = Turn(), list[Piece](), self.settings.tokens
+        sources = [self._pieces(index, name, turn) for index, name in enumerate(self.plan.sources)]
+        try:
+            while sources:
+                before, more = left, []
+                for index, source in enumerate(sources):
+                    turn.begin(left // (len(sources) - index))
+                    taken, ended = turn.take(source)
+                    pieces += taken
+                    left -= turn.taken
+                    more += [] if ended else [source]
+                sources = more if left < before else []
+            for writer in turn.writers:
+                writer.finish()
+        finally:
+            for writer in turn.writers:
+                writer.close()
         order = np.random.default_rng(self.settings.seed).permutation(len(pieces))
         return pack([pieces[i] for i in order], self.settings.seq_len)
 
-    def _pieces(self, index: int, name: str, quota: int) -> Iterator[Piece]:
-        """The pieces of one source, in an order shuffled by the seed; prompts are answered first."""
-        documents = [document for document in read_source(name) if not is_excluded(document, self.plan.excluded)]
+    def _pieces(self, index: int, name: str, turn: Turn) -> Iterator[Piece]:
+        """The pieces of one source, in an order shuffled by the seed; prompts are answered first, as far as asked."""
+        skipped = self.skipped[self.settings.sources[index]] = Skipped()
+        documents = [d for d in read_source(name, skipped) if not is_excluded(d, self.plan.excluded)]
         rng = np.random.default_rng([self.settings.seed, index])
         documents = [part for document in documents for part in split_text(document, 4 * self.settings.seq_len)]
         documents = [documents[i] for i in rng.permutation(len(documents))]
         asks = [wants_reply(document) for document in documents]
         if self.settings.reply and any(asks):
-            replies = self._replies(index, [d for d, ask in zip(documents, asks, strict=True) if ask], quota)
+            replies = self._replies(index, [d for d, ask in zip(documents, asks, strict=True) if ask], turn)
             documents = [d for d, ask in zip(documents, asks, strict=True) if not ask]
             for reply in replies:
                 yield from cut(self._masked(reply.tokens, reply.prompt_length), self.settings.seq_len)
@@ -259,26 +333,25 @@ class Collector:
         mask[max(prompt_length - 1, 0) : -1] = True
         return Piece(tokens, mask)
 
-    def _replies(self, index: int, documents: list[Document], quota: int) -> Iterator[Reply]:
-        """Answer prompts batch by batch until there are `quota` tokens of conversation."""
-        settings = self.settings
-        room = min(self.model.context, settings.seq_len) - settings.max_reply
+    def _replies(self, index: int, documents: list[Document], turn: Turn) -> Iterator[Reply]:
+        """The answers to prompts. A batch is written when one of its replies is asked for, unless it is there."""
+        room = min(self.model.context, self.settings.seq_len) - self.settings.max_reply
         folder = self.plan.folder / f"replies-{index}"
-        with ReplyWriter.open(folder, self.plan.manifest) as writer:
-            tokens = sum(entry.tokens for entry in Replies.open(folder).shards)
-            self.progress("replies", min(tokens, quota), quota)
-            batch = writer.finished_shards
-            for number, chunk in enumerate(self._reply_batches(documents, room)):
-                if tokens >= quota:
-                    break
-                if number < batch:
-                    continue
-                self.progress("replies", sum(len(ids) for _, ids in chunk), None)  # `tokens` counts them too
-                replies = self._answer(chunk)
-                writer.write(replies, number)
-                tokens += sum(len(reply.tokens) for reply in replies)
-            writer.finish()
-        return iter(Replies.open(folder))
+        writer = ReplyWriter.open(folder, self.plan.manifest)
+        turn.writers.append(writer)
+        finished = Replies(folder, writer.manifest)
+        places = {entry.index: place for place, entry in enumerate(finished.shards)}
+        for number, chunk in enumerate(self._reply_batches(documents, room)):
+            if number in places:
+                yield from finished.read(places[number])
+                continue
+            if not turn.announced:
+                turn.announced = True
+                self.progress("replies", turn.taken, turn.quota)
+            self.progress("replies", sum(len(ids) for _, ids in chunk), None)  # the total counts them too
+            replies = self._answer(chunk)
+            writer.write(replies, number)
+            yield from replies
 
     def _reply_batches(self, documents: list[Document], room: int) -> Iterator[list[tuple[int, list[int]]]]:
         """Batches of (number, ids); prompts too long for a row are left out.
@@ -363,9 +436,12 @@ class Collector:
     def estimate(self) -> Estimate:
         """Time one batch of each kind of work, and extrapolate."""
         settings = self.settings
-        firsts = [next(iter(read_source(name)), None) for name in settings.sources] if settings.reply else []
+        firsts = [next(iter(read_source(name)), None) for name in self.plan.sources] if settings.reply else []
         asked = [first is not None and wants_reply(first) for first in firsts]
         row = np.full(settings.seq_len, min(self.tokenizer.end_tokens, default=0), np.int32)
+        prompt = row[: min(64, settings.seq_len // 2)].tolist()
+        if any(asked):
+            self._check_caches([(number, prompt) for number in range(settings.reply_batch)])
         rows = [(row, np.ones_like(row, bool), np.ones_like(row, np.uint8))] * settings.batch
         silent, self.progress = self.progress, lambda stage, done, total: None
         seconds = []
@@ -375,7 +451,6 @@ class Collector:
             seconds.append(time.perf_counter() - began)
         per_token = seconds[-1] / block.tokens.size
         if any(asked):
-            prompt = row[: min(64, settings.seq_len // 2)].tolist()
             began = time.perf_counter()
             write_replies(
                 self.model,

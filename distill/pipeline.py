@@ -91,7 +91,8 @@ class Pipeline:
 
     def _check(self, names: tuple[str, ...]) -> None:
         recipe = self.recipe
-        config = DraftConfig.for_teacher(self.teacher.folder, recipe.train.layers, recipe.train.hidden)
+        training = recipe.train
+        config = DraftConfig.for_teacher(self.teacher.folder, training.layers, training.hidden, training.vocab)
         recipe.check_for(self.teacher.config)
         recipe.evaluate.select()
         trained = self._trained()
@@ -102,7 +103,8 @@ class Pipeline:
         if not trained and "train" not in names:
             raise UserError(f"{recipe.draft}: holds no finished draft; run the recipe from an earlier stage")
         if not trained:
-            check_memory(config, recipe.train.batch, recipe.collect.seq_len)
+            hidden = int(self.teacher.config["hidden_size"]) if training.teacher_embedding else 0
+            check_memory(config, training.batch, recipe.collect.seq_len, hidden)
             draft.check_out(recipe.draft)
 
     # --- collect
@@ -133,6 +135,8 @@ class Pipeline:
             dataset = Dataset.open(folder)
             if not dataset.complete:
                 raise UserError(f"{folder}: is not complete; run the recipe from its first stage")
+            if dataset.settings.teacher_hash != self.teacher.weights_hash:
+                raise UserError(f"{folder}: was made with another teacher than {self.teacher.name}; {OTHERWISE}")
             where, values = folder, dataset.settings.values
         for name, value in asdict(self.recipe.collect).items():
             was, now = values.get("k" if name == "top_k" else name), list(value) if isinstance(value, tuple) else value
@@ -147,11 +151,13 @@ class Pipeline:
         collector = Collector(self._plan, self.progress)
         collector.check_folder()
         try:
-            collector.run()
+            dataset = collector.run()
         except KeyboardInterrupt:
             raise KeyboardInterrupt("finished shards are kept; the same command goes on from there") from None
         finally:
             self.collected()
+        for remark in collector.remarks(dataset):
+            say(self.quiet)(remark)
 
     def _collect_facts(self) -> dict[str, Any]:
         dataset = Dataset.open(self.recipe.dataset)

@@ -21,7 +21,6 @@ from distill.recipe import Recipe
 from distill.sources import read_source
 
 MOST_BYTES = 128  # a token, where the vocabulary is not known (DESIGN.md section 4)
-LOGIT_BYTES = 256 << 20  # what training keeps of logits at a time on a GPU
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,10 @@ def predict(recipe: Recipe, config: dict[str, Any] | None) -> list[Work]:
         ]
     teacher = Shape.of(config, f"config.json of {recipe.teacher}")
     recipe.check_for(config)
-    shape = DraftConfig.for_config(config, f"config.json of {recipe.teacher}", recipe.train.layers, recipe.train.hidden)
+    train = recipe.train
+    shape = DraftConfig.for_config(
+        config, f"config.json of {recipe.teacher}", train.layers, train.hidden, kept=train.vocab
+    )
     return [
         _collect(recipe, teacher),
         _train(recipe, teacher, shape),
@@ -141,7 +143,7 @@ def _collect(recipe: Recipe, teacher: Shape) -> Work:
     weights = read_bytes(teacher) + 4 * teacher.head_weights
     caches = rows * settings.seq_len * teacher.cache_bytes(1) * (1 + 1 / teacher.layers) if writing else 0
     activations = 4 * scored * (4 * teacher.hidden + 3 * teacher.intermediate)
-    logits = 3 * 4 * 512 * teacher.vocab
+    logits = 7 * 4 * 512 * teacher.vocab  # they, negated and sorted, and their exponentials
     memory = weights + max(caches + 3 * 4 * rows * teacher.vocab, activations + logits)
     return Work("collect", _collection(recipe), disk, memory, (reply, score))
 
@@ -153,13 +155,19 @@ def _train(recipe: Recipe, teacher: Shape, shape: DraftConfig) -> Work:
     rows, seq_len = settings.batch, recipe.collect.seq_len
     steps = -(-settings.tokens // (rows * seq_len))
     layers = shape.parameters - shape.vocab_size * shape.hidden
-    kept = min(settings.vocab or teacher.vocab, teacher.vocab)
+    kept = shape.kept or shape.vocab_size
     attention = 4 * shape.layers * shape.hidden * seq_len / 2
     operations = 3 * (2 * (layers + kept * shape.hidden) + attention) * settings.tokens
     optimizer = 28.0 * shape.parameters * steps
     # While it runs there are also its state, the weights and two moments, and the best weights.
     disk = shape.parameters * ((settings.bits or 16) / 8 + 16)
-    memory = estimate_memory(shape, rows, seq_len) + 3 * LOGIT_BYTES
+    memory = estimate_memory(
+        shape,
+        rows,
+        seq_len,
+        narrow=settings.dtype != "float32",
+        teacher_hidden=teacher.hidden if settings.teacher_embedding else 0,
+    )
     return Work("train", _training(recipe), disk, memory, ((0.0, operations), (optimizer, 0.0)))
 
 
@@ -167,7 +175,9 @@ def _evaluate(recipe: Recipe, teacher: Shape, shape: DraftConfig, prompts: int) 
     """Plain decoding of every prompt to the last token, and as much again for the speculative one."""
     tokens = 2 * prompts * recipe.evaluate.max_tokens
     moved = tokens * (read_bytes(teacher) + teacher.cache_bytes(1) * recipe.evaluate.max_tokens / 2)
-    memory = read_bytes(teacher) + 2 * shape.parameters
+    # While a model is loaded its ternary weights are there up to three times: as in the file, as the kernels read them,
+    # and put together for kernels of a whole step. A draft is read in bfloat16 and rounded to int8.
+    memory = read_bytes(teacher) + 2 * teacher.weights / 4 + 5 * shape.parameters
     return Work("evaluate", _evaluation(recipe, prompts), 0, memory, ((moved, 0.0),))
 
 

@@ -4,7 +4,8 @@ A dataset is a folder with `manifest.json` and `shard-00000.safetensors` onwards
 says how files come to exist, `bits` what is in them.
 """
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,17 @@ import numpy as np
 
 from distill import bits
 from distill.bits import Block, Settings
-from distill.store import DamagedManifest, Entry, Manifest, Reader, Writer
+from distill.store import (
+    MANIFEST,
+    DamagedManifest,
+    Entry,
+    Manifest,
+    Reader,
+    Replies,
+    ReplyWriter,
+    Writer,
+    reply_counts,
+)
 from kernels.errors import UserError
 
 __all__ = [
@@ -89,42 +100,95 @@ class Problem:
 
 
 def verify(folder: Path | str, repair: bool = False) -> list[Problem]:
-    """Checks every hash, shape and value; an empty list means that all is well.
+    """Checks every hash, shape and value, of the shards and of the replies beside them; an empty list means that all
+    is well.
 
-    `repair` drops the broken shards, so that collecting again with the same settings writes
-    them anew, with the bytes they had. Raises UserError where there is no dataset to check.
+    `repair` drops what is broken, so that collecting again with the same settings writes it anew, with the bytes it
+    had. Raises UserError where there is no dataset to check.
     """
     folder = Path(folder)
     try:
         dataset = Dataset.open(folder)
     except DamagedManifest as error:
-        return [Problem("manifest.json", str(error).removeprefix(f"{folder / 'manifest.json'}: "))]
-    problems: dict[int, list[Problem]] = {}
-    for i, entry in enumerate(dataset.shards):
-        if found := _faults(dataset, i):
-            problems[entry.index] = [Problem(entry.file, message) for message in found]
-    total = 1 + max((entry.index for entry in dataset.shards), default=-1)
-    if dataset.complete:
-        for index in set(range(total)) - {entry.index for entry in dataset.shards}:
-            name = Manifest.file_of(dataset.kind, index)
-            problems[index] = [Problem(name, "is not listed, though the dataset is marked complete")]
+        return [Problem(MANIFEST, _without(folder / MANIFEST, error))]
+    shards = _problems(dataset, _shard_faults)
+    replies = [_reply_problems(path, dataset, repair) for path in sorted(folder.glob("replies-*"), key=_number)]
+    problems = _flat(shards) + [problem for found in replies for problem in found]
     if problems and repair:
+        # A dataset that lacks replies is not whole, even if it has every shard: collecting has work to do.
         with ShardWriter.open(folder, dataset.settings) as writer:
-            writer.drop(problems)
+            writer.drop(shards)
+    return problems
+
+
+def _problems(reader: Dataset | Replies, faults: Callable[[Any, int], list[str]]) -> dict[int, list[Problem]]:
+    """What is wrong with the files of one folder, by their indices."""
+    problems: dict[int, list[Problem]] = {}
+    for i, entry in enumerate(reader.shards):
+        if found := faults(reader, i):
+            problems[entry.index] = [Problem(entry.file, message) for message in found]
+    total = 1 + max((entry.index for entry in reader.shards), default=-1)
+    if reader.complete:
+        for index in set(range(total)) - {entry.index for entry in reader.shards}:
+            name = Manifest.file_of(reader.kind, index)
+            problems[index] = [Problem(name, f"is not listed, though the {reader.kind} are marked complete")]
+    return problems
+
+
+def _flat(problems: dict[int, list[Problem]]) -> list[Problem]:
     return [problem for index in sorted(problems) for problem in problems[index]]
 
 
-def _faults(dataset: Dataset, i: int) -> list[str]:
+def _reply_problems(folder: Path, dataset: Dataset, repair: bool) -> list[Problem]:
+    """What is wrong with a folder of replies, dropped where `repair` says so."""
+    path = folder / MANIFEST
+    if not path.exists() and not dataset.complete and not any(folder.glob("reply-*")):
+        return []  # begun, and killed before its manifest was written
+    try:
+        replies = Replies.open(folder)
+    except UserError as error:
+        return [Problem(f"{folder.name}/{MANIFEST}", _without(path, error))]
+    if difference := replies.settings.difference(dataset.settings):
+        name, was, now = difference
+        message = f"has {name} = {json.dumps(was)}, and the shards {json.dumps(now)}"
+        return [Problem(f"{folder.name}/{MANIFEST}", message)]
+    problems = _problems(replies, _reply_faults)
+    if problems and repair:
+        with ReplyWriter.open(folder, replies.settings) as writer:
+            writer.drop(problems)
+    return [Problem(f"{folder.name}/{problem.file}", problem.message) for problem in _flat(problems)]
+
+
+def _number(folder: Path) -> tuple[int, str]:
+    """replies-2 stands before replies-10."""
+    return len(folder.name), folder.name
+
+
+def _without(path: Path, error: UserError) -> str:
+    return str(error).removeprefix(f"{path}: ")
+
+
+def _shard_faults(dataset: Dataset, i: int) -> list[str]:
     entry, settings = dataset.shards[i], dataset.settings
     try:
         block = dataset.read(i)
     except UserError as error:
-        return [str(error).removeprefix(f"{dataset.folder / entry.file}: ")]
-    found = bits.faults(block, settings, coded=True)
-    for name, count in counts_of(block).items():
-        if (listed := getattr(entry, name)) != count:
-            found.append(f"has {count} {name}, the manifest says {listed}")
-    return found
+        return [_without(dataset.folder / entry.file, error)]
+    return bits.faults(block, settings, coded=True) + _miscounted(entry, counts_of(block))
+
+
+def _reply_faults(replies: Replies, i: int) -> list[str]:
+    entry = replies.shards[i]
+    try:
+        found = replies.read(i)
+    except UserError as error:
+        return [_without(replies.folder / entry.file, error)]
+    return _miscounted(entry, reply_counts(found))
+
+
+def _miscounted(entry: Entry, counts: dict[str, int]) -> list[str]:
+    wrong = [(name, count) for name, count in counts.items() if getattr(entry, name) != count]
+    return [f"has {count} {name}, the manifest says {getattr(entry, name)}" for name, count in wrong]
 
 
 def describe(folder: Path | str, most_shards: int = 8) -> dict[str, Any]:
@@ -136,7 +200,7 @@ def describe(folder: Path | str, most_shards: int = 8) -> dict[str, Any]:
     settings, shards = dataset.settings, dataset.shards
     tokens = dataset.tokens
     trained = sum(entry.trained_tokens for entry in shards)
-    size = sum(entry.bytes for entry in shards) + (dataset.folder / "manifest.json").stat().st_size
+    size = sum(entry.bytes for entry in shards) + (dataset.folder / MANIFEST).stat().st_size
     picked = sorted(set(np.linspace(0, len(shards) - 1, min(most_shards, len(shards))).astype(int).tolist()))
     sums, count = np.zeros(3), 0
     for i in picked:
@@ -178,7 +242,7 @@ def newest_dataset(runs: Path, teacher_hash: str) -> Path | None:
     """The complete dataset of this teacher under `runs`, up to three folders down, written last."""
     found = []
     for depth in ("*", "*/*", "*/*/*"):
-        for path in runs.glob(f"{depth}/manifest.json"):
+        for path in runs.glob(f"{depth}/{MANIFEST}"):
             try:
                 dataset = Dataset.open(path.parent)
             except UserError:

@@ -22,8 +22,10 @@ Kind = Literal["text", "prompt", "messages"]
 
 TEXT, LINES, COLUMNS = (".txt",), (".jsonl",), (".parquet", ".arrow")
 SUFFIXES = tuple(f"{s}{c}" for s in TEXT + LINES for c in ("", ".xz", ".gz")) + COLUMNS
+COLUMN_NAMES = ("messages", "prompt", "text")
 MAX_TEXT = 1 << 20  # characters; a text file longer than this is cut at its next blank line
 _HUB = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -43,26 +45,40 @@ class Document:
         return [message["content"] for message in self.messages if message["role"] == "user"]
 
 
-def read_source(path: str | Path) -> Iterator[Document]:
+@dataclass
+class Skipped:
+    """Rows that were left out, and what the first of them is like."""
+
+    count: int = 0
+    first: str = ""
+
+    def add(self, reason: str) -> None:
+        self.first = self.first or reason
+        self.count += 1
+
+
+def read_source(path: str | Path, skipped: Skipped | None = None) -> Iterator[Document]:
     """The documents of a file, of all files of a folder in sorted order, or of a Hub dataset.
 
     `.txt` is one document of plain text; `.jsonl`, `.parquet` and `.arrow` hold an object a line
     or row, which counts as `messages` if it has them, else as `prompt`, else as `text`. Text files
     may be compressed (`.xz`, `.gz`). Empty texts are skipped. A Hub dataset is written
     `owner/name`, `owner/name:config` or `owner/name@revision`, and its split `train` is read.
-    Raises UserError naming file and line.
+    Raises UserError naming file and line. A row of columns that is no document, however, is left out and counted in
+    `skipped`: whoever collects did not write a dataset of a million rows and cannot mend it.
     """
+    skipped = skipped or Skipped()
     if hub := _hub_name(path):
-        yield from _documents(str(path), "row", _hub_rows(hub))
+        yield from _row_documents(str(path), _hub_rows(hub), skipped)
         return
     for file in source_files(path):
         kind = _kind(file)
         if kind in TEXT:
             yield from _text_documents(file)
         elif kind in LINES:
-            yield from _documents(str(file), "line", json_lines(file))
+            yield from _line_documents(file)
         else:
-            yield from _documents(str(file), "row", _column_rows(file))
+            yield from _row_documents(str(file), _column_rows(file), skipped)
 
 
 def source_files(path: str | Path) -> list[Path]:
@@ -100,10 +116,37 @@ def sha256_of(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def identity(path: str | Path) -> dict[str, str]:
-    """What a manifest says of a source: name (without its folder), sha256, and kind: file, folder or hub."""
-    kind = "hub" if _hub_name(path) else "folder" if Path(path).is_dir() else "file"
-    return {"name": shown_name(path), "sha256": sha256_of(path), "kind": kind}
+def identity(path: str | Path, read: str | None = None) -> dict[str, str]:
+    """What a manifest says of a source: name (without its folder), sha256, kind (file, folder or hub), and of a Hub
+    dataset the commit. read: the same source `at_commit`."""
+    if _hub_name(path):
+        read = read or at_commit(path)
+        return {
+            "name": shown_name(path),
+            "sha256": sha256_of(read),
+            "kind": "hub",
+            "commit": read.rpartition("@")[2],
+        }
+    return {"name": shown_name(path), "sha256": sha256_of(path), "kind": "folder" if Path(path).is_dir() else "file"}
+
+
+def is_hub(path: str | Path) -> bool:
+    """Whether a source's name is one of a Hub dataset."""
+    return _hub_name(path) is not None
+
+
+def at_commit(path: str | Path, begun: Iterable[Any] = ()) -> str:
+    """A Hub dataset's name with the commit to read; any other source as it is.
+
+    begun: what a manifest says of the sources it was begun with. The Hub is asked only where neither they nor the name
+    itself say the commit.
+    """
+    hub = _hub_name(path)
+    if not hub:
+        return str(path)
+    known = [entry.get("commit") for entry in begun if isinstance(entry, dict) and entry.get("name") == str(path)]
+    commit = next((commit for commit in known if _COMMIT.fullmatch(str(commit))), None) or _hub_commit(hub)
+    return f"{hub['name']}{':' if hub['config'] else ''}{hub['config'] or ''}@{commit}"
 
 
 def shown_name(path: str | Path) -> str:
@@ -217,7 +260,7 @@ def _column_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     import pyarrow.parquet
 
     def wanted(schema: Any) -> list[str]:
-        names = [name for name in ("messages", "prompt", "text") if name in schema.names]
+        names = [name for name in COLUMN_NAMES if name in schema.names]
         if not names:
             raise UserError(f"{path}: has no column messages, prompt or text")
         return names
@@ -256,6 +299,8 @@ def _hub_name(path: str | Path) -> Mapping[str, str | None] | None:
 
 
 def _hub_commit(hub: Mapping[str, str | None]) -> str:
+    if hub["revision"] and _COMMIT.fullmatch(hub["revision"]):
+        return hub["revision"]
     from huggingface_hub import HfApi
 
     try:
@@ -288,12 +333,25 @@ def _first_line(error: Exception) -> str:
 # --- objects
 
 
-def _documents(name: str, unit: str, rows: Iterable[tuple[int, Mapping[str, Any]]]) -> Iterator[Document]:
-    for number, row in rows:
+def _line_documents(path: Path) -> Iterator[Document]:
+    for number, row in json_lines(path):
         try:
             document = parse(row, number)
         except ValueError as error:
-            raise UserError(f"{name}: {unit} {number} {error}") from None
+            raise UserError(f"{path}: line {number} {error}") from None
+        if document is not None:
+            yield document
+
+
+def _row_documents(name: str, rows: Iterable[tuple[int, Mapping[str, Any]]], skipped: Skipped) -> Iterator[Document]:
+    for number, row in rows:
+        if not any(column in row for column in COLUMN_NAMES):
+            raise UserError(f"{name}: has no column messages, prompt or text")
+        try:
+            document = parse(row, number)
+        except ValueError as error:
+            skipped.add(f"row {number} {error}")
+            continue
         if document is not None:
             yield document
 

@@ -367,9 +367,14 @@ class ReplyWriter(Writer):
             "prompt_lengths": np.array([reply.prompt_length for reply in replies], np.uint32),
             "prompts": np.array([reply.prompt for reply in replies], np.uint32),
         }
-        counts = {"rows": len(replies), "tokens": len(tokens), "documents": len(replies)}
-        answers = len(tokens) - int(tensors["prompt_lengths"].sum(dtype=np.int64))
-        return self._add(index, tensors, {**counts, "trained_tokens": answers})
+        return self._add(index, tensors, reply_counts(replies))
+
+
+def reply_counts(replies: Sequence[Reply]) -> dict[str, int]:
+    """What a manifest line says of replies."""
+    tokens = sum(len(reply.tokens) for reply in replies)
+    answers = tokens - sum(reply.prompt_length for reply in replies)
+    return {"rows": len(replies), "tokens": tokens, "documents": len(replies), "trained_tokens": answers}
 
 
 class Replies(Reader):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
+import shutil
 import signal
 import subprocess
 import time
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -92,6 +95,41 @@ def test_size_and_completeness(collector: tuple[Collector, Dataset], settings: C
     again = files(dataset.folder)
     assert collector[0].run().tokens == dataset.tokens
     assert files(dataset.folder) == again
+
+
+@pytest.mark.parametrize("damage", ["flipped", "gone"])
+def test_damaged_replies_are_named_and_written_anew(
+    collector: tuple[Collector, Dataset], tmp_path: Path, damage: str
+) -> None:
+    whole = files(collector[1].folder)
+    shutil.copytree(collector[1].folder, tmp_path / "d")
+    path = tmp_path / "d" / "replies-0" / "reply-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data) if damage == "flipped" else path.unlink()
+    assert [problem.file for problem in verify(tmp_path / "d")] == ["replies-0/reply-00001.safetensors"]
+    verify(tmp_path / "d", repair=True)
+    assert not path.exists() and not Dataset.open(tmp_path / "d").complete and verify(tmp_path / "d") == []
+    again = copy.copy(collector[0])
+    again.plan = replace(again.plan, folder=tmp_path / "d")
+    again.run()
+    assert files(tmp_path / "d") == whole
+
+
+def test_reply_manifests_are_verified(collector: tuple[Collector, Dataset], tmp_path: Path) -> None:
+    shutil.copytree(collector[1].folder, tmp_path / "d")
+    path = tmp_path / "d" / "replies-0" / "manifest.json"
+    content = path.read_text()
+    for change, named in (
+        (content[:100], "not valid JSON"),
+        (content.replace('"seed": 0', '"seed": 1'), "has seed = 1, and the shards 0"),
+        (content.replace('"rows": 4', '"rows": 5', 1), "lengths is uint32 [4], expected uint32 [5]"),
+    ):
+        path.write_text(change)
+        (problem,) = verify(tmp_path / "d")
+        assert problem.file.startswith("replies-0/") and named in problem.message
+    path.unlink()
+    assert [problem.file for problem in verify(tmp_path / "d")] == ["replies-0/manifest.json"]
 
 
 def test_held_out_prompts_are_dropped(collector: tuple[Collector, Dataset]) -> None:
@@ -188,6 +226,75 @@ def test_top_of_works_in_parts_that_change_nothing(monkeypatch: pytest.MonkeyPat
     tracemalloc.stop()
     assert all(np.array_equal(a, b) for a, b in zip(parts, whole, strict=True))
     assert peak < logits.nbytes
+
+
+def test_what_the_last_source_lacks_the_first_gives(
+    teacher: Checkpoint, settings: CollectSettings, tmp_path: Path
+) -> None:
+    """And a run that was stopped between the two turns of the first ends with the same bytes."""
+    (tmp_path / "short.txt").write_text("The ship sailed on over the grey sea. " * 9)
+    chosen = replace(settings, sources=(settings.sources[0], str(tmp_path / "short.txt")), tokens=600)
+    turns: list[int] = []
+
+    def stop(stage: str, done: int, total: int | None) -> None:
+        turns.extend([] if stage != "replies" or total is None else [total])
+        if len(turns) == 2:
+            raise KeyboardInterrupt
+
+    stopped, whole = (Collector(make_plan(teacher, chosen, tmp_path / name)) for name in ("stopped", "whole"))
+    stopped.progress = stop
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    assert turns[0] == 300 and not Replies.open(tmp_path / "stopped" / "replies-0").complete
+    stopped.progress = whole.progress
+    datasets = [stopped.run(), whole.run()]
+    assert files(tmp_path / "stopped") == files(tmp_path / "whole")
+    assert 600 - 16 < datasets[1].tokens <= 600 and whole.remarks(datasets[1]) == []
+
+
+def test_too_few_tokens_are_told(teacher: Checkpoint, settings: CollectSettings, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("The ship sailed on over the grey sea. " * 9)
+    collector = Collector(make_plan(teacher, replace(settings, sources=(str(tmp_path / "short.txt"),)), tmp_path / "d"))
+    dataset = collector.run()
+    assert collector.remarks(dataset) == [
+        f"{tmp_path / 'd'}: the sources had only {dataset.tokens} of the 1,500 tokens asked for"
+    ]
+
+
+def test_of_a_hub_dataset_that_was_begun_the_commit_stays(
+    teacher: Checkpoint, settings: CollectSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub and its client are stood in for: what is asked of them is what is tested."""
+    hub, datasets = pytest.importorskip("huggingface_hub"), pytest.importorskip("datasets")
+    commit, read = "a" * 40, list[str]()
+
+    def dataset_info(api: object, name: str, revision: str | None) -> SimpleNamespace:
+        if not commit:
+            raise ConnectionError("offline")
+        return SimpleNamespace(sha=commit)
+
+    def load_dataset(*name: object, revision: str, **options: object) -> list[dict[str, str]]:
+        read.append(revision)
+        return [{"text": ""}, *({"text": f"Line {i}. " + "The ship sailed on. " * 20} for i in range(9)), {"text": 5}]
+
+    monkeypatch.setattr(hub.HfApi, "dataset_info", dataset_info)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    chosen = replace(settings, sources=("owner/name",), tokens=300)
+
+    def run() -> tuple[dict[str, bytes], list[str]]:
+        read.clear()
+        collector = Collector(make_plan(teacher, chosen, tmp_path / "d"))
+        remarks = collector.remarks(collector.run())
+        assert remarks == (["owner/name: 1 row was skipped: row 11 has a text that is not a string"] if read else [])
+        return files(tmp_path / "d"), list(read)
+
+    first, asked = run()
+    assert asked == ["a" * 40]
+    commit = ""  # offline, and what is whole asks for nothing
+    assert run() == (first, [])
+    (tmp_path / "d" / "shard-00000.safetensors").unlink()
+    commit = "b" * 40  # something was uploaded meanwhile
+    assert run() == (first, ["a" * 40])
 
 
 # --- rows
@@ -306,6 +413,8 @@ def test_caches_beyond_the_memory_are_refused(
     monkeypatch.setattr("distill.collect.physical_memory", lambda: 1_000_000)
     with pytest.raises(UserError, match=rf"--reply-batch {settings.reply_batch}: .* this machine has 0\.0 GB"):
         Collector(make_plan(teacher, settings, tmp_path)).run()
+    with pytest.raises(UserError, match=rf"--reply-batch {settings.reply_batch}: .* this machine has 0\.0 GB"):
+        Collector(make_plan(teacher, settings, tmp_path)).estimate()  # what a dry run does
 
 
 def test_nothing_to_collect_from(teacher: Checkpoint, settings: CollectSettings, tmp_path: Path) -> None:

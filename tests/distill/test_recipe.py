@@ -7,15 +7,17 @@ import json
 import signal
 import subprocess
 import time
+import tomllib
 import weakref
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, TEACHER, Command, arguments, environment
 
+from distill.draft_config import DraftConfig, estimate_memory
 from distill.pipeline import settle
-from distill.predict import predict, table, teacher_bytes
-from distill.recipe import RECIPES, find_recipe, read_recipe
+from distill.predict import MACS, predict, table, teacher_bytes
+from distill.recipe import KEYS, RECIPES, find_recipe, read_recipe
 from kernels import UserError
 
 TINY = """# Kept with the draft, comments and all.
@@ -115,7 +117,31 @@ def test_recipes_of_the_2b_say_what_is_predicted(layers: int) -> None:
     first = read_recipe(RECIPES / "bitnet-2b-4t-2l.toml")
     assert (recipe.collect, recipe.dataset) == (first.collect, first.dataset)
     comments = {line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.startswith("#")}
-    assert {line.strip() for line in table(predict(recipe, BITNET_2B)).splitlines()[:5]} <= comments
+    works = predict(recipe, BITNET_2B)
+    assert {line.strip() for line in table(works).splitlines()[:5]} <= comments
+    assert all(work.fits(mac) for work in works for mac in MACS)
+
+
+def test_recipes_say_every_setting() -> None:
+    """So that another default some day does not change what they make. What may be left out is a choice of its own."""
+    may_lack = {"out", "source", "exclude", "vocab", "bits", "prompts", "limit"}
+    for path in RECIPES.glob("*.toml"):
+        values = tomllib.loads(path.read_text())
+        for section in ("collect", "train", "evaluate"):
+            missing = KEYS[section].keys() - values[section].keys() - may_lack
+            assert path.stem == "demo" or not missing, f"{path}: [{section}] {missing}"
+
+
+def test_predicted_memory_is_what_was_measured() -> None:
+    """docs/full-size.md: a draft of 6 layers x 768 with a whole head, --batch 2. Resident memory counts Python too."""
+    train = DraftConfig.for_config(BITNET_2B, "config.json", 6, 768)
+    assert estimate_memory(train, 2, 512, gpu=True, teacher_hidden=2560) == pytest.approx(9.2e9, rel=0.05)
+    assert estimate_memory(train, 2, 512, gpu=False, teacher_hidden=2560) == pytest.approx(5.2e9 - 0.3e9, rel=0.05)
+    tiny = DraftConfig.for_config(BITNET_2B, "config.json", 1, 64)  # less than the teacher's embedding, twice
+    assert estimate_memory(tiny, 1, 64, gpu=False, teacher_hidden=2560) > 6 * 128256 * 2560
+    recipe = read_recipe(RECIPES / "bitnet-2b-4t-6l.toml")
+    evaluate = predict(recipe, BITNET_2B)[2]
+    assert evaluate.memory == pytest.approx(2.9e9, rel=0.05)
 
 
 def test_predictions_are_bytes_and_operations() -> None:
@@ -190,6 +216,13 @@ def test_run(tmp_path: Path) -> None:
     (tmp_path / "away.jsonl").rename(tmp_path / "prompts.jsonl")
     (tmp_path / "tiny.toml").write_text(TINY.replace('["prompts.jsonl"]', '["other.jsonl"]'))
     assert 'was made with sources = ["prompts.jsonl"], not ["other.jsonl"]' in run("--from", "train")[2]
+    (tmp_path / "tiny.toml").write_text(TINY)
+    manifest, ours = out / "dataset" / "manifest.json", about["teacher"]["hash"]
+    manifest.write_text(manifest.read_text().replace(ours, "0" * 64))
+    (out / "draft").rename(out / "away")
+    assert f"runs/tiny/dataset: was made with another teacher than {TEACHER.name}" in run("--from", "train")[2]
+    manifest.write_text(manifest.read_text().replace("0" * 64, ours))
+    (out / "away").rename(out / "draft")
     for old, new, named in (
         ("hidden = 64", "hidden = 128", "runs/tiny/draft: holds a finished draft that was trained with hidden = 64"),
         ("tokens = 1500", "tokens = 1600", "runs/tiny/dataset: was begun with tokens = 1500, not 1600"),

@@ -14,6 +14,7 @@ import pytest
 from distill import sources
 from distill.sources import (
     Document,
+    Skipped,
     identity,
     is_excluded,
     load_excluded,
@@ -160,8 +161,10 @@ def test_columns(tmp_path: Path, form: str) -> None:
     assert list(read_source(path)) == expected
     save(path, table.select(["n"]))
     assert "no column messages, prompt or text" in refusal(path)
-    save(path, pyarrow.table({"prompt": ["good", ""]}))
-    assert "row 2 has an empty prompt" in refusal(path)
+    save(path, pyarrow.table({"prompt": ["", "good", "  "]}))
+    skipped = Skipped()
+    assert list(read_source(path, skipped)) == [Document("prompt", "good", None, 2)]
+    assert skipped == Skipped(2, "row 1 has an empty prompt")
 
 
 @pytest.mark.parametrize(
@@ -191,18 +194,23 @@ def test_hub_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def load_dataset(*arguments: Any, **options: Any) -> list[dict[str, str]]:
         asked.append((arguments, options["revision"]))
-        return [{"prompt": "one"}, {"prompt": ""}]
+        return rows
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(UserError, match="owner/name:c@r: row 2 has an empty prompt"):
-        list(read_source("owner/name:c@r"))
+    rows = [{"prompt": "one"}, {"prompt": ""}, {"prompt": "three"}]
+    skipped = Skipped()
+    assert [document.line for document in read_source("owner/name:c@r", skipped)] == [1, 3]
+    assert skipped == Skipped(1, "row 2 has an empty prompt")
     assert asked == [(("owner/name", "c"), "r")]
+    rows = [{"question": "one"}]
+    with pytest.raises(UserError, match="owner/name: has no column messages, prompt or text"):
+        list(read_source("owner/name"))
 
 
 def test_hub_offline_is_one_line_and_imports_are_lazy() -> None:
     script = """
 import sys
-from distill.sources import read_source, sha256_of
+from distill.sources import at_commit, identity, read_source, sha256_of
 from kernels.errors import UserError
 assert not {"datasets", "pyarrow"} & set(sys.modules)
 for work in (lambda: list(read_source("nobody/nothing")), lambda: sha256_of("nobody/nothing")):
@@ -210,12 +218,18 @@ for work in (lambda: list(read_source("nobody/nothing")), lambda: sha256_of("nob
         work()
     except UserError as error:
         print(error)
+for name in ("nobody/nothing@" + 40 * "a", "nobody/nothing:small@" + 40 * "a"):
+    print(identity(name)["commit"], at_commit(name))
+begun = [{"name": "nobody/nothing:small", "commit": 40 * "b"}]
+print(at_commit("nobody/nothing:small", begun))
 """
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script], env=offline, capture_output=True, text=True, timeout=60)
     said = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
-    assert len(said) == 2 and all(line.startswith("nobody/nothing: no such file, and not") for line in said)
+    assert all(line.startswith("nobody/nothing: no such file, and not") for line in said[:2])
+    names = [f"nobody/nothing@{40 * 'a'}", f"nobody/nothing:small@{40 * 'a'}"]
+    assert said[2:] == [*(f"{40 * 'a'} {name}" for name in names), f"nobody/nothing:small@{40 * 'b'}"]
 
 
 def test_hashes(tmp_path: Path) -> None:
