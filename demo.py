@@ -5,7 +5,7 @@
     decode spec       the teacher decodes with that draft, and with the shipped one
 
 It runs the commands a user would, and shows each. Everything it makes is in runs/demo. A finished
-demo is started anew; an interrupted one goes on where it stopped.
+demo is started anew, and leaves alone what else is there; an interrupted one goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def main() -> int:
     os.chdir(ROOT)
     began = time.perf_counter()
     if RESULTS.exists():
-        shutil.rmtree(OUT)
+        for folder in (OUT / "dataset", DRAFT):
+            shutil.rmtree(folder, ignore_errors=True)
+        RESULTS.unlink()  # last: while it is there, what is left is cleared
     OUT.mkdir(parents=True, exist_ok=True)
     drafts, well = {}, True
     if lacks_native_kernels():

@@ -20,6 +20,7 @@ from decode import families, trimmed
 from decode.files import first_line, read_json
 from decode.hub import fetch_by_name
 from decode.model import Precision, Transformer
+from decode.shape import checked_head_dim
 from kernels import UserError, swap_bitlinear
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,8 +148,15 @@ def find_draft(name: str | None, teacher: Checkpoint) -> Checkpoint:
 
 def newest_draft(teacher: Checkpoint) -> Path | None:
     """The newest folder under runs/ whose draft.json says it is complete and for this teacher."""
-    folders = [path.parent for path in RUNS.glob("**/draft.json") if _made_for(path, teacher)]
+    folders = [path.parent for path in drafts_under(RUNS) if _made_for(path, teacher)]
     return max(folders, key=lambda folder: (folder / "draft.json").stat().st_mtime, default=None)
+
+
+def drafts_under(runs: Path) -> Iterator[Path]:
+    """The draft.json of every draft under a folder, but those that a process killed while it saved one left hidden."""
+    for path in runs.glob("**/draft.json"):
+        if not any(part.startswith(".") for part in path.relative_to(runs).parts):
+            yield path
 
 
 def shipped_draft(teacher: Checkpoint) -> Path | None:
@@ -193,6 +201,13 @@ def _check_config(config: dict[str, Any], path: Path) -> None:
         absent = value is None and key in OTHER_SIZES
         if not absent and (type(value) is not int or value < 1):  # bool is an int to isinstance
             raise UserError(f"{path}: {key} is {value!r}, not a positive number")
+    if (heads := config.get("num_attention_heads")) is not None:
+        try:
+            checked_head_dim(
+                config["hidden_size"], heads, config.get("num_key_value_heads") or heads, config.get("head_dim")
+            )
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
 
 
 def _with_rope(config: dict[str, Any]) -> dict[str, Any]:

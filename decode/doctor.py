@@ -245,8 +245,10 @@ def _memory() -> Iterator[Check]:
 
 def _teacher(name: str | None) -> Iterator[Check]:
     from decode.checkpoint import find_teacher
+    from decode.metal import limit_memory
     from decode.prompts import Tokenizer
 
+    limit_memory()
     with _offline():
         checkpoint = find_teacher(name)
     teacher = checkpoint.load()

@@ -32,12 +32,14 @@ class Shape:
         try:
             heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
             vocab = _size(config, "vocab_size")
+            kv_heads = _size(config, "num_key_value_heads", heads)
+            head_dim = None if config.get("head_dim") is None else _size(config, "head_dim")
             return cls(
                 layers=_size(config, "num_hidden_layers"),
                 hidden=hidden,
                 heads=heads,
-                kv_heads=_size(config, "num_key_value_heads", heads),
-                head_dim=_size(config, "head_dim", hidden // heads),
+                kv_heads=kv_heads,
+                head_dim=checked_head_dim(hidden, heads, kv_heads, head_dim),
                 intermediate=_size(config, "intermediate_size"),
                 vocab=vocab,
                 head_rows=_size(config, trimmed.SIZE, vocab),
@@ -92,6 +94,18 @@ class Shape:
     def cache_bytes(self, context: int) -> int:
         """Keys and values, float32, of `context` positions."""
         return 2 * self.layers * self.kv_heads * self.head_dim * 4 * context
+
+
+def checked_head_dim(hidden: int, heads: int, kv_heads: int, head_dim: int | None) -> int:
+    """The size of a head, hidden / heads where config.json has none; UserError for heads that no attention can have."""
+    if heads % kv_heads:
+        raise UserError(f"num_attention_heads is {heads}, not a multiple of num_key_value_heads, which is {kv_heads}")
+    if head_dim is None and hidden % heads:
+        raise UserError(f"hidden_size is {hidden}, not a multiple of num_attention_heads, which is {heads}")
+    size = head_dim or hidden // heads
+    if size % 2:
+        raise UserError(f"the size of a head is {size}; RoPE turns pairs, so it has to be even")
+    return size
 
 
 def _size(config: dict[str, Any], key: str, default: int | None = None) -> int:

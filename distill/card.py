@@ -37,6 +37,7 @@ PARTS: dict[str, type] = {
     "teacher": dict,
     "training": dict,
     "training.settings": dict,
+    "training.started_from": dict,
     "training.data": dict,
     "training.data.settings": dict,
     "training.data.settings.sources": list,
@@ -105,6 +106,11 @@ class Subject:
         """What to give as `--teacher`."""
         name = _cell(self.get("teacher", "name") or "teacher")
         return self.base_model or f"{'checkpoints' if self.embedded else 'path/to'}/{name}"
+
+    @property
+    def started_from(self) -> str | None:
+        """The teacher that `distill train` was given, where the data were another's."""
+        return self.get("training", "started_from", "repo") or self.get("training", "started_from", "name")
 
     @property
     def option(self) -> list[str]:
@@ -178,14 +184,25 @@ def _use(subject: Subject) -> str:
         return text + f"\n\ntransformers cannot load it: its weights are in MLX's {subject.bits}-bit format."
     return (
         text
-        + "\n\nWith transformers, as the assistant of its teacher:\n\n"
-        + _code(
-            "from transformers import AutoModelForCausalLM\n\n"
-            f'draft = AutoModelForCausalLM.from_pretrained("{repo}")\n'
-            "teacher.generate(**inputs, assistant_model=draft, do_sample=False)",
-            "python",
-        )
+        + "\n\nWith transformers, PyTorch and accelerate, as the assistant of its teacher:\n\n"
+        + _code(assisted_generation(subject.teacher, repo), "python")
     )
+
+
+def assisted_generation(teacher: str, draft: str) -> str:
+    """A program for transformers, complete. All is float32: BitNets mix float types, and PyTorch does not."""
+    return f"""import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+def load(name):
+    return torch.nn.Module.float(AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32))
+
+teacher, draft = load({json.dumps(teacher)}), load({json.dumps(draft)})
+tokenizer = AutoTokenizer.from_pretrained({json.dumps(teacher)})
+question = [{{"role": "user", "content": "Why is the sky blue?"}}]
+prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+output = teacher.generate(**prompt, assistant_model=draft, do_sample=False, max_new_tokens=64)
+print(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))"""
 
 
 def _acceptance(subject: Subject) -> str:
@@ -306,7 +323,8 @@ def _again(subject: Subject) -> str:
     for key, option in (("temperatures", "--temperature"), ("reply_temperatures", "--reply-temperature")):
         collect += [part for heat in data.get(key) or [] for part in (option, f"{heat:g}")]
     collect += [part for key, option in COLLECT.items() if key in data for part in (option, str(data[key]))]
-    train = ["distill", "train", *subject.option, "--data", "runs/data"]
+    start = subject.started_from
+    train = ["distill", "train", *(["--teacher", start] if start else subject.option), "--data", "runs/data"]
     for key in TRAIN:
         if training.get(key) is not None:
             train += [f"--{key}", str(training[key])]
@@ -320,6 +338,9 @@ def _origin(subject: Subject) -> str:
         ("teacher", _cell(subject.get("teacher", "name"))),
         ("its revision on the Hub", _hash(subject.get("teacher", "revision"))),
         ("sha256 over its weights", _hash(subject.get("teacher", "hash"))),
+        ("that of the weights they were converted from", _hash(subject.get("teacher", "converted_from"))),
+        ("given to `distill train` in its place, for its embedding", _cell(subject.started_from)),
+        ("sha256 over the weights of that", _hash(subject.get("training", "started_from", "hash"))),
         ("sha256 of its tokenizer", _hash(subject.get("tokenizer_hash"))),
         ("bitdraft's commit", _hash(subject.get("made_with", "commit"))),
         *((_cell(name), _cell(version)) for name, version in versions.items()),

@@ -100,6 +100,7 @@ def collect(
     Killed or interrupted, the same command goes on where it stopped, and ends with the same bytes.
     """
     from distill.collect import Collector, CollectSettings, make_plan
+    from distill.draft import check_tokenizer
     from distill.predict import duration
 
     check_json_target(json_file)
@@ -119,7 +120,9 @@ def collect(
         reply_temperature=reply_temperature,
         seed=seed,
     )
-    plan = make_plan(find_teacher(teacher), settings, out)
+    checkpoint = find_teacher(teacher)
+    check_tokenizer(checkpoint.folder)
+    plan = make_plan(checkpoint, settings, out)
     bars = Bars(quiet)
     collector = Collector(plan, bars)
     done = not dry_run and collector.check_folder()
@@ -235,7 +238,7 @@ def train(
 ) -> None:
     """Train a Llama-type draft on a dataset; the best checkpoint by held-out loss is kept.
 
-    Ctrl-C leaves a usable draft; the same command goes on where it stopped.
+    Ctrl-C leaves a usable draft; the same command goes on where it stopped, and trains nothing where it has finished.
     """
     from dataclasses import asdict
     from hashlib import sha256
@@ -282,10 +285,11 @@ def train(
     if trimmed is not None:
         share = f"{trimmed['coverage']:.1%} of the dataset's targets"
         say(quiet)(f"head: {trimmed['kept']:,} of {trimmed['size']:,} tokens, {share}")
+    before = " (done before)" if summary.done_before else ""
     say(quiet)(
-        f"{summary.out}: {summary.parameters / 1e6:.2f} M parameters, held-out loss {summary.held_out_loss:.3f} nats,"
-        f" agreement {summary.agreement:.3f}, expected acceptance {summary.expected_acceptance:.3f}\n"
-        f"curves: {summary.plot}"
+        f"{summary.out}{before}: {summary.parameters / 1e6:.2f} M parameters, held-out loss"
+        f" {summary.held_out_loss:.3f} nats, agreement {summary.agreement:.3f}, expected acceptance"
+        f" {summary.expected_acceptance:.3f}\ncurves: {summary.plot}"
     )
 
 
@@ -310,6 +314,7 @@ def run_recipe(
     A recipe holds every setting of a run, and is kept beside the draft. Interrupted, the same command goes on; exit 1
     if an output of the evaluation is not identical to plain decoding.
     """
+    from distill.draft import check_tokenizer
     from distill.pipeline import Pipeline
     from distill.recipe import find_recipe, read_recipe
 
@@ -319,10 +324,11 @@ def run_recipe(
     if dry_run:
         _predict(plan, facts, json_file, quiet)
         return
-    bars = Bars(quiet)
+    bars, checkpoint = Bars(quiet), find_teacher(plan.teacher)
+    check_tokenizer(checkpoint.folder)
     try:
         with awake():
-            records = Pipeline(plan, find_teacher(plan.teacher), quiet, bars, bars.close).run(start.value)
+            records = Pipeline(plan, checkpoint, quiet, bars, bars.close).run(start.value)
     except KeyboardInterrupt as error:
         raise Interrupted(str(error) or "what is done is kept; the same command goes on from there") from None
     write_json(json_file, facts | {"stages": records})

@@ -20,13 +20,14 @@ import numpy as np
 from decode.checkpoint import Checkpoint
 from decode.families import Family, dequantized, packed_tensors
 from decode.files import copy_tokenizer_file, first_line, read_json
+from decode.metal import limit_memory
 from decode.prompts import Tokenizer
-from distill.draft import aside, holds_current, recover
+from distill.draft import aside, beside, holds_current, recover
+from distill.provenance import CONVERTED, origin
 from kernels import UserError
 from kernels.packing import check_codes
 
-FORMAT = "bitdraft-packed-1"
-ABOUT = "converted.json"  # marks a folder as one that may be replaced
+FORMAT = "bitdraft-packed-1"  # in converted.json, marks a folder as one that may be replaced
 SHARD_BYTES = 1 << 30  # a file's size, which bounds the memory a conversion takes
 COPIED = (
     "tokenizer.json",
@@ -70,7 +71,7 @@ def check_out(folder: Path, source: Path) -> None:
 
 def _is_ours(folder: Path) -> bool:
     try:
-        return read_json(folder / ABOUT).get("format") == FORMAT
+        return read_json(folder / CONVERTED).get("format") == FORMAT
     except UserError:
         return False
 
@@ -84,9 +85,10 @@ def convert(
     cut into files. UserError names what cannot be converted; then, as when interrupted, nothing is left behind.
     """
     folder = folder.absolute()
+    limit_memory()
     check_out(folder, checkpoint.folder)
     _check_copied(checkpoint.folder)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary = beside(folder)
     replaced = aside(folder)
     try:
         temporary.mkdir(parents=True)
@@ -160,8 +162,8 @@ def _write(checkpoint: Checkpoint, folder: Path, report: Callable[[int], object]
     for name in COPIED:
         if (checkpoint.folder / name).is_file():
             copy_tokenizer_file(checkpoint.folder / name, folder / name)
-    about = {"format": FORMAT, "from": {"name": checkpoint.name, "hash": checkpoint.weights_hash}, "was": family.name}
-    _write_json(folder / ABOUT, about)
+    source = {"name": checkpoint.name, "hash": checkpoint.weights_hash} | origin(checkpoint.folder)
+    _write_json(folder / CONVERTED, {"format": FORMAT, "from": source, "was": family.name})
     return Converted(family.name, len(shards), len(weight_map), written)
 
 

@@ -7,6 +7,7 @@ because rows hold several documents: attention must not cross them and RoPE rest
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
@@ -188,6 +189,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_tokenizer(teacher_folder: Path) -> None:
+    """UserError where a teacher lacks the files that its draft needs: better before hours of work than after."""
+    for name in TOKENIZER_FILES:
+        if not (teacher_folder / name).is_file():
+            raise UserError(f"{teacher_folder / name}: not there, and a draft needs its teacher's tokenizer")
+
+
 def check_out(folder: Path) -> None:
     """Refuse a folder that holds something else than a draft of ours, or cannot be written."""
     if holds_current(folder):
@@ -210,6 +218,27 @@ def check_out(folder: Path) -> None:
 def holds_current(folder: Path) -> bool:
     """Whether a folder is the current one or above it, as the root always is: neither is ever replaced."""
     return Path.cwd().is_relative_to(os.path.realpath(folder))  # Path.resolve raises where links go round
+
+
+def beside(folder: Path) -> Path:
+    """Where a folder is made before it takes its place. Clears what was left there by processes that were killed."""
+    for path in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
+        number = path.name.removeprefix(f".{folder.name}.").removesuffix(".tmp")
+        if number.isdigit() and not _runs(int(number)):
+            shutil.rmtree(path, ignore_errors=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    return temporary
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # someone else's
+        return True
+    return True
 
 
 def aside(folder: Path) -> Path:
@@ -244,9 +273,9 @@ def save(
         raise UserError(f"--bits {quantize_bits}: 4, 8 or none")
     folder = folder.absolute()
     check_out(folder)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    check_tokenizer(teacher_folder)
+    temporary = beside(folder)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         saved = build(config)
         saved.update(tree_map(lambda w: w.astype(mx.bfloat16), model.parameters()))
@@ -262,8 +291,6 @@ def save(
             source = teacher_folder / name
             if source.is_file():
                 copy_tokenizer_file(source, temporary / name)
-            elif name in TOKENIZER_FILES:
-                raise UserError(f"{source}: not there, and a draft needs its teacher's tokenizer")
         hashes = {p.name: sha256(p) for p in sorted(temporary.iterdir())}
         about = {"format": FORMAT, **provenance, "config": asdict(config), "files": hashes}
         (temporary / "draft.json").write_text(json.dumps(about, indent=2, default=str) + "\n")

@@ -8,23 +8,44 @@ from pathlib import Path
 from typing import Any
 
 from decode.checkpoint import CARD, ROOT, Checkpoint
+from decode.files import read_json
 from distill.bits import Settings
+from kernels import UserError
 from kernels.device import device_name, versions
 
+CONVERTED = "converted.json"  # what `distill convert` leaves in a folder: where the model comes from
 LICENCE_KEYS = ("license", "license_name", "license_link")
+ORIGIN_KEYS = ("repo", "revision", *LICENCE_KEYS)
 # Where the Hub's client keeps what it downloads: models--OWNER--NAME/snapshots/COMMIT.
 SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]{40})")
 
 
 def teacher_facts(folder: Path, settings: Settings) -> dict[str, Any]:
-    """The teacher of a dataset: name and hash; where the folder holds that very teacher, its `repo` and `revision`
-    on the Hub and the licence of its model card too, as far as they are known."""
+    """The teacher of a dataset: name and hash; where the folder holds that very teacher, its `origin` too."""
     facts: dict[str, Any] = {"name": settings.teacher_name, "hash": settings.teacher_hash}
     if Checkpoint(folder, folder.name, {}).weights_hash != settings.teacher_hash:
         return facts
-    if found := SNAPSHOT.search(folder.absolute().as_posix()):
+    return facts | origin(folder)
+
+
+def origin(folder: Path) -> dict[str, str]:
+    """Where the model in a folder comes from: `repo` and `revision` on the Hub and the licence of its model card, as
+    far as they are known. Of a conversion: those of what was converted, and its hash as `converted_from`."""
+    original = _converted_from(folder)
+    facts = {key: original[key] for key in ORIGIN_KEYS if isinstance(original.get(key), str)}
+    if isinstance(original.get("hash"), str):
+        facts["converted_from"] = original["hash"]
+    elif found := SNAPSHOT.search(folder.absolute().as_posix()):
         facts |= {"repo": f"{found['owner']}/{found['name']}", "revision": found["revision"]}
-    return facts | licence_of(folder)
+    return facts if facts.keys() & LICENCE_KEYS else facts | licence_of(folder)
+
+
+def _converted_from(folder: Path) -> dict[str, Any]:
+    try:
+        original = read_json(folder / CONVERTED).get("from")
+    except UserError:  # none, or damaged: then it says nothing
+        return {}
+    return original if isinstance(original, dict) else {}
 
 
 def licence_of(folder: Path) -> dict[str, str]:

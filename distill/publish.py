@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from decode.checkpoint import CARD, find_model
+from decode.checkpoint import CARD, drafts_under, find_model
 from decode.files import first_line, read_json
 from decode.hub import LOG_IN, chain, explain, server_message, status
 from distill.card import CURVES, EVALUATION, Facts, Subject, model_card
@@ -23,7 +23,8 @@ from kernels import UserError
 DRAFT = "draft.json"
 REQUIRED = ("config.json", DRAFT, WEIGHTS, *TOKENIZER_FILES)
 FILES = (*REQUIRED, *OPTIONAL_FILES, EVALUATION, KEPT, "log.jsonl", CURVES, "LICENSE")
-MODEL_FILES = (".json", ".safetensors", ".jinja")  # what makes a model folder of a repository, by suffix
+# What makes a model of a repository, by suffix: of other formats too, for a card of ours would replace that model's.
+MODEL_FILES = (".json", ".safetensors", ".jinja", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".h5", ".npz")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Published:
 def newest_draft(runs: Path) -> Path:
     """The finished draft under `runs`, of whatever teacher, that was written last."""
     found = []
-    for path in runs.glob("**/draft.json"):
+    for path in drafts_under(runs):
         try:
             about = read_json(path)
         except UserError:
@@ -100,6 +101,7 @@ def prepare(
     files = {name: folder / name for name in FILES if (folder / name).is_file()}
     if missing := [name for name in REQUIRED if name not in files]:
         raise UserError(f"{folder / missing[0]}: missing")
+    _check_links(folder, files, about)
     _check_recipe(folder, about)
     subject = Subject.read(folder, repo)
     _check_evaluation(folder, subject, model.weights_hash, force)
@@ -113,6 +115,13 @@ def prepare(
         named = f"{DRAFT}, {EVALUATION} or log.jsonl"
         raise UserError(f"{folder}: {named} is damaged, no card can be written ({first_line(error)})") from error
     return Package(repo, folder, files, card, terms, teacher)
+
+
+def _check_links(folder: Path, files: dict[str, Path], about: Facts) -> None:
+    """What nobody vouches for by its hash is a file of the folder's own, not a link to who knows what."""
+    for name in sorted(files.keys() - about.get("files", {}).keys() - {DRAFT}):  # draft.json was read, and is one
+        if not files[name].resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{files[name]}: is a link out of its folder; put a copy there, or delete it")
 
 
 def _check_recipe(folder: Path, about: Facts) -> None:
@@ -133,7 +142,10 @@ def _check_evaluation(folder: Path, subject: Subject, draft: str, force: bool) -
     of = identity if isinstance(identity, dict) else {}
     for name, wanted in (("draft", draft), ("teacher", subject.get("teacher", "hash"))):
         if of.get(name) != wanted:
-            raise UserError(f"{path}: was measured with another {name}; run `distill evaluate` again, or delete it")
+            known = f" than draft.json names ({subject.get('teacher', 'name')})" if name == "teacher" else ""
+            raise UserError(
+                f"{path}: was measured with another {name}{known}; run `distill evaluate` again, or delete it"
+            )
     if found.get("identical") is not True and not force:
         raise UserError(
             f"{path}: its text was not identical to plain decoding, which is a fault; `distill evaluate` again, or"
@@ -197,27 +209,28 @@ def publish(package: Package, *, private: bool | None = None, force: bool = Fals
 
 def _stale(api: Any, package: Package, there: list[str], commit: str, force: bool) -> list[str]:
     """Files of the repository that would not fit the new draft; UserError where it holds another model."""
-    repo = package.repo
-    same = False
+    repo, ours = package.repo, package.teacher
+    same, holds = False, ""
     if DRAFT in there:
-        remote = read_json(Path(api.hf_hub_download(repo, DRAFT, revision=commit))).get("teacher")
-        found = remote if isinstance(remote, dict) else {}
-        same = found.get("hash") == package.teacher.get("hash")
-        if not same and not force:
-            raise UserError(
-                f"{repo}: holds a draft for another teacher ({found.get('name')}, not {package.teacher.get('name')});"
-                " choose another --repo, or replace it with --force"
-            )
-    elif models := [name for name in there if name.endswith(MODEL_FILES)]:
-        if not force:
-            raise UserError(
-                f"{repo}: holds {models[0]} and is no draft of bitdraft's; choose another --repo, or replace it with"
-                " --force"
-            )
+        try:
+            teacher = read_json(Path(api.hf_hub_download(repo, DRAFT, revision=commit))).get("teacher")
+        except UserError as error:
+            holds = f"a {DRAFT} that is damaged ({str(error).partition(f'{DRAFT}: ')[2]})"
+        else:
+            theirs = teacher if isinstance(teacher, dict) else {}
+            same = theirs.get("hash") == ours.get("hash") is not None
+            holds = f"a draft for another teacher ({theirs.get('name')}, not {ours.get('name')})"
+            if theirs.get("hash") is None or ours.get("hash") is None:
+                holds = "a draft, and one of the two does not say which teacher it is for"
+    elif models := [name for name in there if name.lower().endswith(MODEL_FILES)]:
+        holds = f"{models[0]} and is no draft of bitdraft's"
     else:
         return []
-    ours = {CARD, *package.files}
-    return [name for name in there if name not in ours and (name in FILES or (not same and name.endswith(MODEL_FILES)))]
+    if not same and not force:
+        raise UserError(f"{repo}: holds {holds}; choose another --repo, or replace it with --force")
+    kept = {CARD, *package.files}
+    stale = (name for name in there if name not in kept)
+    return [name for name in stale if name in FILES or (not same and name.lower().endswith(MODEL_FILES))]
 
 
 def _refusal(error: Exception, repo: str) -> str:

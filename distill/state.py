@@ -22,8 +22,9 @@ class State:
     """Weights, AdamW's moments, the best weights so far, and the step they belong to.
 
     `run.json` names the tensor files it belongs with and is replaced last, so a kill at any
-    instant leaves the state before or after. identity: settings and data; a run goes on only with
-    equal ones. Randomness needs no saving: data order is a function of seed and step.
+    instant leaves the state before or after. identity: settings, data and, where it is not that of
+    the data, the teacher; a run goes on only with equal ones. Randomness needs no saving: data
+    order is a function of seed and step.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
@@ -39,15 +40,10 @@ class State:
         state = cls(folder, identity)
         if (folder / RUN).is_file():
             run = read_json(folder / RUN)
-            begun = run.get("identity", {})
-            for name in sorted(identity.keys() | begun.keys()):
-                if begun.get(name) != identity.get(name):
-                    was, now = begun.get(name), identity.get(name)
-                    text = "other data" if name == "data" else f"{name} = {was}, not {now}"
-                    raise UserError(
-                        f"{folder.parent}: an unfinished run was begun there with {text};"
-                        " give another --out or delete it"
-                    )
+            if text := difference(run.get("identity", {}), identity):
+                raise UserError(
+                    f"{folder.parent}: an unfinished run was begun there with {text}; give another --out or delete it"
+                )
             try:
                 state.step, state.best_step = int(run["step"]), int(run["best_step"])
                 state.best_loss = None if run["best_loss"] is None else float(run["best_loss"])
@@ -118,6 +114,15 @@ class State:
             "best_loss": self.best_loss,
         }
         write_atomic(self.folder / RUN, (json.dumps(run, indent=1) + "\n").encode())
+
+
+def difference(begun: dict[str, Any], identity: dict[str, Any]) -> str | None:
+    """What an earlier run had that this one has not, in words; None where both make the same draft."""
+    for name in sorted(identity.keys() | begun.keys()):
+        was, now = begun.get(name), identity.get(name)
+        if was != now:
+            return {"data": "other data", "teacher": "another --teacher"}.get(name, f"{name} = {was}, not {now}")
+    return None
 
 
 def _save_tensors(path: Path, tensors: Tensors) -> None:

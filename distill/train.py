@@ -2,7 +2,8 @@
 
 While it runs, the output folder holds `log.jsonl`, `curves.png` and `state/`; the draft itself
 appears in one rename, at the end or when interrupted. Running the same command again goes on from
-`state/`, and ends with the same weights as a run that was never stopped.
+`state/`, and ends with the same weights as a run that was never stopped; once it is finished, the
+same command says what came out.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
+from decode.checkpoint import Checkpoint, tokenizer_hash
+from decode.console import say
 from decode.files import read_json
 from decode.metal import limit_memory
 from distill import cpu, draft
@@ -30,9 +33,10 @@ from distill.batches import Feed
 from distill.cpu import CpuHead
 from distill.draft_config import DraftConfig, check_memory
 from distill.losses import FusedHead, bucket_loss
-from distill.provenance import data_facts, made_with, teacher_facts
+from distill.plots import read_log, training_curves
+from distill.provenance import data_facts, made_with, origin, teacher_facts
 from distill.shards import Dataset
-from distill.state import State
+from distill.state import State, difference
 from distill.step import Step, TrimmedHead, learning_rate, measure
 from distill.store import MANIFEST
 from distill.vocabulary import Vocabulary, choose
@@ -40,6 +44,7 @@ from kernels.errors import UserError
 
 DRAW_SECONDS = 20.0  # a picture takes part of a second
 READ_EVERY = 20  # most steps that run before the host looks at their losses
+MEASURED = ("held_out_loss", "agreement", "expected_acceptance")
 Progress = Callable[[dict[str, Any]], None]
 
 
@@ -98,10 +103,11 @@ class Summary:
     held_out_loss: float  # of the saved weights, quantised as they are
     agreement: float
     expected_acceptance: float  # lower bound: sum over the top k of min(p, q)
-    held_out_loss_float: float  # of the same weights in float32
+    held_out_loss_float: float | None  # of the same weights in float32; None where the log of an earlier run is gone
     vocabulary: dict[str, Any] | None  # of a trimmed head: tokens kept, of how many, share of the targets
     log: Path
     plot: Path
+    done_before: bool = False  # the same command had finished, and nothing was trained now
 
 
 def train(
@@ -112,7 +118,7 @@ def train(
     progress: Progress | None = None,
     quiet: bool = False,
 ) -> Summary:
-    """Train a draft for a teacher on a dataset and save it in `out`.
+    """Train a draft for a teacher on a dataset and save it in `out`; where it is there already, say what it is.
 
     progress: called with every line that also goes to log.jsonl; quiet: no bar on standard error.
     Raises UserError for unusable input, KeyboardInterrupt when interrupted: what was learned so
@@ -121,7 +127,20 @@ def train(
     settings.check()
     data, teacher_folder, out = Path(data), Path(teacher_folder), Path(out)
     dataset = Dataset.open(data)
-    check_teacher(dataset, teacher_folder)
+    draft.check_tokenizer(teacher_folder)
+    other = other_teacher(dataset, teacher_folder)
+    draft.check_out(out)
+    identity = asdict(settings) | {"data": draft.sha256(data / MANIFEST)}
+    if other is not None:
+        identity["teacher"] = other["hash"]
+    if (summary := finished(out, identity)) is not None:
+        return summary
+    if other is not None:
+        name = dataset.settings.teacher_name
+        say(quiet)(
+            f"{data}: was collected from {name}, not from {teacher_folder}, which has the same tokenizer: the draft"
+            f" learns to agree with {name}, and is kept as a draft for it"
+        )
     if mx.default_device() == mx.Device(mx.cpu):
         fast_blas()
     limit_memory()
@@ -134,13 +153,9 @@ def train(
             f" {teacher_folder / 'config.json'} one of {config.vocab_size}"
         )
     check_memory(config, settings.batch, dataset.settings.seq_len)
-    draft.check_out(out)
-    if (out / "draft.json").is_file() and read_json(out / "draft.json").get("complete"):
-        raise UserError(f"{out}: holds a finished draft; give another --out or delete it")
     feed = Feed(dataset, settings.temperature, settings.batch, settings.seed, settings.eval_share, settings.eval_rows)
-    identity = asdict(settings) | {"data": draft.sha256(data / MANIFEST)}
     state = State.open(out / "state", identity)
-    return _Run(feed, teacher_folder, out, settings, config, state, vocabulary, progress, quiet).go()
+    return _Run(feed, teacher_folder, other, out, settings, config, state, vocabulary, progress, quiet).go()
 
 
 def fast_blas() -> None:
@@ -152,15 +167,58 @@ def fast_blas() -> None:
     use_fast_blas()
 
 
-def check_teacher(dataset: Dataset, teacher_folder: Path) -> None:
-    """Refuse a dataset whose token ids are not this teacher's."""
-    from decode.checkpoint import tokenizer_hash
+def other_teacher(dataset: Dataset, teacher_folder: Path) -> dict[str, Any] | None:
+    """What is known of a teacher that the dataset was not collected from; None where it was.
 
+    Refuses one with another tokenizer: the dataset's token ids are not its own.
+    """
     if tokenizer_hash(teacher_folder) != dataset.settings.tokenizer_hash:
         raise UserError(
             f"{dataset.folder}: was collected from {dataset.settings.teacher_name}, whose tokenizer"
             f" is not that of {teacher_folder}"
         )
+    teacher = Checkpoint(teacher_folder, teacher_folder.resolve().name, {})
+    if teacher.weights_hash == dataset.settings.teacher_hash:
+        return None
+    return {"name": teacher.name, "hash": teacher.weights_hash} | origin(teacher_folder)
+
+
+def finished(out: Path, identity: dict[str, Any]) -> Summary | None:
+    """What an earlier run with the same settings, data and teacher has finished in a folder; None if nothing is.
+
+    UserError where the finished draft there is another's, or damaged.
+    """
+    path = out / "draft.json"
+    about = read_json(path) if path.is_file() else {}
+    if not about.get("complete"):
+        return None
+    try:
+        training = about["training"]
+        begun = asdict(TrainSettings()) | training["settings"] | {"data": training["data"]["sha256"]}
+        if "started_from" in training:
+            begun["teacher"] = training["started_from"]["hash"]
+        parameters = DraftConfig(**about["config"]).parameters
+        figures = {name: training[name] for name in ("steps", "tokens", "best_step", *MEASURED)}
+    except (KeyError, TypeError):
+        raise UserError(f"{out}: holds a finished draft of another make; give another --out or delete it") from None
+    if text := difference(begun, identity):
+        raise UserError(f"{out}: holds a finished draft that was trained with {text}; give another --out or delete it")
+    draft.check_files(out, about)
+    log = out / "log.jsonl"
+    lines = read_log(log) if log.is_file() else []
+    best = [line for line in lines if (line.get("kind"), line.get("step")) == ("eval", figures["best_step"])]
+    return Summary(
+        out=out,
+        parameters=parameters,
+        seconds=0.0,
+        tok_per_s=0.0,
+        held_out_loss_float=best[-1].get("held_out_loss") if best else None,
+        vocabulary=about.get("vocabulary"),
+        log=log,
+        plot=out / "curves.png",
+        done_before=True,
+        **figures,
+    )
 
 
 class _Run:
@@ -170,6 +228,7 @@ class _Run:
         self,
         feed: Feed,
         teacher_folder: Path,
+        other: dict[str, Any] | None,
         out: Path,
         settings: TrainSettings,
         config: DraftConfig,
@@ -178,7 +237,8 @@ class _Run:
         progress: Progress | None,
         quiet: bool,
     ) -> None:
-        self.feed, self.teacher_folder, self.out = feed, teacher_folder, out
+        """other: the teacher in teacher_folder, where it is not the one whose logits the feed holds."""
+        self.feed, self.teacher_folder, self.other, self.out = feed, teacher_folder, other, out
         self.settings, self.config, self.state = settings, config, state
         self.vocabulary, self.progress, self.quiet = vocabulary, progress, quiet
         self.step_tokens = feed.batch * feed.dataset.settings.seq_len
@@ -294,10 +354,8 @@ class _Run:
         )
 
     def _measure(self, weights: dict[str, mx.array]) -> dict[str, float]:
-        loss, agreement, overlap = measure(
-            self.model, self.head, weights, self.held_out, self.step.attention, self.step.trimmed
-        )
-        return {"held_out_loss": loss, "agreement": agreement, "expected_acceptance": overlap}
+        figures = measure(self.model, self.head, weights, self.held_out, self.step.attention, self.step.trimmed)
+        return dict(zip(MEASURED, figures, strict=True))
 
     def _evaluate(self, done: int) -> None:
         figures = self._measure(self.state.weights)
@@ -307,8 +365,6 @@ class _Run:
             self._draw()
 
     def _draw(self) -> None:
-        from distill.plots import training_curves
-
         self.drawn = time.perf_counter()
 
         c = self.config
@@ -342,7 +398,7 @@ class _Run:
             " the same command goes on from here"
         )
 
-    def _save(self, steps: int, complete: bool) -> dict[str, float]:
+    def _save(self, steps: int, complete: bool) -> dict[str, Any]:
         """Write the best weights as a draft; returns how it does on the held-out rows as saved."""
         best = self.state.best_weights
         assert best is not None
@@ -367,7 +423,9 @@ class _Run:
                     "tokens": steps * self.step_tokens,
                     "best_step": self.state.best_step,
                 }
-                | figures,
+                | figures
+                # Whose embedding and tokenizer files these are, where they are not the teacher's.
+                | ({} if self.other is None else {"started_from": self.other}),
                 "made_with": made_with(),
             }
             | ({} if self.vocabulary is None else {"vocabulary": self.vocabulary.facts()}),

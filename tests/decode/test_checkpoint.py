@@ -114,6 +114,9 @@ def test_half_a_download(tmp_path: Path) -> None:
         ({"vocab_size": True}, "vocab_size is True"),
         ({"max_position_embeddings": "a"}, "max_position_embeddings is 'a'"),
         ({"num_key_value_heads": -3}, "num_key_value_heads is -3"),
+        ({"num_attention_heads": 5, "num_key_value_heads": 20}, "num_attention_heads is 5, not a multiple of"),
+        ({"num_attention_heads": 7, "num_key_value_heads": 7, "head_dim": None}, "hidden_size is 576, not a multiple"),
+        ({"head_dim": 63}, "the size of a head is 63"),
         ({"model_type": ["bitnet"]}, "model_type ['bitnet'] is not supported"),
         ({"quantization_config": PACKED | {"modules_to_not_convert": 3}}, "modules_to_not_convert is 3"),
     ],
@@ -273,6 +276,8 @@ def test_the_newest_complete_draft_of_this_teacher(tmp_path: Path, monkeypatch: 
         "d-other": {"complete": True, "teacher": {"hash": "0" * 64}},
         "e-odd": {"complete": True, "teacher": "me"},
         "f-list": [],
+        ".b-new.replaced": mine,
+        ".c-begun.1234.tmp": mine,
     }
     for age, (name, fact) in enumerate(facts.items()):
         folder = changed_copy(TEACHER, tmp_path / "runs" / "deep" / name, draft__json=json.dumps(fact).encode())

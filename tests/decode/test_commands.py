@@ -215,6 +215,16 @@ def test_a_check_that_fails_gives_one(weak_draft: Path, work: Path) -> None:
     assert "identical to plain decoding: 0 of 1" in done.stderr and "prompt 1 differs at token 0" in done.stderr
 
 
+def test_samples_are_not_compared(command: Command, weak_draft: Path) -> None:
+    """Those of two ways of decoding are of one distribution, not the same text."""
+    options = ("--prompt", "Hi", "--max-tokens", 8, "--temperature", 1, "--compare", "--json", "-")
+    done = command("decode", "spec", "--draft", weak_draft, *options)
+    assert done.code == 0, done.err
+    report = json.loads(done.out)
+    assert report["speedup"] > 0 and "identical" not in report and "identical" not in report["outputs"][0]
+    assert "identical" not in done.err and "not compared with the text of plain decoding" in done.err
+
+
 def test_json_file_is_replaced_whole_or_not_at_all(command: Command, work: Path, tmp_path: Path) -> None:
     target = tmp_path / "r.json"
     target.write_text("old")

@@ -165,9 +165,10 @@ WEIGHTS: dict[str, tuple[Json, dict[str, mx.array], str]] = {
     "heads of one number": (
         {"num_attention_heads": 96, "num_key_value_heads": 32},
         {},
-        "96 attention heads and 32 key/value heads do not fit projections to 96 and 32: heads must be of one even size",
+        "the size of a head is 1; RoPE turns pairs, so it has to be even",
     ),
-    "heads that do not fit": ({"num_attention_heads": 5}, {}, "Expected shape (5, 96) but received shape (8, 96)"),
+    "heads of no size": ({"num_attention_heads": 5}, {}, "hidden_size is 96, not a multiple of num_attention_heads"),
+    "heads that do not fit": ({"num_attention_heads": 6}, {}, "Expected shape"),
     "activation": ({"hidden_act": "gelu"}, {}, "hidden_act 'gelu' is not supported (relu2 and silu are)"),
     "rope": (
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}},

@@ -210,6 +210,11 @@ def test_bad_input(command: Command, tmp_path: Path) -> None:
     refused("--bandwidth", 50, "--draft", tmp_path, parts=("--draft", "wide"))
     (tmp_path / "config.json").write_text(json.dumps({**BITNET_2B, "vocab_size": 0}))
     refused("--bandwidth", 50, "--draft", tmp_path, parts=("--draft", "vocab_size is 0, not positive"))
+    (tmp_path / "config.json").write_text(
+        json.dumps({**BITNET_2B, "num_attention_heads": 5, "num_key_value_heads": 20})
+    )
+    for option in ("--draft", "--teacher"):
+        refused("--bandwidth", 50, option, tmp_path, parts=(option, "num_attention_heads is 5", "which is 20"))
     four_bits = {**BITNET_2B, "model_type": "llama", "weight_bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(four_bits))
     refused("--bandwidth", 50, "--teacher", tmp_path, parts=("--teacher", "weight_bits"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from decode.checkpoint import tokenizer_hash
+from decode.checkpoint import Checkpoint, tokenizer_hash
 from distill.shards import Block, Settings, ShardWriter
 
 VOCAB = 96
@@ -69,7 +69,7 @@ def dataset(folder: Path, teacher: Path, shards: int = 3, rows: int = 16, mask: 
     """A finished dataset for the teacher."""
     settings = Settings(
         {
-            "teacher": {"name": "synthetic", "hash": "0" * 64},
+            "teacher": {"name": "synthetic", "hash": Checkpoint(teacher, teacher.name, {}).weights_hash},
             "tokenizer_hash": tokenizer_hash(teacher),
             "vocab_size": VOCAB,
             "k": K,

@@ -41,6 +41,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["collect", "--out", "foreign"], ["foreign", "holds thesis.txt"]),
         (["collect", "--out", "bad.jsonl"], ["bad.jsonl"]),
         (["collect", "--teacher", "spoilt"], ["spoilt", "no positive number"]),
+        (["collect", "--teacher", "bare"], ["bare/tokenizer_config.json: not there"]),
+        (["run", "bare.toml"], ["bare/tokenizer_config.json: not there"]),
         (["train", "--layers", 0, "--data", "gone"], ["gone"]),
         (["train"], ["distill collect", "--data"]),
     ],
@@ -55,6 +57,8 @@ def test_bad_input_is_one_line(command: Command, work: Path, options: list[objec
         arrays["model.layers.4.mlp.up_proj.weight_scale"] = mx.array([0.0])
         mx.save_safetensors(str(work / "spoilt.safetensors"), arrays, {"format": "mlx"})
         changed_copy(TEACHER, work / "spoilt", model__safetensors=(work / "spoilt.safetensors").read_bytes())
+        changed_copy(TEACHER, work / "bare", tokenizer_config__json=None)
+        (work / "bare.toml").write_text('teacher = "bare"\n')
         (work / "foreign").mkdir()
         (work / "foreign" / "thesis.txt").write_text("years of work")
     before = sorted(work.rglob("*"))

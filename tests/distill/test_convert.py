@@ -15,7 +15,9 @@ from conftest import Command
 from safetensors import safe_open
 
 from decode.checkpoint import find_teacher
+from distill.bits import Settings
 from distill.convert import convert
+from distill.provenance import origin, teacher_facts
 from kernels import UserError
 
 IDS = np.random.default_rng(0).integers(0, small.VOCAB, 12).tolist()
@@ -123,6 +125,24 @@ def test_command(tmp_path: Path, command: Command) -> None:
     assert (foreign / "chapter1.tex").read_text() == "important"
     with pytest.raises(UserError, match="original: is the checkpoint that is read"):
         convert(teacher, original, lambda _: None)
+
+
+def test_where_it_comes_from_is_kept(tmp_path: Path) -> None:
+    """A draft of a conversion has the licence and the name on the Hub of what was converted."""
+    snapshot = tmp_path / "models--maker--masters" / "snapshots" / ("12" * 20)
+    original = find_teacher(str(small.master(snapshot)))
+    card = "---\nlicense: other\nlicense_name: our-terms\nlicense_link: https://example.org\n---\n"
+    (snapshot / "README.md").write_text(card)
+    known = {"repo": "maker/masters", "revision": "12" * 20, "license": "other", "license_name": "our-terms"}
+    known |= {"license_link": "https://example.org"}
+    assert origin(snapshot) == known
+    convert(original, tmp_path / "out", lambda _: None)
+    teacher = find_teacher(str(tmp_path / "out"))
+    named = {"teacher": {"name": "out", "hash": teacher.weights_hash}, "tokenizer_hash": teacher.tokenizer_hash}
+    facts = teacher_facts(teacher.folder, Settings(named | {"vocab_size": small.VOCAB}))
+    assert facts == {"name": "out", "hash": teacher.weights_hash, "converted_from": original.weights_hash} | known
+    (tmp_path / "out" / "converted.json").write_text("{")
+    assert origin(tmp_path / "out") == {}
 
 
 def test_what_cannot_be_converted_leaves_nothing(tmp_path: Path) -> None:

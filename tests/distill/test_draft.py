@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -157,6 +160,13 @@ def test_save_replaces_drafts_and_nothing_else(tmp_path: Path, teacher: Path, co
     # Killed between its two renames, a replacement is undone by the next reader.
     out.rename(tmp_path / ".draft.replaced")
     assert draft.load(out).provenance["note"] == "second"
+    # What saves that were killed left beside it is cleared, unless whoever writes it still runs.
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for number in (ended.pid, os.getppid()):
+        (tmp_path / f".draft.{number}.tmp").mkdir()
+    draft.save(out, model, config, teacher, provenance())
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == [f".draft.{os.getppid()}.tmp"]
 
 
 @pytest.mark.parametrize("name", [".", "..", "", "/", "../draft/."])

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+import textwrap
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import small_bitnets as small
-from conftest import TEACHER, Command, Result, environment
+from conftest import ROOT, TEACHER, Command, Result, environment
 from synthetic import VOCAB, teacher_folder
 
 from decode.checkpoint import find_model
 from distill import draft
+from distill.card import assisted_generation
 from distill.draft_config import DraftConfig
 
 
@@ -81,6 +87,62 @@ def test_assistant_of_transformers(pair: tuple[Path, Path]) -> None:
     plain = target.generate(prompt, **options)
     assert plain.shape[1] > len(ids) + 4
     assert torch.equal(target.generate(prompt, assistant_model=assistant, **options), plain)
+
+
+def test_the_program_for_transformers(tmp_path: Path, weak_draft: Path) -> None:
+    """As README.md has it, on the embedded teacher and a draft where its reader has one."""
+    program = assisted_generation("checkpoints/bitnet-smol-43m", "runs/first/draft")
+    assert textwrap.indent(program, "    ", lambda line: bool(line.strip())) in (ROOT / "README.md").read_text()
+    pytest.importorskip("torch", reason="needs the extra `parity`")
+    pytest.importorskip("accelerate", reason="needs the extra `parity`")
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    (tmp_path / "runs" / "first" / "draft").symlink_to(weak_draft)
+    (tmp_path / "checkpoints").symlink_to(TEACHER.parent)
+    program += (
+        "\nplain = teacher.generate(**prompt, do_sample=False, max_new_tokens=64)\nprint(torch.equal(plain, output))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program.replace("=64", "=12")],
+        env=environment(TORCHDYNAMO_DISABLE="1"),  # compiling would take most of the time
+        capture_output=True, text=True, cwd=tmp_path, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *text, same = done.stdout.splitlines()
+    assert len("".join(text)) > 20 and same == "True"
+
+
+def test_server_of_mlx_lm(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    target, draft_folder = map(str, pair)
+    options = ["--model", target, "--draft-model", draft_folder, "--port", str(port), "--num-draft-tokens", "2"]
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "mlx_lm", "server", *options],
+            stdout=log,
+            stderr=log,
+            env=environment(),
+            cwd=tmp_path,
+        )
+    asked = json.dumps({"prompt": "w5 w7 w11", "max_tokens": 8}).encode()
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions", asked, {"Content-Type": "application/json"}
+    )
+    try:
+        until = time.monotonic() + 60
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    found = json.load(answer)
+                break
+            except (ConnectionError, urllib.error.URLError):
+                assert server.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()
+                time.sleep(0.1)
+    finally:
+        server.kill()
+        server.wait()
+    assert found["usage"]["completion_tokens"] == 8, found
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TEACHER, Command, arguments, changed_copy, environment
+from conftest import SHIPPED, TEACHER, Command, arguments, changed_copy, environment
 from loopback_hub import Hub
 
 from decode.checkpoint import find_model, find_teacher
@@ -132,8 +133,11 @@ def test_the_newest_finished_draft_is_published(command: Command, small: Path, t
     run = ("distill", "publish", "--repo", REPO, "--dry-run", "--json", "-")
     command(*run, cwd=tmp_path).refused("distill", "no finished draft under runs/")
     about = json.loads((small / "draft.json").read_text())
-    for age, (name, fact) in enumerate({"old": about, "new": about, "begun": {**about, "complete": False}}.items()):
-        folder = changed_copy(small, tmp_path / "runs" / name, draft__json=json.dumps(fact).encode())
+    facts = {"old": about, "new": about, ".new.replaced": about, "begun": {**about, "complete": False}}
+    for age, (name, fact) in enumerate(facts.items()):
+        folder = tmp_path / "runs" / name
+        shutil.copytree(small, folder)
+        (folder / "draft.json").write_text(json.dumps(fact))
         os.utime(folder / "draft.json", (age, age))
     assert json.loads(command(*run, cwd=tmp_path).out)["draft"] == "runs/new"
 
@@ -156,7 +160,7 @@ def test_card(small: Path, tmp_path: Path) -> None:
     for part in (
         f"decode spec --draft {REPO} --compare",
         f"--draft-model {REPO}",
-        f'from_pretrained("{REPO}")',
+        f'load("checkpoints/bitnet-smol-43m"), load("{REPO}")',
         "Not evaluated.",
         "| a\\|b.jsonl | file | `" + "ab" * 32,
         "| eval.jsonl | file |",
@@ -254,8 +258,69 @@ def test_what_is_not_published(small: Path, tmp_path: Path) -> None:
         )
     ):
         refused(match, changed_copy(small, tmp_path / str(i), **change))
-    unfinished = prepare(tmp_path / "1", REPO, force=True)
+    shutil.copytree(small, tmp_path / "begun")
+    (tmp_path / "begun" / "draft.json").write_text(json.dumps(about | {"complete": False}))
+    unfinished = prepare(tmp_path / "begun", REPO, force=True)
     assert "**Its training was stopped before its end.**" in unfinished.card
+
+
+def test_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
+    """But for those whose content is known by its hash."""
+    folder = make_draft(tmp_path / "d")
+    (folder / "model.safetensors").rename(tmp_path / "weights")
+    (folder / "model.safetensors").symlink_to(tmp_path / "weights")
+    (tmp_path / "secret").write_text("{}")
+    prepare(folder, REPO)
+    for name in ("LICENSE", "log.jsonl", "curves.png", "chat_template.jinja"):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to("../secret")
+        with pytest.raises(UserError, match=f"{name}: is a link out of its folder"):
+            prepare(folder, REPO, force=True)
+        (folder / name).unlink()
+    (folder / "LICENSE").symlink_to("notes.txt")
+    assert "LICENSE" in prepare(folder, REPO).files
+
+
+def test_what_distill_evaluate_finds_is_published(command: Command, tmp_path: Path) -> None:
+    """The two commands on the shipped draft: one's evaluation.json is what the other reads."""
+    folder = tmp_path / "runs" / "mine"
+    shutil.copytree(SHIPPED, folder)
+    (folder / EVALUATION).unlink(missing_ok=True)
+    lines = [{"prompt": "Why is the sky blue?", "category": name} for name in ("chat", "code", "code")]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ("--prompts", "p.jsonl", "--limit", 1, "--max-tokens", 8, "-q")
+    done = command("distill", "evaluate", "--draft", folder, *options, cwd=tmp_path)
+    assert done.code == 0, done.err
+    report = json.loads((folder / EVALUATION).read_text())
+    shown = command("distill", "publish", "--draft", folder, "--repo", REPO, "--dry-run", "--json", "-", cwd=tmp_path)
+    assert shown.code == 0, shown.err
+    result = json.loads(shown.out)
+    assert EVALUATION in {entry["name"] for entry in result["files"]}
+    for part in (
+        "| prompts | 2 |",
+        "| outputs identical to plain decoding | 2 of 2 |",
+        f"| acceptance rate (accepted / drafted) | {report['acceptance_rate']:.3f} |",
+        f"| speed-up | {report['speedup']:.2f} |",
+        f"| device | {report['device']} |",
+        "| chat | 1 |",
+    ):
+        assert part in result["card"], part
+
+
+def test_card_of_a_draft_that_learned_from_another_teacher(tmp_path: Path) -> None:
+    """It is the draft of whose logits it has seen, and says what else it was made with."""
+    training = {"settings": {"layers": 1}, "data": {"settings": DATA}}
+    teacher = {"name": "maker/bitnet", "hash": "1" * 64, "converted_from": "2" * 64}
+    started = {"started_from": {"name": "snapshot", "repo": "maker/tuned", "hash": "3" * 64}}
+    card = prepare(make_draft(tmp_path / "d", teacher, training=training | started), REPO).card
+    assert metadata(card, tmp_path)["base_model"] == "maker/bitnet"
+    for part in (
+        "distill collect --teacher maker/bitnet",
+        "distill train --teacher maker/tuned",
+        f"| that of the weights they were converted from | `{'2' * 64}` |",
+        "| given to `distill train` in its place, for its embedding | maker/tuned |",
+    ):
+        assert part in card, part
 
 
 def test_what_belongs_to_another_draft_is_not_published(tmp_path: Path) -> None:
@@ -387,8 +452,28 @@ def test_another_model_is_not_overwritten(command: Command, hub: Hub, small: Pat
     refused = command("distill", "publish", *options, **hub.environment())
     refused.refused("distill", "alice/foreign", "holds config.json and is no draft", "--force")
     assert len(repository.commits) == len(foreign.commits) == 1
+    # Weights of any format are a model, also without a config.json beside them.
+    for name in ("model.i2_s.gguf", "old/pytorch_model.bin"):
+        foreign.commit({"README.md": b"theirs", name: b"weights"})
+        refused = command("distill", "publish", *options, **hub.environment())
+        refused.refused("distill", "alice/foreign", f"holds {name} and is no draft")
+    assert command("distill", "publish", *options, "--force", **hub.environment()).code == 0
+    assert foreign.files.keys() == UPLOADED
     assert publish(command, hub, small, "--force").code == 0
     assert repository.files.keys() == UPLOADED | {"picture.jpg"}  # no weights of the other model beside ours
+
+
+def test_a_draft_that_does_not_say_for_whom_is_not_overwritten(hub: Hub, command: Command, tmp_path: Path) -> None:
+    """Two that do not say it need not be for the same teacher; and one that cannot be read is someone's."""
+    nameless = make_draft(tmp_path / "d", {"name": "mine"})
+    repository = hub.add(REPO, {"draft.json": json.dumps({"teacher": {"name": "other"}}).encode()})
+    publish(command, hub, nameless, "-q").refused("distill", REPO, "does not say which teacher", "--force")
+    repository.commit({"draft.json": b"<html>"})
+    refused = publish(command, hub, nameless, "-q")
+    refused.refused("distill", f"{REPO}: holds a draft.json that is damaged (cannot be read", "--force")
+    assert str(hub.home) not in refused.err
+    assert publish(command, hub, nameless, "-q", "--force").code == 0
+    assert repository.files["draft.json"] == (nameless / "draft.json").read_bytes()
 
 
 def test_who_may_not(command: Command, hub: Hub, small: Path) -> None:

@@ -77,8 +77,46 @@ def test_learns_and_leaves_a_draft(made: tuple[Path, Path], whole: Path) -> None
     assert about["made_with"]["device"] and about["made_with"]["versions"]["python"]
     steps = [line for line in read_log(whole / "log.jsonl") if line["kind"] == "step"]
     assert {"step", "tokens", "loss", "agreement", "lr", "grad_norm", "tok_per_s"} <= steps[0].keys()
-    with pytest.raises(UserError, match="holds a finished draft"):
-        train(*made, whole, SMALL, quiet=True)
+
+
+def test_what_is_finished_is_not_trained_again(made: tuple[Path, Path], whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "short"
+    settings = dataclasses.replace(SMALL, tokens=2_000)
+    first = train(*made, out, settings, quiet=True)
+    files = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    again = train(*made, out, settings, quiet=True)
+    assert again.done_before and not first.done_before
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == files
+    assert dataclasses.replace(again, done_before=False, seconds=first.seconds, tok_per_s=first.tok_per_s) == first
+    other = dataset(tmp_path / "other", made[1], shards=2)
+    for data, changed, named in (
+        (made[0], {"lr": 1e-3}, r"trained with lr = 0\.005, not 0\.001"),
+        (other, {}, "trained with other data"),
+    ):
+        with pytest.raises(UserError, match=f"short: holds a finished draft that was {named}; give another --out"):
+            train(data, made[1], out, dataclasses.replace(settings, **changed), quiet=True)
+    (out / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match=r"model\.safetensors: differs"):
+        train(*made, out, settings, quiet=True)
+
+
+def test_data_of_another_teacher(made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is told in one line, and the draft is one for the teacher that it learned from."""
+    data, settings = made[0], dataclasses.replace(SMALL, tokens=2_000)
+    teacher = teacher_folder(tmp_path / "tuned")
+    mx.save_safetensors(str(teacher / "model.safetensors"), {"model.embed_tokens.weight": mx.ones((VOCAB, 128))})
+    train(data, teacher, tmp_path / "draft", settings)
+    told = [line for line in capsys.readouterr().err.splitlines() if "same tokenizer" in line]
+    assert len(told) == 1 and "collected from synthetic, not from" in told[0]
+    about = json.loads((tmp_path / "draft" / "draft.json").read_text())
+    assert about["teacher"]["hash"] == Dataset.open(data).settings.teacher_hash
+    assert about["training"]["started_from"]["name"] == "tuned"
+    assert train(data, teacher, tmp_path / "draft", settings, quiet=True).done_before
+    with pytest.raises(UserError, match="trained with another --teacher"):
+        train(*made, tmp_path / "draft", settings, quiet=True)
+    train(*made, tmp_path / "own", settings)
+    assert "same tokenizer" not in capsys.readouterr().err
+    assert "started_from" not in json.loads((tmp_path / "own" / "draft.json").read_text())["training"]
 
 
 @pytest.mark.parametrize("loss", ["ce", "tv"])
@@ -230,6 +268,9 @@ def test_faults_are_named(made: tuple[Path, Path], tmp_path: Path) -> None:
     fails("holds 0 rows", data=dataset(tmp_path / "empty", teacher, shards=0))
     other = teacher_folder(tmp_path / "other", vocab=VOCAB + 1)
     fails("was collected from synthetic, whose tokenizer", teacher=other)
+    bare = teacher_folder(tmp_path / "bare")
+    (bare / "tokenizer_config.json").unlink()
+    fails(r"bare/tokenizer_config\.json: not there", teacher=bare)
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "file").write_text("x")
     fails("holds file and is no draft", out=tmp_path / "foreign")
