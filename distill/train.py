@@ -152,7 +152,8 @@ def train(
             f"{data}: has a vocabulary of {dataset.settings.vocab_size},"
             f" {teacher_folder / 'config.json'} one of {config.vocab_size}"
         )
-    check_memory(config, settings.batch, dataset.settings.seq_len)
+    teacher_hidden = int(read_json(teacher_folder / "config.json")["hidden_size"]) if settings.teacher_embedding else 0
+    check_memory(config, settings.batch, dataset.settings.seq_len, teacher_hidden)
     feed = Feed(dataset, settings.temperature, settings.batch, settings.seed, settings.eval_share, settings.eval_rows)
     state = State.open(out / "state", identity)
     return _Run(feed, teacher_folder, other, out, settings, config, state, vocabulary, progress, quiet).go()
