@@ -40,9 +40,10 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(params=[1, 2])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = _native.threads()
     _native.set_threads(request.param)
     yield request.param
-    _native.set_threads(0)
+    _native.set_threads(before)
 
 
 # BitLinear
@@ -201,6 +202,8 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         cpu.linear(normal(1, 64), Int8Weight(weight.data, weight.scale, 32, 64))  # ternary data
     with pytest.raises(ValueError, match="weight's k"):
         cpu.int8_linear(mx.zeros((1, 63), mx.int8), mx.ones((1,)), eight)
+    with pytest.raises(ValueError, match="1 to 8 rows"):
+        cpu.linear(mx.zeros((0, 64)), weights_of("float32", 32, 64)[0])
     with pytest.raises(ValueError, match="not exact"):
         cpu.linear(mx.zeros((1, 65_537)), cpu.prepare_int8(mx.zeros((1, 65_537))))
 
@@ -423,6 +426,51 @@ for _ in range(5):
 assert _native.parallel_sum(2000) == expected
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_helpers_that_are_not_wanted_sleep_on() -> None:
+    """They would take a core from those that are, and these might not wake."""
+    script = """
+import os, time
+from kernels.cpu import _native
+others = set(os.listdir("/proc/self/task"))
+def slept():
+    times = {}
+    for helper in set(os.listdir("/proc/self/task")) - others:
+        with open(f"/proc/self/task/{helper}/status") as status:
+            times[helper] = int(next(line for line in status if line.startswith("voluntary")).split()[1])
+    return times
+_native.set_threads(8)
+assert _native.parallel_sum(2000) == 2001000
+before = None
+while before != (before := slept()):
+    time.sleep(0.1)
+_native.set_threads(2)
+for _ in range(30):
+    assert _native.parallel_sum(2000) == 2001000
+    time.sleep(0.001)
+print(len(before), sum(count != before[helper] for helper, count in slept().items()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == ["7", "1"]
+
+
+def test_a_limit_on_threads_costs_speed_only() -> None:
+    """Without room for all their stacks some helpers cannot be started, as under a limit on processes."""
+    script = """
+import os, resource
+from kernels.cpu import _native
+with open("/proc/self/statm") as sizes:
+    used = int(sizes.read().split()[0]) * resource.getpagesize()
+before = len(os.listdir("/proc/self/task"))
+resource.setrlimit(resource.RLIMIT_AS, (used + (40 << 20),) * 2)
+_native.set_threads(64)
+for _ in range(100):
+    assert _native.parallel_sum(2000) == 2001000
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert 0 < int(done.stdout) < 63
 
 
 def test_environment_variables_choose_instructions_and_threads() -> None:
