@@ -59,6 +59,15 @@ def test_bitlinear_equals_the_reference_by_bits(isa: str, threads: int, n: int, 
         assert same_bits(cpu.bitlinear(xq, s, ours), reference.bitlinear(xq, s, theirs)), m
 
 
+@pytest.mark.parametrize(("n", "k"), [(2560, 6912), (6912, 2560)])
+def test_products_of_bitnet_2b_equal_the_reference_by_bits(isa: str, n: int, k: int) -> None:
+    ternary, scale = random_ternary(n, k)
+    ours, theirs = cpu.prepare_ternary(ternary, scale), reference.prepare_ternary(ternary, scale)
+    for m in (1, 4, 8):
+        xq, s = reference.quantize_rows(normal(m, k, seed=m))
+        assert same_bits(cpu.bitlinear(xq, s, ours), reference.bitlinear(xq, s, theirs)), m
+
+
 @pytest.mark.parametrize("m", [1, 3, 8, 13])
 @pytest.mark.parametrize("value", [127, -127, -128])
 @pytest.mark.parametrize("sign", [-1, 1])
@@ -295,10 +304,13 @@ def qkv_rows(shape: AttentionShape, m: int, seed: int = 0) -> mx.array:
     return normal(m, (shape.heads + 2 * shape.kv_heads) * shape.head_dim, seed=seed)
 
 
-@pytest.mark.parametrize("keys", [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1000, 2048, 2050])
-def test_attention_gives_a_row_the_same_bits_alone_and_among_others(isa: str, threads: int, keys: int) -> None:
+@pytest.mark.parametrize(
+    ("keys", "d"),
+    [*((keys, 32) for keys in (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1000, 2048, 2050)), (2047, 64), (2047, 128)],
+)
+def test_attention_gives_a_row_the_same_bits_alone_and_among_others(isa: str, threads: int, keys: int, d: int) -> None:
     """Row i of a group attends `keys` + i keys; alone, in a cache of another capacity, it is the same."""
-    shape = attention_shape()
+    shape = attention_shape(d=d)
     offset = keys - 1
     qkv = qkv_rows(shape, 8)
     alone = []
@@ -307,7 +319,7 @@ def test_attention_gives_a_row_the_same_bits_alone_and_among_others(isa: str, th
         out, k_cache, v_cache = cpu.attention(qkv[i : i + 1], k_cache, v_cache, offset + i, shape)
         alone.append(out)
     assert np.isfinite(np.array(mx.concatenate(alone))).all()
-    for m in range(1, 9):
+    for m in range(1, 9) if d == 32 else (2, 5, 8):
         out, k_new, v_new = cpu.attention(qkv[:m], *caches(shape, offset, offset + m + 37 * m), offset, shape)
         assert same_bits(out, mx.concatenate(alone[:m])), m
         end = offset + m
@@ -529,11 +541,13 @@ def test_a_whole_step_has_the_bits_of_its_operations(model: str, precision: Prec
     for length, m in [(1, 1), (2, 2), (20, 3), (7, 4), (2038, 5), (31, 6), (32, 7), (30, 8)]:
         rng = np.random.default_rng([length, m])
         prompt, tokens = rng.integers(0, 16000, length).tolist(), rng.integers(0, 16000, m).tolist()
+        before = transformer.new_cache()
+        transformer.prefill(prompt, before)
         results = []
         for step in (whole, None):
             transformer.whole_step = step
             cache = transformer.new_cache()
-            transformer.prefill(prompt, cache)
+            cache.keys, cache.values, cache.offset = list(before.keys), list(before.values), before.offset
             logits = [transformer.step(tokens, cache), transformer.step(tokens[:1], cache)]
             assert cache.offset == length + m + 1
             results.append([*logits, *(a[:, : cache.offset] for a in (*cache.keys, *cache.values))])
