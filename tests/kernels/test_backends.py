@@ -14,8 +14,8 @@ import pytest
 from conftest import ROOT, SHIPPED, TEACHER, environment
 
 from kernels import reference
-from kernels.backends import CHOICES, Backend, device_backend, mended
-from kernels.self_test import operation_faults, self_test
+from kernels.backends import CHOICES, STAND_INS, Backend, device_backend, mended
+from kernels.self_test import CHECKS, operation_faults, self_test
 
 SHOW = "from kernels import backend; print(backend().NAME)"
 # The package as it is where no extension was built.
@@ -170,6 +170,10 @@ def test_what_fails_is_the_references_and_the_rest_stays_native(operation: str) 
     weight = found.prepare_int8(mx.ones((16, 16)))
     assert (weight.data.dtype == mx.uint8) == (operation != "int8_linear")  # tiles, or the reference's layout
     assert (found.attention is cpu.attention) == (operation != "attention")
+
+
+def test_every_check_says_what_it_takes_along() -> None:
+    assert STAND_INS.keys() == CHECKS.keys()
 
 
 SPOIL = """
