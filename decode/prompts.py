@@ -53,11 +53,13 @@ class Tokenizer:
         except Exception as error:  # several libraries read the files; `tokenizers` raises Exception itself
             raise UserError(f"{folder}: the tokenizer cannot be loaded: {first_line(error)}") from error
         self.folder = folder
+        config = folder / "config.json"
+        self._vocab_size = read_json(config).get("vocab_size") if config.exists() else None
         ends = set(self._wrapped.eos_token_ids) | declared
         # BitNet-2B's config names 128001 only, while its chat turns end with <|eot_id|>.
         vocab = self._wrapped.get_vocab()
         ends |= {vocab[token] for token in ("<|eot_id|>", "<|im_end|>") if token in vocab}
-        self.end_tokens = frozenset(int(token) for token in ends)
+        self.end_tokens = frozenset(int(token) for token in ends if self._known(int(token)))
 
     def encode_prompt(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Token ids of a prompt through the chat template, or of its bare text with `raw`."""
@@ -67,11 +69,11 @@ class Tokenizer:
             ids: list[int] = self._wrapped.apply_chat_template(prompt.messages, add_generation_prompt=True)
         except Exception as error:  # it is a program of the checkpoint's: roles that do not take turns, or any mistake
             raise UserError(f"prompt {prompt.id}: the chat template refuses it: {first_line(error)}") from error
-        return ids
+        return self._checked(ids)
 
     def encode_text(self, text: str) -> list[int]:
         ids: list[int] = self._wrapped.encode(text)
-        return ids
+        return self._checked(ids)
 
     def encode_conversation(self, messages: list[dict[str, str]]) -> tuple[list[int], int]:
         """Ids of a conversation up to the end token of its last message, a reply, and where that begins."""
@@ -84,7 +86,21 @@ class Tokenizer:
             whole = prompt + reply + sorted(self.end_tokens)[:1]
         reply_ids = range(len(prompt), len(whole))
         end = next((i + 1 for i in reply_ids if whole[i] in self.end_tokens), len(whole))
-        return whole[:end], len(prompt)
+        return self._checked(whole[:end]), len(prompt)
+
+    def _known(self, token: int) -> bool:
+        """Whether the model has this token: tokenizers may have more, added after the model was trained."""
+        return self._vocab_size is None or 0 <= token < self._vocab_size
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        for token in ids:
+            if not self._known(token):
+                text = self._wrapped.convert_ids_to_tokens(token)
+                raise UserError(
+                    f"{self.folder}: its tokenizer makes token {token} ({text!r}) of a text, and its model has a"
+                    f" vocabulary of {self._vocab_size}"
+                )
+        return ids
 
     def decode(self, tokens: list[int]) -> str:
         """The text of a reply; end tokens and other special tokens are left out."""

@@ -151,7 +151,7 @@ class Session:
         return output
 
     def report(self, outputs: list[Output], baselines: list[Output]) -> dict[str, Any]:
-        """The JSON object of `decode plain` and `decode spec` (DESIGN.md section 8)."""
+        """The JSON object of `decode plain` and `decode spec`, as README explains it."""
         total = Tally.of(output.tally for output in outputs)
         speculative = self.draft is not None
         entries = [self._entry(output, speculative) for output in outputs]

@@ -1,4 +1,4 @@
-"""The figures of a run, under the names DESIGN.md section 3 gives them."""
+"""The figures of a run, under the names that README explains."""
 
 from __future__ import annotations
 

@@ -6,9 +6,10 @@ import importlib
 import os
 import platform
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
-from typing import Any, Protocol
+from types import SimpleNamespace
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 import numpy as np
@@ -16,9 +17,25 @@ import numpy as np
 from kernels import reference, tuning
 from kernels.errors import UserError
 from kernels.reference import AttentionShape, DenseWeight, Epilogue, Int8Weight, TernaryWeight, Weight
-from kernels.self_test import self_test
+from kernels.self_test import operation_faults, self_test
 
 CHOICES = ("reference", "cpu", "metal", "cuda")
+
+_TERNARY = ("prepare_ternary", "bitlinear", "quantize_rows")
+_INT8 = ("prepare_int8", "int8_linear", "quantize_rows")
+# What the reference does instead of a backend that fails a check, beside the `linear` of these weights.
+STAND_INS: dict[str, tuple[str, ...]] = {
+    "bitlinear": _TERNARY,
+    "linear, ternary": _TERNARY,
+    "int8_linear": _INT8,
+    "linear, int8": _INT8,
+    "linear, float": ("prepare_dense",),
+    "attention": ("attention", "attention_packed"),
+    "attention, batch": ("attention_batch",),
+    "argmax": ("argmax",),
+    "whole step": (),
+}
+MADE_BY = {"prepare_ternary": TernaryWeight, "prepare_int8": Int8Weight, "prepare_dense": DenseWeight}
 
 
 class WholeStep(Protocol):
@@ -102,13 +119,13 @@ class Backend(Protocol):
 def backend() -> Backend:
     """The backend for this process. `BITDRAFT_KERNELS=reference|cpu|metal|cuda` forces one.
 
-    One that cannot be loaded, or that fails its self-test, is replaced by the reference with one warning, unless it was
-    asked for. What `python -m kernels tune` found here is applied.
+    One that cannot be loaded, or operations that fail their self-test, are replaced by the reference with one warning,
+    unless it was asked for. What `python -m kernels tune` found here is applied.
     """
     chosen, reason = choose()
+    if reason:
+        warnings.warn(f"{reason}; using the slow reference{'' if chosen is reference else ' for these'}", stacklevel=2)
     if chosen is reference:
-        if reason:
-            warnings.warn(f"{reason}; using the slow reference", stacklevel=2)
         _use_fast_blas()
     else:
         tuning.apply(chosen)
@@ -123,7 +140,7 @@ def device_backend() -> str:
 
 
 def choose() -> tuple[Backend, str | None]:
-    """The backend, and why it is the reference where nobody asked for that (else None).
+    """The backend, and why it is, in whole or in part, the reference where nobody asked for that (else None).
 
     Raises UserError where BITDRAFT_KERNELS asks for what cannot run here.
     """
@@ -141,15 +158,35 @@ def choose() -> tuple[Backend, str | None]:
         candidate: Backend = importlib.import_module(f"kernels.{device}")  # type: ignore[assignment]
         if device == "cpu":
             _use_fast_blas()
-        fault = self_test(candidate)
-        reason = None if fault is None else f"the {device} kernels fail their self-test ({fault})"
+        faults = {name: fault for name, fault in operation_faults(candidate) if fault is not None}
+        if not faults:
+            return candidate, None
+        reason = f"the {device} kernels fail their self-test ({'; '.join(faults.values())})"
     except ImportError as error:
-        reason = f"the native {device} kernels cannot be loaded ({error})"
-    if reason is None:
-        return candidate, None
+        faults, reason = {}, f"the native {device} kernels cannot be loaded ({error})"
     if wanted:
         raise UserError(f"BITDRAFT_KERNELS={wanted}: {reason}")
-    return reference, reason
+    return (mended(candidate, faults) if faults else reference), reason
+
+
+def mended(native: Backend, failed: Collection[str]) -> Backend:
+    """`native` with the reference in place of what failed these checks; the reference where no product is left.
+
+    Weights lie as their backend wants them, so what makes a kind of weight and all that reads it change together.
+    A whole step goes with any of its parts.
+    """
+    replaced = {"whole_step"}.union(*(STAND_INS[check] for check in failed))
+    kinds = tuple(kind for maker, kind in MADE_BY.items() if maker in replaced)
+    if len(kinds) == len(MADE_BY):
+        return reference
+
+    def linear(x: mx.array, weight: Weight, **options: Any) -> mx.array:
+        return (reference if isinstance(weight, kinds) else native).linear(x, weight, **options)
+
+    operations = {name: getattr(native, name) for name in dir(native) if not name.startswith("_")}
+    operations |= {name: getattr(reference, name) for name in replaced} | {"linear": linear}
+    found = cast(Backend, SimpleNamespace(**operations))
+    return found if self_test(found) is None else reference
 
 
 def _use_fast_blas() -> None:

@@ -150,10 +150,9 @@ class Bench:
         """Every thread of our CPU kernels; None where they don't run (the reference's BLAS decides for itself)."""
         if self.ops.NAME != "cpu":
             return None
-        from kernels.cpu import _native
+        from kernels.cpu import default_threads
 
-        _native.set_threads(0)
-        return _native.threads()
+        return default_threads()
 
     def threads_of(self, kernel: str) -> tuple[int | None, ...]:
         """Thread counts a kernel is tried with. MLX's CPU products have one thread."""
@@ -168,7 +167,7 @@ class Bench:
         return len(self.plan.shapes) * len(self.plan.rows) * each
 
     def run(self, tick: Callable[[], object] = lambda: None) -> dict[str, Any]:
-        """The JSON object of `python -m kernels bench` (DESIGN.md section 8)."""
+        """The JSON object of `python -m kernels bench`."""
         rows: list[Row] = []
         self._measure_bandwidth()
         for n, k in self.plan.shapes:

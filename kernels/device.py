@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import math
 import os
 import platform
 import re
@@ -13,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+GROUPS, MOUNTED = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -34,16 +37,46 @@ def memory_bytes() -> int:
 
 
 def cache_folder() -> Path:
-    """Where what was found or compiled on this machine is kept: `bitdraft` in the user's cache folder."""
+    """Where what was found or compiled on this machine is kept: `bitdraft` in the user's cache folder.
+
+    Never below the current folder, which may be someone else's: a user without a home has the root, as in containers.
+    """
     home = Path(os.path.expanduser("~"))  # noqa: PTH111  (Path.home raises for a user without a home)
+    home = home if home.is_absolute() else Path("/")
     if platform.system() == "Darwin":
         return home / "Library" / "Caches" / "bitdraft"
-    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "bitdraft"
+    chosen = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (chosen if chosen.is_absolute() else home / ".cache") / "bitdraft"
 
 
 def processors() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processors that this process may use: more threads than a container's share allows would stand still in turn."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(here, cpu_quota())))
+
+
+def cpu_quota(groups: Path = GROUPS, mounted: Path = MOUNTED) -> float:
+    """Processors' worth of time that this process's control groups allow; infinite where nothing limits it.
+
+    groups: its groups as Linux lists them; mounted: where they lie, of version 1 or 2. A container often sees its own
+    group as the root, while its path is still the host's: folders that are not there say nothing.
+    """
+    quotas = [math.inf]
+    try:
+        lines = groups.read_text().splitlines()
+    except OSError:
+        return math.inf
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        version_1 = "cpu" in controllers.split(",")
+        if controllers and not version_1:
+            continue
+        inside = Path(path.lstrip("/"))
+        for folder in (mounted / ("cpu" if version_1 else "") / group for group in (inside, *inside.parents)):
+            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if version_1 else ("cpu.max",)
+            with contextlib.suppress(OSError, ValueError):  # without a limit, a quota is -1, or the word max
+                quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
+                quotas += [quota / period] if quota > 0 else []
+    return min(quotas)
 
 
 def cache_bytes() -> int:

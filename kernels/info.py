@@ -13,9 +13,9 @@ from kernels.self_test import operation_faults
 
 
 def describe() -> dict[str, Any]:
-    """backend, reason (why it is the reference where nobody asked for that, else None), runs_on, device,
-    versions; instruction_sets and threads of the native CPU kernels, else None; self_test: operation ->
-    None or its fault; tuning: its file and what applies here.
+    """backend, reason (why it is the reference, in whole or in part, where nobody asked for that, else None),
+    runs_on, device, versions; instruction_sets and threads of the native CPU kernels, else None; self_test:
+    operation -> None or its fault; tuning: its file and what applies here.
 
     The self-test is that of the kernels made for this device, also where they were not chosen for failing it.
     """

@@ -1,8 +1,9 @@
 """Whether a backend computes what `kernels.reference` defines, found out at first use.
 
 Every kernel runs: few rows and many, each kind of weight with its norm and epilogues, attention at several widths, a
-whole step. Shapes are tiny and fill no tile evenly. BitLinear and int8 products are compared by bits; float operations
-within TOLERANCE; and the rows of a call, by bits, with the same rows alone.
+whole step. Shapes are tiny and fill no tile evenly; those of int8 products, float rows and batched attention are just
+large enough that a CPU shares them among its threads. BitLinear and int8 products are compared by bits;
+float operations within TOLERANCE; and the rows of a call, by bits, with the same rows alone.
 """
 
 from __future__ import annotations
@@ -61,10 +62,10 @@ def _bitlinear(candidate: Backend, rng: np.random.Generator) -> str | None:
 
 
 def _int8_linear(candidate: Backend, rng: np.random.Generator) -> str | None:
-    weight = _floats(rng, 24, 68).astype(mx.bfloat16)
+    weight = _floats(rng, 56, 100).astype(mx.bfloat16)
     ours, defined = candidate.prepare_int8(weight), reference.prepare_int8(weight)
     for m in (1, 4, SMALL_ROWS, MANY):
-        xq, s = reference.quantize_rows(_floats(rng, m, 68))
+        xq, s = reference.quantize_rows(_floats(rng, m, 100))
         if not _equal(candidate.int8_linear(xq, s, ours), reference.int8_linear(xq, s, defined)):
             return DIFFERS
     return None
@@ -84,15 +85,15 @@ def _linear_int8(candidate: Backend, rng: np.random.Generator) -> str | None:
 
 
 def _linear_float(candidate: Backend, rng: np.random.Generator) -> str | None:
-    weight = _floats(rng, 24, 68).astype(mx.bfloat16)
+    weight = _floats(rng, 40, 132).astype(mx.bfloat16)
     return _linear(candidate, candidate.prepare_dense(weight), reference.prepare_dense(weight), rng, TOLERANCE)
 
 
 def _linear(
     candidate: Backend, ours: Weight, defined: Weight, rng: np.random.Generator, tolerance: float
 ) -> str | None:
-    """With a norm, each epilogue or a residual, a few rows and many. Weights: 24 outputs of 68 inputs."""
-    norm, most, residuals = _floats(rng, 68), _floats(rng, MANY, 68), _floats(rng, MANY, 24)
+    """With a norm, each epilogue or a residual, a few rows and many."""
+    norm, most, residuals = _floats(rng, defined.k), _floats(rng, MANY, defined.k), _floats(rng, MANY, defined.n)
     cases: list[tuple[int, Epilogue | None]] = [(1, None), (4, None)]
     cases += [(m, epilogue) for m in (SMALL_ROWS, MANY) for epilogue in EPILOGUES]
     for m, epilogue in cases:
@@ -134,8 +135,8 @@ def _attention_batch(candidate: Backend, rng: np.random.Generator) -> str | None
     if candidate.attention_batch == reference.attention_batch:
         return None  # MLX's own, which a GPU would take seconds to compile
     shape = AttentionShape(4, 2, 32, mx.array(0.5 ** np.arange(16, dtype=np.float32)))
-    qkv, keys, values = _floats(rng, 3, 8 * 32), _floats(rng, 3, 2, 16, 32), _floats(rng, 3, 2, 16, 32)
-    positions = mx.array([4, 0, 9], mx.int32)
+    qkv, keys, values = _floats(rng, 4, 8 * 32), _floats(rng, 4, 2, 96, 32), _floats(rng, 4, 2, 96, 32)
+    positions = mx.array([95, 0, 90, 88], mx.int32)
     with mx.stream(mx.cpu):
         expected = reference.attention_batch(qkv, keys, values, positions, shape)[0]
         mx.eval(expected)

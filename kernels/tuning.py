@@ -4,12 +4,14 @@ A backend with something to choose says so with `TUNABLE`, each parameter's choi
 `set_tuning`. On the CPU the choice is the number of threads, by what decoding likes best. A setting must not
 change a row's bits: `tune` passes each through the self-test before it is timed.
 
-One JSON file in the user's cache folder holds an object of integers for each device, MLX version and backend.
+One JSON file in the user's cache folder holds an object of integers for each device, MLX version, backend and version
+of its kernels: others would need another self-test.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import math
@@ -47,9 +49,13 @@ def path() -> Path:
 
 
 def key(candidate: Backend) -> str:
-    """What a tuning is valid for: device, MLX version, backend."""
+    """What a tuning is valid for: device, MLX version, backend and the files that it is made of."""
     version: str = mx.__version__  # type: ignore[attr-defined]
-    return f"{device_name()}, MLX {version}, {candidate.NAME}"
+    digest = hashlib.sha256()
+    for file in sorted((Path(__file__).parent / candidate.NAME).rglob("*")):
+        if file.is_file() and file.suffix != ".pyc":
+            digest.update(file.read_bytes())
+    return f"{device_name()}, MLX {version}, {candidate.NAME} {digest.hexdigest()[:12]}"
 
 
 def load() -> dict[str, Settings]:
@@ -95,7 +101,9 @@ def store(device: str, settings: Settings) -> None:
 def tunable(candidate: Backend) -> dict[str, tuple[int, ...]]:
     """The parameters of a backend and their choices; empty where there is nothing to tune."""
     if candidate.NAME == "cpu":
-        return {"threads": thread_counts(processors())}
+        from kernels.cpu import _native
+
+        return {"threads": thread_counts(min(processors(), _native.max_threads))}
     return dict(getattr(candidate, "TUNABLE", {}))
 
 

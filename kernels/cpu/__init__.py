@@ -21,6 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 from kernels import reference
+from kernels.device import processors
 from kernels.errors import UserError
 from kernels.openblas import find_openblas
 from kernels.reference import SMALL_ROWS, AttentionShape, DenseWeight, Epilogue, Int8Weight, TernaryWeight, Weight
@@ -46,8 +47,19 @@ if _sources and hashlib.sha256(_digests.encode()).hexdigest() != getattr(_native
     raise ImportError(f"the extension was built from other sources than those beside it; {_REBUILD}")
 if (_isa := os.environ.get("BITDRAFT_ISA")) and _isa not in _native.available_isas():
     raise UserError(f"BITDRAFT_ISA={_isa}: this processor has {', '.join(_native.available_isas())}")
-if (_threads := os.environ.get("BITDRAFT_THREADS")) and not (_threads.isdecimal() and 0 < int(_threads) <= 1024):
-    raise UserError(f"BITDRAFT_THREADS={_threads}: must be a number from 1 to 1024")
+
+
+def default_threads() -> int:
+    """Threads of a loop: BITDRAFT_THREADS, or the processors that this process may use."""
+    wanted, most = os.environ.get("BITDRAFT_THREADS"), _native.max_threads
+    if not wanted:
+        return min(processors(), most)
+    if not (wanted.isdecimal() and 0 < int(wanted) <= most):
+        raise UserError(f"BITDRAFT_THREADS={wanted}: must be a number from 1 to {most}")
+    return int(wanted)
+
+
+_native.set_threads(default_threads())
 
 NAME = "cpu"
 ROUNDED_AT_ONCE = 512  # outputs of an int8 weight: so many float copies stay in cache, a head's would take gigabytes

@@ -3,6 +3,7 @@ import numpy as np
 
 mlx_version: str
 sources: str  # SHA-256 over those of the files in native/, sorted
+max_threads: int
 
 def pack_ternary(ternary: np.ndarray) -> mx.array: ...
 def pack_int8(weight: np.ndarray) -> mx.array: ...

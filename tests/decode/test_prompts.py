@@ -177,6 +177,28 @@ def test_end_tokens(tmp_path: Path, declared: str, ends: set[int]) -> None:
     assert Tokenizer(folder).end_tokens == ends
 
 
+def test_tokens_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
+    """Kernels would read beyond the embedding, or another token's."""
+    known = json.loads((TEACHER / "config.json").read_text())["vocab_size"]
+    content = json.loads((TEACHER / "tokenizer.json").read_text())
+    content["added_tokens"].append({**content["added_tokens"][-1], "id": known, "content": "<|tool|>"})
+    ends = f'{{"eos_token_id": [2, {known}, -1]}}'.encode()
+    folder = changed_copy(
+        TEACHER, tmp_path / "m", tokenizer__json=json.dumps(content).encode(), generation_config__json=ends
+    )
+    wide = Tokenizer(folder)
+    assert wide.end_tokens == {2}  # the model cannot say the others
+    assert wide.encode_text("Hi") == Tokenizer(TEACHER).encode_text("Hi")
+    prompt, reply = {"role": "user", "content": "Hi <|tool|>"}, {"role": "assistant", "content": "Hello <|tool|>"}
+    for encode, given in (
+        (wide.encode_text, "Hi <|tool|>"),
+        (wide.encode_prompt, Prompt([prompt], "1")),
+        (wide.encode_conversation, [{**prompt, "content": "Hi"}, reply]),
+    ):
+        with pytest.raises(UserError, match=rf"token {known} \('<\|tool\|>'\) .* vocabulary of {known}$"):
+            encode(given)  # type: ignore[operator]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [

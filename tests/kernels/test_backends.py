@@ -11,11 +11,11 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT, SHIPPED, TEACHER, environment
 
 from kernels import reference
-from kernels.backends import CHOICES, Backend, device_backend
-from kernels.self_test import operation_faults, self_test
+from kernels.backends import CHOICES, STAND_INS, Backend, device_backend, mended
+from kernels.self_test import CHECKS, operation_faults, self_test
 
 SHOW = "from kernels import backend; print(backend().NAME)"
 # The package as it is where no extension was built.
@@ -151,14 +151,65 @@ def test_without_the_extension_the_reference_is_used_with_one_warning() -> None:
 
 
 @pytest.mark.skipif(len(candidates()) == 1, reason="the native kernels are not built here")
-def test_a_wrong_backend_is_replaced_with_one_warning() -> None:
-    spoil = (
-        "import mlx.core as mx; from kernels import cpu; right = cpu.bitlinear; "
-        "cpu.bitlinear = lambda *args: right(*args) + mx.array(1e-3); "
-    )
-    done = shell(spoil + "from kernels import backend; backend(); " + SHOW, BITDRAFT_KERNELS="")
+@pytest.mark.parametrize(
+    "operation", ["bitlinear", "int8_linear", "attention", "attention_batch", "argmax", "whole_step"]
+)
+def test_what_fails_is_the_references_and_the_rest_stays_native(operation: str) -> None:
+    from kernels import cpu
+
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        raise RuntimeError("does not compile here")
+
+    operations = {name: getattr(cpu, name) for name in dir(cpu) if not name.startswith("_")} | {operation: wrong}
+    native: Any = SimpleNamespace(**operations)
+    failed = [name for name, fault in operation_faults(native) if fault is not None]
+    assert failed == [operation.replace("_b", ", b").replace("whole_", "whole ")]
+    found = mended(native, failed)
+    assert self_test(found) is None
+    assert getattr(found, operation) is getattr(reference, operation) and found.whole_step is reference.whole_step
+    weight = found.prepare_int8(mx.ones((16, 16)))
+    assert (weight.data.dtype == mx.uint8) == (operation != "int8_linear")  # tiles, or the reference's layout
+    assert (found.attention is cpu.attention) == (operation != "attention")
+
+
+def test_every_check_says_what_it_takes_along() -> None:
+    assert STAND_INS.keys() == CHECKS.keys()
+
+
+SPOIL = """
+import mlx.core as mx
+from kernels import backend, cpu
+def spoil(name, right):
+    setattr(cpu, name, lambda x, *args, **options: right(x * 1.5, *args, **options))
+"""
+
+
+@pytest.mark.skipif(len(candidates()) == 1, reason="the native kernels are not built here")
+def test_where_no_product_is_right_the_reference_is_used_with_one_warning() -> None:
+    done = shell(SPOIL + "spoil('linear', cpu.linear); backend(); " + SHOW, BITDRAFT_KERNELS="")
     assert done.stdout == "reference\n"
-    assert done.stderr.count("UserWarning") == 1 and "bitlinear differs from the reference" in done.stderr
+    assert done.stderr.count("UserWarning") == 1 and "linear, float differs from the reference" in done.stderr
+
+
+@pytest.mark.skipif(len(candidates()) == 1, reason="the native kernels are not built here")
+def test_speculation_changes_nothing_where_some_kernels_are_replaced_with_one_warning() -> None:
+    script = f"""
+spoil("attention", cpu.attention)
+spoil("bitlinear", lambda x, *rest: cpu.int8_linear(x, *rest))
+from decode.checkpoint import find_model
+from decode.engine import ModelDrafter, generate
+from decode.sampling import Sampling
+teacher = find_model({str(TEACHER)!r}, "--teacher").load("int8")
+draft = find_model({str(SHIPPED)!r}, "--draft").load()
+def say(drafter):
+    rounds = list(generate(teacher, [5, 6, 7], max_tokens=8, end_tokens=frozenset(), drafter=drafter, k=3))
+    return [token for step in rounds for token in step.tokens]
+assert say(ModelDrafter(draft, Sampling(), frozenset(), 0)) == say(None)
+"""
+    done = shell(SPOIL + script + SHOW, BITDRAFT_KERNELS="")
+    assert done.stdout == "cpu\n", done.stderr
+    assert done.stderr.count("UserWarning") == 1, done.stderr
+    assert "attention differs" in done.stderr and "bitlinear" in done.stderr and "for these" in done.stderr
 
 
 @pytest.mark.skipif(len(candidates()) == 1, reason="the native kernels are not built here")
@@ -184,7 +235,8 @@ def test_an_extension_that_does_not_fit_is_not_used_and_says_how_to_build_it(bef
 
 @pytest.mark.skipif(len(candidates()) == 1, reason="the native kernels are not built here")
 @pytest.mark.parametrize(
-    ("variable", "value"), [("BITDRAFT_ISA", "sse9"), ("BITDRAFT_THREADS", "two"), ("BITDRAFT_THREADS", "0")]
+    ("variable", "value"),
+    [("BITDRAFT_ISA", "sse9"), *(("BITDRAFT_THREADS", value) for value in ("two", "0", "257"))],
 )
 def test_a_variable_that_makes_no_sense_is_refused(variable: str, value: str) -> None:
     done = shell(SHOW, BITDRAFT_KERNELS="", **{variable: value})

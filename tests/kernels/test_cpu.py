@@ -40,9 +40,10 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(params=[1, 2])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = _native.threads()
     _native.set_threads(request.param)
     yield request.param
-    _native.set_threads(0)
+    _native.set_threads(before)
 
 
 # BitLinear
@@ -54,6 +55,15 @@ def test_bitlinear_equals_the_reference_by_bits(isa: str, threads: int, n: int, 
     ours, theirs = cpu.prepare_ternary(ternary, scale), reference.prepare_ternary(ternary, scale)
     assert (ours.n, ours.k) == (n, k)
     for m in ROWS:
+        xq, s = reference.quantize_rows(normal(m, k, seed=m))
+        assert same_bits(cpu.bitlinear(xq, s, ours), reference.bitlinear(xq, s, theirs)), m
+
+
+@pytest.mark.parametrize(("n", "k"), [(2560, 6912), (6912, 2560)])
+def test_products_of_bitnet_2b_equal_the_reference_by_bits(isa: str, n: int, k: int) -> None:
+    ternary, scale = random_ternary(n, k)
+    ours, theirs = cpu.prepare_ternary(ternary, scale), reference.prepare_ternary(ternary, scale)
+    for m in (1, 4, 8):
         xq, s = reference.quantize_rows(normal(m, k, seed=m))
         assert same_bits(cpu.bitlinear(xq, s, ours), reference.bitlinear(xq, s, theirs)), m
 
@@ -201,6 +211,8 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         cpu.linear(normal(1, 64), Int8Weight(weight.data, weight.scale, 32, 64))  # ternary data
     with pytest.raises(ValueError, match="weight's k"):
         cpu.int8_linear(mx.zeros((1, 63), mx.int8), mx.ones((1,)), eight)
+    with pytest.raises(ValueError, match="1 to 8 rows"):
+        cpu.linear(mx.zeros((0, 64)), weights_of("float32", 32, 64)[0])
     with pytest.raises(ValueError, match="not exact"):
         cpu.linear(mx.zeros((1, 65_537)), cpu.prepare_int8(mx.zeros((1, 65_537))))
 
@@ -292,10 +304,13 @@ def qkv_rows(shape: AttentionShape, m: int, seed: int = 0) -> mx.array:
     return normal(m, (shape.heads + 2 * shape.kv_heads) * shape.head_dim, seed=seed)
 
 
-@pytest.mark.parametrize("keys", [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1000, 2048, 2050])
-def test_attention_gives_a_row_the_same_bits_alone_and_among_others(isa: str, threads: int, keys: int) -> None:
+@pytest.mark.parametrize(
+    ("keys", "d"),
+    [*((keys, 32) for keys in (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1000, 2048, 2050)), (2047, 64), (2047, 128)],
+)
+def test_attention_gives_a_row_the_same_bits_alone_and_among_others(isa: str, threads: int, keys: int, d: int) -> None:
     """Row i of a group attends `keys` + i keys; alone, in a cache of another capacity, it is the same."""
-    shape = attention_shape()
+    shape = attention_shape(d=d)
     offset = keys - 1
     qkv = qkv_rows(shape, 8)
     alone = []
@@ -304,7 +319,7 @@ def test_attention_gives_a_row_the_same_bits_alone_and_among_others(isa: str, th
         out, k_cache, v_cache = cpu.attention(qkv[i : i + 1], k_cache, v_cache, offset + i, shape)
         alone.append(out)
     assert np.isfinite(np.array(mx.concatenate(alone))).all()
-    for m in range(1, 9):
+    for m in range(1, 9) if d == 32 else (2, 5, 8):
         out, k_new, v_new = cpu.attention(qkv[:m], *caches(shape, offset, offset + m + 37 * m), offset, shape)
         assert same_bits(out, mx.concatenate(alone[:m])), m
         end = offset + m
@@ -425,6 +440,51 @@ assert _native.parallel_sum(2000) == expected
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
+def test_helpers_that_are_not_wanted_sleep_on() -> None:
+    """They would take a core from those that are, and these might not wake."""
+    script = """
+import os, time
+from kernels.cpu import _native
+others = set(os.listdir("/proc/self/task"))
+def slept():
+    times = {}
+    for helper in set(os.listdir("/proc/self/task")) - others:
+        with open(f"/proc/self/task/{helper}/status") as status:
+            times[helper] = int(next(line for line in status if line.startswith("voluntary")).split()[1])
+    return times
+_native.set_threads(8)
+assert _native.parallel_sum(2000) == 2001000
+before = None
+while before != (before := slept()):
+    time.sleep(0.1)
+_native.set_threads(2)
+for _ in range(30):
+    assert _native.parallel_sum(2000) == 2001000
+    time.sleep(0.001)
+print(len(before), sum(count != before[helper] for helper, count in slept().items()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == ["7", "1"]
+
+
+def test_a_limit_on_threads_costs_speed_only() -> None:
+    """Without room for all their stacks some helpers cannot be started, as under a limit on processes."""
+    script = """
+import os, resource
+from kernels.cpu import _native
+with open("/proc/self/statm") as sizes:
+    used = int(sizes.read().split()[0]) * resource.getpagesize()
+before = len(os.listdir("/proc/self/task"))
+resource.setrlimit(resource.RLIMIT_AS, (used + (40 << 20),) * 2)
+_native.set_threads(64)
+for _ in range(100):
+    assert _native.parallel_sum(2000) == 2001000
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert 0 < int(done.stdout) < 63
+
+
 def test_environment_variables_choose_instructions_and_threads() -> None:
     script = "from kernels.cpu import _native; print(_native.isa(), _native.threads())"
     environment = {**os.environ, "BITDRAFT_ISA": "portable", "BITDRAFT_THREADS": "3"}
@@ -481,11 +541,13 @@ def test_a_whole_step_has_the_bits_of_its_operations(model: str, precision: Prec
     for length, m in [(1, 1), (2, 2), (20, 3), (7, 4), (2038, 5), (31, 6), (32, 7), (30, 8)]:
         rng = np.random.default_rng([length, m])
         prompt, tokens = rng.integers(0, 16000, length).tolist(), rng.integers(0, 16000, m).tolist()
+        before = transformer.new_cache()
+        transformer.prefill(prompt, before)
         results = []
         for step in (whole, None):
             transformer.whole_step = step
             cache = transformer.new_cache()
-            transformer.prefill(prompt, cache)
+            cache.keys, cache.values, cache.offset = list(before.keys), list(before.values), before.offset
             logits = [transformer.step(tokens, cache), transformer.step(tokens[:1], cache)]
             assert cache.offset == length + m + 1
             results.append([*logits, *(a[:, : cache.offset] for a in (*cache.keys, *cache.values))])

@@ -56,6 +56,21 @@ def test_what_is_stored_is_applied_on_the_same_device_only(cache: Path) -> None:
     assert [file.name for file in cache.parent.iterdir()] == ["tuning.json"]
 
 
+def test_what_was_found_with_other_kernels_is_not_applied(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tuning, "__file__", str(tmp_path / "tuning.py"))
+    kernel = tmp_path / "fake" / "native" / "product.cu"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_text("old")
+    ours = candidate()
+    tuning.store(tuning.key(ours), {"width": 64})
+    kernel.write_text("new")
+    tuning.apply(ours)
+    assert ours.used == {}
+    kernel.write_text("old")
+    tuning.apply(ours)
+    assert ours.used == {"width": 64}
+
+
 def test_choices_that_are_gone_are_not_applied() -> None:
     ours = candidate()
     tuning.store(tuning.key(ours), {"width": 48, "depth": 4, "colour": 1})

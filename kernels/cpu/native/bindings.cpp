@@ -23,6 +23,7 @@ NB_MODULE(_native, m) {
   m.attr("mlx_version") = std::to_string(MLX_VERSION_MAJOR) + "." + std::to_string(MLX_VERSION_MINOR) + "." +
                           std::to_string(MLX_VERSION_PATCH);
   m.attr("sources") = BITDRAFT_SOURCES;
+  m.attr("max_threads") = bitdraft::kMaxThreads;
   m.def(
       "pack_ternary",
       [](const Int8Matrix& ternary) {

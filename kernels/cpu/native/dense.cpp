@@ -89,7 +89,7 @@ mx::array dense_linear(const mx::array& x, const mx::array& weight, const MaybeA
   require(weight.ndim() == 2 && (weight.dtype() == mx::bfloat16 || weight.dtype() == mx::float32),
           "a dense weight must be bfloat16 or float32 [n, k]");
   require(x.ndim() == 2 && x.shape(1) == weight.shape(1), "linear takes rows [m, k] of the weight's k");
-  require(x.shape(0) <= kSmallRows, "the row-independent product takes at most 8 rows");
+  require(x.shape(0) > 0 && x.shape(0) <= kSmallRows, "the row-independent product takes 1 to 8 rows");
   const int n = weight.shape(0), width = epilogue != 0 ? n / 2 : n;
   require(epilogue == 0 || n % 2 == 0, "a gated product needs an even number of outputs");
   std::vector<mx::array> inputs{as_float(x), weight};

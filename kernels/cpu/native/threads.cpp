@@ -10,6 +10,8 @@
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
+#include <exception>
+#include <functional>
 #include <mutex>
 #include <new>
 #include <thread>
@@ -18,7 +20,6 @@ namespace bitdraft {
 namespace {
 
 constexpr auto kSpin = std::chrono::microseconds(50);  // longer than the gap between a layer's operations
-constexpr int kMaxThreads = 256;
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -30,25 +31,34 @@ inline void relax() {
 
 // One job at a time. `ticket` holds the job's number (high half) and its unclaimed chunks (low half),
 // so that a helper waking late can only ever claim a chunk of the job that is being run; after a
-// claim the other fields stay as they are until that chunk is counted as finished.
+// claim the other fields stay as they are until that chunk is counted as finished. Every helper is
+// told of a job by a word of its own: those that a job does not want sleep on.
 class Pool {
  public:
-  // False when the pool is busy with another stream's job.
-  bool run(int helpers, int chunks, detail::ChunkFn fn, void* context) {
+  // False when the pool is busy with another stream's job, or has no helpers.
+  bool run(int wanted, int chunks, detail::ChunkFn fn, void* context) {
     std::unique_lock lock(busy_, std::try_to_lock);
     if (!lock.owns_lock()) {
       return false;
     }
-    start_helpers(helpers);
+    const int helpers = start_helpers(wanted);
+    if (helpers == 0) {
+      return false;
+    }
     fn_ = fn;
     context_ = context;
     finished_.store(0, std::memory_order_relaxed);
-    active_.store(helpers, std::memory_order_relaxed);
-    const uint32_t job = job_.load(std::memory_order_relaxed) + 1;
+    const uint32_t job = ++job_;
     ticket_.store(uint64_t{job} << 32 | static_cast<uint32_t>(chunks), std::memory_order_release);
-    job_.store(job, std::memory_order_seq_cst);
-    if (sleepers_.load(std::memory_order_seq_cst) > 0) {
-      syscall(SYS_futex, &job_, FUTEX_WAKE_PRIVATE, helpers, nullptr, nullptr, 0);
+    for (int i = 0; i < helpers; i++) {
+      helpers_[i].job.store(job, std::memory_order_release);
+    }
+    // Either this sees a helper asleep, or that helper sees the job before it sleeps.
+    std::atomic_thread_fence(std::memory_order_seq_cst);
+    for (int i = 0; i < helpers; i++) {
+      if (helpers_[i].asleep.load(std::memory_order_relaxed)) {
+        syscall(SYS_futex, &helpers_[i].job, FUTEX_WAKE_PRIVATE, 1, nullptr, nullptr, 0);
+      }
     }
     int mine = 0;
     while (claim_and_run(job)) {
@@ -63,6 +73,11 @@ class Pool {
   }
 
  private:
+  struct alignas(64) Helper {
+    std::atomic<uint32_t> job{0};  // the last one that it was told of
+    std::atomic<bool> asleep{false};
+  };
+
   bool claim_and_run(uint32_t job) {
     uint64_t seen = ticket_.load(std::memory_order_acquire);
     do {
@@ -74,30 +89,33 @@ class Pool {
     return true;
   }
 
-  void start_helpers(int wanted) {
-    for (; started_ < wanted; started_++) {
-      std::thread(&Pool::help, this, started_).detach();
+  // How many of the wanted ones there are. A limit on processes that stops one is not run into again.
+  int start_helpers(int wanted) {
+    wanted = std::min(wanted, most_);
+    try {
+      for (; started_ < wanted; started_++) {
+        std::thread(&Pool::help, this, std::ref(helpers_[started_])).detach();
+      }
+    } catch (const std::exception&) {
+      wanted = most_ = started_;
     }
+    return wanted;
   }
 
-  void help(int index) {
-    uint32_t last = 0;
+  void help(Helper& self) {
+    uint32_t job = 0;
     for (;;) {
-      const uint32_t job = wait_for_job(last);
-      last = job;
-      if (index >= active_.load(std::memory_order_relaxed)) {
-        continue;  // fewer threads are wanted now
-      }
+      job = wait_for_job(self, job);
       while (claim_and_run(job)) {
         finished_.fetch_add(1, std::memory_order_acq_rel);
       }
     }
   }
 
-  uint32_t wait_for_job(uint32_t last) {
+  static uint32_t wait_for_job(Helper& self, uint32_t last) {
     const auto until = std::chrono::steady_clock::now() + kSpin;
     for (int spins = 1;; spins++) {
-      if (const uint32_t job = job_.load(std::memory_order_acquire); job != last) {
+      if (const uint32_t job = self.job.load(std::memory_order_acquire); job != last) {
         return job;
       }
       relax();
@@ -105,22 +123,23 @@ class Pool {
         break;
       }
     }
-    sleepers_.fetch_add(1, std::memory_order_seq_cst);
+    self.asleep.store(true, std::memory_order_relaxed);
+    std::atomic_thread_fence(std::memory_order_seq_cst);
     uint32_t job;
-    while ((job = job_.load(std::memory_order_seq_cst)) == last) {
-      syscall(SYS_futex, &job_, FUTEX_WAIT_PRIVATE, last, nullptr, nullptr, 0);
+    while ((job = self.job.load(std::memory_order_acquire)) == last) {
+      syscall(SYS_futex, &self.job, FUTEX_WAIT_PRIVATE, last, nullptr, nullptr, 0);
     }
-    sleepers_.fetch_sub(1, std::memory_order_seq_cst);
+    self.asleep.store(false, std::memory_order_relaxed);
     return job;
   }
 
   std::mutex busy_;
   int started_ = 0;
+  int most_ = kMaxThreads - 1;
+  uint32_t job_ = 0;
   detail::ChunkFn fn_ = nullptr;
   void* context_ = nullptr;
-  std::atomic<int> active_{0};
-  std::atomic<int> sleepers_{0};
-  alignas(64) std::atomic<uint32_t> job_{0};
+  Helper helpers_[kMaxThreads - 1];
   alignas(64) std::atomic<uint64_t> ticket_{0};
   alignas(64) std::atomic<int> finished_{0};
 };
@@ -149,30 +168,14 @@ Pool& get_pool() {
   return *p;
 }
 
-int default_threads() {
-  if (const char* wanted = std::getenv("BITDRAFT_THREADS"); wanted != nullptr && std::atoi(wanted) > 0) {
-    return std::min(std::atoi(wanted), kMaxThreads);
-  }
-  cpu_set_t set;
-  const int count = sched_getaffinity(0, sizeof(set), &set) == 0 ? CPU_COUNT(&set) : 1;
-  return std::clamp(count, 1, kMaxThreads);
-}
-
-std::atomic<int> thread_count{0};
+std::atomic<int> thread_count{1};
 
 }  // namespace
 
-int threads() {
-  int count = thread_count.load(std::memory_order_relaxed);
-  if (count == 0) {
-    thread_count.store(count = default_threads(), std::memory_order_relaxed);
-  }
-  return count;
-}
+int threads() { return thread_count.load(std::memory_order_relaxed); }
 
 void set_threads(int count) {
-  thread_count.store(count <= 0 ? default_threads() : std::min(count, kMaxThreads),
-                     std::memory_order_relaxed);
+  thread_count.store(std::clamp(count, 1, kMaxThreads), std::memory_order_relaxed);
 }
 
 void detail::parallel_chunks(int chunks, ChunkFn fn, void* context) {

@@ -7,8 +7,10 @@
 
 namespace bitdraft {
 
-// Threads a loop may use, the caller among them: processors this process may run on, or
-// BITDRAFT_THREADS, or what set_threads said.
+constexpr int kMaxThreads = 256;
+
+// Threads a loop may use, the caller among them: one until set_threads says otherwise, as kernels/cpu/__init__.py
+// does, and kMaxThreads at most.
 int threads();
 void set_threads(int count);
 
