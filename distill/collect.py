@@ -470,7 +470,7 @@ class Collector:
 
 
 def bytes_per_token(vocab_size: int, top_k: int, temperatures: int) -> int:
-    """Stored bytes a position, rounded up (DESIGN.md section 4)."""
+    """Stored bytes a position, rounded up (docs/shards.md)."""
     bits = top_k * ((vocab_size - 1).bit_length() + 12)
     return -(-bits // 8) + (2 if vocab_size <= 1 << 16 else 4) + 4 * temperatures + 2
 

@@ -166,7 +166,7 @@ def tallies(pairs: Sequence[Pair]) -> tuple[Tally, Tally]:
 
 
 def figures(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """The metrics of DESIGN.md section 3 over some prompts; zero where there are none."""
+    """The metrics of decode.statistics over some prompts; zero where there are none."""
     total, plain = tallies(pairs)
     return {
         "prompts": len(pairs),

@@ -1,6 +1,6 @@
 """What a draft learns from: losses against the teacher's sparse distribution.
 
-The teacher is known at k ids S and by its exact log-sum-exp (DESIGN.md section 3), so every loss
+The teacher is known at k ids S and by its exact log-sum-exp (docs/how-it-works.md), so every loss
 here is a function of k + 1 *buckets*: the k ids, and one for the whole rest of the vocabulary.
 That gives two ways to compute the same numbers:
 

@@ -20,7 +20,7 @@ from distill.draft_config import DraftConfig, estimate_memory
 from distill.recipe import Recipe
 from distill.sources import read_source
 
-MOST_BYTES = 128  # a token, where the vocabulary is not known (DESIGN.md section 4)
+MOST_BYTES = 128  # a token, where the vocabulary is not known
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def teacher(seed: int = 0, temperature: float = 1.0, spread: float = 3.0) -> dic
 def numpy_kl(
     z: np.ndarray, known: dict[str, np.ndarray], mask: np.ndarray, temperature: float, kept: np.ndarray
 ) -> float:
-    """The formula of DESIGN.md, a position at a time in float64; z: [n, len(kept)]."""
+    """The formula of docs/how-it-works.md, a position at a time in float64; z: [n, len(kept)]."""
     total = 0.0
     for i in np.flatnonzero(mask):
         q = np.exp(z[i] / temperature - np.log(np.exp(z[i] / temperature).sum()))

@@ -37,7 +37,7 @@ prompts = "prompts.jsonl"
 limit = 2
 max_tokens = 8
 """
-BITNET_2B = {  # DESIGN.md section 5
+BITNET_2B = {
     "model_type": "bitnet",
     "hidden_size": 2560,
     "intermediate_size": 6912,
@@ -145,7 +145,7 @@ def test_predicted_memory_is_what_was_measured() -> None:
 
 
 def test_predictions_are_bytes_and_operations() -> None:
-    """Against the figures of DESIGN.md: 1.18 GB read a token, 125 to 128 bytes of shards."""
+    """1.18 GB read a token, 125 to 128 bytes of shards."""
     assert teacher_bytes(BITNET_2B) == pytest.approx(1.18e9, rel=0.01)
     recipe = read_recipe(RECIPES / "bitnet-2b-4t-2l.toml")
     collect, train, evaluate = predict(recipe, BITNET_2B)

@@ -97,7 +97,7 @@ def test_a_trimmed_head_learns(made: tuple[Path, Path], trained: tuple[Summary, 
 
 
 def test_its_loss_is_the_one_defined(made: tuple[Path, Path], trained: tuple[Summary, list[dict[str, float]]]) -> None:
-    """What training reports of the saved draft, against DESIGN.md's formula over the trimmed vocabulary."""
+    """What training reports of the saved draft, against the formula over the trimmed vocabulary."""
     summary, _ = trained
     saved = draft.load(summary.out)
     saved.model.set_dtype(mx.float32)
