@@ -120,12 +120,14 @@ def test_steps_queued_before_their_tokens_are_known_change_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As on GPUs, with a whole step or with single operations."""
+    for model in (teacher, weak):
+        monkeypatch.setattr(model, "queues", False)
+        if not whole:
+            monkeypatch.setattr(model, "whole_step", None)
     expected = [said(speak(teacher, prompt)) for prompt in prompts[:2]]
     rounds = speak(teacher, prompts[0], weak, k=3)
     for model in (teacher, weak):
         monkeypatch.setattr(model, "queues", True)
-        if not whole:
-            monkeypatch.setattr(model, "whole_step", None)
     for prompt, plain in zip(prompts, expected, strict=False):
         assert said(speak(teacher, prompt)) == plain
         for end in (plain[-1], plain[7]):  # a reply that ends while the next step runs, or inside of a proposal
