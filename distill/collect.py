@@ -25,6 +25,7 @@ from decode.prompts import Prompt, Tokenizer
 from decode.shape import Shape
 from distill.bits import Settings
 from distill.draft_config import physical_memory
+from distill.packing import MIN_PIECE, Piece, Row, cut, pack, split_text, wants_reply
 from distill.replies import write_replies
 from distill.shards import Block, Dataset, ShardWriter
 from distill.sources import Document, Skipped, at_commit, identity, is_excluded, is_hub, load_excluded, read_source
@@ -37,9 +38,6 @@ FORMAT = 2
 ROWS_PER_SHARD = 64
 LOGIT_ROWS = 512
 SORTED_BYTES = 32 << 20  # of logits that numpy works on at a time: its copies of them stay this small
-MAX_DOCUMENTS = 255
-OPEN_ROWS = 64
-MIN_PIECE = 8
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -119,14 +117,6 @@ class CollectSettings:
             raise UserError(f"--max-reply {self.max_reply}: leaves no room for prompts in --seq-len {self.seq_len}")
         if not self.sources:
             raise UserError("--source: at least one file, folder or dataset is needed")
-
-
-@dataclass
-class Piece:
-    """A stretch of one document that will stand in a row: ids, and which positions are trained on."""
-
-    tokens: np.ndarray
-    mask: np.ndarray
 
 
 @dataclass
@@ -274,7 +264,7 @@ class Collector:
             if skipped.count
         ]
 
-    def rows(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    def rows(self) -> list[Row]:
         """Packed rows: tokens int32, trained positions bool, document uint8, each [seq_len].
 
         Every source gives an equal share of the tokens; what one cannot give, the later ones do, and what is missing
@@ -398,7 +388,7 @@ class Collector:
                 f" {need / 1e9:,.1f} GB, and this machine has {have / 1e9:,.1f} GB: choose a smaller one"
             )
 
-    def score(self, rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Block:
+    def score(self, rows: list[Row]) -> Block:
         """Run the teacher over rows, `batch` at a time, and keep its top k and log-sum-exps."""
         parts = []
         for i in range(0, len(rows), self.settings.batch):
@@ -505,72 +495,3 @@ def _numpy_top_of(
     scaled = [highest[:, 0] / np.float32(t) for t in temperatures]
     lse = np.stack([peak + np.log(total) for peak, total in zip(scaled, sums, strict=True)], axis=-1)
     return ids, top, lse
-
-
-def wants_reply(document: Document) -> bool:
-    """Whether a document ends where the teacher should speak."""
-    if document.messages is not None:
-        return document.messages[-1]["role"] == "user"
-    return document.kind == "prompt"
-
-
-def split_text(document: Document, characters: int) -> Iterator[Document]:
-    """Cut long plain text at white space into parts of about `characters`; others pass whole."""
-    text = document.text
-    if document.kind != "text" or text is None or len(text) <= characters:
-        yield document
-        return
-    start = 0
-    while start < len(text):
-        end = min(start + characters, len(text))
-        if end < len(text):
-            cut_at = max(
-                text.rfind("\n\n", start, end), text.rfind(" ", start, end) if "\n\n" not in text[start:end] else -1
-            )
-            end = cut_at if cut_at > start else end
-        yield Document("text", text[start:end], None, document.line)
-        start = end
-
-
-def cut(piece: Piece, seq_len: int) -> Iterator[Piece]:
-    """A piece in parts of at most seq_len; ends too short to learn from are dropped."""
-    for start in range(0, len(piece.tokens), seq_len):
-        part = Piece(piece.tokens[start : start + seq_len], piece.mask[start : start + seq_len].copy())
-        if len(part.tokens) >= MIN_PIECE and part.mask.any():
-            yield part
-
-
-def pack(pieces: list[Piece], seq_len: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """First fit into rows of seq_len, with OPEN_ROWS rows open at a time.
-
-    Returns tokens int32, trained positions bool and document uint8 (0 is padding) for each row.
-    """
-    closed: list[list[Piece]] = []
-    opened: list[list[Piece]] = []
-    free: list[int] = []
-    for piece in pieces:
-        size = len(piece.tokens)
-        fits = (i for i, room in enumerate(free) if room >= size and len(opened[i]) < MAX_DOCUMENTS)
-        at = next(fits, None)
-        if at is None:
-            if len(opened) == OPEN_ROWS:
-                fullest = free.index(min(free))
-                closed.append(opened.pop(fullest))
-                free.pop(fullest)
-            opened.append([])
-            free.append(seq_len)
-            at = len(opened) - 1
-        opened[at].append(piece)
-        free[at] -= size
-    return [_row(row, seq_len) for row in closed + opened]
-
-
-def _row(pieces: list[Piece], seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    tokens, mask = np.zeros(seq_len, np.int32), np.zeros(seq_len, bool)
-    document = np.zeros(seq_len, np.uint8)
-    at = 0
-    for number, piece in enumerate(pieces, 1):
-        end = at + len(piece.tokens)
-        tokens[at:end], mask[at:end], document[at:end] = piece.tokens, piece.mask, number
-        at = end
-    return tokens, mask, document

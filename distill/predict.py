@@ -15,8 +15,9 @@ from decode.chips import BANDWIDTH
 from decode.hub import NotFound
 from decode.plan import find_config
 from decode.shape import Shape
-from distill.collect import bytes_per_token, wants_reply
+from distill.collect import bytes_per_token
 from distill.draft_config import DraftConfig, estimate_memory
+from distill.packing import wants_reply
 from distill.recipe import Recipe
 from distill.sources import read_source
 

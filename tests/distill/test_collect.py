@@ -20,7 +20,8 @@ import pytest
 from conftest import ROOT, arguments, environment
 
 from decode.checkpoint import Checkpoint, find_teacher
-from distill.collect import Collector, CollectSettings, Piece, cut, make_plan, pack, split_text, top_of, wants_reply
+from distill.collect import Collector, CollectSettings, make_plan, top_of
+from distill.packing import Piece, cut, pack, split_text, wants_reply
 from distill.replies import choose, write_replies
 from distill.shards import Dataset, verify
 from distill.sources import Document, normalise_prompt
