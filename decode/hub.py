@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -73,7 +74,9 @@ def explain(error: BaseException, repo: str) -> str:
         why = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else f"{constants.ENDPOINT} does not answer"
         return f"only a part of it was downloaded, and {why}: the same command with a connection fetches the rest"
     if any_is(OfflineModeIsEnabled):
-        return "it was never downloaded, and HF_HUB_OFFLINE is set: unset it to download"
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+            return "it was never downloaded, and HF_HUB_OFFLINE is set: unset it to download"
+        return "it was never downloaded, which this command leaves to others, such as `decode plain`"
     if any_is(GatedRepoError):
         return f"it is gated: ask for access at {constants.ENDPOINT}/{repo}, then {LOG_IN}"
     if any_is(RevisionNotFoundError):

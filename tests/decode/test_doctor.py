@@ -133,6 +133,7 @@ def test_no_network_is_asked(work: Path) -> None:
     assert done.code == 1 and "NETWORK" not in done.out + done.err
     failed = [line for line in done.out.splitlines() if line.startswith("FAILED")]
     assert len(failed) == 1 and "--teacher nobody/nothing" in failed[0]
+    assert "was never downloaded, which this command leaves to others" in failed[0]
     assert "others are downloaded" in done.out  # by the other commands
 
 
