@@ -50,6 +50,12 @@ def retry_after(error: BaseException) -> str:
     return "later"
 
 
+def _told_to_stay_offline() -> bool:
+    """Whether the user said so, and not a command that looks for what is here without fetching it (decode.doctor)."""
+    said = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    return said.upper() in ("1", "ON", "YES", "TRUE")
+
+
 def explain(error: BaseException, repo: str) -> str:
     """Why the Hub did not do what was asked, and what to do about it.
 
@@ -70,13 +76,15 @@ def explain(error: BaseException, repo: str) -> str:
     def any_is(kind: type[BaseException]) -> bool:
         return any(isinstance(link, kind) for link in links)
 
-    if any_is(IncompleteSnapshotError):
+    partly, never = any_is(IncompleteSnapshotError), any_is(OfflineModeIsEnabled)
+    if (partly or never) and constants.is_offline_mode() and not _told_to_stay_offline():
+        had = "only a part of it was" if partly else "it was never"
+        return f"{had} downloaded, which this command leaves to others, such as `decode plain`"
+    if partly:
         why = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else f"{constants.ENDPOINT} does not answer"
         return f"only a part of it was downloaded, and {why}: the same command with a connection fetches the rest"
-    if any_is(OfflineModeIsEnabled):
-        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-            return "it was never downloaded, and HF_HUB_OFFLINE is set: unset it to download"
-        return "it was never downloaded, which this command leaves to others, such as `decode plain`"
+    if never:
+        return "it was never downloaded, and HF_HUB_OFFLINE is set: unset it to download"
     if any_is(GatedRepoError):
         return f"it is gated: ask for access at {constants.ENDPOINT}/{repo}, then {LOG_IN}"
     if any_is(RevisionNotFoundError):

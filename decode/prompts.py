@@ -93,13 +93,13 @@ class Tokenizer:
         return self._vocab_size is None or 0 <= token < self._vocab_size
 
     def _checked(self, ids: list[int]) -> list[int]:
-        for token in ids:
-            if not self._known(token):
-                text = self._wrapped.convert_ids_to_tokens(token)
-                raise UserError(
-                    f"{self.folder}: its tokenizer makes token {token} ({text!r}) of a text, and its model has a"
-                    f" vocabulary of {self._vocab_size}"
-                )
+        if not self._known(max(ids, default=0)):
+            token = next(token for token in ids if not self._known(token))
+            text = self._wrapped.convert_ids_to_tokens(token)
+            raise UserError(
+                f"{self.folder}: its tokenizer makes token {token} ({text!r}) of a text, and its model has a"
+                f" vocabulary of {self._vocab_size}"
+            )
         return ids
 
     def decode(self, tokens: list[int]) -> str:

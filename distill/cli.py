@@ -100,7 +100,6 @@ def collect(
     Killed or interrupted, the same command goes on where it stopped, and ends with the same bytes.
     """
     from distill.collect import Collector, CollectSettings, make_plan
-    from distill.draft import check_tokenizer
     from distill.predict import duration
 
     check_json_target(json_file)
@@ -120,9 +119,7 @@ def collect(
         reply_temperature=reply_temperature,
         seed=seed,
     )
-    checkpoint = find_teacher(teacher)
-    check_tokenizer(checkpoint.folder)
-    plan = make_plan(checkpoint, settings, out)
+    plan = make_plan(find_teacher(teacher), settings, out)
     bars = Bars(quiet)
     collector = Collector(plan, bars)
     done = not dry_run and collector.check_folder()
@@ -314,7 +311,6 @@ def run_recipe(
     A recipe holds every setting of a run, and is kept beside the draft. Interrupted, the same command goes on; exit 1
     if an output of the evaluation is not identical to plain decoding.
     """
-    from distill.draft import check_tokenizer
     from distill.pipeline import Pipeline
     from distill.recipe import find_recipe, read_recipe
 
@@ -324,11 +320,10 @@ def run_recipe(
     if dry_run:
         _predict(plan, facts, json_file, quiet)
         return
-    bars, checkpoint = Bars(quiet), find_teacher(plan.teacher)
-    check_tokenizer(checkpoint.folder)
+    bars = Bars(quiet)
     try:
         with awake():
-            records = Pipeline(plan, checkpoint, quiet, bars, bars.close).run(start.value)
+            records = Pipeline(plan, find_teacher(plan.teacher), quiet, bars, bars.close).run(start.value)
     except KeyboardInterrupt as error:
         raise Interrupted(str(error) or "what is done is kept; the same command goes on from there") from None
     write_json(json_file, facts | {"stages": records})

@@ -24,6 +24,7 @@ from decode.model import Transformer
 from decode.prompts import Prompt, Tokenizer
 from decode.shape import Shape
 from distill.bits import Settings
+from distill.draft import check_tokenizer
 from distill.draft_config import physical_memory
 from distill.packing import MIN_PIECE, Piece, Row, cut, pack, split_text, wants_reply
 from distill.replies import write_replies
@@ -175,6 +176,7 @@ def make_plan(teacher: Checkpoint, settings: CollectSettings, out: Path | None) 
     begun goes on whatever is uploaded meanwhile, and asks the Hub nothing that it was told before.
     """
     settings.check(teacher.config)
+    check_tokenizer(teacher.folder)
     for name in settings.sources:
         if Path(name).exists():  # a fault in a source's last line must not show after hours of work
             for _ in read_source(name):

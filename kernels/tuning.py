@@ -135,7 +135,8 @@ def stored_for(candidate: Backend) -> Settings:
     choices = tunable(candidate)
     if not choices:
         return {}
-    found = load().get(key(candidate), {})
+    stored = load()
+    found = stored.get(key(candidate), {}) if stored else {}  # most have none, and a key takes reading files
     return {name: value for name, value in found.items() if value in choices.get(name, ())}
 
 
