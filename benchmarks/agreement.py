@@ -17,10 +17,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from decode.checkpoint import find_teacher
 from decode.engine import generate
-from decode.model import Transformer
-from decode.prompts import Tokenizer, read_prompts
+from decode.models.checkpoint import find_teacher
+from decode.models.transformer import Transformer
+from decode.prompts import read_prompts
+from decode.tokenizer import Tokenizer
 from kernels.device import device_name
 
 

@@ -19,10 +19,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from decode.checkpoint import ROOT, find_teacher
-from decode.model import Transformer
-from decode.prompts import Tokenizer
-from distill.sources import read_source
+from decode.models.checkpoint import ROOT, find_teacher
+from decode.models.transformer import Transformer
+from decode.tokenizer import Tokenizer
+from distill.data.sources import read_source
 from kernels.reference import Int8Weight, round_int8
 
 WINDOW = 512

@@ -32,12 +32,12 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from benchmarks.standin import BITNET_2B, random_codes
-from decode.checkpoint import find_teacher
 from decode.engine import ModelDrafter, generate
-from decode.model import KVCache, Transformer
+from decode.models.checkpoint import find_teacher
+from decode.models.dimensions import Shape
+from decode.models.transformer import KVCache, Transformer
 from decode.plan import Costs, draft_bytes, teacher_bytes, tokens_per_verification
 from decode.sampling import Sampling
-from decode.shape import Shape
 from kernels import BitLinear, swap_bitlinear
 from kernels.backends import device_backend
 from kernels.bandwidth import Bandwidth, CpuReader, GpuReader

@@ -8,24 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-from decode.checkpoint import ROOT, Checkpoint, find_draft, find_teacher
-from decode.console import (
-    JsonOption,
-    QuietOption,
-    SeedOption,
-    TeacherOption,
-    check_json_target,
-    run,
-    say,
-    text_sink,
-    write_json,
-)
 from decode.metal import capture, check_trace
-from decode.model import Precision
+from decode.models.checkpoint import ROOT, Checkpoint, find_draft, find_teacher
+from decode.models.transformer import Precision
+from decode.options import SeedOption, TeacherOption
 from decode.prompts import gather_prompts
 from decode.sampling import Sampling
 from decode.session import Output, Session
 from kernels import UserError
+from kernels.console import JsonOption, QuietOption, check_json_target, run, say, text_sink, write_json
 
 app = typer.Typer(
     help="Decode with a BitNet teacher, plainly or speculatively with a draft, without changing its words.",
@@ -192,8 +183,8 @@ def plan(
     ceilings, not measurements.
     """
     from decode.chips import BANDWIDTH, find_chip, this_chip
+    from decode.models.dimensions import Shape
     from decode.plan import ACCEPTANCES, check_teacher, describe, find_config, make_plan
-    from decode.shape import Shape
 
     check_json_target(json_file)
     if bandwidth is None:

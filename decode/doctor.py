@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from decode.system import unsupported
 
 if TYPE_CHECKING:
-    from decode.model import Transformer
+    from decode.models.transformer import Transformer
 
 Status = Literal["ok", "warning", "FAILED"]
 
@@ -98,11 +98,7 @@ def _guarded(name: str, look: Callable[[], Iterator[Check]]) -> Iterator[Check]:
             warnings.simplefilter("ignore")  # what there is to warn of has a line of its own
             yield from look()
     except Exception as error:
-        yield Check(name, "FAILED", _first_line(error))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        yield Check(name, "FAILED", first_line(error))
 
 
 def _python() -> Check:
@@ -126,7 +122,7 @@ def _mlx() -> Check:
         import mlx.core as mx
     except ImportError as error:
         hint = "on Linux it needs one of its own extras: pip install 'mlx[cpu]' or 'mlx[cuda13]', not both"
-        return Check("mlx", "FAILED", f"cannot be imported: {_first_line(error)}; {hint}")
+        return Check("mlx", "FAILED", f"cannot be imported: {first_line(error)}; {hint}")
     version: str = mx.__version__  # type: ignore[attr-defined]
     return Check("mlx", "ok", f"{version} on {mx.default_device()}")
 
@@ -231,9 +227,10 @@ def _output(*command: str) -> str:
 
 def _memory() -> Iterator[Check]:
     from decode.metal import MemoryLimits
-    from kernels.device import device_info, memory_bytes, sysctl
+    from kernels.device import device_info, sysctl
+    from kernels.memory import machine_bytes
 
-    detail = f"{memory_bytes() / 1e9:.1f} GB"
+    detail = f"{machine_bytes() / 1e9:.1f} GB"
     working_set = int(device_info().get("max_recommended_working_set_size", 0))
     if working_set:
         limits = MemoryLimits.of(working_set)
@@ -244,9 +241,9 @@ def _memory() -> Iterator[Check]:
 
 
 def _teacher(name: str | None) -> Iterator[Check]:
-    from decode.checkpoint import find_teacher
     from decode.metal import limit_memory
-    from decode.prompts import Tokenizer
+    from decode.models.checkpoint import find_teacher
+    from decode.tokenizer import Tokenizer
 
     limit_memory()
     with _offline():
@@ -258,7 +255,7 @@ def _teacher(name: str | None) -> Iterator[Check]:
         ids = tokenizer.encode_text(TEXT)
         same = tokenizer.decode(ids).strip() == TEXT
     except Exception as error:
-        yield Check("tokenizer", "FAILED", f"{checkpoint.folder}: {_first_line(error)}")
+        yield Check("tokenizer", "FAILED", f"{checkpoint.folder}: {first_line(error)}")
         return
     ends = f"{len(ids)} tokens for {len(TEXT)} characters, end tokens {sorted(tokenizer.end_tokens)}"
     yield Check("tokenizer", "ok" if same else "warning", ends if same else f"{ends}; decoding does not restore a text")
@@ -304,7 +301,7 @@ def _perplexity(teacher: Transformer, ids: list[int], expected: float | None, *,
 
 
 def _disk() -> Iterator[Check]:
-    from decode.checkpoint import RUNS
+    from decode.models.checkpoint import RUNS
 
     folder = RUNS if RUNS.is_dir() else Path.cwd()
     free = shutil.disk_usage(folder).free

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from decode.model import KVCache, Transformer
+from decode.models.transformer import KVCache, Transformer
 from decode.sampling import Sampling, accept, draw
 
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from decode import families
-from decode.checkpoint import embedded_teacher
-from decode.files import read_json
-from decode.hub import fetch_by_name
-from decode.shape import Shape
+from decode.models import formats
+from decode.models.checkpoint import embedded_teacher
+from decode.models.dimensions import Shape
+from decode.models.hub import fetch_by_name
 from kernels import UserError
+from kernels.files import read_json
 
 MOST_K = 8
 ACCEPTANCES = (0.5, 0.6, 0.7, 0.8)
@@ -203,7 +203,7 @@ def _best(sizes: list[dict[str, Any]], acceptance: str, ideal: float) -> dict[st
 def check_teacher(config: dict[str, Any], where: str) -> None:
     """UserError, naming `where`, for the config.json of a model that is no BitNet: its bytes would be counted wrong."""
     try:
-        known = "model_type" not in config or families.is_bitnet(config)
+        known = "model_type" not in config or formats.is_bitnet(config)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     if not known:

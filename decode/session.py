@@ -11,13 +11,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from decode.checkpoint import Checkpoint, check_same_tokenizer
 from decode.engine import ModelDrafter, generate, margin_at
 from decode.metal import limit_memory
-from decode.model import Precision, Transformer
-from decode.prompts import Prompt, Tokenizer
+from decode.metrics import Tally, is_looping
+from decode.models.checkpoint import Checkpoint, check_same_tokenizer
+from decode.models.transformer import Precision, Transformer
+from decode.prompts import Prompt
 from decode.sampling import Sampling
-from decode.statistics import Tally, is_looping
+from decode.tokenizer import Tokenizer
 from kernels import UserError, backend, reference
 from kernels.device import device_name, versions
 from kernels.reference import SMALL_ROWS

@@ -10,22 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 from tqdm import tqdm
 
-from decode.awake import awake
-from decode.checkpoint import RUNS, find_teacher
-from decode.console import (
-    Interrupted,
-    JsonOption,
-    QuietOption,
-    SeedOption,
-    TeacherOption,
-    check_json_target,
-    progress,
-    run,
-    say,
-    write_json,
-)
+from decode.keep_awake import awake
+from decode.models.checkpoint import RUNS, find_teacher
+from decode.options import SeedOption, TeacherOption
 from distill.cli_models import convert, evaluate, publish
 from kernels import UserError
+from kernels.console import Interrupted, JsonOption, QuietOption, check_json_target, progress, run, say, write_json
 
 if TYPE_CHECKING:
     from distill.recipe import Recipe
@@ -99,7 +89,7 @@ def collect(
 
     Killed or interrupted, the same command goes on where it stopped, and ends with the same bytes.
     """
-    from distill.collect import Collector, CollectSettings, make_plan
+    from distill.data.collect import Collector, CollectSettings, make_plan
     from distill.predict import duration
 
     check_json_target(json_file)
@@ -160,7 +150,7 @@ def inspect(
     quiet: QuietOption = False,
 ) -> None:
     """Say what is in a dataset."""
-    from distill.shards import describe
+    from distill.data.shards import describe
 
     facts = describe(dataset)
     write_json(json_file, facts)
@@ -179,7 +169,7 @@ def verify(
     quiet: QuietOption = False,
 ) -> None:
     """Check every hash, shape and value of a dataset; exit 1 if one is wrong."""
-    from distill.shards import verify as check
+    from distill.data.shards import verify as check
 
     problems = check(dataset, repair=repair)
     write_json(json_file, {"dataset": str(dataset), "ok": not problems, "problems": [vars(p) for p in problems]})
@@ -240,9 +230,9 @@ def train(
     from dataclasses import asdict
     from hashlib import sha256
 
-    from distill.shards import newest_dataset
-    from distill.train import TrainSettings
-    from distill.train import train as run_training
+    from distill.data.shards import newest_dataset
+    from distill.training.run import TrainSettings
+    from distill.training.run import train as run_training
     from kernels import backend
 
     check_json_target(json_file)

@@ -8,19 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from decode.awake import awake
-from decode.checkpoint import RUNS, find_draft, find_teacher
-from decode.console import (
-    Interrupted,
-    JsonOption,
-    QuietOption,
-    SeedOption,
-    TeacherOption,
-    check_json_target,
-    progress,
-    say,
-    write_json,
-)
+from decode.keep_awake import awake
+from decode.models.checkpoint import RUNS, find_draft, find_teacher
+from decode.options import SeedOption, TeacherOption
+from kernels.console import Interrupted, JsonOption, QuietOption, check_json_target, progress, say, write_json
 
 
 def evaluate(
@@ -70,8 +61,8 @@ def evaluate(
     Every prompt is also decoded plainly, in turn; exit 1 if an output is not identical. Writes evaluation.json,
     evaluation.md and pictures. Ctrl-C writes what is done; the same command goes on where it stopped.
     """
-    from distill.evaluate import EvaluateSettings, default_folder
-    from distill.evaluate import evaluate as run_evaluation
+    from distill.release.evaluate import EvaluateSettings, default_folder
+    from distill.release.evaluate import evaluate as run_evaluation
 
     check_json_target(json_file)
     settings = EvaluateSettings(
@@ -99,7 +90,7 @@ def evaluate(
 
 
 def _show_evaluation(report: dict[str, Any], folder: Path, json_file: str | None, quiet: bool) -> None:
-    from distill.evaluate import POSITION_PLOT, REPORT, TABLE, overview
+    from distill.release.evaluate import POSITION_PLOT, REPORT, TABLE, overview
 
     if json_file != "-" and not quiet:
         print(overview(report))
@@ -123,8 +114,8 @@ def convert(
     Reads packed weights with scales to multiply by or to divide by (the Falcon models), float master weights
     (Microsoft's -bf16, 1bitLLM) and what `mlx_lm.convert` made of a BitNet.
     """
-    from distill.convert import check_out
-    from distill.convert import convert as run_conversion
+    from distill.release.convert import check_out
+    from distill.release.convert import convert as run_conversion
 
     check_json_target(json_file)
     began = time.perf_counter()
@@ -185,8 +176,8 @@ def publish(
     Uploads the weights, tokenizer, settings, log and evaluation, and nothing else in the folder.
     Needs `hf auth login` once. Interrupted, the same command goes on.
     """
-    from distill.publish import newest_draft, prepare
-    from distill.publish import publish as upload
+    from distill.release.publish import newest_draft, prepare
+    from distill.release.publish import publish as upload
 
     check_json_target(json_file)
     note, show = say(quiet), json_file != "-" and not quiet

@@ -19,19 +19,19 @@ from typing import Any
 
 import mlx.core as mx
 
-from decode.checkpoint import Checkpoint, find_model
-from decode.console import say
-from decode.files import read_json
-from distill import draft
-from distill.collect import Collector, Plan, Progress, make_plan
-from distill.draft_config import DraftConfig, check_memory
-from distill.evaluate import evaluate, finished
+from decode.models.checkpoint import Checkpoint, find_model
+from distill.data.collect import Collector, Plan, Progress, make_plan
+from distill.data.dataset import MANIFEST
+from distill.data.shards import Dataset
+from distill.data.sources import shown_name
 from distill.recipe import KEPT, STAGES, Recipe
-from distill.shards import Dataset
-from distill.sources import shown_name
-from distill.store import MANIFEST, write_atomic
-from distill.train import TrainSettings, train
+from distill.release.evaluate import evaluate, finished
+from distill.training import draft
+from distill.training.draft_config import DraftConfig, check_memory
+from distill.training.run import TrainSettings, train
+from kernels.console import say
 from kernels.errors import UserError
+from kernels.files import read_json, write_atomic
 
 OTHERWISE = "give the recipe another `out`, or delete it"
 

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from decode.chips import BANDWIDTH
-from decode.hub import NotFound
+from decode.models.dimensions import Shape
+from decode.models.hub import NotFound
 from decode.plan import find_config
-from decode.shape import Shape
-from distill.collect import bytes_per_token
-from distill.draft_config import DraftConfig, estimate_memory
-from distill.packing import wants_reply
+from distill.data.collect import bytes_per_token
+from distill.data.packing import wants_reply
+from distill.data.sources import read_source
 from distill.recipe import Recipe
-from distill.sources import read_source
+from distill.training.draft_config import DraftConfig, estimate_memory
 
 MOST_BYTES = 128  # a token, where the vocabulary is not known
 

@@ -15,11 +15,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from decode.checkpoint import ROOT, RUNS
-from distill.collect import CollectSettings
-from distill.draft_config import check_size
-from distill.evaluate import EvaluateSettings
-from distill.train import TrainSettings
+from decode.models.checkpoint import ROOT, RUNS
+from distill.data.collect import CollectSettings
+from distill.release.evaluate import EvaluateSettings
+from distill.training.draft_config import check_size
+from distill.training.run import TrainSettings
 from kernels.errors import UserError
 
 RECIPES = ROOT / "recipes"

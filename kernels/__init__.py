@@ -4,36 +4,24 @@
 definition that every backend equals. Checkpoints are packed as `kernels.packing` says.
 """
 
-import mlx.core as mx
-import numpy as np
+from __future__ import annotations
 
-from kernels.backends import backend
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from kernels.errors import UserError
-from kernels.module import BitLinear, swap_bitlinear
-from kernels.reference import TernaryWeight
 
-__all__ = [
-    "BitLinear",
-    "TernaryWeight",
-    "UserError",
-    "backend",
-    "bitlinear",
-    "prepare_ternary",
-    "quantize_rows",
-    "swap_bitlinear",
-]
+if TYPE_CHECKING:
+    from kernels.backends import backend
+    from kernels.module import BitLinear, swap_bitlinear
+
+__all__ = ["BitLinear", "UserError", "backend", "swap_bitlinear"]
+
+# Imported when asked for: errors and files are of use where MLX cannot be imported.
+_HOMES = {"backend": "kernels.backends", "BitLinear": "kernels.module", "swap_bitlinear": "kernels.module"}
 
 
-def prepare_ternary(ternary: np.ndarray, scale: np.ndarray) -> TernaryWeight:
-    """As `reference.prepare_ternary`, in this backend's layout."""
-    return backend().prepare_ternary(ternary, scale)
-
-
-def quantize_rows(x: mx.array, norm: mx.array | None = None, eps: float = 0.0) -> tuple[mx.array, mx.array]:
-    """As `reference.quantize_rows`, on this backend."""
-    return backend().quantize_rows(x, norm, eps)
-
-
-def bitlinear(xq: mx.array, row_scale: mx.array, weight: TernaryWeight) -> mx.array:
-    """As `reference.bitlinear`, on this backend: the same bits on each."""
-    return backend().bitlinear(xq, row_scale, weight)
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kernels' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

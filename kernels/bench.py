@@ -28,8 +28,10 @@ import numpy as np
 
 from kernels.backends import Backend, backend, device_backend
 from kernels.bandwidth import Bandwidth, CpuReader, GpuReader
-from kernels.device import cache_bytes, device_name, memory_bytes, processors, versions
+from kernels.device import cache_bytes, device_name, processors, versions
 from kernels.errors import UserError
+from kernels.files import replacing
+from kernels.memory import memory_bytes
 from kernels.reference import quantize_rows
 
 MOST_INPUTS = 65_536
@@ -452,7 +454,6 @@ def plot(report: dict[str, Any], picture: Path) -> None:
     axes[0][0].set_ylabel("cost relative to m = 1")
     axes[0][-1].legend(frameon=False)
     figure.suptitle(f"{report['device']}, {report['backend']} kernels, MLX {report['versions']['mlx']}")
-    temporary = picture.with_name(f".{picture.name}.tmp")
-    figure.savefig(temporary, dpi=110, format="png")
+    with replacing(picture) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
     pyplot.close(figure)
-    temporary.replace(picture)

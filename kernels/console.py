@@ -15,6 +15,7 @@ import typer
 from tqdm import tqdm
 
 from kernels.errors import UserError
+from kernels.files import replacing
 
 JsonOption = Annotated[
     str | None,
@@ -112,19 +113,17 @@ def write_json(target: str | None, value: dict[str, Any]) -> None:
         sys.stdout.write(json.dumps(value, indent=1) + "\n")  # ASCII, whatever the terminal's encoding
         return
     path = Path(target)
-    # A new file appears whole or not at all; a pipe or device is written where it is.
-    replaced = path.is_file() or not path.exists()
-    written = path.resolve().with_name(f".{path.resolve().name}.{os.getpid()}.tmp") if replaced else path
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
     try:
-        try:
-            written.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            if replaced:
-                written.replace(path.resolve())
-        finally:
-            if replaced:
-                written.unlink(missing_ok=True)
+        if path.is_file() or not path.exists():
+            with replacing(path.resolve(), shared=True) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+        else:  # a pipe or device is written where it is
+            path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--json {target}: cannot be written: {error.strerror}") from error
+    except UserError as error:
+        raise UserError(f"--json {target}: {error}") from error
 
 
 def check_json_target(target: str | None) -> None:

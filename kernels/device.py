@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,6 @@ def device_info() -> dict[str, Any]:
 def device_name() -> str:
     """What MLX computes on, in words."""
     return str(device_info().get("device_name") or mx.default_device())
-
-
-def memory_bytes() -> int:
-    """Memory that arrays can lie in: the GPU's where MLX knows it, else the machine's."""
-    info = device_info()
-    known = info.get("memory_size") or info.get("total_memory")
-    return int(known) if known else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def cache_folder() -> Path:
@@ -56,27 +50,33 @@ def processors() -> int:
 
 
 def cpu_quota(groups: Path = GROUPS, mounted: Path = MOUNTED) -> float:
-    """Processors' worth of time that this process's control groups allow; infinite where nothing limits it.
-
-    groups: its groups as Linux lists them; mounted: where they lie, of version 1 or 2. A container often sees its own
-    group as the root, while its path is still the host's: folders that are not there say nothing.
-    """
+    """Processors' worth of time that this process's control groups allow; infinite where nothing limits it."""
     quotas = [math.inf]
+    for folder, version_1 in control_groups("cpu", groups, mounted):
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if version_1 else ("cpu.max",)
+        with contextlib.suppress(OSError, ValueError):  # without a limit, a quota is -1, or the word max
+            quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
+            quotas += [quota / period] if quota > 0 else []
+    return min(quotas)
+
+
+def control_groups(controller: str, groups: Path = GROUPS, mounted: Path = MOUNTED) -> Iterator[tuple[Path, bool]]:
+    """The folders of this process's control groups and of those above them, and whether they are of version 1.
+
+    groups: its groups as Linux lists them; mounted: where they lie. A container often sees its own group as the root,
+    while its path is still the host's: folders that are not there say nothing.
+    """
     try:
         lines = groups.read_text().splitlines()
     except OSError:
-        return math.inf
+        return
     for _, controllers, path in (line.split(":", 2) for line in lines):
-        version_1 = "cpu" in controllers.split(",")
+        version_1 = controller in controllers.split(",")
         if controllers and not version_1:
             continue
         inside = Path(path.lstrip("/"))
-        for folder in (mounted / ("cpu" if version_1 else "") / group for group in (inside, *inside.parents)):
-            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if version_1 else ("cpu.max",)
-            with contextlib.suppress(OSError, ValueError):  # without a limit, a quota is -1, or the word max
-                quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
-                quotas += [quota / period] if quota > 0 else []
-    return min(quotas)
+        for group in (inside, *inside.parents):
+            yield mounted / (controller if version_1 else "") / group, version_1
 
 
 def cache_bytes() -> int:

@@ -10,7 +10,6 @@ of its kernels: others would need another self-test.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -30,6 +29,7 @@ import numpy as np
 
 from kernels.device import cache_folder, device_name, processors
 from kernels.errors import UserError
+from kernels.files import replacing
 
 if TYPE_CHECKING:
     from kernels.backends import Backend
@@ -86,16 +86,12 @@ def store(device: str, settings: Settings) -> None:
         warnings.simplefilter("ignore")  # a damaged file is replaced
         everything = load()
     everything[device] = settings
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(everything, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        temporary.replace(file)
     except OSError as error:
         raise UserError(f"{file}: cannot be written: {error.strerror}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    with replacing(file, shared=True) as temporary:
+        temporary.write_text(json.dumps(everything, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def tunable(candidate: Backend) -> dict[str, tuple[int, ...]]:

@@ -81,8 +81,8 @@ def command(work: Path) -> Command:
 @pytest.fixture(scope="session")
 def weak_draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random draft for the embedded teacher: almost nothing it proposes is accepted."""
-    from distill import draft
-    from distill.draft_config import DraftConfig
+    from distill.training import draft
+    from distill.training.draft_config import DraftConfig
 
     folder = tmp_path_factory.mktemp("drafts") / "weak"
     config = DraftConfig.for_teacher(TEACHER, layers=1, hidden=64)
@@ -105,10 +105,10 @@ def changed_copy(source: Path, target: Path, **replaced: bytes | None) -> Path:
 
 def trimmed_copy(source: Path, target: Path, kept: np.ndarray) -> Path:
     """A draft's folder whose head knows some ids only. kept: int32 [v], ascending."""
-    from decode import trimmed
+    from decode.models import draft_vocabulary
 
     config = json.loads((source / "config.json").read_text())
-    config |= {"model_type": trimmed.MODEL_TYPE, trimmed.SIZE: len(kept)}
+    config |= {"model_type": draft_vocabulary.MODEL_TYPE, draft_vocabulary.SIZE: len(kept)}
     changed_copy(source, target, config__json=json.dumps(config).encode(), model__safetensors=None, draft__json=None)
     weights = dict(mx.load(str(source / "model.safetensors")))  # type: ignore[arg-type]
     mx.save_safetensors(str(target / "model.safetensors"), weights | {"kept": mx.array(kept)}, {"format": "mlx"})

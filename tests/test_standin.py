@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, TEACHER, Command, environment
 
-from decode.checkpoint import find_teacher
-from decode.prompts import Prompt, Tokenizer
+from decode.models.checkpoint import find_teacher
+from decode.prompts import Prompt
+from decode.tokenizer import Tokenizer
 
 SMALL = ["--layers", "2", "--hidden", "128", "--heads", "2", "--kv-heads", "1", "--intermediate", "256"]
 END_OF_TEXT, END_OF_TURN = 0, 2  # <|endoftext|> and <|im_end|> of the embedded teacher's tokenizer

@@ -190,7 +190,7 @@ class WholeStep:
         epilogue: Epilogue,
         eps: float,
     ) -> None:
-        """layers: `decode.model.Layer`s of this backend; embedding: bfloat16 or float32 [vocab, hidden]."""
+        """layers: of this backend; embedding: bfloat16 or float32 [vocab, hidden]."""
         linears: list[tuple[Weight, mx.array | None]] = []
         for layer in layers:
             linears += [

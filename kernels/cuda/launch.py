@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import re
 import struct
 from collections.abc import Sequence
@@ -20,6 +19,8 @@ import mlx.core as mx
 
 from kernels.cuda import nvrtc
 from kernels.device import cache_folder
+from kernels.errors import UserError
+from kernels.files import replacing
 
 FOLDER = Path(__file__).parent
 HEADERS = ("ptx.cuh", "rows.cuh", "products.cuh", "attention.cuh", "exchange.cuh", "step.cuh")
@@ -91,13 +92,10 @@ def machine_code(symbol: str, whole: str) -> bytes:
         if hashlib.sha256(stored[32:]).digest() == stored[:32]:
             return stored[32:]
     code = nvrtc.compile_text(whole, symbol, target)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UserError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(hashlib.sha256(code).digest() + code)
-        temporary.replace(file)
-    with contextlib.suppress(OSError):
-        temporary.unlink()
+        with replacing(file, shared=True) as temporary:
+            temporary.write_bytes(hashlib.sha256(code).digest() + code)
     return code
 
 

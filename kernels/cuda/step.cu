@@ -5,7 +5,7 @@
 // written in place: nobody else holds them, and the next step waits for `after`.
 //
 // Without CHAIN: one step of M rows; `out` has their logits. With it, steps of one row that follow each other, over the
-// tokens given and then each over the choice of the one before; `out` has the choices, as KEPT ids (decode.trimmed).
+// tokens given and then each over the choice of the one before; `out` has the choices, as KEPT ids (decode.models.draft_vocabulary).
 using Model = ModelShape<KIND, HIDDEN, FFN, HEADS, KV_HEADS, DIM>;
 extern __shared__ __align__(128) uint8_t work[];
 __shared__ Stage stages[kProducts + 1];

@@ -25,7 +25,7 @@ _STATIC_SHARED = 12 * 1024  # what a block uses beside the part asked for, and a
 
 
 class Layer(Protocol):
-    """A transformer layer's fused weights, as `decode.model.Layer` has them."""
+    """A transformer layer's fused weights, as `decode.models.transformer.Layer` has them."""
 
     qkv: Weight
     o: Weight

@@ -200,7 +200,7 @@ def test_interrupt(work: Path, prompts: Path) -> None:
 def test_a_check_that_fails_gives_one(weak_draft: Path, work: Path) -> None:
     """--compare with a teacher that errs in rows among others: exit code 1, and where it differs."""
     spoil = (
-        "from decode.model import Transformer; right = Transformer.step"
+        "from decode.models.transformer import Transformer; right = Transformer.step"
         "\ndef step(self, tokens, cache):"
         "\n    y = right(self, tokens, cache)"
         "\n    return -y if len(tokens) > 1 and len(self.layers) > 1 else y"

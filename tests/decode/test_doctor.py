@@ -53,7 +53,7 @@ TEACHER_HASH = next(iter(doctor.EXPECTED))
 
 
 def test_the_recorded_weights_are_the_shipped_ones() -> None:
-    from decode.checkpoint import find_teacher
+    from decode.models.checkpoint import find_teacher
 
     assert find_teacher(None).weights_hash == TEACHER_HASH
 
@@ -89,7 +89,7 @@ def test_without_the_extension_it_says_how_to_build_it(work: Path) -> None:
 def test_a_wrong_step_shows_in_the_perplexity(work: Path) -> None:
     """Kernels that pass, and a model that is wrong all the same."""
     spoil = (
-        "import mlx.core as mx; from decode.model import Transformer; right = Transformer.step\n"
+        "import mlx.core as mx; from decode.models.transformer import Transformer; right = Transformer.step\n"
         "Transformer.step = lambda *args: {}"
     )
     done = spoiled(spoil.format("right(*args) * 0.3"), work, "--json", "-")

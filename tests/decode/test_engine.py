@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from conftest import ROOT, SHIPPED, TEACHER, environment
 
-from decode.checkpoint import find_model, find_teacher
 from decode.engine import ModelDrafter, Round, generate, margin_at
-from decode.model import KVCache, Precision, Transformer
-from decode.prompts import Prompt, Tokenizer, make_prompt
+from decode.metrics import Tally
+from decode.models.checkpoint import find_model, find_teacher
+from decode.models.transformer import KVCache, Precision, Transformer
+from decode.prompts import Prompt, make_prompt
 from decode.sampling import Sampling
 from decode.session import Session
-from decode.statistics import Tally
+from decode.tokenizer import Tokenizer
 from kernels import UserError
 from kernels.reference import DenseWeight, Int8Weight
 
@@ -176,9 +177,10 @@ def test_reference_kernels_are_lossless_too() -> None:
     script = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 from pathlib import Path
-from decode.checkpoint import find_model, find_teacher
+from decode.models.checkpoint import find_model, find_teacher
 from decode.engine import ModelDrafter, generate
-from decode.prompts import Tokenizer, make_prompt
+from decode.tokenizer import Tokenizer
+from decode.prompts import make_prompt
 from decode.sampling import Sampling
 from kernels import backend
 assert backend().NAME == "reference"

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from conftest import ROOT, TEACHER, Command
 
-from decode.checkpoint import find_model
 from decode.chips import APPLE, chip_of
+from decode.models.checkpoint import find_model
+from decode.models.dimensions import Shape
 from decode.plan import DRAFTS, Costs, break_even, draft_bytes, make_plan, teacher_bytes, tokens_per_verification
-from decode.shape import Shape
 from kernels.reference import DenseWeight, TernaryWeight
 
 DRAFT = ROOT / "checkpoints" / "bitnet-smol-43m-draft"
@@ -128,7 +128,7 @@ def test_what_does_not_pay_is_never_best(command: Command) -> None:
 
 
 def test_sizes_are_those_that_training_makes() -> None:
-    from distill.draft_config import DraftConfig
+    from distill.training.draft_config import DraftConfig
 
     for layers, hidden in ((2, 256), (6, 768)):
         config = DraftConfig.for_teacher(TEACHER, layers, hidden)

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, TEACHER, changed_copy
 
-from decode.prompts import Prompt, Tokenizer, gather_prompts, make_prompt, read_prompts
+from decode.prompts import Prompt, gather_prompts, make_prompt, read_prompts
+from decode.tokenizer import Tokenizer
 from kernels import UserError
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from decode.checkpoint import Checkpoint, tokenizer_hash
-from distill.shards import Block, Settings, ShardWriter
+from decode.models.checkpoint import Checkpoint, tokenizer_hash
+from distill.data.shards import Block, Settings, ShardWriter
 
 VOCAB = 96
 SEQ_LEN = 32

@@ -10,7 +10,7 @@ import pytest
 from conftest import TEACHER, Command, changed_copy
 from synthetic import dataset, teacher_folder
 
-from distill.store import Replies
+from distill.data.dataset import Replies
 
 
 @pytest.fixture(scope="module")

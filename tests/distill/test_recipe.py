@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TEACHER, Command, arguments, environment
 
-from distill.draft_config import DraftConfig, estimate_memory
 from distill.pipeline import settle
 from distill.predict import MACS, predict, table, teacher_bytes
 from distill.recipe import KEYS, RECIPES, find_recipe, read_recipe
+from distill.training.draft_config import DraftConfig, estimate_memory
 from kernels import UserError
 
 TINY = """# Kept with the draft, comments and all.

@@ -196,7 +196,7 @@ def test_speculation_changes_nothing_where_some_kernels_are_replaced_with_one_wa
     script = f"""
 spoil("attention", cpu.attention)
 spoil("bitlinear", lambda x, *rest: cpu.int8_linear(x, *rest))
-from decode.checkpoint import find_model
+from decode.models.checkpoint import find_model
 from decode.engine import ModelDrafter, generate
 from decode.sampling import Sampling
 teacher = find_model({str(TEACHER)!r}, "--teacher").load("int8")

@@ -18,8 +18,8 @@ from kernels.reference import AttentionShape, Epilogue, Int8Weight, TernaryWeigh
 if platform.system() != "Linux":
     pytest.skip("the native CPU backend is built on Linux only", allow_module_level=True)
 
-from decode.checkpoint import ROOT, find_model
-from decode.model import Precision
+from decode.models.checkpoint import ROOT, find_model
+from decode.models.transformer import Precision
 from kernels import cpu
 from kernels.cpu import _native
 
@@ -497,8 +497,8 @@ def test_environment_variables_choose_instructions_and_threads() -> None:
 def test_fast_blas_gives_the_same_products() -> None:
     script = """
 import mlx.core as mx, numpy as np
-from decode.checkpoint import ROOT, find_model
-from decode.model import Precision
+from decode.models.checkpoint import ROOT, find_model
+from decode.models.transformer import Precision
 from kernels import cpu
 from kernels.cpu import _native
 rng = np.random.default_rng(0)

@@ -15,8 +15,8 @@ from kernels import reference
 if platform.system() != "Linux":
     pytest.skip("the native CPU backend is built on Linux only", allow_module_level=True)
 
-from decode.checkpoint import find_model
-from decode.model import Transformer
+from decode.models.checkpoint import find_model
+from decode.models.transformer import Transformer
 from kernels import cpu
 
 

@@ -16,8 +16,8 @@ from kernels.self_test import self_test
 if device_backend() != "cuda":
     pytest.skip("MLX does not run on an NVIDIA GPU here", allow_module_level=True)
 
-from decode.checkpoint import find_teacher
-from decode.model import Precision
+from decode.models.checkpoint import find_teacher
+from decode.models.transformer import Precision
 from kernels import cuda
 
 # Fused shapes of the embedded teacher and of BitNet-2B, and odd ones.

@@ -388,8 +388,8 @@ def test_a_cache_that_someone_else_holds_is_not_overwritten() -> None:
 
 def test_the_embedded_teacher_predicts_what_it_does_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same top-1 at every position, and the same bits whether tokens come one by one or in groups."""
-    from decode import model as decode_model
-    from decode.checkpoint import find_teacher
+    from decode.models import transformer as decode_model
+    from decode.models.checkpoint import find_teacher
 
     tokens = np.random.default_rng(0).integers(3, 16000, 16).tolist()
     logits = {}

@@ -1,0 +1,155 @@
+"""A model folder's tokenizer and chat template, at the engine's door."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from decode.prompts import Prompt
+from kernels.errors import UserError, first_line
+from kernels.files import read_json
+
+
+class Tokenizer:
+    """A model folder's tokenizer and chat template, through mlx-lm."""
+
+    def __init__(self, folder: Path) -> None:
+        from huggingface_hub.errors import StrictDataclassError
+        from mlx_lm.utils import load_tokenizer
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()  # it warns of prompts beyond the context, which we refuse
+        declared = _declared_ends(folder / "generation_config.json")  # first: mlx-lm reads it too, without a check
+        try:
+            with _without_code(folder) as readable:
+                self._wrapped = load_tokenizer(readable)
+        except UserError:
+            raise
+        except StrictDataclassError as error:  # transformers reads the model's config too, and checks its types
+            raise UserError(f"{folder / 'config.json'}: {first_line(error)}") from error
+        except Exception as error:  # several libraries read the files; `tokenizers` raises Exception itself
+            raise UserError(f"{folder}: the tokenizer cannot be loaded: {first_line(error)}") from error
+        self.folder = folder
+        config = folder / "config.json"
+        self._vocab_size = read_json(config).get("vocab_size") if config.exists() else None
+        ends = set(self._wrapped.eos_token_ids) | declared
+        # BitNet-2B's config names 128001 only, while its chat turns end with <|eot_id|>.
+        vocab = self._wrapped.get_vocab()
+        ends |= {vocab[token] for token in ("<|eot_id|>", "<|im_end|>") if token in vocab}
+        self.end_tokens = frozenset(int(token) for token in ends if self._known(int(token)))
+
+    def encode_prompt(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
+        """Token ids of a prompt through the chat template, or of its bare text with `raw`."""
+        if raw or not self._wrapped.has_chat_template:
+            return self.encode_text("\n".join(message["content"] for message in prompt.messages))
+        try:
+            ids: list[int] = self._wrapped.apply_chat_template(prompt.messages, add_generation_prompt=True)
+        except Exception as error:  # it is a program of the checkpoint's: roles that do not take turns, or any mistake
+            raise UserError(f"prompt {prompt.id}: the chat template refuses it: {first_line(error)}") from error
+        return self._checked(ids)
+
+    def encode_text(self, text: str) -> list[int]:
+        ids: list[int] = self._wrapped.encode(text)
+        return self._checked(ids)
+
+    def encode_conversation(self, messages: list[dict[str, str]]) -> tuple[list[int], int]:
+        """Ids of a conversation up to the end token of its last message, a reply, and where that begins."""
+        prompt = self.encode_prompt(Prompt(messages[:-1], "of a conversation"))
+        whole: list[int] = []
+        if self._wrapped.has_chat_template:
+            whole = self._wrapped.apply_chat_template(messages, add_generation_prompt=False)
+        if whole[: len(prompt)] != prompt:  # no template, or one that writes a reply otherwise than it asks for it
+            reply = self._wrapped.encode(messages[-1]["content"], add_special_tokens=False)
+            whole = prompt + reply + sorted(self.end_tokens)[:1]
+        reply_ids = range(len(prompt), len(whole))
+        end = next((i + 1 for i in reply_ids if whole[i] in self.end_tokens), len(whole))
+        return self._checked(whole[:end]), len(prompt)
+
+    def _known(self, token: int) -> bool:
+        """Whether the model has this token: tokenizers may have more, added after the model was trained."""
+        return self._vocab_size is None or 0 <= token < self._vocab_size
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        if not self._known(max(ids, default=0)):
+            token = next(token for token in ids if not self._known(token))
+            text = self._wrapped.convert_ids_to_tokens(token)
+            raise UserError(
+                f"{self.folder}: its tokenizer makes token {token} ({text!r}) of a text, and its model has a"
+                f" vocabulary of {self._vocab_size}"
+            )
+        return ids
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of a reply; end tokens and other special tokens are left out."""
+        # Cleaning up would move spaces that a streamer has printed already.
+        text: str = self._wrapped.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    def streamer(self) -> Streamer:
+        return Streamer(self)
+
+
+def _declared_ends(path: Path) -> set[int]:
+    """The end tokens that a generation_config.json names, if it is there."""
+    declared = read_json(path).get("eos_token_id") if path.exists() else None
+    ends = declared if isinstance(declared, list) else [] if declared is None else [declared]
+    if any(type(token) is not int for token in ends):
+        raise UserError(f"{path}: eos_token_id is {declared!r}, not a token's id or a list of them")
+    return set(ends)
+
+
+@contextmanager
+def _without_code(folder: Path) -> Iterator[Path]:
+    """A tokenizer's folder, or a copy of it while there is code named in it: transformers would ask to run it."""
+    if not asks_for_code(folder / "tokenizer_config.json"):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as name:
+        for file in [*folder.glob("*.json"), *folder.glob("*.jinja")]:
+            if not file.name.endswith(".index.json"):
+                copy_tokenizer_file(file, Path(name) / file.name)
+        yield Path(name)
+
+
+class Streamer:
+    """Turns tokens into text as they come, never printing half a character."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._done = 0
+        self._printed = ""
+
+    def push(self, tokens: list[int]) -> str:
+        """The new text these tokens complete."""
+        self._tokens += tokens
+        text = self._tokenizer.decode(self._tokens[self._done :])
+        if text.endswith("\ufffd"):
+            return ""
+        new = text[len(self._printed) :]
+        self._printed = text
+        # Restart the window at line ends, so a long reply is not decoded again and again.
+        if text.endswith("\n") and len(text) > 256:
+            self._done, self._printed = len(self._tokens), ""
+        return new
+
+    def finish(self) -> str:
+        return self._tokenizer.decode(self._tokens[self._done :])[len(self._printed) :]
+
+
+def asks_for_code(tokenizer_config: Path) -> bool:
+    """Whether a tokenizer_config.json names Python code of the checkpoint's own, which is never run."""
+    return tokenizer_config.is_file() and "auto_map" in read_json(tokenizer_config)
+
+
+def copy_tokenizer_file(source: Path, target: Path) -> None:
+    """Copy one of a tokenizer's files; a tokenizer_config.json without the code it names."""
+    if source.name == "tokenizer_config.json" and asks_for_code(source):
+        content = {key: value for key, value in read_json(source).items() if key != "auto_map"}
+        target.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    else:
+        shutil.copyfile(source, target)

@@ -1,0 +1,397 @@
+"""Reading sources into documents: plain text, JSON lines, columnar files, datasets of the Hub.
+
+Files are streamed, and the same files give the same documents in the same order.
+"""
+
+import gzip
+import hashlib
+import json
+import lzma
+import re
+import unicodedata
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, cast
+
+from kernels.errors import UserError, first_line
+
+Kind = Literal["text", "prompt", "messages"]
+
+TEXT, LINES, COLUMNS = (".txt",), (".jsonl",), (".parquet", ".arrow")
+SUFFIXES = tuple(f"{s}{c}" for s in TEXT + LINES for c in ("", ".xz", ".gz")) + COLUMNS
+COLUMN_NAMES = ("messages", "prompt", "text")
+MAX_TEXT = 1 << 20  # characters; a text file longer than this is cut at its next blank line
+_HUB = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document of a source; of `text` and `messages`, one is None."""
+
+    kind: Kind
+    text: str | None  # the text or the prompt
+    messages: list[dict[str, str]] | None  # role (system, user, assistant) and content
+    line: int  # the line or row it begins at, from 1
+
+    @property
+    def user_texts(self) -> list[str]:
+        """What a user says in it: the prompt, every user message, or the text."""
+        if self.messages is None:
+            return [self.text or ""]
+        return [message["content"] for message in self.messages if message["role"] == "user"]
+
+
+@dataclass
+class Skipped:
+    """Rows that were left out, and what the first of them is like."""
+
+    count: int = 0
+    first: str = ""
+
+    def add(self, reason: str) -> None:
+        self.first = self.first or reason
+        self.count += 1
+
+
+def read_source(path: str | Path, skipped: Skipped | None = None) -> Iterator[Document]:
+    """The documents of a file, of all files of a folder in sorted order, or of a Hub dataset.
+
+    `.txt` is one document of plain text; `.jsonl`, `.parquet` and `.arrow` hold an object a line
+    or row, which counts as `messages` if it has them, else as `prompt`, else as `text`. Text files
+    may be compressed (`.xz`, `.gz`). Empty texts are skipped. A Hub dataset is written
+    `owner/name`, `owner/name:config` or `owner/name@revision`, and its split `train` is read.
+    Raises UserError naming file and line. A row of columns that is no document, however, is left out and counted in
+    `skipped`: whoever collects did not write a dataset of a million rows and cannot mend it.
+    """
+    skipped = skipped or Skipped()
+    if hub := _hub_name(path):
+        yield from _row_documents(str(path), _hub_rows(hub), skipped)
+        return
+    for file in source_files(path):
+        kind = _kind(file)
+        if kind in TEXT:
+            yield from _text_documents(file)
+        elif kind in LINES:
+            yield from _line_documents(file)
+        else:
+            yield from _row_documents(str(file), _column_rows(file), skipped)
+
+
+def source_files(path: str | Path) -> list[Path]:
+    """The files that a local source consists of, sorted by their names inside it."""
+    path = Path(path)
+    if path.is_dir():
+        inside = ((file.relative_to(path), file) for file in path.rglob("*") if file.is_file())
+        files = sorted(
+            (name.as_posix(), file)
+            for name, file in inside
+            if _kind(file) and not any(part.startswith(".") for part in name.parts)
+        )
+        if not files:
+            raise UserError(f"{path}: holds none of {', '.join(SUFFIXES)}")
+        return [file for _, file in files]
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if not _kind(path):
+        raise UserError(f"{path}: not a source; its name must end in one of {', '.join(SUFFIXES)}")
+    return [path]
+
+
+def sha256_of(path: str | Path) -> str:
+    """The hash of a source: of a file's bytes, of a folder's names and hashes, of a Hub dataset's commit."""
+    digest = hashlib.sha256()
+    if hub := _hub_name(path):
+        digest.update(f"{hub['name']}:{hub['config'] or ''}@{_hub_commit(hub)}".encode())
+    elif Path(path).is_dir():
+        for file in source_files(path):
+            digest.update(f"{file.relative_to(path).as_posix()}\0{sha256_of(file)}\n".encode())
+    else:
+        with _readable(Path(path)) as file_:
+            while data := file_.read(1 << 20):
+                digest.update(data)
+    return digest.hexdigest()
+
+
+def identity(path: str | Path, read: str | None = None) -> dict[str, str]:
+    """What a manifest says of a source: name (without its folder), sha256, kind (file, folder or hub), and of a Hub
+    dataset the commit. read: the same source `at_commit`."""
+    if _hub_name(path):
+        read = read or at_commit(path)
+        return {
+            "name": shown_name(path),
+            "sha256": sha256_of(read),
+            "kind": "hub",
+            "commit": read.rpartition("@")[2],
+        }
+    return {"name": shown_name(path), "sha256": sha256_of(path), "kind": "folder" if Path(path).is_dir() else "file"}
+
+
+def is_hub(path: str | Path) -> bool:
+    """Whether a source's name is one of a Hub dataset."""
+    return _hub_name(path) is not None
+
+
+def at_commit(path: str | Path, begun: Iterable[Any] = ()) -> str:
+    """A Hub dataset's name with the commit to read; any other source as it is.
+
+    begun: what a manifest says of the sources it was begun with. The Hub is asked only where neither they nor the name
+    itself say the commit.
+    """
+    hub = _hub_name(path)
+    if not hub:
+        return str(path)
+    known = [entry.get("commit") for entry in begun if isinstance(entry, dict) and entry.get("name") == str(path)]
+    commit = next((commit for commit in known if _COMMIT.fullmatch(str(commit))), None) or _hub_commit(hub)
+    return f"{hub['name']}{':' if hub['config'] else ''}{hub['config'] or ''}@{commit}"
+
+
+def shown_name(path: str | Path) -> str:
+    """The name of a source in a manifest: of a file or folder without the one it is in."""
+    return str(path) if _hub_name(path) else Path(path).resolve().name
+
+
+# --- exclusion
+
+
+def normalise_prompt(text: str) -> str:
+    """The form in which prompts are compared: NFKC, case folded, white space collapsed."""
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(folded.split())
+
+
+def load_excluded(paths: Iterable[str | Path]) -> frozenset[str]:
+    """The normalised prompts of prompts files: JSON lines, or plain text with one prompt a line."""
+    prompts: set[str] = set()
+    for path in paths:
+        for file in source_files(path):
+            if _kind(file) in TEXT:
+                prompts.update(normalise_prompt(line) for _, line in _lines(file))
+            else:
+                said = (text for document in read_source(file) for text in document.user_texts)
+                prompts.update(normalise_prompt(text) for text in said)
+    return frozenset(prompts - {""})
+
+
+def is_excluded(document: Document, excluded: frozenset[str]) -> bool:
+    """Whether the prompt, any user message, or the whole text of a document is among the excluded ones."""
+    return bool(excluded) and any(normalise_prompt(text) in excluded for text in document.user_texts)
+
+
+# --- local files
+
+
+def _kind(path: Path) -> str:
+    """`.txt`, `.jsonl`, `.parquet` or `.arrow`, compression aside; empty for all else."""
+    name = path.name.lower()
+    return next((s.removesuffix(".xz").removesuffix(".gz") for s in SUFFIXES if name.endswith(s)), "")
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[BinaryIO]:
+    """The file as it is, every failure to read it a UserError."""
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number from 1, line with its end) of a text file, compressed or not, without a byte order mark."""
+    with _readable(path) as raw:
+        file: Any = raw
+        if path.name.lower().endswith(".xz"):
+            file = lzma.open(raw)  # noqa: SIM115  (closed with the file under it)
+        elif path.name.lower().endswith(".gz"):
+            file = gzip.open(raw)  # noqa: SIM115
+        offset = 0
+        lines = iter(file)
+        for number in range(1, 1 << 62):
+            try:
+                line = next(lines, b"")
+            except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+                raise UserError(f"{path}: cannot be decompressed ({error})") from None
+            if not line:
+                return
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                at = offset + error.start
+                raise UserError(f"{path}: line {number} (byte {at}) is not valid UTF-8") from None
+            offset += len(line)
+
+
+def _text_documents(path: Path) -> Iterator[Document]:
+    """The file as one document, or as several where it is longer than MAX_TEXT."""
+    parts: list[str] = []
+    size, first, number = 0, 1, 0
+    for number, line in _lines(path):
+        line = line.removesuffix("\n").removesuffix("\r") + "\n" if line.endswith("\n") else line
+        parts.append(line)
+        size += len(line)
+        if size >= MAX_TEXT and not line.strip():
+            yield Document("text", "".join(parts), None, first)
+            parts, size, first = [], 0, number + 1
+    if (text := "".join(parts)).strip():
+        yield Document("text", text, None, first)
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of a `.jsonl` file; blank lines are skipped. Raises UserError naming the line."""
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: line {number} is not JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise UserError(f"{path}: line {number} is not a JSON object")
+        yield number, value
+
+
+def _column_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row number, row) of a `.parquet` file, or of an `.arrow` file in either of its two forms."""
+    import pyarrow
+    import pyarrow.parquet
+
+    def wanted(schema: Any) -> list[str]:
+        names = [name for name in COLUMN_NAMES if name in schema.names]
+        if not names:
+            raise UserError(f"{path}: has no column messages, prompt or text")
+        return names
+
+    try:
+        if _kind(path) == ".parquet":
+            table = pyarrow.parquet.ParquetFile(path)
+            batches: Iterable[Any] = table.iter_batches(columns=wanted(table.schema_arrow))
+        else:
+            source = pyarrow.memory_map(str(path))
+            try:
+                file = pyarrow.ipc.open_file(source)
+                batches = (file.get_batch(i) for i in range(file.num_record_batches))
+            except pyarrow.ArrowInvalid:
+                source.seek(0)
+                batches = pyarrow.ipc.open_stream(source)
+        number = 0
+        for batch in batches:
+            for row in batch.select(wanted(batch.schema)).to_pylist():
+                number += 1
+                yield number, row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
+
+
+# --- the Hub
+
+
+def _hub_name(path: str | Path) -> Mapping[str, str | None] | None:
+    """The parts of a Hub dataset's name, or None for what can only be a local path."""
+    text = str(path)
+    match = _HUB.fullmatch(text)
+    if not match or Path(text).exists() or text.lower().endswith(SUFFIXES) or Path(text).parent.is_dir():
+        return None  # a name below a folder that exists is a mistyped path, not a dataset
+    return match.groupdict()
+
+
+def _hub_commit(hub: Mapping[str, str | None]) -> str:
+    if hub["revision"] and _COMMIT.fullmatch(hub["revision"]):
+        return hub["revision"]
+    from huggingface_hub import HfApi
+
+    try:
+        return cast(str, HfApi().dataset_info(cast(str, hub["name"]), revision=hub["revision"]).sha)
+    except Exception as error:  # the client raises errors of many libraries
+        raise _unreachable(hub, error) from None
+
+
+def _hub_rows(hub: Mapping[str, str | None]) -> Iterator[tuple[int, dict[str, Any]]]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(
+            hub["name"], hub["config"], revision=hub["revision"], split="train", streaming=True
+        )
+        yield from enumerate(rows, 1)
+    except Exception as error:
+        raise _unreachable(hub, error) from None
+
+
+def _unreachable(hub: Mapping[str, str | None], error: Exception) -> UserError:
+    reason = f"{type(error).__name__}: {first_line(error)}"
+    return UserError(f"{hub['name']}: no such file, and not readable as a Hugging Face dataset ({reason})")
+
+
+# --- objects
+
+
+def _line_documents(path: Path) -> Iterator[Document]:
+    for number, row in json_lines(path):
+        try:
+            document = parse(row, number)
+        except ValueError as error:
+            raise UserError(f"{path}: line {number} {error}") from None
+        if document is not None:
+            yield document
+
+
+def _row_documents(name: str, rows: Iterable[tuple[int, Mapping[str, Any]]], skipped: Skipped) -> Iterator[Document]:
+    for number, row in rows:
+        if not any(column in row for column in COLUMN_NAMES):
+            raise UserError(f"{name}: has no column messages, prompt or text")
+        try:
+            document = parse(row, number)
+        except ValueError as error:
+            skipped.add(f"row {number} {error}")
+            continue
+        if document is not None:
+            yield document
+
+
+def parse(row: Mapping[str, Any], line: int) -> Document | None:
+    """An object -> its document, None for an empty text. Raises ValueError saying what it lacks.
+
+    `messages` go before `prompt` and `prompt` before `text`; null counts as absent.
+    """
+    if row.get("messages") is not None:
+        return Document("messages", None, _messages(row["messages"]), line)
+    for kind in ("prompt", "text"):
+        value = row.get(kind)
+        if value is None:
+            continue
+        text = _string(value, kind)
+        if text.strip():
+            return Document(cast(Kind, kind), text, None, line)
+        if kind == "prompt":
+            raise ValueError("has an empty prompt")
+        return None
+    raise ValueError("has none of messages, prompt and text")
+
+
+def _messages(value: Any) -> list[dict[str, str]]:
+    if not isinstance(value, list) or not value:
+        raise ValueError("has messages that are not a list of messages")
+    messages = []
+    for message in value:
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in ("system", "user", "assistant"):
+            raise ValueError(f"has a message with the role {role!r}, not system, user or assistant")
+        content = _string(message.get("content"), "content of a message")
+        if role == "user" and not content.strip():
+            raise ValueError("has an empty prompt (a user message)")
+        messages.append({"role": role, "content": content})
+    if not any(message["role"] == "user" for message in messages):
+        raise ValueError("has messages, but none of a user")
+    return messages
+
+
+def _string(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"has a {what} that is not a string")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"has a {what} with half a surrogate pair, which no UTF-8 text can hold")
+    return value

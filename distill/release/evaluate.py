@@ -1,0 +1,318 @@
+"""`distill evaluate`: what a draft is worth, measured by decoding with it.
+
+Every prompt is answered plainly and speculatively, in turn, by the engine of `decode spec`. Prompts that are done
+are kept in a file of lines, so that an evaluation that was stopped goes on; one that is finished leaves
+`evaluation.json`, `evaluation.md` and two pictures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from decode.metrics import Tally, is_looping
+from decode.models.checkpoint import ROOT, RUNS, Checkpoint
+from decode.prompts import Prompt, read_prompts
+from decode.session import Output, Session
+from distill.training.plots import acceptance_by_category, acceptance_by_position, read_log
+from kernels import UserError, backend
+from kernels.console import progress, say
+from kernels.device import device_name, versions
+from kernels.files import write_atomic
+
+PROMPTS = ROOT / "data" / "eval.jsonl"
+REPORT, TABLE, UNFINISHED = "evaluation.json", "evaluation.md", "evaluation-unfinished.jsonl"
+CATEGORY_PLOT, POSITION_PLOT = "evaluation-categories.png", "evaluation-positions.png"
+NO_CATEGORY = "uncategorised"
+HEADS = ("bf16", "int8")
+
+Pair = tuple[Output, Output]  # of one prompt: speculative, plain
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """What decides an evaluation, beside teacher and draft.
+
+    prompts: a prompts file; k: tokens drafted before each verification; head: of the teacher; limit: prompts a
+    category, from the file's beginning, None for all.
+    """
+
+    prompts: str = str(PROMPTS)
+    k: int = 3
+    max_tokens: int = 128
+    head: str = "bf16"
+    limit: int | None = None
+    seed: int = 0
+
+    def check(self) -> None:
+        """UserError naming the first option that cannot be."""
+        for name in ("k", "max_tokens", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        if self.head not in HEADS:
+            raise UserError(f"--head {self.head}: {' or '.join(HEADS)}")
+        if self.seed < 0:
+            raise UserError(f"--seed {self.seed}: must not be negative")
+
+    def select(self) -> list[Prompt]:
+        """The prompts, in the file's order."""
+        chosen, counts = [], dict[str, int]()
+        for prompt in read_prompts(Path(self.prompts)):
+            number = counts[category_of(prompt)] = counts.get(category_of(prompt), 0) + 1
+            if self.limit is None or number <= self.limit:
+                chosen.append(prompt)
+        return chosen
+
+    def identity(self, teacher: Checkpoint, draft: Checkpoint) -> dict[str, Any]:
+        """What two evaluations have in common that measure the same; files count by their content."""
+        with Path(self.prompts).open("rb") as file:
+            prompts = hashlib.file_digest(file, "sha256").hexdigest()
+        hashes = {"teacher": teacher.weights_hash, "draft": draft.weights_hash, "prompts": prompts}
+        return asdict(self) | hashes
+
+
+def default_folder(draft: Checkpoint) -> Path:
+    """Where the results go: beside a draft under runs/, else into a folder there that has its name."""
+    if draft.folder.resolve().is_relative_to(RUNS.resolve()):
+        return draft.folder
+    return RUNS / f"evaluation-{Path(draft.name).name}"
+
+
+def finished(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The report in a folder, if it is a whole one of this evaluation."""
+    try:
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    whole = isinstance(report, dict) and report.get("complete") is True and report.get("identity") == identity
+    return report if whole else None
+
+
+def evaluate(
+    teacher: Checkpoint, draft: Checkpoint, settings: EvaluateSettings, out: Path, quiet: bool = False
+) -> dict[str, Any]:
+    """Measure, write the results into `out`, and return the content of evaluation.json.
+
+    Interrupted, it reports on the prompts that are done, with `complete` false, and the same call goes on from
+    there; KeyboardInterrupt where none is.
+    """
+    settings.check()
+    prompts = settings.select()
+    identity = settings.identity(teacher, draft)
+    session = Session(
+        teacher,
+        draft,
+        k=settings.k,
+        max_tokens=settings.max_tokens,
+        seed=settings.seed,
+        head="int8" if settings.head == "int8" else "float",
+    )
+    encoded = session.encode(prompts)
+    here = {"backend": backend().NAME, "device": device_name(), "versions": versions()}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
+    kept = Unfinished(out / UNFINISHED, {"identity": identity, **here})
+    pairs = kept.read(prompts, encoded)
+    note = say(quiet)
+    note(f"draft: {draft.folder}")
+    if pairs:
+        note(f"going on after {len(pairs)} of {len(prompts)} prompts")
+    bar = progress(len(prompts), "evaluate", " prompts", quiet, initial=len(pairs), scale=False)
+    try:
+        if len(pairs) < len(prompts):
+            session.warm_up()
+        total, plain = tallies(pairs)
+        for index in range(len(pairs), len(prompts)):
+            pair = _answer(session, prompts[index], encoded[index], index)
+            kept.add(pair)
+            pairs.append(pair)
+            total.merge(pair[0].tally)
+            plain.merge(pair[1].tally)
+            bar.set_postfix(acceptance=f"{total.acceptance_rate:.3f}", speedup=f"{total.speedup(plain):.2f}")
+            bar.update()
+    except KeyboardInterrupt:
+        if not pairs:
+            raise KeyboardInterrupt("before the first prompt was done") from None
+    finally:
+        bar.close()
+    report = _report(session, pairs, settings, identity, complete=len(pairs) == len(prompts))
+    _write(out, report)
+    if report["complete"]:
+        kept.path.unlink(missing_ok=True)
+    return report
+
+
+def _answer(session: Session, prompt: Prompt, ids: list[int], index: int) -> Pair:
+    """Both ways in turn, the first one alternating, so that a machine that slows down slows both."""
+    first = index % 2 == 1
+    answers = {turn: session.answer(prompt, ids, index, speculative=turn) for turn in (first, not first)}
+    return answers[True], answers[False]
+
+
+def category_of(prompt: Prompt) -> str:
+    return prompt.category or NO_CATEGORY
+
+
+def tallies(pairs: Sequence[Pair]) -> tuple[Tally, Tally]:
+    """Of all prompts together: speculative, plain."""
+    return Tally.of(output.tally for output, _ in pairs), Tally.of(baseline.tally for _, baseline in pairs)
+
+
+def figures(pairs: Sequence[Pair]) -> dict[str, Any]:
+    """The metrics of decode.metrics over some prompts; zero where there are none."""
+    total, plain = tallies(pairs)
+    return {
+        "prompts": len(pairs),
+        "tokens": total.tokens,
+        **total.acceptance(),
+        "tok_per_s": total.tok_per_s,
+        "baseline_tok_per_s": plain.tok_per_s,
+        "speedup": total.speedup(plain),
+        "looping": sum(is_looping(output.tokens) for output, _ in pairs),
+    }
+
+
+def without_looping(pairs: Sequence[Pair]) -> list[Pair]:
+    """The prompts whose replies do not end in a loop, which is easy to foresee and flatters a draft."""
+    return [pair for pair in pairs if not is_looping(pair[0].tokens)]
+
+
+def _report(
+    session: Session, pairs: list[Pair], settings: EvaluateSettings, identity: dict[str, Any], complete: bool
+) -> dict[str, Any]:
+    outputs, baselines = ([pair[i] for pair in pairs] for i in range(2))
+    report = session.report(outputs, baselines)
+    entries = report.pop("outputs")
+    groups: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault(category_of(pair[0].prompt), []).append(pair)
+    return {
+        "complete": complete,
+        **report,
+        "prompts_file": Path(settings.prompts).name,
+        "limit": settings.limit,
+        "identity": identity,
+        "without_looping": figures(without_looping(pairs)),
+        "categories": [
+            {"category": name, **figures(group), "without_looping": figures(without_looping(group))}
+            for name, group in groups.items()
+        ],
+        "outputs": entries,
+    }
+
+
+class Unfinished:
+    """The prompts that an evaluation has done so far: a first line that says which, then one line a prompt."""
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        self.path, self.identity = path, identity
+
+    def read(self, prompts: list[Prompt], encoded: list[list[int]]) -> list[Pair]:
+        """What an earlier run of the same evaluation on the same machine has done; else a file begun anew."""
+        lines: list[Any] = read_log(self.path) if self.path.is_file() else []
+        pairs: list[Pair] = []
+        if lines and lines[0] == self.identity:
+            try:
+                for (spec, plain), prompt, ids in zip(lines[1:], prompts, encoded, strict=False):
+                    pairs.append((_output(spec, prompt, ids), _output(plain, prompt, ids)))
+            except (KeyError, TypeError, ValueError):
+                pass  # from here on, prompts are answered anew
+        whole = "".join(json.dumps(line) + "\n" for line in [self.identity, *map(_lines, pairs)])
+        write_atomic(self.path, whole.encode())  # without a last line that a kill cut short
+        return pairs
+
+    def add(self, pair: Pair) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_lines(pair)) + "\n")
+
+
+def _lines(pair: Pair) -> list[dict[str, Any]]:
+    return [
+        {"tokens": output.tokens, "tally": asdict(output.tally), "finish_reason": output.finish_reason}
+        for output in pair
+    ]
+
+
+def _output(line: dict[str, Any], prompt: Prompt, ids: list[int]) -> Output:
+    tally = Tally(**{field.name: line["tally"][field.name] for field in fields(Tally)})
+    return Output(prompt, ids, [int(token) for token in line["tokens"]], tally, str(line["finish_reason"]))
+
+
+def _write(out: Path, report: dict[str, Any]) -> None:
+    """The JSON last: where it is, all of it is."""
+    write_atomic(out / TABLE, markdown(report).encode())
+    title = f"{report['draft']}, k = {report['k']}"
+    acceptance_by_category(report["categories"], out / CATEGORY_PLOT, title)
+    acceptance_by_position(report, out / POSITION_PLOT, title)
+    write_atomic(out / REPORT, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a page: a table by category, with and without looping replies, and what was measured where."""
+    rows = [*report["categories"], {"category": "**all**", **report}]
+    return (
+        f"# {report['draft']}, a draft for {report['teacher']}\n\n"
+        + ("" if report["complete"] else "**Incomplete**: interrupted, and measured on the prompts done before.\n\n")
+        + "".join(f"{line}\n" for line in _table(rows))
+        + f"\n{report['prompts']} prompts of `{report['prompts_file']}`, at most {report['max_tokens']} tokens each,"
+        f" greedy, k = {report['k']}, {report['head']} head; plain and speculative decoding in turn, with"
+        f" {report['backend']} kernels on {report['device']}, {report['date']}. A verification costs"
+        f" {report['verify_ratio']:.2f} plain steps. Outputs identical to plain decoding:"
+        f" {sum(entry['identical'] for entry in report['outputs'])} of {report['prompts']}.\n\n"
+        "Acceptance rate: accepted / drafted tokens. By position: the share of verifications that accepted draft"
+        " position 1, 2, ... Looping: replies that end in a loop, which flatters acceptance; the last three columns"
+        " leave them out.\n"
+    )
+
+
+def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    heads = (
+        "category", "prompts", "acceptance rate", "tokens a verification", "by position", "tok/s", "plain tok/s",
+        "speed-up", "looping", "acceptance rate, no loops", "tokens a verification, no loops", "speed-up, no loops",
+    )  # fmt: skip
+    yield f"| {' | '.join(heads)} |"
+    yield f"| --- |{' ---: |' * (len(heads) - 1)}"
+    for row in rows:
+        other = row["without_looping"]
+        cells = [
+            row["category"], f"{row['prompts']}", *_rates(row),
+            " ".join(f"{share:.2f}" for share in row["acceptance_per_position"]) or "-",
+            f"{row['tok_per_s']:.0f}", f"{row['baseline_tok_per_s']:.0f}", f"{row['speedup']:.2f}",
+            f"{row['looping']}", *(_rates(other) if other["prompts"] else ("-", "-")),
+            f"{other['speedup']:.2f}" if other["prompts"] else "-",
+        ]  # fmt: skip
+        yield f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |"
+
+
+def _rates(row: dict[str, Any]) -> tuple[str, str]:
+    return f"{row['acceptance_rate']:.3f}", f"{row['mean_acceptance_length']:.2f}"
+
+
+def overview(report: dict[str, Any]) -> str:
+    """The table for a terminal: a line a category, its columns aligned, and one line for all."""
+    heads = (
+        "category", "prompts", "acceptance", "tokens/verify", "by position", "tok/s", "plain", "speed-up", "loops",
+        "acceptance without",
+    )  # fmt: skip
+    lines: list[tuple[str, ...]] = [heads]
+    for row in [*report["categories"], {"category": "all", **report}]:
+        other = row["without_looping"]
+        positions = " ".join(f"{share:.2f}" for share in row["acceptance_per_position"])
+        lines.append(
+            (
+                row["category"], f"{row['prompts']}", *_rates(row), positions, f"{row['tok_per_s']:.0f}",
+                f"{row['baseline_tok_per_s']:.0f}", f"{row['speedup']:.2f}", f"{row['looping']}",
+                _rates(other)[0] if other["prompts"] else "-",
+            )
+        )  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
+    )

@@ -1,0 +1,87 @@
+"""What a draft was made from and with: the part of draft.json that outlives the machine it was trained on."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from decode.models.checkpoint import CARD, ROOT, Checkpoint
+from distill.data.codec import Settings
+from kernels import UserError
+from kernels.device import device_name, versions
+from kernels.files import read_json
+
+CONVERTED = "converted.json"  # what `distill convert` leaves in a folder: where the model comes from
+LICENCE_KEYS = ("license", "license_name", "license_link")
+ORIGIN_KEYS = ("repo", "revision", *LICENCE_KEYS)
+# Where the Hub's client keeps what it downloads: models--OWNER--NAME/snapshots/COMMIT.
+SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]{40})")
+
+
+def teacher_facts(folder: Path, settings: Settings) -> dict[str, Any]:
+    """The teacher of a dataset: name and hash; where the folder holds that very teacher, its `origin` too."""
+    facts: dict[str, Any] = {"name": settings.teacher_name, "hash": settings.teacher_hash}
+    if Checkpoint(folder, folder.name, {}).weights_hash != settings.teacher_hash:
+        return facts
+    return facts | origin(folder)
+
+
+def origin(folder: Path) -> dict[str, str]:
+    """Where the model in a folder comes from: `repo` and `revision` on the Hub and the licence of its model card, as
+    far as they are known. Of a conversion: those of what was converted, and its hash as `converted_from`."""
+    original = _converted_from(folder)
+    facts = {key: original[key] for key in ORIGIN_KEYS if isinstance(original.get(key), str)}
+    if isinstance(original.get("hash"), str):
+        facts["converted_from"] = original["hash"]
+    elif found := SNAPSHOT.search(folder.absolute().as_posix()):
+        facts |= {"repo": f"{found['owner']}/{found['name']}", "revision": found["revision"]}
+    return facts if facts.keys() & LICENCE_KEYS else facts | licence_of(folder)
+
+
+def _converted_from(folder: Path) -> dict[str, Any]:
+    try:
+        original = read_json(folder / CONVERTED).get("from")
+    except UserError:  # none, or damaged: then it says nothing
+        return {}
+    return original if isinstance(original, dict) else {}
+
+
+def licence_of(folder: Path) -> dict[str, str]:
+    """`license`, and `license_name` and `license_link` where it is no standard one, from a folder's model card."""
+    from huggingface_hub import metadata_load
+
+    if not (folder / CARD).is_file():
+        return {}
+    try:
+        metadata = metadata_load(folder / CARD) or {}
+    except Exception:  # a card is prose that someone wrote: one that cannot be read says nothing
+        return {}
+    return {key: metadata[key] for key in LICENCE_KEYS if isinstance(metadata.get(key), str)}
+
+
+def data_facts(settings: Settings) -> dict[str, Any]:
+    """How a dataset was collected: its manifest's settings, without what draft.json says elsewhere."""
+    elsewhere = {"teacher", "tokenizer_hash"}
+    return {key: value for key, value in settings.values.items() if key not in elsewhere}
+
+
+def made_with() -> dict[str, Any]:
+    """Device, versions, and the commit of bitdraft's checkout (None without git or outside one)."""
+    return {"device": device_name(), "commit": _commit(), "versions": versions()}
+
+
+def _commit() -> str | None:
+    if not (ROOT / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + (", changed" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

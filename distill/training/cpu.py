@@ -1,0 +1,149 @@
+"""The two expensive parts of a training step for CPUs, in numpy.
+
+MLX's CPU backend takes exp and softmax element by element; numpy's are vectorised, its wheels bring
+a fast BLAS on every platform, and in-place operations keep a chunk in cache. Both parts are
+differentiable by MLX through explicit gradients, and tested equal to the plain ones: the head to
+`losses.FusedHead`, attention to `draft.masked_attention`. Neither works under mx.compile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from distill.training.losses import FusedHead
+
+BLOCK = 128  # queries at a time: keys behind a block are never touched
+
+
+def _view(x: mx.array) -> np.ndarray:
+    return np.array(x.astype(mx.float32), copy=False)
+
+
+class CpuHead(FusedHead):
+    """`FusedHead`, its chunks computed in place in numpy."""
+
+    def _run(
+        self, hidden: mx.array, weight: mx.array, rows: mx.array, p: mx.array, weights: mx.array, gradient: bool
+    ) -> tuple[mx.array, ...]:
+        mx.eval(hidden, weight, rows, p, weights)
+        x, w, ids, w8 = _view(hidden), _view(weight), np.array(rows), _view(weights)
+        n, step = len(x), max(64, self.chunk_bytes // (4 * len(w)))
+        share = w8 / max(float(w8.sum()), 1.0)
+        value, stats = 0.0, np.zeros(3, np.float32)
+        d_x, d_w = np.empty_like(x), np.zeros_like(w)
+        buffer, product = np.empty((min(step, n), len(w)), np.float32), np.empty_like(w)
+        for start in range(0, n, step):
+            part = slice(start, min(start + step, n))
+            z = buffer[: part.stop - start]
+            np.matmul(x[part], w.T, out=z)
+            if self.temperature != 1.0:
+                z /= np.float32(self.temperature)
+            valid = ids[part] >= 0
+            line, column = np.nonzero(valid)
+            at = ids[part][line, column]
+            first = z.argmax(axis=1)
+            z_s = np.full(valid.shape, -np.inf, np.float32)
+            z_s[line, column] = z[line, at]
+            z[line, at] = -np.inf
+            top = z.max(axis=1, keepdims=True)
+            top[np.isneginf(top)] = 0.0
+            z -= top
+            np.exp(z, out=z)
+            total = z.sum(axis=1, keepdims=True)
+            with np.errstate(divide="ignore"):
+                z_tail = top + np.log(total)
+            loss, overlap, d = self._buckets(
+                mx.array(np.concatenate([z_s, z_tail], axis=1)), p[part], mx.array(share[part]), gradient
+            )
+            value += float(loss)
+            used = w8[part] > 0
+            agree = (first == ids[part][:, 0]) & used
+            stats += np.array([agree.sum(), (_view(overlap) * used).sum(), used.sum()], np.float32)
+            if d is None:
+                continue
+            slope = _view(d)
+            z *= np.divide(slope[:, -1:], total, out=np.zeros_like(total), where=total > 0)
+            z[line, at] = slope[line, column]
+            np.matmul(z, w, out=d_x[part])
+            np.matmul(z.T, x[part], out=product)
+            d_w += product
+        outputs = (mx.array(value), mx.array(stats))
+        return (*outputs, mx.array(d_x), mx.array(d_w)) if gradient else outputs
+
+
+def _segments(document: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """(row, begin, end) of each document; document: integer [b, t]."""
+    for row, line in enumerate(document):
+        borders = [0, *(np.flatnonzero(np.diff(line)) + 1).tolist(), len(line)]
+        for begin, end in pairwise(borders):
+            yield row, begin, end
+
+
+def attention(q: mx.array, k: mx.array, v: mx.array, document: mx.array) -> mx.array:
+    """Causal attention within documents.
+
+    q: float32 [b, heads, t, d]; k, v: float32 [b, kv_heads, t, d]; document: integer [b, t].
+    Returns float32 [b, heads, t, d]. With P = softmax(q k^T / sqrt(d)) and O = P v the gradient is
+    dv = P^T dO, dS = P (dP - rowsum(dP P)) for dP = dO v^T, dq = dS k / sqrt(d), dk = dS^T q / sqrt(d).
+    """
+    segments = list(_segments(np.array(document)))
+    scale = np.float32(q.shape[-1] ** -0.5)
+
+    def blocks(group: int, kv_heads: int) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...], np.ndarray]]:
+        """Indices of a block of queries (all heads of a group), of its keys, and what is masked."""
+        for row, begin, end in segments:
+            for start in range(begin, end, BLOCK):
+                stop = min(start + BLOCK, end)
+                later = np.arange(begin, stop)[None] > np.arange(start, stop)[:, None]
+                later = np.tile(later, (group, 1))
+                for head in range(kv_heads):
+                    heads = slice(head * group, (head + 1) * group)
+                    yield (row, heads, slice(start, stop)), (row, head, slice(begin, stop)), later
+
+    def probabilities(q: np.ndarray, k: np.ndarray, later: np.ndarray) -> np.ndarray:
+        s = q @ k.T
+        s *= scale
+        s[later] = -np.inf
+        s -= s.max(axis=1, keepdims=True)
+        np.exp(s, out=s)
+        s /= s.sum(axis=1, keepdims=True)
+        return s
+
+    def compute(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        mx.eval(q, k, v)
+        qs, ks, vs = _view(q), _view(k), _view(v)
+        out = np.empty(q.shape, np.float32)
+        d = q.shape[-1]
+        for at, keys, later in blocks(q.shape[1] // k.shape[1], k.shape[1]):
+            queries = qs[at]
+            p = probabilities(queries.reshape(-1, d), ks[keys], later)
+            out[at] = (p @ vs[keys]).reshape(queries.shape)
+        return mx.array(out)
+
+    def vjp(primals: tuple[mx.array, ...], cotangent: mx.array, output: mx.array) -> tuple[mx.array, ...]:
+        q, k, v = primals
+        mx.eval(q, k, v, cotangent)
+        qs, ks, vs, d_out = _view(q), _view(k), _view(v), _view(cotangent)
+        d_q, d_k, d_v = (np.zeros(x.shape, np.float32) for x in primals)
+        d = q.shape[-1]
+        for at, keys, later in blocks(q.shape[1] // k.shape[1], k.shape[1]):
+            queries, given = qs[at].reshape(-1, d), d_out[at].reshape(-1, d)
+            p = probabilities(queries, ks[keys], later)
+            d_v[keys] += p.T @ given
+            d_s = given @ vs[keys].T
+            d_s -= (d_s * p).sum(axis=1, keepdims=True)
+            d_s *= p
+            d_s *= scale
+            d_q[at] = (d_s @ ks[keys]).reshape(d_q[at].shape)
+            d_k[keys] += d_s.T @ queries
+        return mx.array(d_q), mx.array(d_k), mx.array(d_v)
+
+    run: Any = mx.custom_function(compute)
+    run.vjp(vjp)
+    result: mx.array = run(q, k, v)
+    return result

@@ -1,0 +1,217 @@
+"""Which rows a training run sees, in which order, and how they reach the model.
+
+The order is a function of (dataset, seed, batch number) alone, so a resumed run goes on exactly
+where it was. Decoding happens on background threads, ahead of the training step.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from distill.data.shards import Block, Dataset
+from kernels.errors import UserError
+
+Row = tuple[int, int]  # (shard, row in it)
+WINDOW_BYTES = 128 << 20  # decoded shards that are shuffled together; two windows are held at once
+KEEP_BYTES = 512 << 20  # a decoded dataset up to this size is kept for the next pass
+HELD_OUT_SHARDS = 16  # held-out rows are read before the first step: from few shards
+PARTS = 8  # trained positions are padded to eighths of a batch: few shapes, little waste
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step needs. Only trained positions carry targets: m of them, padded with weight 0.
+
+    tokens, document: int32 [b, t]; positions: int32 [m] into b * t, None where m = b * t; top_ids:
+    int32 [m, k]; top_logprobs: float32 [m, k]; lse_one, lse, weights: float32 [m].
+    """
+
+    tokens: np.ndarray
+    document: np.ndarray
+    positions: np.ndarray | None
+    top_ids: np.ndarray
+    top_logprobs: np.ndarray
+    lse_one: np.ndarray
+    lse: np.ndarray
+    weights: np.ndarray
+
+    def arrays(self) -> dict[str, mx.array]:
+        """As MLX arrays, one copy each."""
+        return {name: mx.array(value) for name, value in vars(self).items() if value is not None}
+
+
+def assemble(rows: list[tuple[Block, int]], temperature_index: int) -> Batch:
+    """A batch of the given rows of decoded blocks."""
+    tokens = np.stack([block.tokens[i] for block, i in rows])
+    document = np.stack([block.document[i] for block, i in rows]).astype(np.int32)
+    t = tokens.shape[1]
+    trained = [np.flatnonzero(block.loss_mask[i] & (block.document[i] > 0)) for block, i in rows]
+    count, n = sum(map(len, trained)), tokens.size
+    unit = -(-n // PARTS)
+    m = min(n, max(1, -(-count // unit)) * unit)
+    k = rows[0][0].top_ids.shape[-1]
+    top_ids = np.zeros((m, k), np.int32)
+    # Padding is a teacher sure of ids 0..k-1 in equal parts: finite everywhere, and weight 0.
+    top_ids[count:] = np.arange(k)
+    top_logprobs = np.full((m, k), -np.log(k), np.float32)
+    lse_one, lse, weights = (np.zeros(m, np.float32) for _ in range(3))
+    weights[:count] = 1.0
+    positions = np.zeros(m, np.int32)
+    at = 0
+    for index, ((block, i), where) in enumerate(zip(rows, trained, strict=True)):
+        part = slice(at, at + len(where))
+        positions[part] = where + index * t
+        top_ids[part], top_logprobs[part] = block.top_ids[i][where], block.top_logprobs[i][where]
+        lse_one[part], lse[part] = block.lse[i][where, 0], block.lse[i][where, temperature_index]
+        at += len(where)
+    everywhere = count == n
+    return Batch(tokens, document, None if everywhere else positions, top_ids, top_logprobs, lse_one, lse, weights)
+
+
+class Feed:
+    """A dataset split into held-out and training rows, and its batches in order."""
+
+    def __init__(
+        self, dataset: Dataset, temperature: float, batch: int, seed: int, eval_share: float, eval_rows: int
+    ) -> None:
+        self.dataset, self.seed = dataset, seed
+        temperatures = dataset.settings.temperatures
+        if temperature not in temperatures:
+            have = ", ".join(f"{t:g}" for t in temperatures)
+            raise UserError(f"{dataset.folder}: temperature {temperature:g} was not collected, only {have}")
+        self.temperature_index = temperatures.index(temperature)
+        rows = [shard.rows for shard in dataset.shards]
+        if sum(rows) < 2:
+            raise UserError(f"{dataset.folder}: holds {sum(rows)} rows; training needs at least 2")
+        if not any(shard.trained_tokens for shard in dataset.shards):
+            raise UserError(f"{dataset.folder}: no position is marked for training")
+        self.held_out = held_out_rows(rows, eval_share, eval_rows)
+        apart = set(self.held_out)
+        self.train = [[i for i in range(n) if (s, i) not in apart] for s, n in enumerate(rows)]
+        self.rows = sum(map(len, self.train))
+        self.batch = min(batch, self.rows)
+        per_row = dataset.settings.seq_len * (9 + 8 * dataset.settings.k + 4 * len(temperatures))
+        self.keep = sum(rows) * per_row <= KEEP_BYTES
+        self.window = max(1, WINDOW_BYTES // (max(rows) * per_row))
+
+    def held_out_batches(self) -> list[Batch]:
+        """The held-out rows; the last batch may be smaller."""
+        blocks = {shard: self.dataset.read(shard) for shard in sorted({shard for shard, _ in self.held_out})}
+        rows = [(blocks[shard], i) for shard, i in self.held_out]
+        batches = [assemble(rows[i : i + self.batch], self.temperature_index) for i in range(0, len(rows), self.batch)]
+        if not any(batch.weights.any() for batch in batches):
+            raise UserError(f"{self.dataset.folder}: no position of the held-out rows is marked for training")
+        return batches
+
+    def windows(self, epoch: int) -> list[list[Row]]:
+        """One pass over the training rows: shards in random order, rows mixed among neighbours."""
+        rng = np.random.default_rng([self.seed, epoch])
+        order = [int(s) for s in rng.permutation(len(self.train))]
+        result = []
+        for start in range(0, len(order), self.window):
+            rows = [(s, i) for s in order[start : start + self.window] for i in self.train[s]]
+            if rows:
+                result.append([rows[j] for j in rng.permutation(len(rows))])
+        return result
+
+    def batches(self, first: int) -> Generator[Batch]:
+        """Batches number `first` onwards, without end, made on background threads."""
+        ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=4)
+        stop = threading.Event()
+
+        def put(item: Batch | BaseException) -> bool:
+            while not stop.is_set():
+                try:
+                    ready.put(item, timeout=0.2)
+                    return True
+                except queue.Full:
+                    continue
+            return False
+
+        def work() -> None:
+            try:
+                for batch in self._assembled(first):
+                    if not put(batch):
+                        return
+            except BaseException as error:  # handed to the training thread, which raises it
+                put(error)
+
+        thread = threading.Thread(target=work, name="batches", daemon=True)
+        thread.start()
+        try:
+            while True:
+                item = ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stop.set()
+            thread.join()
+
+    def _assembled(self, first: int) -> Iterator[Batch]:
+        skip = first * self.batch
+        epoch, skip = divmod(skip, self.rows)
+        blocks: dict[int, Future[Block]] = {}
+        held: list[tuple[Block, int]] = []
+        reader = ThreadPoolExecutor(max_workers=1)
+        try:
+            upcoming = self._windows_from(epoch)
+            window = next(upcoming)
+            while True:
+                following = next(upcoming)
+                if skip >= len(window):
+                    skip -= len(window)
+                    window = following
+                    continue
+                for shard, _ in [*window[skip:], *following]:  # the next window decodes meanwhile
+                    if shard not in blocks:
+                        blocks[shard] = reader.submit(self.dataset.read, shard, verify=True)
+                for shard, i in window[skip:]:
+                    held.append((blocks[shard].result(), i))
+                    if len(held) == self.batch:
+                        yield assemble(held, self.temperature_index)
+                        held = []
+                skip = 0
+                if not self.keep:
+                    wanted = {shard for shard, _ in following}
+                    blocks = {shard: block for shard, block in blocks.items() if shard in wanted}
+                window = following
+        finally:
+            reader.shutdown(wait=False, cancel_futures=True)
+
+    def _windows_from(self, epoch: int) -> Iterator[list[Row]]:
+        while True:
+            yield from self.windows(epoch)
+            epoch += 1
+
+    def describe(self) -> dict[str, Any]:
+        """For logs: rows trained on and held out."""
+        return {"train_rows": self.rows, "held_out_rows": len(self.held_out), "batch": self.batch}
+
+
+def held_out_rows(rows: list[int], share: float, limit: int) -> list[Row]:
+    """The last rows of evenly spread shards: neighbouring rows may share a document, so one border
+    a shard leaks least. At least 8 rows, but at most `limit` and an eighth of all, and never none.
+
+    rows: how many each shard has.
+    """
+    total = sum(rows)
+    count = max(1, min(max(round(share * total), 8), limit, total // 8))
+    filled = [s for s, n in enumerate(rows) if n]
+    shards = [
+        filled[i] for i in np.unique(np.linspace(0, len(filled) - 1, min(HELD_OUT_SHARDS, len(filled))).astype(int))
+    ]
+    taken = dict.fromkeys(shards, 0)
+    while count and (open_shards := [s for s in shards if taken[s] < rows[s]]):
+        for s in open_shards[:count]:
+            taken[s] += 1
+        count -= len(open_shards[:count])
+    return [(s, i) for s in shards for i in range(rows[s] - taken[s], rows[s])]

@@ -1,0 +1,483 @@
+"""`distill train`: a dataset of teacher logits in, a draft model out.
+
+While it runs, the output folder holds `log.jsonl`, `curves.png` and `state/`; the draft itself
+appears in one rename, at the end or when interrupted. Running the same command again goes on from
+`state/`, and ends with the same weights as a run that was never stopped; once it is finished, the
+same command says what came out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+from decode.metal import limit_memory
+from decode.models.checkpoint import Checkpoint, tokenizer_hash
+from distill.data.dataset import MANIFEST
+from distill.data.shards import Dataset
+from distill.release.provenance import data_facts, made_with, origin, teacher_facts
+from distill.training import cpu, draft
+from distill.training.cpu import CpuHead
+from distill.training.draft_config import DraftConfig, check_memory
+from distill.training.loader import Feed
+from distill.training.losses import FusedHead, bucket_loss
+from distill.training.plots import read_log, training_curves
+from distill.training.state import State, difference
+from distill.training.step import Step, TrimmedHead, learning_rate, measure
+from distill.training.vocabulary import Vocabulary, choose
+from kernels.console import say
+from kernels.errors import UserError
+from kernels.files import read_json
+
+DRAW_SECONDS = 20.0  # a picture takes part of a second
+READ_EVERY = 20  # most steps that run before the host looks at their losses
+MEASURED = ("held_out_loss", "agreement", "expected_acceptance")
+Progress = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """All that decides what a training run does with its data; saved with the draft."""
+
+    layers: int = 2
+    hidden: int = 256
+    vocab: int | None = None  # most frequent tokens that the head keeps, beside the special ones; None for all
+    loss: str = "kl"
+    temperature: float = 1.0
+    tokens: int = 500_000  # tokens trained on, passes repeated
+    batch: int = 2  # rows
+    lr: float = 2e-3
+    warmup: float = 0.05  # share of the steps
+    weight_decay: float = 0.1  # of matrices, not of norms
+    clip: float = 1.0  # the largest norm of a gradient
+    seed: int = 0
+    eval_share: float = 0.02  # of the rows, held out
+    eval_rows: int = 64  # at most
+    evals: int = 20  # evenly over the run, the last at its end
+    bits: int | None = None  # of the saved weights: 4, 8, or None for bfloat16
+    dtype: str = "auto"  # of the computation: float32, bfloat16; auto is bfloat16 on a GPU
+    teacher_embedding: bool = True  # start the embedding from the teacher's
+
+    def check(self) -> None:
+        """UserError naming the first option that cannot be."""
+        bucket_loss(self.loss)
+        for name in ("tokens", "batch", "lr", "temperature", "clip", "evals", "eval_rows"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0")
+        for name, low, high in (("warmup", 0.0, 1.0), ("eval_share", 0.0, 0.5), ("weight_decay", 0.0, 10.0)):
+            if not low <= getattr(self, name) <= high:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be {low:g} to {high:g}")
+        if self.seed < 0:
+            raise UserError(f"--seed {self.seed}: must not be negative")
+        if self.bits not in (None, *draft.GROUP_SIZE):
+            raise UserError(f"--bits {self.bits}: 4, 8 or none")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise UserError(f"--dtype {self.dtype}: auto, float32 or bfloat16")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What came out. Losses in nats a position; agreement and acceptance as shares of positions."""
+
+    out: Path
+    parameters: int
+    steps: int
+    tokens: int
+    seconds: float  # of this process: less than the whole where it resumed
+    tok_per_s: float
+    best_step: int
+    held_out_loss: float  # of the saved weights, quantised as they are
+    agreement: float
+    expected_acceptance: float  # lower bound: sum over the top k of min(p, q)
+    held_out_loss_float: float | None  # of the same weights in float32; None where the log of an earlier run is gone
+    vocabulary: dict[str, Any] | None  # of a trimmed head: tokens kept, of how many, share of the targets
+    log: Path
+    plot: Path
+    done_before: bool = False  # the same command had finished, and nothing was trained now
+
+
+def train(
+    data: Path,
+    teacher_folder: Path,
+    out: Path,
+    settings: TrainSettings,
+    progress: Progress | None = None,
+    quiet: bool = False,
+) -> Summary:
+    """Train a draft for a teacher on a dataset and save it in `out`; where it is there already, say what it is.
+
+    progress: called with every line that also goes to log.jsonl; quiet: no bar on standard error.
+    Raises UserError for unusable input, KeyboardInterrupt when interrupted: what was learned so
+    far is then saved as a draft, and the same command continues.
+    """
+    settings.check()
+    data, teacher_folder, out = Path(data), Path(teacher_folder), Path(out)
+    dataset = Dataset.open(data)
+    draft.check_tokenizer(teacher_folder)
+    other = other_teacher(dataset, teacher_folder)
+    draft.check_out(out)
+    identity = asdict(settings) | {"data": draft.sha256(data / MANIFEST)}
+    if other is not None:
+        identity["teacher"] = other["hash"]
+    if (summary := finished(out, identity)) is not None:
+        return summary
+    if other is not None:
+        name = dataset.settings.teacher_name
+        say(quiet)(
+            f"{data}: was collected from {name}, not from {teacher_folder}, which has the same tokenizer: the draft"
+            f" learns to agree with {name}, and is kept as a draft for it"
+        )
+    if mx.default_device() == mx.Device(mx.cpu):
+        fast_blas()
+    limit_memory()
+    vocabulary = None if settings.vocab is None else choose(dataset, settings.vocab, teacher_folder)
+    kept = None if vocabulary is None else len(vocabulary.kept)
+    config = DraftConfig.for_teacher(teacher_folder, settings.layers, settings.hidden, kept)
+    if config.vocab_size != dataset.settings.vocab_size:
+        raise UserError(
+            f"{data}: has a vocabulary of {dataset.settings.vocab_size},"
+            f" {teacher_folder / 'config.json'} one of {config.vocab_size}"
+        )
+    teacher_hidden = int(read_json(teacher_folder / "config.json")["hidden_size"]) if settings.teacher_embedding else 0
+    check_memory(config, settings.batch, dataset.settings.seq_len, teacher_hidden)
+    feed = Feed(dataset, settings.temperature, settings.batch, settings.seed, settings.eval_share, settings.eval_rows)
+    state = State.open(out / "state", identity)
+    return _Run(feed, teacher_folder, other, out, settings, config, state, vocabulary, progress, quiet).go()
+
+
+def fast_blas() -> None:
+    """MLX's Linux wheels multiply float32 matrices some 50 times slower than a good BLAS."""
+    try:
+        from kernels.cpu import use_fast_blas
+    except ImportError:
+        return
+    use_fast_blas()
+
+
+def other_teacher(dataset: Dataset, teacher_folder: Path) -> dict[str, Any] | None:
+    """What is known of a teacher that the dataset was not collected from; None where it was.
+
+    Refuses one with another tokenizer: the dataset's token ids are not its own.
+    """
+    if tokenizer_hash(teacher_folder) != dataset.settings.tokenizer_hash:
+        raise UserError(
+            f"{dataset.folder}: was collected from {dataset.settings.teacher_name}, whose tokenizer"
+            f" is not that of {teacher_folder}"
+        )
+    teacher = Checkpoint(teacher_folder, teacher_folder.resolve().name, {})
+    if teacher.weights_hash == dataset.settings.teacher_hash:
+        return None
+    return {"name": teacher.name, "hash": teacher.weights_hash} | origin(teacher_folder)
+
+
+def finished(out: Path, identity: dict[str, Any]) -> Summary | None:
+    """What an earlier run with the same settings, data and teacher has finished in a folder; None if nothing is.
+
+    UserError where the finished draft there is another's, or damaged.
+    """
+    path = out / "draft.json"
+    about = read_json(path) if path.is_file() else {}
+    if not about.get("complete"):
+        return None
+    try:
+        training = about["training"]
+        begun = asdict(TrainSettings()) | training["settings"] | {"data": training["data"]["sha256"]}
+        if "started_from" in training:
+            begun["teacher"] = training["started_from"]["hash"]
+        parameters = DraftConfig(**about["config"]).parameters
+        figures = {name: training[name] for name in ("steps", "tokens", "best_step", *MEASURED)}
+    except (KeyError, TypeError):
+        raise UserError(f"{out}: holds a finished draft of another make; give another --out or delete it") from None
+    if text := difference(begun, identity):
+        raise UserError(f"{out}: holds a finished draft that was trained with {text}; give another --out or delete it")
+    draft.check_files(out, about)
+    log = out / "log.jsonl"
+    lines = read_log(log) if log.is_file() else []
+    best = [line for line in lines if (line.get("kind"), line.get("step")) == ("eval", figures["best_step"])]
+    return Summary(
+        out=out,
+        parameters=parameters,
+        seconds=0.0,
+        tok_per_s=0.0,
+        held_out_loss_float=best[-1].get("held_out_loss") if best else None,
+        vocabulary=about.get("vocabulary"),
+        log=log,
+        plot=out / "curves.png",
+        done_before=True,
+        **figures,
+    )
+
+
+class _Run:
+    """One training run: the loop, and what it writes."""
+
+    def __init__(
+        self,
+        feed: Feed,
+        teacher_folder: Path,
+        other: dict[str, Any] | None,
+        out: Path,
+        settings: TrainSettings,
+        config: DraftConfig,
+        state: State,
+        vocabulary: Vocabulary | None,
+        progress: Progress | None,
+        quiet: bool,
+    ) -> None:
+        """other: the teacher in teacher_folder, where it is not the one whose logits the feed holds."""
+        self.feed, self.teacher_folder, self.other, self.out = feed, teacher_folder, other, out
+        self.settings, self.config, self.state = settings, config, state
+        self.vocabulary, self.progress, self.quiet = vocabulary, progress, quiet
+        self.step_tokens = feed.batch * feed.dataset.settings.seq_len
+        self.steps = math.ceil(settings.tokens / self.step_tokens)
+        self.every = max(1, math.ceil(self.steps / settings.evals))
+        on_gpu = mx.default_device() == mx.Device(mx.gpu)
+        narrow = settings.dtype == "bfloat16" or (settings.dtype == "auto" and on_gpu)
+        self.model = draft.build(config)
+        plain = on_gpu or narrow
+        head_type = FusedHead if plain else CpuHead
+        self.head = head_type(
+            settings.loss, settings.temperature, chunk_bytes=(256 if on_gpu else 32) << 20, eager=not on_gpu
+        )
+        self.step = Step(
+            self.model,
+            self.head,
+            weight_decay=settings.weight_decay,
+            clip=settings.clip,
+            dtype=mx.bfloat16 if narrow else mx.float32,
+            attention=draft.masked_attention if plain else cpu.attention,
+            trimmed=None if vocabulary is None else TrimmedHead(vocabulary.kept, vocabulary.size),
+        )
+        self.log = out / "log.jsonl"
+        self.seconds = 0.0
+        self.drawn = -math.inf
+
+    def go(self) -> Summary:
+        self.held_out = self.feed.held_out_batches()
+        first = self._restore()
+        state, begun = self.state, time.perf_counter()
+        with (
+            _interruptible() as interrupted,
+            closing(self.feed.batches(first)) as batches,
+            tqdm(
+                total=self.steps * self.step_tokens,
+                initial=first * self.step_tokens,
+                unit="tok",
+                unit_scale=True,
+                disable=self.quiet,
+                file=sys.stderr,
+                dynamic_ncols=True,
+                desc="train",
+            ) as bar,
+        ):
+            pending: list[mx.array] = []
+            patience, read_at = 1, begun
+            for number in range(first, self.steps):
+                rate = learning_rate(number, self.steps, self.settings.lr, self.settings.warmup)
+                pending.append(self.step(state.tensors, next(batches), number + 1, rate))
+                done = number + 1
+                due = done % self.every == 0 or done == self.steps
+                if len(pending) < patience and not due and not interrupted.is_set():
+                    continue
+                figures = np.array(mx.stack(pending))  # waits for the steps
+                now = time.perf_counter()
+                speed = len(pending) * self.step_tokens / (now - read_at)
+                # About two readings a second: often enough for the eye, rare enough for a GPU.
+                patience = min(READ_EVERY, max(1, round(0.5 * speed / self.step_tokens)))
+                bar.update(len(pending) * self.step_tokens)
+                self._note_steps(done, rate, figures, speed, bar)
+                pending, read_at = [], now
+                if due:
+                    self._evaluate(done)
+                    self._write(state.save, done)
+                    read_at = time.perf_counter()
+                if interrupted.is_set() and done < self.steps:
+                    self._stop(done)
+            self.seconds = time.perf_counter() - begun
+        return self._finish((self.steps - first) * self.step_tokens)
+
+    def _restore(self) -> int:
+        """Weights from the state, or fresh ones; returns the number of steps already done."""
+        self._write(self.log.touch)
+        kept = []
+        if self.state.step:
+            kept = [
+                line for line in self.log.read_text(encoding="utf-8").splitlines() if _step_of(line) <= self.state.step
+            ]
+            self.state.read()
+        else:
+            embedding = None
+            if self.settings.teacher_embedding:
+                teacher = draft.teacher_embedding(self.teacher_folder)
+                if teacher is not None and len(teacher) == self.config.vocab_size:
+                    embedding = draft.init_embedding_from(teacher, self.config.hidden, self.settings.seed)
+            model = draft.create(self.config, self.settings.seed, embedding)
+            self.state.begin(draft.named_weights(model))
+        text = "".join(line + "\n" for line in kept)
+        self._write(lambda: self.log.write_text(text, encoding="utf-8"))
+        self._line({"kind": "start", "step": self.state.step, "steps": self.steps} | self.feed.describe())
+        return self.state.step
+
+    def _note_steps(self, done: int, rate: float, figures: np.ndarray, speed: float, bar: tqdm) -> None:
+        """figures: float32 [steps, 5] as `Step` returns them."""
+        counts = figures[:, 3]
+        if not np.isfinite(figures).all():
+            raise UserError(f"the loss is not finite at step {done}: a smaller --lr than {self.settings.lr:g} may help")
+        weights = counts / max(counts.sum(), 1.0)
+        loss, agreement, overlap = (float((figures[:, i] * weights).sum()) for i in range(3))
+        bar.set_postfix(loss=f"{loss:.3f}", agree=f"{agreement:.1%}", refresh=False)
+        self._line(
+            {
+                "kind": "step",
+                "step": done,
+                "tokens": done * self.step_tokens,
+                "loss": loss,
+                "agreement": agreement,
+                "expected_acceptance": overlap,
+                "lr": rate,
+                "grad_norm": float(figures[-1, 4]),
+                "tok_per_s": speed,
+            }
+        )
+
+    def _measure(self, weights: dict[str, mx.array]) -> dict[str, float]:
+        figures = measure(self.model, self.head, weights, self.held_out, self.step.attention, self.step.trimmed)
+        return dict(zip(MEASURED, figures, strict=True))
+
+    def _evaluate(self, done: int) -> None:
+        figures = self._measure(self.state.weights)
+        self._line({"kind": "eval", "step": done, "tokens": done * self.step_tokens} | figures)
+        self.state.offer(done, figures["held_out_loss"])
+        if time.perf_counter() - self.drawn > DRAW_SECONDS or done == self.steps:
+            self._draw()
+
+    def _draw(self) -> None:
+        self.drawn = time.perf_counter()
+
+        c = self.config
+        title = f"{c.layers} x {c.hidden} draft for {self.feed.dataset.settings.teacher_name}"
+        self._write(lambda: training_curves(self.log, self.out / "curves.png", title))
+
+    def _line(self, line: dict[str, Any]) -> None:
+        def append() -> None:
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+        self._write(append)
+        if self.progress is not None:
+            self.progress(line)
+
+    def _write(self, action: Callable[..., object], *arguments: Any) -> None:
+        try:
+            action(*arguments)
+        except OSError as error:
+            raise UserError(f"{self.out}: cannot be written ({error.strerror or error})") from error
+
+    def _stop(self, done: int) -> None:
+        """Keep what an interrupted run has learned, as state and as a draft."""
+        if self.state.best_weights is None:
+            self._evaluate(done)
+        self._draw()
+        self._write(self.state.save, done)
+        self._save(done, complete=False)
+        raise KeyboardInterrupt(
+            f"stopped after step {done} of {self.steps}; the draft so far is in {self.out},"
+            " the same command goes on from here"
+        )
+
+    def _save(self, steps: int, complete: bool) -> dict[str, Any]:
+        """Write the best weights as a draft; returns how it does on the held-out rows as saved."""
+        best = self.state.best_weights
+        assert best is not None
+        as_saved = draft.rounded(best, self.settings.bits)
+        figures = self._measure(as_saved)
+        self.model.load_weights(list(best.items()))
+        source = self.feed.dataset.settings
+        draft.save(
+            self.out,
+            self.model,
+            self.config,
+            self.teacher_folder,
+            {
+                "complete": complete,
+                "teacher": teacher_facts(self.teacher_folder, source),
+                "tokenizer_hash": source.tokenizer_hash,
+                "training": {
+                    "settings": asdict(self.settings),
+                    "data": {"sha256": self.state.identity["data"], "tokens": self.feed.dataset.tokens}
+                    | {"settings": data_facts(source)},
+                    "steps": steps,
+                    "tokens": steps * self.step_tokens,
+                    "best_step": self.state.best_step,
+                }
+                | figures
+                # Whose embedding and tokenizer files these are, where they are not the teacher's.
+                | ({} if self.other is None else {"started_from": self.other}),
+                "made_with": made_with(),
+            }
+            | ({} if self.vocabulary is None else {"vocabulary": self.vocabulary.facts()}),
+            self.settings.bits,
+            carry=("log.jsonl", "curves.png") if complete else ("log.jsonl", "curves.png", "state"),
+            kept=None if self.vocabulary is None else self.vocabulary.kept,
+        )
+        return figures
+
+    def _finish(self, trained: int) -> Summary:
+        figures = self._save(self.steps, complete=True)
+        assert self.state.best_loss is not None
+        return Summary(
+            out=self.out,
+            parameters=self.config.parameters,
+            steps=self.steps,
+            tokens=self.steps * self.step_tokens,
+            seconds=self.seconds,
+            tok_per_s=trained / self.seconds if self.seconds else 0.0,
+            best_step=self.state.best_step,
+            held_out_loss_float=self.state.best_loss,
+            log=self.log,
+            plot=self.out / "curves.png",
+            vocabulary=None if self.vocabulary is None else self.vocabulary.facts(),
+            **figures,
+        )
+
+
+def _step_of(line: str) -> float:
+    """The step of a log line; beyond all others where a kill cut the line short."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+@contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """The first Ctrl-C sets the event, for the loop to end its step; a second one interrupts at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event  # signals belong to the main thread
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)

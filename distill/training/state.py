@@ -1,0 +1,131 @@
+"""What a training run needs to go on after it was stopped, in files that are whole or not there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from distill.training.draft_config import load_tensors
+from kernels.errors import UserError
+from kernels.files import read_json, replacing, write_atomic
+
+Tensors = dict[str, mx.array]
+RUN = "run.json"
+
+
+class State:
+    """Weights, AdamW's moments, the best weights so far, and the step they belong to.
+
+    `run.json` names the tensor files it belongs with and is replaced last, so a kill at any
+    instant leaves the state before or after. identity: settings, data and, where it is not that of
+    the data, the teacher; a run goes on only with equal ones. Randomness needs no saving: data
+    order is a function of seed and step.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self.folder, self.identity = folder, identity
+        self.step, self.best_step = 0, 0
+        self.best_loss: float | None = None
+        self.best_weights: Tensors | None = None
+        self.tensors: dict[str, Tensors] = {}
+
+    @classmethod
+    def open(cls, folder: Path, identity: dict[str, Any]) -> State:
+        """The state in a folder, or a new one. UserError where it is of another run."""
+        state = cls(folder, identity)
+        if (folder / RUN).is_file():
+            run = read_json(folder / RUN)
+            if text := difference(run.get("identity", {}), identity):
+                raise UserError(
+                    f"{folder.parent}: an unfinished run was begun there with {text}; give another --out or delete it"
+                )
+            try:
+                state.step, state.best_step = int(run["step"]), int(run["best_step"])
+                state.best_loss = None if run["best_loss"] is None else float(run["best_loss"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise UserError(f"{folder / RUN}: damaged ({error}); delete {folder} to start over") from error
+        else:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
+            state._write_run()
+        return state
+
+    @property
+    def weights(self) -> Tensors:
+        return self.tensors["weights"]
+
+    def begin(self, weights: Tensors) -> None:
+        """Start from these weights, with moments of zero."""
+        self.tensors = {"weights": weights} | {
+            part: {name: mx.zeros_like(w) for name, w in weights.items()} for part in ("m", "v")
+        }
+
+    def read(self) -> None:
+        """Load the tensors of the step that run.json names."""
+        self.tensors = {"weights": {}, "m": {}, "v": {}}
+        for name, array in self._load(self._file("step", self.step)).items():
+            part, _, rest = name.partition(":")
+            self.tensors.setdefault(part, {})[rest] = array
+        if self.best_loss is not None:
+            self.best_weights = self._load(self._file("best", self.best_step))
+
+    def offer(self, step: int, loss: float) -> None:
+        """Keep the present weights if they have the lowest held-out loss so far."""
+        if self.best_loss is None or loss < self.best_loss:
+            self.best_step, self.best_loss = step, loss
+            self.best_weights = dict(self.weights)
+
+    def save(self, step: int) -> None:
+        """Write the state after `step` steps."""
+        self.step = step
+        whole = {f"{part}:{name}": array for part, group in self.tensors.items() for name, array in group.items()}
+        kept = {RUN}
+        for kind, number, tensors in (("step", step, whole), ("best", self.best_step, self.best_weights)):
+            path = self._file(kind, number)
+            kept.add(path.name)
+            if tensors is not None and not (kind == "best" and path.exists()):
+                _save_tensors(path, tensors)
+        self._write_run()
+        for path in self.folder.iterdir():
+            if path.name not in kept:
+                path.unlink()
+
+    def _file(self, kind: str, step: int) -> Path:
+        return self.folder / f"{kind}-{step}.safetensors"
+
+    def _load(self, path: Path) -> Tensors:
+        try:
+            return load_tensors(path)
+        except UserError as error:
+            raise UserError(f"{error}; delete {self.folder} to start over") from error
+
+    def _write_run(self) -> None:
+        run = {
+            "identity": self.identity,
+            "step": self.step,
+            "best_step": self.best_step,
+            "best_loss": self.best_loss,
+        }
+        write_atomic(self.folder / RUN, (json.dumps(run, indent=1) + "\n").encode())
+
+
+def difference(begun: dict[str, Any], identity: dict[str, Any]) -> str | None:
+    """What an earlier run had that this one has not, in words; None where both make the same draft."""
+    for name in sorted(identity.keys() | begun.keys()):
+        was, now = begun.get(name), identity.get(name)
+        if was != now:
+            return {"data": "other data", "teacher": "another --teacher"}.get(name, f"{name} = {was}, not {now}")
+    return None
+
+
+def _save_tensors(path: Path, tensors: Tensors) -> None:
+    try:
+        with replacing(path) as temporary:
+            mx.save_safetensors(str(temporary), tensors)
+    except RuntimeError as error:  # MLX's, of a file it cannot write
+        raise UserError(f"{path.parent}: cannot be written ({error})") from error

@@ -1,0 +1,79 @@
+"""The figures mean what their names say."""
+
+from __future__ import annotations
+
+import pytest
+
+from decode.engine import Round
+from decode.metrics import Tally, is_looping
+
+
+def rounds() -> list[Round]:
+    return [
+        Round([1, 2, 3, 4], 3, 3, 0.1, 0.2, 5.0),
+        Round([5], 3, 0, 0.1, 0.2),
+        Round([6, 7], 2, 1, 0.1, 0.2),
+        Round([8], 0, 0, 0.0, 0.1),
+    ]
+
+
+def test_figures() -> None:
+    tally = Tally()
+    for step in rounds():
+        tally.add(step)
+    assert (tally.tokens, tally.rounds, tally.drafted, tally.accepted) == (8, 4, 8, 4)
+    assert tally.acceptance_rate == 0.5
+    assert tally.mean_acceptance_length == 2.0 == tally.tokens / tally.rounds
+    assert tally.acceptance_per_position == [0.5, 0.25, 0.25]
+    assert tally.times() == pytest.approx(
+        {"prefill_seconds": 5.0, "decode_seconds": 1.0, "draft_seconds": 0.3, "verify_seconds": 0.7}
+    )
+    assert tally.tok_per_s == pytest.approx(8.0)  # the prefill is not in it
+
+
+def test_merging_equals_adding() -> None:
+    whole, first, second = Tally(), Tally(), Tally()
+    for i, step in enumerate(rounds()):
+        whole.add(step)
+        (second if i < 2 else first).add(step)
+    first.merge(second)
+    assert first.acceptance() == whole.acceptance()
+    assert first.times() == pytest.approx(whole.times())
+    assert first.tokens == whole.tokens
+
+
+def test_nothing_done() -> None:
+    tally = Tally()
+    assert tally.tok_per_s == tally.acceptance_rate == tally.mean_acceptance_length == 0.0
+    assert tally.acceptance_per_position == []
+
+
+@pytest.mark.parametrize(
+    ("tokens", "looping"),
+    [
+        ([], False),
+        ([7, 7, 7], False),
+        ([7, 7, 7, 7], True),
+        ([1, 2, 3] + [7] * 4, True),
+        ([7] * 4 + [1], False),
+        ([9] + [1, 2, 3] * 4, True),
+        ([1, 2, 3] * 3 + [1, 2], False),
+        (list(range(16)) * 4, True),
+        ([7] + list(range(16)) * 3, False),
+        ([7] + list(range(17)) * 3, True),
+        (list(range(17)) * 3, True),
+        (list(range(1, 17)) + list(range(17)) * 2, False),
+        ([7] * 9 + list(range(200)) * 3, True),
+        ([7] * 9 + list(range(200)) * 2 + list(range(199)), False),
+        (list(range(40)) * 2 + [1] + list(range(40)), False),
+        (list(range(60)) * 3 + [7], False),
+        (list(range(100)), False),
+    ],
+)
+def test_loops(tokens: list[int], looping: bool) -> None:
+    assert is_looping(tokens) is looping
+
+
+def test_loops_up_to_a_length() -> None:
+    for n in (1, 15, 16, 17, 18):
+        assert is_looping(list(range(n)) * 4, longest=16) is (n <= 16)

@@ -1,0 +1,514 @@
+"""Collection: what goes into rows, what teachers say of them, and that killing it changes no byte."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import shutil
+import signal
+import subprocess
+import time
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import ROOT, arguments, environment
+
+from decode.models.checkpoint import Checkpoint, find_teacher
+from distill.data.collect import Collector, CollectSettings, make_plan, top_of
+from distill.data.dataset import Replies
+from distill.data.packing import Piece, cut, pack, split_text, wants_reply
+from distill.data.replies import choose, write_replies
+from distill.data.shards import Dataset, verify
+from distill.data.sources import Document, normalise_prompt
+from kernels import UserError
+
+OPTIONS = ("--tokens", 1200, "--seq-len", 128, "--max-reply", 16, "--reply-batch", 4, "--batch", 2)
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Checkpoint:
+    return find_teacher(None)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Prompts, some of them held out, and conversations; plain text."""
+    folder = tmp_path_factory.mktemp("sources")
+    held_out = [json.loads(line)["prompt"] for line in (ROOT / "data" / "eval.jsonl").open(encoding="utf-8")]
+    lines: list[dict[str, object]] = [{"prompt": f"Tell me something about the number {i}."} for i in range(60)]
+    lines[3:3] = [{"prompt": f"  {held_out[0].upper()} "}, {"messages": [{"role": "user", "content": held_out[1]}]}]
+    lines.append(
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, how are you?"}]}
+    )
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    text = "\n\n".join(f"Paragraph {i}. " + "The ship sailed on over the grey sea. " * 9 for i in range(40))
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    return str(folder / "prompts.jsonl"), str(folder / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def settings(sources: tuple[str, ...]) -> CollectSettings:
+    return CollectSettings(
+        sources=sources,
+        exclude=(str(ROOT / "data" / "eval.jsonl"),),
+        tokens=1500,
+        seq_len=128,
+        batch=2,
+        reply_batch=4,
+        max_reply=16,
+        temperatures=(1.0, 0.7),
+    )
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def collector(
+    teacher: Checkpoint, settings: CollectSettings, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Collector, Dataset]:
+    seen: list[tuple[str, int, int | None]] = []
+    collector = Collector(
+        make_plan(teacher, settings, tmp_path_factory.mktemp("data") / "d"), lambda *step: seen.append(step)
+    )
+    dataset = collector.run()
+    for stage in ("replies", "scoring"):
+        totals = [total for name, _, total in seen if name == stage and total is not None]
+        assert len(totals) == 1
+    assert sum(done for name, done, total in seen if name == "scoring" and total is None) == dataset.tokens
+    return collector, dataset
+
+
+# --- the dataset
+
+
+def test_size_and_completeness(collector: tuple[Collector, Dataset], settings: CollectSettings) -> None:
+    _, dataset = collector
+    assert dataset.complete and verify(dataset.folder) == []
+    assert 0.95 * settings.tokens <= dataset.tokens <= settings.tokens
+    again = files(dataset.folder)
+    assert collector[0].run().tokens == dataset.tokens
+    assert files(dataset.folder) == again
+
+
+@pytest.mark.parametrize("damage", ["flipped", "gone"])
+def test_damaged_replies_are_named_and_written_anew(
+    collector: tuple[Collector, Dataset], tmp_path: Path, damage: str
+) -> None:
+    whole = files(collector[1].folder)
+    shutil.copytree(collector[1].folder, tmp_path / "d")
+    path = tmp_path / "d" / "replies-0" / "reply-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data) if damage == "flipped" else path.unlink()
+    assert [problem.file for problem in verify(tmp_path / "d")] == ["replies-0/reply-00001.safetensors"]
+    verify(tmp_path / "d", repair=True)
+    assert not path.exists() and not Dataset.open(tmp_path / "d").complete and verify(tmp_path / "d") == []
+    again = copy.copy(collector[0])
+    again.plan = replace(again.plan, folder=tmp_path / "d")
+    again.run()
+    assert files(tmp_path / "d") == whole
+
+
+def test_reply_manifests_are_verified(collector: tuple[Collector, Dataset], tmp_path: Path) -> None:
+    shutil.copytree(collector[1].folder, tmp_path / "d")
+    path = tmp_path / "d" / "replies-0" / "manifest.json"
+    content = path.read_text()
+    for change, named in (
+        (content[:100], "not valid JSON"),
+        (content.replace('"seed": 0', '"seed": 1'), "has seed = 1, and the shards 0"),
+        (content.replace('"rows": 4', '"rows": 5', 1), "lengths is uint32 [4], expected uint32 [5]"),
+    ):
+        path.write_text(change)
+        (problem,) = verify(tmp_path / "d")
+        assert problem.file.startswith("replies-0/") and named in problem.message
+    path.unlink()
+    assert [problem.file for problem in verify(tmp_path / "d")] == ["replies-0/manifest.json"]
+
+
+def test_held_out_prompts_are_dropped(collector: tuple[Collector, Dataset]) -> None:
+    _, dataset = collector
+    held_out = {
+        normalise_prompt(json.loads(line)["prompt"]) for line in (ROOT / "data" / "eval.jsonl").open(encoding="utf-8")
+    }
+    tokenizer = collector[0].tokenizer
+    answered = [
+        tokenizer.decode(r.tokens[: r.prompt_length].tolist()) for r in Replies.open(dataset.folder / "replies-0")
+    ]
+    assert answered
+    asked = [normalise_prompt(text.rsplit("user\n", 1)[1].rsplit("assistant", 1)[0]) for text in answered]
+    assert not held_out & set(asked)
+    assert all("tell me something about the number" in text for text in asked)
+
+
+def test_held_out_prompts_would_be_there_otherwise(
+    teacher: Checkpoint, settings: CollectSettings, tmp_path: Path
+) -> None:
+    def prompts(exclude: tuple[str, ...]) -> str:
+        chosen = replace(settings, sources=settings.sources[:1], exclude=exclude, reply=False, tokens=100_000)
+        collector = Collector(make_plan(teacher, chosen, tmp_path / "x"))
+        return normalise_prompt(
+            "".join(collector.tokenizer.decode(tokens.tolist()) for tokens, _, _ in collector.rows())
+        )
+
+    held_out = normalise_prompt(json.loads((ROOT / "data" / "eval.jsonl").open(encoding="utf-8").readline())["prompt"])
+    assert held_out in prompts(())
+    assert held_out not in prompts(settings.exclude)
+
+
+def test_replies_are_the_teachers(collector: tuple[Collector, Dataset]) -> None:
+    """A greedy reply, written in a batch, is near what decoding alone gives; its row is trained from its start."""
+    model, ends = collector[0].model, collector[0].tokenizer.end_tokens
+    replies = list(Replies.open(collector[1].folder / "replies-0"))
+    greedy = [reply for reply in replies if reply.prompt % 2 == 0][:6]
+    same = total = 0
+    for reply in greedy:
+        cache = model.new_cache()
+        model.prefill(reply.tokens[: reply.prompt_length - 1].tolist(), cache)
+        for at in range(reply.prompt_length, len(reply.tokens)):
+            best = int(mx.argmax(model.step([int(reply.tokens[at - 1])], cache)[0]).item())
+            same, total = same + (best == reply.tokens[at]), total + 1
+        assert not set(reply.tokens[reply.prompt_length : -1].tolist()) & ends
+        assert len(reply.tokens) - reply.prompt_length <= 16
+    assert same >= 0.95 * total > 0
+
+
+def test_shards_hold_what_the_teacher_thinks(collector: tuple[Collector, Dataset]) -> None:
+    """Against one sequence at a time through the decoding path, which shares nothing with packed scoring."""
+    model = collector[0].model
+    block = collector[1].read(0)
+    checked = 0
+    for row in range(0, len(block.tokens), 3):
+        for document in set(block.document[row].tolist()) - {0}:
+            places = np.flatnonzero(block.document[row] == document)
+            if len(places) > 60:
+                places = places[:60]
+            cache = model.new_cache()
+            logits = np.array(model.step(block.tokens[row, places].tolist(), cache)).astype(np.float64)
+            for t, (place, z) in enumerate(zip(places, logits, strict=True)):
+                if t % 7:
+                    continue
+                lse = np.log(np.exp(z - z.max()).sum()) + z.max()
+                assert block.lse[row, place, 0] == pytest.approx(lse, abs=0.25)
+                heat = np.log(np.exp((z - z.max()) / 0.7).sum()) + z.max() / 0.7
+                assert block.lse[row, place, 1] == pytest.approx(heat, abs=0.35)
+                p = np.exp(z[block.top_ids[row, place]] - lse)
+                assert np.abs(np.exp(block.top_logprobs[row, place]) - p).max() < 0.06
+                checked += 1
+    assert checked > 20
+
+
+def test_top_of() -> None:
+    logits = np.random.default_rng(0).normal(0, 2, (5, 200)).astype(np.float32)
+    logits[0, [7, 90, 150]] = 11.0
+    ids, top, lse = top_of(mx.array(logits), 8, (1.0, 0.5))
+    expected = np.lexsort((np.broadcast_to(np.arange(200), logits.shape), -logits), axis=-1)[:, :8]
+    np.testing.assert_array_equal(ids, expected)
+    np.testing.assert_array_equal(top, np.take_along_axis(logits, expected, -1))
+    np.testing.assert_allclose(lse[:, 0], np.log(np.exp(logits.astype(np.float64)).sum(-1)), rtol=1e-6)
+    np.testing.assert_allclose(lse[:, 1], np.log(np.exp(2 * logits.astype(np.float64)).sum(-1)), rtol=1e-6)
+
+
+def test_top_of_works_in_parts_that_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large vocabulary a copy takes hundreds of megabytes, so numpy makes none of the whole."""
+    logits = mx.array(np.random.default_rng(0).normal(0, 3, (50, 20_000)).astype(np.float32))
+    whole = top_of(logits, 32, (1.0, 2.0))
+    monkeypatch.setattr("distill.data.collect.SORTED_BYTES", 3 * 4 * 20_000)
+    tracemalloc.start()
+    parts = top_of(logits, 32, (1.0, 2.0))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert all(np.array_equal(a, b) for a, b in zip(parts, whole, strict=True))
+    assert peak < logits.nbytes
+
+
+def test_what_the_last_source_lacks_the_first_gives(
+    teacher: Checkpoint, settings: CollectSettings, tmp_path: Path
+) -> None:
+    """And a run that was stopped between the two turns of the first ends with the same bytes."""
+    (tmp_path / "short.txt").write_text("The ship sailed on over the grey sea. " * 9)
+    chosen = replace(settings, sources=(settings.sources[0], str(tmp_path / "short.txt")), tokens=600)
+    turns: list[int] = []
+
+    def stop(stage: str, done: int, total: int | None) -> None:
+        turns.extend([] if stage != "replies" or total is None else [total])
+        if len(turns) == 2:
+            raise KeyboardInterrupt
+
+    stopped, whole = (Collector(make_plan(teacher, chosen, tmp_path / name)) for name in ("stopped", "whole"))
+    stopped.progress = stop
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    assert turns[0] == 300 and not Replies.open(tmp_path / "stopped" / "replies-0").complete
+    stopped.progress = whole.progress
+    datasets = [stopped.run(), whole.run()]
+    assert files(tmp_path / "stopped") == files(tmp_path / "whole")
+    assert 600 - 16 < datasets[1].tokens <= 600 and whole.remarks(datasets[1]) == []
+
+
+def test_too_few_tokens_are_told(teacher: Checkpoint, settings: CollectSettings, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("The ship sailed on over the grey sea. " * 9)
+    collector = Collector(make_plan(teacher, replace(settings, sources=(str(tmp_path / "short.txt"),)), tmp_path / "d"))
+    dataset = collector.run()
+    assert collector.remarks(dataset) == [
+        f"{tmp_path / 'd'}: the sources had only {dataset.tokens} of the 1,500 tokens asked for"
+    ]
+
+
+def test_of_a_hub_dataset_that_was_begun_the_commit_stays(
+    teacher: Checkpoint, settings: CollectSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub and its client are stood in for: what is asked of them is what is tested."""
+    hub, datasets = pytest.importorskip("huggingface_hub"), pytest.importorskip("datasets")
+    commit, read = "a" * 40, list[str]()
+
+    def dataset_info(api: object, name: str, revision: str | None) -> SimpleNamespace:
+        if not commit:
+            raise ConnectionError("offline")
+        return SimpleNamespace(sha=commit)
+
+    def load_dataset(*name: object, revision: str, **options: object) -> list[dict[str, str]]:
+        read.append(revision)
+        return [{"text": ""}, *({"text": f"Line {i}. " + "The ship sailed on. " * 20} for i in range(9)), {"text": 5}]
+
+    monkeypatch.setattr(hub.HfApi, "dataset_info", dataset_info)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    chosen = replace(settings, sources=("owner/name",), tokens=300)
+
+    def run() -> tuple[dict[str, bytes], list[str]]:
+        read.clear()
+        collector = Collector(make_plan(teacher, chosen, tmp_path / "d"))
+        remarks = collector.remarks(collector.run())
+        assert remarks == (["owner/name: 1 row was skipped: row 11 has a text that is not a string"] if read else [])
+        return files(tmp_path / "d"), list(read)
+
+    first, asked = run()
+    assert asked == ["a" * 40]
+    commit = ""  # offline, and what is whole asks for nothing
+    assert run() == (first, [])
+    (tmp_path / "d" / "shard-00000.safetensors").unlink()
+    commit = "b" * 40  # something was uploaded meanwhile
+    assert run() == (first, ["a" * 40])
+
+
+# --- rows
+
+
+def test_pack_keeps_every_token_once() -> None:
+    rng = np.random.default_rng(0)
+    pieces = []
+    for i, size in enumerate(rng.integers(8, 33, 300)):
+        tokens = np.full(size, i + 1, np.int32)
+        pieces.append(Piece(tokens, tokens % 2 == 0))
+    rows = pack(pieces, 64)
+    assert sum(int((document > 0).sum()) for _, _, document in rows) == sum(len(p.tokens) for p in pieces)
+    assert len(rows) < 1.1 * sum(len(p.tokens) for p in pieces) / 64
+    seen: list[int] = []
+    for tokens, mask, document in rows:
+        assert not mask[document == 0].any() and not tokens[document == 0].any()
+        for number in sorted(set(document.tolist()) - {0}):
+            (value,) = set(tokens[document == number].tolist())
+            seen.append(value)
+            assert len(pieces[value - 1].tokens) == (document == number).sum()
+            assert set(mask[document == number].tolist()) == {value % 2 == 0}
+    assert sorted(seen) == list(range(1, 301))
+
+
+def test_cut_drops_ends_too_short_to_learn_from() -> None:
+    def sizes(length: int, trained_from: int = 0) -> list[int]:
+        mask = np.arange(length) >= trained_from
+        return [len(part.tokens) for part in cut(Piece(np.zeros(length, np.int32), mask), 32)]
+
+    assert sizes(70) == [32, 32]
+    assert sizes(72) == [32, 32, 8]
+    assert sizes(7) == []
+    assert sizes(70, trained_from=40) == [32]
+
+
+def test_split_text() -> None:
+    text = "word " * 500 + "\n\n" + "unbroken" * 100
+    parts = list(split_text(Document("text", text, None, 1), 300))
+    assert "".join(part.text or "" for part in parts) == text
+    assert max(len(part.text or "") for part in parts) <= 300 < len(text)
+    prompt = Document("prompt", text, None, 1)
+    assert list(split_text(prompt, 300)) == [prompt]
+
+
+def test_wants_reply() -> None:
+    user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    assert wants_reply(Document("prompt", "a", None, 1))
+    assert not wants_reply(Document("text", "a", None, 1))
+    assert wants_reply(Document("messages", None, [user, assistant, user], 1))
+    assert not wants_reply(Document("messages", None, [user, assistant], 1))
+
+
+# --- replies
+
+
+def test_choose() -> None:
+    logits = mx.log(mx.array([[0.1, 0.6, 0.3]] * 5))
+    heat = np.array([0, 1, 1, 1, 1], np.float32)
+    uniform = np.array([0.99, 0.05, 0.15, 0.71, 1.0], np.float32)
+    assert np.array(choose(logits, heat, uniform)).tolist() == [1, 0, 1, 2, 2]
+
+
+def test_a_reply_does_not_depend_on_who_else_is_answered(collector: tuple[Collector, Dataset]) -> None:
+    model = collector[0].model
+    prompts = [np.random.default_rng(i).integers(3, 9000, 5 + 3 * i).tolist() for i in range(4)]
+
+    def ask(chosen: list[int]) -> list[list[int]]:
+        replies = write_replies(
+            model, [prompts[i] for i in chosen], chosen, temperatures=[0.0 if i % 2 else 0.8 for i in chosen],
+            max_reply=12, end_tokens=frozenset(), seed=3,
+        )  # fmt: skip
+        return [reply.tolist() for reply in replies]
+
+    together = ask([0, 1, 2, 3])
+    assert ask([0, 1, 2, 3]) == together
+    alone = [ask([i])[0] for i in range(4)]
+    # Batched sums may round otherwise, which can turn a near tie; most tokens must not change.
+    same = sum(a == b for one, other in zip(together, alone, strict=True) for a, b in zip(one, other, strict=False))
+    assert same >= 0.75 * sum(map(len, together))
+
+
+# --- settings
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"tokens": 0}, "--tokens 0"),
+        ({"seq_len": 15}, "--seq-len 15"),
+        ({"seq_len": 4096}, "--seq-len 4096: must be 16 to 2048"),
+        ({"top_k": 0}, "--top-k 0"),
+        ({"top_k": 16385}, "--top-k 16385"),
+        ({"batch": 0}, "--batch 0"),
+        ({"reply_batch": -1}, "--reply-batch -1"),
+        ({"max_reply": 0}, "--max-reply 0"),
+        ({"temperatures": (1.0, 0.0)}, "--temperature 0.0"),
+        ({"temperatures": (1.0, float("nan"))}, "--temperature nan"),
+        ({"reply_temperatures": (-1.0,)}, "--reply-temperature -1.0"),
+        ({"sources": ()}, "--source"),
+        ({"sources": ("gone.jsonl",)}, "gone.jsonl"),
+        ({"exclude": ("gone.jsonl",)}, "gone.jsonl"),
+    ],
+)
+def test_impossible_settings(
+    teacher: Checkpoint, settings: CollectSettings, change: dict[str, object], named: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=named):
+        make_plan(teacher, replace(settings, **change), tmp_path / "d")  # type: ignore[arg-type]
+    assert not (tmp_path / "d").exists()
+
+
+def test_caches_beyond_the_memory_are_refused(
+    teacher: Checkpoint, settings: CollectSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kernels.memory.memory_bytes", lambda: 1_000_000)
+    with pytest.raises(UserError, match=rf"--reply-batch {settings.reply_batch}: .* this machine has 0\.0 GB"):
+        Collector(make_plan(teacher, settings, tmp_path)).run()
+    with pytest.raises(UserError, match=rf"--reply-batch {settings.reply_batch}: .* this machine has 0\.0 GB"):
+        Collector(make_plan(teacher, settings, tmp_path)).estimate()  # what a dry run does
+
+
+def test_nothing_to_collect_from(teacher: Checkpoint, settings: CollectSettings, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    chosen = replace(settings, sources=(str(tmp_path / "empty.jsonl"),))
+    collector = Collector(make_plan(teacher, chosen, tmp_path / "d"))
+    assert collector.estimate().tokens == settings.tokens
+    with pytest.raises(UserError, match=r"empty.jsonl: nothing to collect from"):
+        collector.run()
+    assert not Dataset.open(tmp_path / "d").complete
+
+
+# --- interruptions
+
+
+def collect(out: Path, sources: tuple[str, ...], *more: object) -> subprocess.Popen[str]:
+    options = [option for source in sources for option in ("--source", source)]
+    return subprocess.Popen(
+        arguments("distill", "collect", *options, *OPTIONS, "--quiet", "--out", out, *more),
+        env=environment(), cwd=out.parent, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(sources: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], float]:
+    """The files of a run nobody disturbed, and how long it took."""
+    out = tmp_path_factory.mktemp("whole") / "d"
+    began = time.monotonic()
+    process = collect(out, sources)
+    _, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    return files(out), time.monotonic() - began
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(
+    sources: tuple[str, ...], undisturbed: tuple[dict[str, bytes], float], tmp_path: Path
+) -> None:
+    expected, seconds = undisturbed
+    out = tmp_path / "d"
+    rng = random.Random(0)
+    for _ in range(2):
+        process = collect(out, sources)
+        while process.poll() is None and not out.exists():
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.5 * seconds))
+        process.kill()
+        process.communicate(timeout=60)
+    process = collect(out, sources)
+    _, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    assert files(out) == expected
+
+
+def test_interrupted_it_says_so_and_goes_on(
+    sources: tuple[str, ...], undisturbed: tuple[dict[str, bytes], float], tmp_path: Path
+) -> None:
+    out = tmp_path / "d"
+    process = collect(out, sources)
+    while process.poll() is None and not list(out.glob("replies-0/reply-*")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip() == "distill: interrupted: finished shards are kept; the same command goes on from there"
+    assert not Dataset.open(out).complete
+
+    # Other settings are refused by name, and change nothing.
+    before = files(out)
+    other = collect(out, sources, "--seed", 1)
+    _, err = other.communicate(timeout=60)
+    assert other.returncode == 2
+    assert err == f"distill: error: {out}: was begun with seed = 0, not 1\n"
+    assert files(out) == before
+
+    process = collect(out, sources)
+    process.communicate(timeout=120)
+    assert files(out) == undisturbed[0]
+
+
+def test_full_disk(sources: tuple[str, ...], undisturbed: tuple[dict[str, bytes], float], tmp_path: Path) -> None:
+    out = tmp_path / "d"
+    largest = max(map(len, undisturbed[0].values()))
+    start = arguments(
+        "distill", "collect", "--source", sources[0], "--source", sources[1], *OPTIONS, "--quiet", "--out", out
+    )
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({largest - 1}, {largest - 1})); "
+    done = subprocess.run(
+        [start[0], "-c", limit + start[2], *start[3:]], env=environment(), cwd=tmp_path, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and f"no room left in {out}" in done.stderr
+    assert not Dataset.open(out).complete and not list(out.glob(".*"))
+    subprocess.run(start, env=environment(), cwd=tmp_path, stdin=subprocess.DEVNULL, check=True, timeout=120)
+    assert files(out) == undisturbed[0]

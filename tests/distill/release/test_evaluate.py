@@ -1,0 +1,166 @@
+"""`distill evaluate` on real models: what it counts, writes, and takes up again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Command, arguments, environment
+
+from decode.metrics import Tally
+from decode.models.checkpoint import find_model, find_teacher
+from decode.prompts import Prompt
+from decode.session import Output, Session
+from distill.release.evaluate import EvaluateSettings, evaluate, figures, without_looping
+
+SHIPPED = Path(__file__).resolve().parents[3] / "checkpoints" / "bitnet-smol-43m-draft"
+LENGTH = 20
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "p.jsonl"
+    texts = [("chat", "Why is the sky blue?"), ("maths", "What is 12 times 12?"), (None, "Tell me a story.")]
+    texts += [("chat", "How do I boil an egg?"), ("maths", "What is 7 plus 8?"), ("chat", "Name three rivers.")]
+    lines = [
+        {"id": f"p{i}", "prompt": text} | ({} if kind is None else {"category": kind})
+        for i, (kind, text) in enumerate(texts)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_evaluation_counts_what_decoding_counts(command: Command, work: Path, prompts: Path, tmp_path: Path) -> None:
+    """The totals are those of `decode spec` on the same prompts, and the categories add up to them."""
+    draft = work / "runs" / "mine"
+    shutil.copytree(SHIPPED, draft)  # under runs/: the results go beside it
+    options = ("--draft", "runs/mine", "--prompts", prompts, "--max-tokens", LENGTH)
+    done = command("distill", "evaluate", *options, "--json", "-")
+    assert done.code == 0, done.err
+    report = json.loads(done.out)
+    assert report == json.loads((draft / "evaluation.json").read_text(encoding="utf-8"))
+    decoded = command("decode", "spec", *options, "--compare", "-q", "--json", tmp_path / "spec.json")
+    assert decoded.code == 0, decoded.err
+    spec = json.loads((tmp_path / "spec.json").read_text(encoding="utf-8"))
+    counts = ("prompts", "tokens", "rounds", "drafted", "accepted", "acceptance_rate", "acceptance_per_position")
+    assert [report[name] for name in counts] == [spec[name] for name in counts] and spec["accepted"] > 0
+    assert [o["token_ids"] for o in report["outputs"]] == [o["token_ids"] for o in spec["outputs"]]
+    assert spec.keys() <= report.keys() and report["complete"] is True and report["identical"] is True
+
+    rows = report["categories"]
+    assert [(row["category"], row["prompts"]) for row in rows] == [("chat", 3), ("maths", 2), ("uncategorised", 1)]
+    for name in ("tokens", "rounds", "drafted", "accepted", "looping"):
+        assert sum(row[name] for row in rows) == report[name]
+    of_chat = [output for output in spec["outputs"] if output["category"] == "chat"]
+    assert rows[0]["acceptance_rate"] == sum(o["accepted"] for o in of_chat) / sum(o["drafted"] for o in of_chat)
+    for row in (report, *rows):
+        assert row["tok_per_s"] > 0 and row["speedup"] == row["tok_per_s"] / row["baseline_tok_per_s"]
+        assert row["without_looping"]["prompts"] == row["prompts"] - row["looping"]
+
+    names = {path.name for path in draft.glob("evaluation*")}
+    assert names == {f"evaluation{end}" for end in (".json", ".md", "-categories.png", "-positions.png")}
+    for picture in draft.glob("evaluation*.png"):
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    page = (draft / "evaluation.md").read_text(encoding="utf-8")
+    assert f"| maths | 2 | {rows[1]['acceptance_rate']:.3f} |" in page and "6 of 6" in page and "**all**" in page
+    shutil.rmtree(draft)
+
+
+def test_both_ways_take_turns_in_being_first(
+    weak_draft: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that gets slower from second to second must not favour one of them."""
+    order: list[tuple[str, bool]] = []
+    answer = Session.answer
+
+    def noted(session: Session, prompt: Prompt, *others: Any, speculative: bool, **options: Any) -> Output:
+        order.append((prompt.id, speculative))
+        return answer(session, prompt, *others, speculative=speculative, **options)
+
+    monkeypatch.setattr(Session, "answer", noted)
+    settings = EvaluateSettings(prompts=str(prompts), max_tokens=4)
+    evaluate(find_teacher(None), find_model(str(weak_draft), "--draft"), settings, tmp_path / "out", quiet=True)
+    turns = [[speculative for name, speculative in order if name == f"p{i}"] for i in range(6)]
+    assert turns == [[False, True], [True, False]] * 3
+
+
+def test_looping_replies_are_set_apart() -> None:
+    def pair(tokens: list[int], drafted: int, accepted: int, seconds: float) -> tuple[Output, Output]:
+        spec = Tally(len(tokens), 4, drafted, accepted, [accepted], 0.0, 0.0, seconds)
+        plain = Tally(len(tokens), len(tokens), verify_seconds=2 * seconds)
+        prompt = Prompt([{"role": "user", "content": "a"}], "1")
+        return Output(prompt, [1], tokens, spec), Output(prompt, [1], tokens, plain)
+
+    loop, fine = pair([7] * 12, 12, 12, 0.5), pair(list(range(12)), 10, 4, 1.0)
+    both = figures([loop, fine])
+    assert (both["looping"], both["prompts"], both["acceptance_rate"]) == (1, 2, 16 / 22)
+    apart = figures(without_looping([loop, fine]))
+    assert (apart["looping"], apart["prompts"], apart["acceptance_rate"]) == (0, 1, 0.4)
+    assert (apart["tok_per_s"], apart["baseline_tok_per_s"], apart["speedup"]) == (12, 6, 2)
+    assert figures([])["acceptance_rate"] == figures([])["speedup"] == 0
+
+
+def test_interrupted_it_goes_on_and_tells_a_difference(
+    command: Command, work: Path, weak_draft: Path, prompts: Path, tmp_path: Path
+) -> None:
+    out, unfinished = tmp_path / "out", tmp_path / "out" / "evaluation-unfinished.jsonl"
+    options = ("evaluate", "--draft", weak_draft, "--prompts", prompts, "--max-tokens", 200, "--out", out)
+    process = subprocess.Popen(
+        arguments("distill", *options), cwd=work, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    until = time.monotonic() + 120
+    while not (unfinished.exists() and unfinished.read_bytes().count(b"\n") >= 3) and time.monotonic() < until:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    report = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
+    assert report["complete"] is False and 2 <= report["prompts"] < 6
+    assert b"same command goes on" in errors and "**Incomplete**" in (out / "evaluation.md").read_text()
+
+    # What is taken up is what was kept: a token changed there is a difference to be told.
+    lines = unfinished.read_text().splitlines()
+    spec, plain = json.loads(lines[2])
+    plain["tokens"][1] += 1
+    unfinished.write_text("\n".join([*lines[:2], json.dumps([spec, plain]), *lines[3:]]) + '\n{"cut sho')
+    rest = command("distill", *options, "-q", "--json", "-")
+    assert rest.code == 1, rest.err
+    whole = json.loads(rest.out)
+    assert whole["complete"] is True and whole["prompts"] == 6 and whole["identical"] is False
+    assert [entry["identical"] for entry in whole["outputs"]] == [True, False, True, True, True, True]
+    assert whole["outputs"][1]["first_difference"] == 1 and not unfinished.exists()
+    kept = report["prompts"]
+    for before, after in zip(report["outputs"][:kept], whole["outputs"][:kept], strict=True):
+        assert (before["token_ids"], before["decode_seconds"]) == (after["token_ids"], after["decode_seconds"])
+
+    # Other settings begin anew: one prompt of each category, shorter, and nothing of what was kept before.
+    unfinished.write_text("\n".join(lines) + "\n")
+    short = command("distill", *options[:-4], "--max-tokens", 4, "--limit", 1, "--out", out, "-q", "--json", "-")
+    assert short.code == 0, short.err
+    assert [o["id"] for o in json.loads(short.out)["outputs"]] == ["p0", "p1", "p2"]
+    assert all(len(o["token_ids"]) <= 4 for o in json.loads(short.out)["outputs"])
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--k", 0], ["--k 0"]),
+        (["--limit", 0], ["--limit 0"]),
+        (["--head", "int4"], ["--head int4", "int8"]),
+        (["--prompts", "gone.jsonl"], ["gone.jsonl"]),
+        (["--out", "taken/sub"], ["taken"]),
+    ],
+)
+def test_bad_input_is_one_line(
+    command: Command, work: Path, weak_draft: Path, options: list[object], named: list[str]
+) -> None:
+    (work / "taken").write_text("a file")
+    before = sorted(work.rglob("*"))
+    command("distill", "evaluate", "--draft", weak_draft, *options).refused("distill", *named)
+    assert sorted(work.rglob("*")) == before

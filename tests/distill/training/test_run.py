@@ -1,0 +1,278 @@
+"""Training runs: they learn, resume to the same bits, stop politely and name what is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from synthetic import SEQ_LEN, VOCAB, block, dataset, teacher_folder
+
+from distill.data.shards import Dataset
+from distill.training import draft
+from distill.training.draft_config import DraftConfig
+from distill.training.loader import Feed, assemble, held_out_rows
+from distill.training.losses import FusedHead
+from distill.training.plots import read_log
+from distill.training.run import TrainSettings, train
+from distill.training.step import Step, learning_rate
+from kernels.errors import UserError
+
+HERE = Path(__file__).parent
+SMALL = TrainSettings(layers=1, hidden=64, tokens=20_000, batch=4, lr=5e-3, evals=5)
+STEPS = -(-SMALL.tokens // (SMALL.batch * SEQ_LEN))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(data, teacher)"""
+    root = tmp_path_factory.mktemp("train")
+    teacher = teacher_folder(root / "teacher")
+    return dataset(root / "data", teacher), teacher
+
+
+@pytest.fixture(scope="module")
+def whole(made: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody disturbed."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train(*made, out, SMALL, quiet=True)
+    return out
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    found = draft.named_weights(draft.load(folder).model)
+    return {name: np.array(w.astype(mx.float32)) for name, w in found.items()}
+
+
+def same(one: Path, two: Path) -> bool:
+    a, b = weights(one), weights(two)
+    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def evals(folder: Path) -> list[dict[str, float]]:
+    return [line for line in read_log(folder / "log.jsonl") if line["kind"] == "eval"]
+
+
+def test_learns_and_leaves_a_draft(made: tuple[Path, Path], whole: Path) -> None:
+    curve = evals(whole)
+    assert curve[-1]["held_out_loss"] < 0.1 * curve[0]["held_out_loss"]
+    assert curve[-1]["agreement"] > 0.8
+    names = {p.name for p in whole.iterdir()}
+    assert {"config.json", "model.safetensors", "draft.json", "log.jsonl", "curves.png"} <= names
+    assert "state" not in names
+    assert (whole / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    about = json.loads((whole / "draft.json").read_text())
+    assert about["complete"] and about["teacher"]["name"] == "synthetic"
+    assert about["training"]["steps"] == STEPS == curve[-1]["step"]
+    collected = about["training"]["data"]["settings"]
+    assert collected["k"] == 8 and collected["temperatures"] == [1.0, 0.7] and "teacher" not in collected
+    assert about["made_with"]["device"] and about["made_with"]["versions"]["python"]
+    steps = [line for line in read_log(whole / "log.jsonl") if line["kind"] == "step"]
+    assert {"step", "tokens", "loss", "agreement", "lr", "grad_norm", "tok_per_s"} <= steps[0].keys()
+
+
+def test_what_is_finished_is_not_trained_again(made: tuple[Path, Path], whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "short"
+    settings = dataclasses.replace(SMALL, tokens=2_000)
+    first = train(*made, out, settings, quiet=True)
+    files = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    again = train(*made, out, settings, quiet=True)
+    assert again.done_before and not first.done_before
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == files
+    assert dataclasses.replace(again, done_before=False, seconds=first.seconds, tok_per_s=first.tok_per_s) == first
+    other = dataset(tmp_path / "other", made[1], shards=2)
+    for data, changed, named in (
+        (made[0], {"lr": 1e-3}, r"trained with lr = 0\.005, not 0\.001"),
+        (other, {}, "trained with other data"),
+    ):
+        with pytest.raises(UserError, match=f"short: holds a finished draft that was {named}; give another --out"):
+            train(data, made[1], out, dataclasses.replace(settings, **changed), quiet=True)
+    (out / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match=r"model\.safetensors: differs"):
+        train(*made, out, settings, quiet=True)
+
+
+def test_data_of_another_teacher(made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is told in one line, and the draft is one for the teacher that it learned from."""
+    data, settings = made[0], dataclasses.replace(SMALL, tokens=2_000)
+    teacher = teacher_folder(tmp_path / "tuned")
+    mx.save_safetensors(str(teacher / "model.safetensors"), {"model.embed_tokens.weight": mx.ones((VOCAB, 128))})
+    train(data, teacher, tmp_path / "draft", settings)
+    told = [line for line in capsys.readouterr().err.splitlines() if "same tokenizer" in line]
+    assert len(told) == 1 and "collected from synthetic, not from" in told[0]
+    about = json.loads((tmp_path / "draft" / "draft.json").read_text())
+    assert about["teacher"]["hash"] == Dataset.open(data).settings.teacher_hash
+    assert about["training"]["started_from"]["name"] == "tuned"
+    assert train(data, teacher, tmp_path / "draft", settings, quiet=True).done_before
+    with pytest.raises(UserError, match="trained with another --teacher"):
+        train(*made, tmp_path / "draft", settings, quiet=True)
+    train(*made, tmp_path / "own", settings)
+    assert "same tokenizer" not in capsys.readouterr().err
+    assert "started_from" not in json.loads((tmp_path / "own" / "draft.json").read_text())["training"]
+
+
+@pytest.mark.parametrize("loss", ["ce", "tv"])
+def test_other_losses_learn_too(made: tuple[Path, Path], tmp_path: Path, loss: str) -> None:
+    settings = dataclasses.replace(SMALL, loss=loss, tokens=8_000, temperature=0.7, bits=8)
+    lines: list[dict[str, float]] = []
+    summary = train(*made, tmp_path / "out", settings, progress=lines.append, quiet=True)
+    first = next(line for line in lines if line["kind"] == "eval")
+    assert summary.held_out_loss_float < first["held_out_loss"]
+    assert summary.agreement > first["agreement"]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]["bits"] == 8
+
+
+def start(made: tuple[Path, Path], out: Path) -> subprocess.Popen[str]:
+    program = (
+        "from distill.training.run import *\nfrom pathlib import Path\nimport sys\n"
+        f"train(Path({str(made[0])!r}), Path({str(made[1])!r}), Path({str(out)!r}), {SMALL!r}, quiet=True)"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": str(HERE.parents[2])},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_eval(out: Path, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 60
+    while time.monotonic() < end and process.poll() is None:
+        run = out / "state" / "run.json"
+        if run.is_file() and json.loads(run.read_text())["step"] > 0:
+            return
+        time.sleep(0.01)
+    raise AssertionError(process.communicate()[1])
+
+
+def test_killed_and_resumed_ends_with_the_same_bits(made: tuple[Path, Path], whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    process = start(made, out)
+    wait_for_eval(out, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (out / "config.json").exists()  # nothing that could be taken for a draft
+    with pytest.raises(UserError, match=r"begun there with lr = 0\.005, not 0\.001"):
+        train(*made, out, dataclasses.replace(SMALL, lr=1e-3), quiet=True)
+    lines: list[dict[str, float]] = []
+    train(*made, out, SMALL, progress=lines.append, quiet=True)
+    assert lines[0]["step"] > 0
+    assert same(out, whole)
+    keep = ("step", "held_out_loss", "agreement")
+    assert [[e[k] for k in keep] for e in evals(out)] == [[e[k] for k in keep] for e in evals(whole)]
+
+
+def test_interrupted_leaves_a_usable_draft_and_goes_on(made: tuple[Path, Path], whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "interrupted"
+    process = start(made, out)
+    wait_for_eval(out, process)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=60)[1]
+    assert "KeyboardInterrupt: stopped after step" in errors
+    stopped = draft.load(out)
+    assert stopped.provenance["complete"] is False
+    assert (out / "state").is_dir()
+    train(*made, out, SMALL, quiet=True)
+    assert same(out, whole)
+    assert not (out / "state").exists()
+
+
+def test_untrained_positions_and_other_documents_have_no_gradient(made: tuple[Path, Path]) -> None:
+    """Only trained positions count: what the teacher says elsewhere, and padding, change nothing."""
+    config = DraftConfig.for_teacher(made[1], 1, 64)
+    model = draft.create(config, 0)
+    start_weights = draft.named_weights(model)
+    plain = block(4, seed=9)
+    rubbish = np.random.default_rng(0).integers(VOCAB, size=plain.tokens.shape).astype(np.int32)
+    off = ~plain.loss_mask
+    changed = dataclasses.replace(
+        plain,
+        tokens=np.where(plain.document == 0, rubbish, plain.tokens),
+        top_logprobs=np.where(off[..., None], np.float32(-1), plain.top_logprobs),
+        lse=np.where(off[..., None], np.float32(3), plain.lse),
+    )
+    step = Step(model, FusedHead("kl", eager=True), 0.1, 1.0, mx.float32)
+    results = []
+    for one in (plain, changed):
+        tensors = {"weights": dict(start_weights)} | {
+            part: {name: mx.zeros_like(w) for name, w in start_weights.items()} for part in ("m", "v")
+        }
+        figures = step(tensors, assemble([(one, i) for i in range(4)], 0), 1, 1e-2)
+        assert figures[3].item() == plain.loss_mask.sum()
+        results.append(tensors["m"])
+    for name in results[0]:
+        assert np.allclose(np.array(results[0][name]), np.array(results[1][name]), atol=1e-7)
+    assert any(np.array(m).any() for m in results[0].values())
+
+
+def test_order_is_a_function_of_seed_and_batch_number(made: tuple[Path, Path]) -> None:
+    data = Dataset.open(made[0])
+    feeds = [Feed(data, 1.0, 4, seed, 0.1, 64) for seed in (0, 0, 1)]
+
+    def tokens(feed: Feed, first: int, count: int) -> list[bytes]:
+        batches = feed.batches(first)
+        found = [next(batches).tokens.tobytes() for _ in range(count)]
+        batches.close()
+        return found
+
+    whole_order = tokens(feeds[0], 0, 30)
+    assert tokens(feeds[1], 17, 13) == whole_order[17:]
+    assert tokens(feeds[2], 0, 30) != whole_order
+    # Each pass sees each training row once, and never a held-out one.
+    for epoch in (0, 1):
+        rows = [row for window in feeds[0].windows(epoch) for row in window]
+        assert len(rows) == len(set(rows)) == feeds[0].rows
+        assert not set(rows) & set(feeds[0].held_out)
+        assert len(rows) + len(feeds[0].held_out) == sum(shard.rows for shard in data.shards)
+
+
+@pytest.mark.parametrize("rows", [[2], [1, 1], [100], [7] * 50, [0, 5, 0], [1000, 3]])
+def test_held_out_rows(rows: list[int]) -> None:
+    held = held_out_rows(rows, 0.02, 64)
+    assert 1 <= len(held) <= max(1, min(64, sum(rows) // 8))
+    assert len(set(held)) == len(held)
+    assert all(0 <= i < rows[s] for s, i in held)
+
+
+def test_learning_rate_rises_and_falls() -> None:
+    rates = [learning_rate(i, 100, 1.0, 0.1) for i in range(100)]
+    assert rates[0] == 0.1 and max(rates) == rates[9] == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] == pytest.approx(0.1, abs=0.01)
+
+
+def test_faults_are_named(made: tuple[Path, Path], tmp_path: Path) -> None:
+    data, teacher = made
+    out = tmp_path / "out"
+
+    def fails(match: str, data: Path = data, teacher: Path = teacher, out: Path = out, **changes: object) -> None:
+        with pytest.raises(UserError, match=match):
+            train(data, teacher, out, dataclasses.replace(SMALL, **changes), quiet=True)
+
+    fails("--lr -1", lr=-1.0)
+    fails("--loss x: known are", loss="x")
+    fails("temperature 0.5 was not collected, only 1, 0.7", temperature=0.5)
+    fails("--hidden 65", hidden=65)
+    fails("100000 layers x 64", layers=100_000)
+    fails("no such dataset", data=tmp_path / "nowhere")
+    fails("config.json: missing|tokenizer.json", teacher=tmp_path)
+    fails("no position is marked", data=dataset(tmp_path / "masked", teacher, mask=False))
+    fails("holds 0 rows", data=dataset(tmp_path / "empty", teacher, shards=0))
+    other = teacher_folder(tmp_path / "other", vocab=VOCAB + 1)
+    fails("was collected from synthetic, whose tokenizer", teacher=other)
+    bare = teacher_folder(tmp_path / "bare")
+    (bare / "tokenizer_config.json").unlink()
+    fails(r"bare/tokenizer_config\.json: not there", teacher=bare)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "file").write_text("x")
+    fails("holds file and is no draft", out=tmp_path / "foreign")
+    fails("is a file", out=tmp_path / "foreign" / "file")
+    assert not out.exists()  # nothing was begun
