@@ -101,7 +101,7 @@ def spec(
         typer.Option(
             "--draft",
             metavar="PATH|REPO",
-            help="Draft model. Default: the one that `distill evaluate` found fastest on this device, else the shipped one.",
+            help="Draft model. Default: the fastest one by `distill evaluate` on this device, else the shipped one.",
         ),
     ] = None,
     k: Annotated[int, typer.Option("--k", help="Tokens drafted before each verification.")] = 3,

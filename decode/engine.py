@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from decode.drafters import Drafter, Proposal
+from decode.metrics import Round
 from decode.models.cache import KVCache
 from decode.models.transformer import Transformer
 from decode.sampling import Sampling, accept
@@ -32,20 +33,6 @@ class Request:
     end_tokens: frozenset[int] = frozenset()
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Round:
-    """What one pass of the teacher brought: the proposals it accepted, then a token of its own, none behind an end token.
-
-    drafted: proposals that could have been emitted, so none behind an end token; accepted: of these. computed: when the
-    proposals had been computed, where there were any.
-    """
-
-    tokens: list[int]
-    drafted: int = 0
-    accepted: int = 0
-    computed: ComputedAt | None = None
 
 
 def generate(teacher: Transformer, request: Request, drafter: Drafter | None = None, k: int = 0) -> Iterator[Round]:

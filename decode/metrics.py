@@ -6,10 +6,24 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from decode.engine import Round
+from decode.timing import ComputedAt
 
 VERSION = 1  # of what the figures mean: those of other versions are not compared with ours
 SHORT = 16  # tokens: what is shorter may well be said three times over, as in a refrain
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one pass of the teacher emitted: proposals that it accepted, then a token of its own; none behind an end.
+
+    drafted: proposals that could have been emitted, so none behind an end token; accepted: of these. computed: when the
+    proposals had been computed, where there were any.
+    """
+
+    tokens: list[int]
+    drafted: int = 0
+    accepted: int = 0
+    computed: ComputedAt | None = None
 
 
 @dataclass

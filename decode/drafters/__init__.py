@@ -1,7 +1,7 @@
 """What proposes tokens for the teacher to verify: the protocol that every kind of drafter keeps.
 
-The engine knows nothing else of drafts. A drafter may be a model of its own (`model`), a lookup in the text (`ngram`), a
-reader of the teacher's hidden states, or one that proposes a whole block in one pass.
+The engine knows nothing else of drafts. A drafter may be a model of its own (`model`), a lookup in the text (`ngram`),
+a reader of the teacher's hidden states, or one that proposes a whole block in one pass.
 """
 
 from __future__ import annotations

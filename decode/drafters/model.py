@@ -36,7 +36,7 @@ class ModelDrafter:
         self.model.prefill(prompt[:-1], self.cache)
 
     def propose(self, sequence: list[int], k: int) -> Proposal:
-        """Greedily k tokens, still being computed, of which some may be behind an end token; when sampling up to k, none
+        """Greedily k tokens, still being computed, some of them perhaps behind an end token; sampling, up to k and none
         behind one."""
         unseen = sequence[self.cache.offset :]
         if self.sampling.greedy:

@@ -1,4 +1,4 @@
-"""Which draft a teacher gets: the one that was named, else the one that was measured fastest here, else the shipped one."""
+"""Which draft a teacher gets: the one that was named, else the one measured fastest here, else the shipped one."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def find_draft(name: str | None, teacher: Checkpoint) -> Choice:
 
 def default_draft(teacher: Checkpoint, runs: Path = RUNS) -> Choice:
     """Of the shipped drafts for this teacher and the complete ones under `runs`, the one with the highest speed-up that
-    `distill evaluate` found on this device, replies that loop left out. Where none was evaluated a shipped one, else the
-    newest.
+    `distill evaluate` found on this device, replies that loop left out. Where none was evaluated: a shipped one, else
+    the newest.
 
     Only evaluations count that this version's metrics made. Raises UserError where there is no draft.
     """

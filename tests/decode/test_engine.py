@@ -14,10 +14,10 @@ from conftest import ROOT, SHIPPED, TEACHER, environment
 from decode.drafters import Hidden, Proposal
 from decode.drafters.model import ModelDrafter
 from decode.drafters.ngram import NgramDrafter
-from decode.engine import Request, Round, generate, logit_margin
-from decode.metrics import Metrics
-from decode.models.checkpoint import find_model, find_teacher
+from decode.engine import Request, generate, logit_margin
+from decode.metrics import Metrics, Round
 from decode.models.cache import KVCache
+from decode.models.checkpoint import find_model, find_teacher
 from decode.models.transformer import Precision, Transformer
 from decode.prompts import Prompt, make_prompt
 from decode.sampling import Sampling
@@ -255,9 +255,7 @@ def test_end_token_stops_and_nothing_behind_it_counts(teacher: Transformer, prom
 
     # A drafter that goes on behind the end: the round's proposals there count in neither number.
     for k in (at, at + 1, at + 6):
-        rounds = list(
-generate(teacher, Request(prompt, 40, ends), Oracle(prompt, plain, set()), k)
-        )
+        rounds = list(generate(teacher, Request(prompt, 40, ends), Oracle(prompt, plain, set()), k))
         assert said(rounds) == plain[: at + 1]
         assert sum(r.drafted for r in rounds) == sum(r.accepted for r in rounds) == min(k, at + 1)
 

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from decode.engine import Round
-from decode.metrics import Metrics, is_looping
+from decode.metrics import Metrics, Round, is_looping
 
 
 @dataclass(frozen=True)

@@ -50,17 +50,20 @@ def surprise(accept_round: Accept, k: int = 2) -> float:
 
 
 def surprise_of_lookup(accept_round: Accept) -> float:
-    """The same for one token where the proposal was chosen without chance."""
+    """The same for one token where the proposal, always the likeliest, was chosen without chance."""
     rng = np.random.default_rng(7)
     p = distributions(1, 2)
+    proposed = int(p[0].argmax())
     counts = np.zeros(VOCAB)
-    for i in range(DRAWS):
-        n, own = accept_round([i % VOCAB], None, p, rng)
-        counts[i % VOCAB if n else own] += 1
+    for _ in range(DRAWS):
+        n, own = accept_round([proposed], None, p, rng)
+        counts[proposed if n else own] += 1
     return chi_square(counts, DRAWS * p[0])
 
 
-def without_residual(drafted: list[int], q: np.ndarray | None, p: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
+def without_residual(
+    drafted: list[int], q: np.ndarray | None, p: np.ndarray, rng: np.random.Generator
+) -> tuple[int, int]:
     for i, token in enumerate(drafted):
         if rng.random() * (1.0 if q is None else q[i, token]) >= p[i, token]:
             return i, draw(p[i], rng)

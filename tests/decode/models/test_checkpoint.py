@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,6 @@ import numpy as np
 import pytest
 from conftest import TEACHER, changed_copy
 
-from decode.models import checkpoint
 from decode.models.checkpoint import check_same_tokenizer, find_model, find_teacher
 from kernels import UserError
 from kernels.reference import TernaryWeight
