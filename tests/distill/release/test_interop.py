@@ -90,9 +90,10 @@ def test_assistant_of_transformers(pair: tuple[Path, Path]) -> None:
 
 
 def test_the_program_for_transformers(tmp_path: Path, weak_draft: Path) -> None:
-    """As README.md has it, on the embedded teacher and a draft where its reader has one."""
-    program = assisted_generation("checkpoints/bitnet-smol-43m", "runs/first/draft")
-    assert textwrap.indent(program, "    ", lambda line: bool(line.strip())) in (ROOT / "README.md").read_text()
+    """As docs/checkpoints.md has it, on the embedded teacher and a draft where its reader has one."""
+    program = assisted_generation("checkpoints/bitnet-smol-116m", "runs/first/draft")
+    documented = (ROOT / "docs" / "checkpoints.md").read_text()
+    assert textwrap.indent(program, "    ", lambda line: bool(line.strip())) in documented
     pytest.importorskip("torch", reason="needs the extra `parity`")
     pytest.importorskip("accelerate", reason="needs the extra `parity`")
     (tmp_path / "runs" / "first").mkdir(parents=True)
