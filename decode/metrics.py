@@ -1,4 +1,4 @@
-"""The figures of a run, under the names that README explains."""
+"""The figures of a run, under the names that docs/commands.md explains."""
 
 from __future__ import annotations
 

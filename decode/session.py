@@ -154,7 +154,7 @@ class Session:
         return ModelDrafter(self.draft, request.sampling, request.end_tokens, request.seed)
 
     def report(self, outputs: list[Completion], baselines: list[Completion]) -> dict[str, Any]:
-        """The JSON object of `decode plain` and `decode spec`, as README explains it."""
+        """The JSON object of `decode plain` and `decode spec`, as docs/commands.md explains it."""
         total = Metrics.of(output.metrics for output in outputs)
         speculative = self.draft is not None
         entries = [self._entry(output, speculative) for output in outputs]
