@@ -24,7 +24,7 @@ from decode.timing import timed
 from decode.tokenizer import Tokenizer
 from kernels import UserError, backend, reference
 from kernels.device import device_name, versions
-from kernels.reference import SMALL_ROWS
+from kernels.ops import SMALL_ROWS
 
 MEASURED_CONTEXT = 128  # tokens in the cache while a verification is measured
 MEASURED_STEPS = 20

@@ -21,6 +21,7 @@ import numpy as np
 from decode.metal import limit_memory
 from decode.models.checkpoint import ROOT, RUNS, Checkpoint
 from decode.models.dimensions import Shape
+from decode.models.cache import Packed
 from decode.models.transformer import Transformer
 from decode.prompts import Prompt
 from decode.tokenizer import Tokenizer
@@ -403,12 +404,12 @@ class Collector:
         return Block(*columns)
 
     def _score_batch(self, tokens: np.ndarray, mask: np.ndarray, document: np.ndarray) -> tuple[np.ndarray, ...]:
-        hidden = self.model.batch_hidden(tokens, document)
-        flat = hidden.reshape(-1, hidden.shape[-1])
+        last = len(self.model.layers) - 1
+        flat = self.model.normed(self.model.forward(tokens, Packed(document), taps=[last]).hidden[last])
         ids, logprobs, lses = [], [], []
         for start in range(0, flat.shape[0], LOGIT_ROWS):
             top_ids, top, lse = top_of(
-                self.model.batch_logits(flat[start : start + LOGIT_ROWS]),
+                self.model.logits(flat[start : start + LOGIT_ROWS]),
                 self.settings.top_k,
                 self.settings.temperatures,
             )

@@ -24,7 +24,7 @@ from decode.sampling import Sampling
 from decode.session import Session
 from decode.tokenizer import Tokenizer
 from kernels import UserError
-from kernels.reference import DenseWeight, Int8Weight
+from kernels.ops import DenseWeight, Int8Weight
 
 TEXTS = (
     "Explain in two sentences why the sky is blue.",

@@ -13,7 +13,7 @@ import pytest
 from arrays import normal, random_ternary, same_bits
 
 from kernels import reference
-from kernels.reference import AttentionShape, Epilogue, Int8Weight, TernaryWeight, Weight
+from kernels.ops import AttentionShape, Epilogue, Int8Weight, TernaryWeight, Weight
 
 if platform.system() != "Linux":
     pytest.skip("the native CPU backend is built on Linux only", allow_module_level=True)

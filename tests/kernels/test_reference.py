@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from kernels import reference
-from kernels.reference import AttentionShape
+from kernels.ops import AttentionShape
 
 
 def test_quantised_rows_follow_the_formula_and_round_half_to_even() -> None:

@@ -15,7 +15,7 @@ from conftest import TEACHER, changed_copy
 
 from decode.models.checkpoint import check_same_tokenizer, find_model, find_teacher
 from kernels import UserError
-from kernels.reference import TernaryWeight
+from kernels.ops import TernaryWeight
 
 Json = dict[str, Any]
 PACKED = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}
