@@ -114,7 +114,9 @@ class Spans:
     @cached_property
     def end(self) -> int:
         """Positions that the furthest new row sees: what the caches must have room for."""
-        return max((offset + count for offset, count in zip(self.offsets, self.counts, strict=True) if count), default=0)
+        return max(
+            (offset + count for offset, count in zip(self.offsets, self.counts, strict=True) if count), default=0
+        )
 
     @cached_property
     def positions(self) -> mx.array:
@@ -158,9 +160,7 @@ def check_product(
         raise ValueError(f"the residual is {residual.shape}, the result {expected}")
 
 
-def check_attention(
-    qkv: mx.array, k_cache: mx.array, v_cache: mx.array, spans: Spans, shape: AttentionShape
-) -> None:
+def check_attention(qkv: mx.array, k_cache: mx.array, v_cache: mx.array, spans: Spans, shape: AttentionShape) -> None:
     """Raise ValueError for shapes with which a kernel would read or write outside of its buffers."""
     sequences, kv_heads, capacity, dim = k_cache.shape
     if k_cache.shape != v_cache.shape or (kv_heads, dim) != (shape.kv_heads, shape.head_dim):

@@ -212,18 +212,19 @@ def _compare_steps(candidate: Backend, step: FusedStep, model: _Model, trimmed: 
     d2t = mx.arange(99, -1, -1).astype(mx.uint32) if trimmed else None
 
     def caches() -> tuple[list[mx.array], list[mx.array]]:
-        made = tuple([mx.zeros((1, 1, 16, 32)) for _ in model.layers] for _ in range(2))
-        mx.eval(made)
-        return made
+        keys, values = ([mx.zeros((1, 1, 16, 32)) for _ in model.layers] for _ in range(2))
+        mx.eval(keys, values)
+        return keys, values
 
     keys, values = caches()
     together = step(tokens, keys, values, 0)
-    alone, choices = [], []
+    alone: list[mx.array] = []
+    choices: list[int] = []
     keys, values = caches()
     for at in range(5):  # over the tokens, then over the choices
         alone.append(step([(tokens + choices)[at]], keys, values, at))
-        best = candidate.argmax(alone[-1])
-        choices += (best if d2t is None else d2t[best]).tolist() if at >= 2 else []
+        best = reference.argmax(alone[-1])
+        choices += [int((best if d2t is None else d2t[best]).item())] if at >= 2 else []
     if not _equal(together, mx.concatenate(alone[:3])):
         return OTHER_ROWS
     keys, values = caches()

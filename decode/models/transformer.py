@@ -195,9 +195,7 @@ class Transformer:
         As `forward`, but more than SMALL_ROWS tokens are run in groups of so many.
         """
         cache.reserve(len(tokens))
-        groups = [
-            self.forward(tokens[i : i + SMALL_ROWS], cache, taps) for i in range(0, len(tokens), SMALL_ROWS)
-        ]
+        groups = [self.forward(tokens[i : i + SMALL_ROWS], cache, taps) for i in range(0, len(tokens), SMALL_ROWS)]
         if len(groups) == 1:
             return groups[0]
         hidden = {tap: mx.concatenate([group.hidden[tap] for group in groups]) for tap in taps}
@@ -260,7 +258,7 @@ class Transformer:
 
     def _head_of(self, x: mx.array) -> mx.array:
         """The logits of what leaves the last layer."""
-        if len(x) <= SMALL_ROWS:
+        if len(x) <= SMALL_ROWS or isinstance(self.head, Int8Weight):
             return self.ops.linear(x, self.head, norm=self.final_norm, eps=self.eps)
         # More rows of a float head go to the library, for which it would be made float32 at every step.
         return self.logits(self.normed(x))

@@ -19,9 +19,9 @@ import mlx.core as mx
 import numpy as np
 
 from decode.metal import limit_memory
+from decode.models.cache import Packed
 from decode.models.checkpoint import ROOT, RUNS, Checkpoint
 from decode.models.dimensions import Shape
-from decode.models.cache import Packed
 from decode.models.transformer import Transformer
 from decode.prompts import Prompt
 from decode.tokenizer import Tokenizer

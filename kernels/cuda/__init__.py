@@ -17,7 +17,17 @@ from kernels import reference
 from kernels.cuda.launch import float_bits, launch
 from kernels.cuda.step import WholeStep
 from kernels.errors import UserError
-from kernels.ops import SMALL_ROWS, AttentionShape, DenseWeight, Epilogue, Int8Weight, TernaryWeight, Weight
+from kernels.ops import (
+    SMALL_ROWS,
+    AttentionShape,
+    DenseWeight,
+    Epilogue,
+    Int8Weight,
+    Spans,
+    TernaryWeight,
+    Weight,
+    check_product,
+)
 
 NAME = "cuda"
 TUNABLE = {"tiles": (1, 2, 4), "threads": (64, 128, 256, 512)}

@@ -18,7 +18,17 @@ import mlx.core as mx
 import numpy as np
 
 from kernels import reference
-from kernels.ops import SMALL_ROWS, AttentionShape, DenseWeight, Epilogue, Int8Weight, TernaryWeight, Weight
+from kernels.ops import (
+    SMALL_ROWS,
+    AttentionShape,
+    DenseWeight,
+    Epilogue,
+    Int8Weight,
+    Spans,
+    TernaryWeight,
+    Weight,
+    check_product,
+)
 
 NAME = "metal"
 # Of the small products: outputs a simdgroup (for more than 4 rows at most 4) and simdgroups a threadgroup.

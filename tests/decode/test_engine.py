@@ -18,13 +18,13 @@ from decode.engine import Request, generate, logit_margin
 from decode.metrics import Metrics, Round
 from decode.models.cache import KVCache
 from decode.models.checkpoint import find_model, find_teacher
-from decode.models.transformer import Precision, Transformer
+from decode.models.transformer import Forward, Precision, Transformer
 from decode.prompts import Prompt, make_prompt
 from decode.sampling import Sampling
 from decode.session import Session
 from decode.tokenizer import Tokenizer
 from kernels import UserError
-from kernels.ops import DenseWeight, Int8Weight
+from kernels.ops import SMALL_ROWS, DenseWeight, Int8Weight
 
 TEXTS = (
     "Explain in two sentences why the sky is blue.",
@@ -444,13 +444,14 @@ def test_warming_up_leaves_no_number_of_rows_to_the_timings(
 ) -> None:
     """GPUs compile a kernel for each: also for the few rows with which a reply ends."""
     taken: set[tuple[int, int]] = set()  # models and rows
-    step = Transformer._small_step
+    step = Transformer.step
 
-    def noted(model: Transformer, tokens: list[int], cache: KVCache) -> mx.array:
-        taken.add((id(model), len(tokens)))
-        return step(model, tokens, cache)
+    def noted(model: Transformer, tokens: list[int], cache: KVCache, taps: tuple[int, ...] = ()) -> Forward:
+        groups = range(0, len(tokens), SMALL_ROWS)
+        taken.update((id(model), len(tokens[start : start + SMALL_ROWS])) for start in groups)
+        return step(model, tokens, cache, taps)
 
-    monkeypatch.setattr(Transformer, "_small_step", noted)
+    monkeypatch.setattr(Transformer, "step", noted)
     for draft in (weak_draft, TEACHER):
         session = Session(find_teacher(None), find_model(str(draft), "--draft"), k=k)
         session.warm_up()
