@@ -60,7 +60,6 @@ def plain(teacher: Transformer, cache: KVCache, request: Request, room: int) -> 
     last: list[int] | mx.array = request.prompt[-1:]
     queued: mx.array | None = None
     while room > 0:
-        cache.reserve(2)  # or growing behind a queued step would copy what it writes to
         if greedy:
             own = _next_token(teacher, last, cache) if queued is None else queued
             queued = _next_token(teacher, own, cache) if teacher.async_decode and room > 1 else None
