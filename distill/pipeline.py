@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,11 @@ from distill.data.dataset import MANIFEST
 from distill.data.shards import Dataset
 from distill.data.sources import shown_name
 from distill.recipe import KEPT, STAGES, Recipe
-from distill.release.evaluate import evaluate, fingerprint, finished, select
+from distill.release.evaluate import evaluate, fingerprint, finished_report, select
 from distill.training import draft
 from distill.training.draft_config import DraftConfig, check_memory
 from distill.training.run import train
-from distill.training.settings import TrainSettings
+from distill.training.state import difference
 from kernels.console import say
 from kernels.errors import UserError
 from kernels.files import read_json, write_atomic
@@ -139,10 +139,10 @@ class Pipeline:
             if dataset.settings.teacher_hash != self.teacher.weights_hash:
                 raise UserError(f"{folder}: was made with another teacher than {self.teacher.name}; {OTHERWISE}")
             where, values = folder, dataset.settings.values
-        for name, value in asdict(self.recipe.collect).items():
-            was, now = values.get("k" if name == "top_k" else name), list(value) if isinstance(value, tuple) else value
+        for name, now in self.recipe.collect.record().items():
+            was = values.get("k" if name == "top_k" else name)
             if name in ("sources", "exclude"):
-                was, now = _names(was), [shown_name(path) for path in value]
+                was, now = _names(was), [shown_name(path) for path in now]
             if was != now:
                 raise UserError(
                     f"{where}: was made with {name} = {json.dumps(was)}, not {json.dumps(now)}; {OTHERWISE}"
@@ -167,7 +167,7 @@ class Pipeline:
     # --- train
 
     def _trained(self) -> bool:
-        folder, wanted = self.recipe.draft, asdict(self.recipe.train)
+        folder = self.recipe.draft
         if not (folder / "draft.json").is_file():
             return False
         about = read_json(folder / "draft.json")
@@ -175,16 +175,12 @@ class Pipeline:
             return False
         try:
             training = about["training"]
-            begun, data = asdict(TrainSettings()) | training["settings"], training["data"]["sha256"]
+            begun, data = training["settings"], training["data"]["sha256"]
             same_teacher = about["teacher"]["hash"] == self.teacher.weights_hash
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder / 'draft.json'}: is damaged (no {error})") from None
-        for name, value in wanted.items():
-            if begun[name] != value:
-                raise UserError(
-                    f"{folder}: holds a finished draft that was trained with {name} = {begun[name]}, not {value};"
-                    f" {OTHERWISE}"
-                )
+        if text := difference(begun, self.recipe.train.record()):
+            raise UserError(f"{folder}: holds a finished draft that was trained with {text}; {OTHERWISE}")
         manifest = self.recipe.dataset / MANIFEST
         if not same_teacher or (manifest.is_file() and self._complete() and draft.sha256(manifest) != data):
             what = "on other data" if same_teacher else "for another teacher"
@@ -222,7 +218,7 @@ class Pipeline:
         return report is not None and bool(report["identical"])
 
     def _finished(self) -> dict[str, Any] | None:
-        return finished(self.recipe.evaluation, fingerprint(self.recipe.evaluate, self.teacher, self._draft))
+        return finished_report(self.recipe.evaluation, fingerprint(self.recipe.evaluate, self.teacher, self._draft))
 
     def _evaluate(self) -> None:
         recipe = self.recipe

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +90,10 @@ def train(
     draft.check_tokenizer(teacher_folder)
     other = other_teacher(dataset, teacher_folder)
     draft.check_out(out)
-    identity = asdict(settings) | {"data": draft.sha256(data / MANIFEST)}
+    fingerprint = settings.record() | {"data": draft.sha256(data / MANIFEST)}
     if other is not None:
-        identity["teacher"] = other["hash"]
-    if (summary := finished(out, identity)) is not None:
+        fingerprint["teacher"] = other["hash"]
+    if (summary := finished_run(out, fingerprint)) is not None:
         return summary
     if other is not None:
         name = dataset.settings.teacher_name
@@ -115,7 +115,7 @@ def train(
     teacher_hidden = int(read_json(teacher_folder / "config.json")["hidden_size"]) if settings.teacher_embedding else 0
     check_memory(config, settings.batch, dataset.settings.seq_len, teacher_hidden)
     feed = Feed(dataset, settings.temperature, settings.batch, settings.seed, settings.eval_share, settings.eval_rows)
-    state = State.open(out / "state", identity)
+    state = State.open(out / "state", fingerprint)
     return _Run(feed, teacher_folder, other, out, settings, config, state, vocabulary, progress, quiet).go()
 
 
@@ -144,7 +144,7 @@ def other_teacher(dataset: Dataset, teacher_folder: Path) -> dict[str, Any] | No
     return {"name": teacher.name, "hash": teacher.weights_hash} | origin(teacher_folder)
 
 
-def finished(out: Path, identity: dict[str, Any]) -> Summary | None:
+def finished_run(out: Path, fingerprint: dict[str, Any]) -> Summary | None:
     """What an earlier run with the same settings, data and teacher has finished in a folder; None if nothing is.
 
     UserError where the finished draft there is another's, or damaged.
@@ -155,14 +155,14 @@ def finished(out: Path, identity: dict[str, Any]) -> Summary | None:
         return None
     try:
         training = about["training"]
-        begun = asdict(TrainSettings()) | training["settings"] | {"data": training["data"]["sha256"]}
+        begun = training["settings"] | {"data": training["data"]["sha256"]}
         if "started_from" in training:
             begun["teacher"] = training["started_from"]["hash"]
         parameters = DraftConfig(**about["config"]).parameters
         figures = {name: training[name] for name in ("steps", "tokens", "best_step", *MEASURED)}
     except (KeyError, TypeError):
         raise UserError(f"{out}: holds a finished draft of another make; give another --out or delete it") from None
-    if text := difference(begun, identity):
+    if text := difference(begun, fingerprint):
         raise UserError(f"{out}: holds a finished draft that was trained with {text}; give another --out or delete it")
     draft.check_files(out, about)
     log = out / "log.jsonl"
@@ -377,8 +377,8 @@ class _Run:
                 "teacher": teacher_facts(self.teacher_folder, source),
                 "tokenizer_hash": source.tokenizer_hash,
                 "training": {
-                    "settings": asdict(self.settings),
-                    "data": {"sha256": self.state.identity["data"], "tokens": self.feed.dataset.tokens}
+                    "settings": self.settings.record(),
+                    "data": {"sha256": self.state.fingerprint["data"], "tokens": self.feed.dataset.tokens}
                     | {"settings": data_facts(source)},
                     "steps": steps,
                     "tokens": steps * self.step_tokens,

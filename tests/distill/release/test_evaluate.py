@@ -17,7 +17,9 @@ from decode.metrics import Tally
 from decode.models.checkpoint import find_model, find_teacher
 from decode.prompts import Prompt
 from decode.session import Output, Session
-from distill.release.evaluate import EvaluateSettings, evaluate, figures, without_looping
+from distill.release.evaluate import evaluate, figures, without_looping
+from distill.release.settings import EvaluateSettings
+from kernels import UserError
 
 SHIPPED = Path(__file__).resolve().parents[3] / "checkpoints" / "bitnet-smol-43m-draft"
 LENGTH = 20
@@ -145,6 +147,18 @@ def test_interrupted_it_goes_on_and_tells_a_difference(
     assert short.code == 0, short.err
     assert [o["id"] for o in json.loads(short.out)["outputs"]] == ["p0", "p1", "p2"]
     assert all(len(o["token_ids"]) <= 4 for o in json.loads(short.out)["outputs"])
+
+
+def test_what_an_older_version_began_is_not_taken_up(weak_draft: Path, prompts: Path, tmp_path: Path) -> None:
+    """Its first line has no format; what it measured does not mix with what this version measures."""
+    unfinished = tmp_path / "evaluation-unfinished.jsonl"
+    identity = {"prompts": "0" * 64, "k": 3, "max_tokens": 4, "head": "bf16", "limit": None, "seed": 0}
+    text = json.dumps({"identity": identity, "backend": "cpu"}) + "\n[]\n"
+    unfinished.write_text(text)
+    models = find_teacher(None), find_model(str(weak_draft), "--draft")
+    with pytest.raises(UserError, match=r"evaluation-unfinished\.jsonl: was begun by another version .* begin anew"):
+        evaluate(*models, EvaluateSettings(prompts=str(prompts), max_tokens=4), tmp_path, quiet=True)
+    assert unfinished.read_text() == text
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -22,7 +25,8 @@ from distill.training.draft_config import DraftConfig
 from distill.training.loader import Feed, assemble, held_out_rows
 from distill.training.losses import FusedHead
 from distill.training.plots import read_log
-from distill.training.run import TrainSettings, train
+from distill.training.run import train
+from distill.training.settings import TrainSettings
 from distill.training.step import Step, learning_rate
 from kernels.errors import UserError
 
@@ -132,7 +136,7 @@ def test_other_losses_learn_too(made: tuple[Path, Path], tmp_path: Path, loss: s
 
 def start(made: tuple[Path, Path], out: Path) -> subprocess.Popen[str]:
     program = (
-        "from distill.training.run import *\nfrom pathlib import Path\nimport sys\n"
+        "from pathlib import Path\nfrom distill.training.run import *\nfrom distill.training.settings import *\n"
         f"train(Path({str(made[0])!r}), Path({str(made[1])!r}), Path({str(out)!r}), {SMALL!r}, quiet=True)"
     )
     return subprocess.Popen(
@@ -168,6 +172,72 @@ def test_killed_and_resumed_ends_with_the_same_bits(made: tuple[Path, Path], who
     assert same(out, whole)
     keep = ("step", "held_out_loss", "agreement")
     assert [[e[k] for k in keep] for e in evals(out)] == [[e[k] for k in keep] for e in evals(whole)]
+
+
+class Stopped(Exception):
+    """Raised in a run's progress, which ends it as a kill would."""
+
+
+@pytest.fixture(scope="module")
+def begun(made: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that ended behind its second evaluation, before the state of that was saved."""
+    out = tmp_path_factory.mktemp("runs") / "begun"
+    seen: list[int] = []
+
+    def stop(line: dict[str, Any]) -> None:
+        if line["kind"] == "eval":
+            seen.append(line["step"])
+            if len(seen) == 2:
+                raise Stopped
+
+    with pytest.raises(Stopped):
+        train(*made, out, SMALL, stop, quiet=True)
+    return out
+
+
+def resumed(made: tuple[Path, Path], begun: Path, out: Path, fingerprint: dict[str, Any]) -> Path:
+    """A copy of the run, its state with another fingerprint, trained to its end."""
+    shutil.copytree(begun, out)
+    path = out / "state" / "run.json"
+    run = json.loads(path.read_text())
+    path.write_text(json.dumps(run | {"identity": fingerprint}))
+    lines: list[dict[str, Any]] = []
+    train(*made, out, SMALL, progress=lines.append, quiet=True)
+    assert lines[0]["step"] == run["step"] > 0
+    return out
+
+
+def test_runs_of_older_versions_go_on(made: tuple[Path, Path], begun: Path, whole: Path, tmp_path: Path) -> None:
+    first = {  # as bitdraft 0.1.0 wrote it
+        "layers": 1, "hidden": 64, "vocab": None, "loss": "kl", "temperature": 1.0, "tokens": 20_000, "batch": 4,
+        "lr": 5e-3, "warmup": 0.05, "weight_decay": 0.1, "clip": 1.0, "seed": 0, "eval_share": 0.02, "eval_rows": 64,
+        "evals": 5, "bits": None, "dtype": "auto", "teacher_embedding": True,
+        "data": hashlib.sha256((made[0] / "manifest.json").read_bytes()).hexdigest(),
+    }  # fmt: skip
+    assert same(resumed(made, begun, tmp_path / "first", first), whole)
+    # One that knew fewer settings did what their defaults do; what was set otherwise is another run.
+    older = {name: value for name, value in first.items() if name not in ("dtype", "teacher_embedding")}
+    assert same(resumed(made, begun, tmp_path / "older", older), whole)
+    for number, (change, named) in enumerate(
+        (
+            ({"clip": 0.5}, r"begun there with clip = 0\.5, not 1\.0"),
+            ({"unheard_of": 3}, "begun there with unheard_of = 3, not None"),
+            ({"data": "0" * 64}, "begun there with other data"),
+        )
+    ):
+        with pytest.raises(UserError, match=named):
+            resumed(made, begun, tmp_path / f"other-{number}", older | change)
+
+
+def test_drafts_of_older_versions_are_finished(made: tuple[Path, Path], whole: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(whole, tmp_path / "draft")
+    path = out / "draft.json"
+    about = json.loads(path.read_text())
+    del about["training"]["settings"]["dtype"]
+    path.write_text(json.dumps(about))
+    assert train(*made, out, SMALL, quiet=True).done_before
+    with pytest.raises(UserError, match="trained with dtype = auto, not float32"):
+        train(*made, out, dataclasses.replace(SMALL, dtype="float32"), quiet=True)
 
 
 def test_interrupted_leaves_a_usable_draft_and_goes_on(made: tuple[Path, Path], whole: Path, tmp_path: Path) -> None:

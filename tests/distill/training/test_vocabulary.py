@@ -16,7 +16,8 @@ from distill.data.shards import Dataset
 from distill.training import draft
 from distill.training.loader import Feed
 from distill.training.losses import tail_bucket_kl
-from distill.training.run import Summary, TrainSettings, train
+from distill.training.run import Summary, train
+from distill.training.settings import TrainSettings
 from distill.training.vocabulary import choose, most_frequent, special_tokens, target_counts
 from kernels.errors import UserError
 
