@@ -81,12 +81,13 @@ def command(work: Path) -> Command:
 @pytest.fixture(scope="session")
 def weak_draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random draft for the embedded teacher: almost nothing it proposes is accepted."""
-    from distill.training import draft
+    from distill.training import checkpoint
     from distill.training.draft_config import DraftConfig
+    from distill.training.drafts import llama
 
     folder = tmp_path_factory.mktemp("drafts") / "weak"
     config = DraftConfig.for_teacher(TEACHER, layers=1, hidden=64)
-    draft.save(folder, draft.create(config, seed=0), config, TEACHER, {"complete": True})
+    checkpoint.save(folder, llama.create(config, seed=0), config, TEACHER, {"complete": True})
     return folder
 
 

@@ -31,7 +31,7 @@ from distill.data.replies import write_replies
 from distill.data.settings import CollectSettings
 from distill.data.shards import Block, Dataset, ShardWriter
 from distill.data.sources import Document, Skipped, at_commit, identity, is_excluded, is_hub, load_excluded, read_source
-from distill.training.draft import check_tokenizer
+from distill.training.checkpoint import check_tokenizer
 from kernels import UserError
 from kernels.memory import check_fits
 

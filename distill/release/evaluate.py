@@ -17,12 +17,12 @@ from decode.metrics import Tally, is_looping
 from decode.models.checkpoint import RUNS, Checkpoint
 from decode.prompts import Prompt, read_prompts
 from decode.session import Output, Session
+from distill.release.plots import acceptance_by_category, acceptance_by_position
 from distill.release.settings import EvaluateSettings
-from distill.training.plots import acceptance_by_category, acceptance_by_position, read_log
 from kernels import UserError, backend
 from kernels.console import progress, say
 from kernels.device import device_name, versions
-from kernels.files import sha256, write_atomic
+from kernels.files import read_json_lines, sha256, write_atomic
 
 REPORT, TABLE, UNFINISHED = "evaluation.json", "evaluation.md", "evaluation-unfinished.jsonl"
 CATEGORY_PLOT, POSITION_PLOT = "evaluation-categories.png", "evaluation-positions.png"
@@ -195,7 +195,7 @@ class Unfinished:
     def read(self, prompts: list[Prompt], encoded: list[list[int]]) -> list[Pair]:
         """What an earlier run of the same evaluation on the same machine has done; else a file begun anew. UserError
         where an older version began it."""
-        lines: list[Any] = read_log(self.path) if self.path.is_file() else []
+        lines: list[Any] = read_json_lines(self.path) if self.path.is_file() else []
         pairs: list[Pair] = []
         if lines and _format(lines[0]) != FORMAT:
             raise UserError(f"{self.path}: was begun by another version of bitdraft; delete it to begin anew")

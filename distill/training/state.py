@@ -8,12 +8,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from distill.training.draft_config import load_tensors
 from distill.training.settings import TrainSettings
+from distill.training.tensors import Tensors, load_tensors, save_tensors
 from kernels.errors import UserError
-from kernels.files import read_json, replacing, write_atomic
+from kernels.files import read_json, write_atomic
 
-Tensors = dict[str, mx.array]
 RUN = "run.json"
 
 
@@ -85,15 +84,15 @@ class State:
         """Write the state after `step` steps."""
         self.step = step
         whole = {f"{part}:{name}": array for part, group in self.tensors.items() for name, array in group.items()}
-        kept = {RUN}
+        current = {RUN}
         for kind, number, tensors in (("step", step, whole), ("best", self.best_step, self.best_weights)):
             path = self._file(kind, number)
-            kept.add(path.name)
+            current.add(path.name)
             if tensors is not None and not (kind == "best" and path.exists()):
-                _save_tensors(path, tensors)
+                save_tensors(path, tensors)
         self._write_run()
         for path in self.folder.iterdir():
-            if path.name not in kept:
+            if path.name not in current:
                 path.unlink()
 
     def _file(self, kind: str, step: int) -> Path:
@@ -126,11 +125,3 @@ def difference(begun: Any, fingerprint: dict[str, Any]) -> str | None:
         if was != now:
             return {"data": "other data", "teacher": "another --teacher"}.get(name, f"{name} = {was}, not {now}")
     return None
-
-
-def _save_tensors(path: Path, tensors: Tensors) -> None:
-    try:
-        with replacing(path) as temporary:
-            mx.save_safetensors(str(temporary), tensors)
-    except RuntimeError as error:  # MLX's, of a file it cannot write
-        raise UserError(f"{path.parent}: cannot be written ({error})") from error

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TEACHER, Command, arguments, environment
 
-from distill.pipeline import settle
+from distill.pipeline import free_memory
 from distill.predict import MACS, predict, table, teacher_bytes
 from distill.recipe import RECIPES, find_recipe, keys, read_recipe
-from distill.training.draft_config import DraftConfig, estimate_memory
+from distill.training.draft_config import DraftConfig
+from distill.training.memory import estimate_memory
 from kernels import UserError
 
 TINY = """# Kept with the draft, comments and all.
@@ -249,7 +250,7 @@ def test_ctrl_c_while_a_stage_is_freed_counts() -> None:
     alive = weakref.ref(model, lambda _: signal.raise_signal(signal.SIGINT))
     del model
     with pytest.raises(KeyboardInterrupt):
-        settle()
+        free_memory()
     assert alive() is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

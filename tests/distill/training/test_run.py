@@ -20,15 +20,17 @@ import pytest
 from synthetic import SEQ_LEN, VOCAB, block, dataset, teacher_folder
 
 from distill.data.shards import Dataset
-from distill.training import draft
+from distill.training import checkpoint
 from distill.training.draft_config import DraftConfig
-from distill.training.loader import Feed, assemble, held_out_rows
+from distill.training.drafts import llama
+from distill.training.loader import DataLoader, assemble, held_out_rows
 from distill.training.losses import FusedHead
-from distill.training.plots import read_log
+from distill.training.optimizer import learning_rate
 from distill.training.run import train
 from distill.training.settings import TrainSettings
-from distill.training.step import Step, learning_rate
+from distill.training.step import Step
 from kernels.errors import UserError
+from kernels.files import read_json_lines
 
 HERE = Path(__file__).parent
 SMALL = TrainSettings(layers=1, hidden=64, tokens=20_000, batch=4, lr=5e-3, evals=5)
@@ -52,7 +54,7 @@ def whole(made: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def weights(folder: Path) -> dict[str, np.ndarray]:
-    found = draft.named_weights(draft.load(folder).model)
+    found = llama.named_weights(checkpoint.load(folder).model)
     return {name: np.array(w.astype(mx.float32)) for name, w in found.items()}
 
 
@@ -62,7 +64,7 @@ def same(one: Path, two: Path) -> bool:
 
 
 def evals(folder: Path) -> list[dict[str, float]]:
-    return [line for line in read_log(folder / "log.jsonl") if line["kind"] == "eval"]
+    return [line for line in read_json_lines(folder / "log.jsonl") if line["kind"] == "eval"]
 
 
 def test_learns_and_leaves_a_draft(made: tuple[Path, Path], whole: Path) -> None:
@@ -79,7 +81,7 @@ def test_learns_and_leaves_a_draft(made: tuple[Path, Path], whole: Path) -> None
     collected = about["training"]["data"]["settings"]
     assert collected["k"] == 8 and collected["temperatures"] == [1.0, 0.7] and "teacher" not in collected
     assert about["made_with"]["device"] and about["made_with"]["versions"]["python"]
-    steps = [line for line in read_log(whole / "log.jsonl") if line["kind"] == "step"]
+    steps = [line for line in read_json_lines(whole / "log.jsonl") if line["kind"] == "step"]
     assert {"step", "tokens", "loss", "agreement", "lr", "grad_norm", "tok_per_s"} <= steps[0].keys()
 
 
@@ -247,7 +249,7 @@ def test_interrupted_leaves_a_usable_draft_and_goes_on(made: tuple[Path, Path], 
     process.send_signal(signal.SIGINT)
     errors = process.communicate(timeout=60)[1]
     assert "KeyboardInterrupt: stopped after step" in errors
-    stopped = draft.load(out)
+    stopped = checkpoint.load(out)
     assert stopped.provenance["complete"] is False
     assert (out / "state").is_dir()
     train(*made, out, SMALL, quiet=True)
@@ -258,8 +260,8 @@ def test_interrupted_leaves_a_usable_draft_and_goes_on(made: tuple[Path, Path], 
 def test_untrained_positions_and_other_documents_have_no_gradient(made: tuple[Path, Path]) -> None:
     """Only trained positions count: what the teacher says elsewhere, and padding, change nothing."""
     config = DraftConfig.for_teacher(made[1], 1, 64)
-    model = draft.create(config, 0)
-    start_weights = draft.named_weights(model)
+    model = llama.create(config, 0)
+    start_weights = llama.named_weights(model)
     plain = block(4, seed=9)
     rubbish = np.random.default_rng(0).integers(VOCAB, size=plain.tokens.shape).astype(np.int32)
     off = ~plain.loss_mask
@@ -285,23 +287,23 @@ def test_untrained_positions_and_other_documents_have_no_gradient(made: tuple[Pa
 
 def test_order_is_a_function_of_seed_and_batch_number(made: tuple[Path, Path]) -> None:
     data = Dataset.open(made[0])
-    feeds = [Feed(data, 1.0, 4, seed, 0.1, 64) for seed in (0, 0, 1)]
+    loaders = [DataLoader(data, 1.0, 4, seed, 0.1, 64) for seed in (0, 0, 1)]
 
-    def tokens(feed: Feed, first: int, count: int) -> list[bytes]:
-        batches = feed.batches(first)
+    def tokens(loader: DataLoader, first: int, count: int) -> list[bytes]:
+        batches = loader.batches(first)
         found = [next(batches).tokens.tobytes() for _ in range(count)]
         batches.close()
         return found
 
-    whole_order = tokens(feeds[0], 0, 30)
-    assert tokens(feeds[1], 17, 13) == whole_order[17:]
-    assert tokens(feeds[2], 0, 30) != whole_order
+    whole_order = tokens(loaders[0], 0, 30)
+    assert tokens(loaders[1], 17, 13) == whole_order[17:]
+    assert tokens(loaders[2], 0, 30) != whole_order
     # Each pass sees each training row once, and never a held-out one.
     for epoch in (0, 1):
-        rows = [row for window in feeds[0].windows(epoch) for row in window]
-        assert len(rows) == len(set(rows)) == feeds[0].rows
-        assert not set(rows) & set(feeds[0].held_out)
-        assert len(rows) + len(feeds[0].held_out) == sum(shard.rows for shard in data.shards)
+        rows = [row for window in loaders[0].windows(epoch) for row in window]
+        assert len(rows) == len(set(rows)) == loaders[0].rows
+        assert not set(rows) & set(loaders[0].held_out)
+        assert len(rows) + len(loaders[0].held_out) == sum(shard.rows for shard in data.shards)
 
 
 @pytest.mark.parametrize("rows", [[2], [1, 1], [100], [7] * 50, [0, 5, 0], [1000, 3]])
