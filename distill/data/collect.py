@@ -308,7 +308,7 @@ class Collector:
         shape = Shape.of(self.plan.teacher.config, str(self.plan.teacher.folder))
         check_fits(
             len(chunk) * shape.cache_bytes(longest),
-            f"--reply-batch {self.settings.reply_batch}: the caches of {len(chunk)} prompts and their replies need",
+            f"--reply-batch {self.settings.reply_batch}: the caches of {len(chunk)} prompts and their replies need {{}}",
             "choose a smaller one",
         )
 

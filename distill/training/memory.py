@@ -47,4 +47,5 @@ def check_memory(config: DraftConfig, batch: int, seq_len: int, teacher_hidden: 
     gpu = mx.default_device() == mx.Device(mx.gpu)
     need = estimate_memory(config, batch, seq_len, gpu=gpu, teacher_hidden=teacher_hidden)
     size = f"{config.layers} layers x {config.hidden} ({config.parameters / 1e6:,.0f} M parameters)"
-    check_fits(need, f"training a draft of {size} needs about", "choose fewer --layers, a smaller --hidden or --batch")
+    advice = "choose fewer --layers, a smaller --hidden or --batch"
+    check_fits(need, f"a draft of {size} needs about {{}} to train", advice)
