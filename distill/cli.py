@@ -157,9 +157,8 @@ def train(
 
     Ctrl-C leaves a usable draft; the same command goes on where it stopped, and trains nothing where it has finished.
     """
-    from hashlib import sha256
-
     from distill.data.shards import newest_dataset
+    from distill.training.run import default_folder
     from distill.training.run import train as run_training
     from kernels import backend
 
@@ -172,10 +171,7 @@ def train(
                 f"no complete dataset for {checkpoint.name} under {RUNS}/; run `distill collect` or give --data"
             )
         say(quiet)(f"data: {data}")
-    if out is None:
-        name = repr((sorted(settings.record().items()), str(data.resolve()), checkpoint.weights_hash))
-        digest = sha256(name.encode()).hexdigest()[:8]
-        out = RUNS / f"draft-{Path(checkpoint.name).name}-{settings.layers}x{settings.hidden}-{digest}"
+    out = out or default_folder(settings, data, checkpoint.name, checkpoint.weights_hash)
     backend()  # hooks a fast BLAS into MLX on Linux CPUs
     try:
         with awake():

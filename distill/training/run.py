@@ -8,6 +8,7 @@ same command says what came out.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import signal
@@ -25,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from decode.metal import limit_memory
-from decode.models.checkpoint import Checkpoint, tokenizer_hash
+from decode.models.checkpoint import RUNS, Checkpoint, tokenizer_hash
 from distill.data.dataset import MANIFEST
 from distill.data.shards import Dataset
 from distill.release.provenance import dataset_metadata, made_with, origin, teacher_metadata
@@ -123,6 +124,13 @@ def train(
     )
     state = State.open(out / "state", fingerprint)
     return _Run(loader, teacher_folder, other, out, settings, config, state, vocabulary, progress, quiet).go()
+
+
+def default_folder(settings: TrainSettings, data: Path, teacher: str, teacher_hash: str) -> Path:
+    """Where a draft goes that was given no folder: the same command finds it again. teacher: its name."""
+    name = repr((sorted(settings.naming().items()), str(data.resolve()), teacher_hash))
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return RUNS / f"draft-{Path(teacher).name}-{settings.layers}x{settings.hidden}-{digest}"
 
 
 def fast_blas() -> None:

@@ -26,7 +26,7 @@ from distill.training.drafts import llama
 from distill.training.loader import DataLoader, assemble, held_out_rows
 from distill.training.losses import FusedHead
 from distill.training.optimizer import learning_rate
-from distill.training.run import train
+from distill.training.run import default_folder, train
 from distill.training.settings import TrainSettings
 from distill.training.step import Step
 from kernels.errors import UserError
@@ -229,6 +229,18 @@ def test_runs_of_older_versions_go_on(made: tuple[Path, Path], begun: Path, whol
     ):
         with pytest.raises(UserError, match=named):
             resumed(made, begun, tmp_path / f"other-{number}", older | change)
+
+
+def test_the_default_folder_is_the_one_of_older_versions() -> None:
+    """0.1.0 hashed this very text; a setting that came later must not change it."""
+    text = (
+        "([('batch', 4), ('bits', None), ('clip', 1.0), ('dtype', 'auto'), ('eval_rows', 64), ('eval_share', 0.02),"
+        " ('evals', 5), ('hidden', 64), ('layers', 1), ('loss', 'kl'), ('lr', 0.005), ('seed', 0),"
+        " ('teacher_embedding', True), ('temperature', 1.0), ('tokens', 20000), ('vocab', None), ('warmup', 0.05),"
+        " ('weight_decay', 0.1)], '/somewhere/data', 'abc')"
+    )
+    expected = f"draft-bitnet-1x64-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    assert default_folder(SMALL, Path("/somewhere/data"), "maker/bitnet", "abc").name == expected
 
 
 def test_drafts_of_older_versions_are_finished(made: tuple[Path, Path], whole: Path, tmp_path: Path) -> None:
