@@ -125,10 +125,18 @@ class Setting:
                 raise UserError(f"{self.flag} {part}: must be {allowed}")
 
     def words(self, value: Any) -> list[str]:
-        """The option with a value, as it is typed; nothing for None and for a switch at its default."""
-        if self.kind is bool:
-            return [] if value == self.default else [self.flag if value else f"--no-{self.flag.removeprefix('--')}"]
+        """The option with a value, as it is typed; nothing for None and for a switch at its default. TypeError where
+        a record has something else."""
         parts = value or () if self.many else () if value is None else (value,)
+        for part in parts:
+            if not _is(part, self.kind):
+                raise TypeError(f"{self.name} is {part!r}")
+        if self.kind is bool:
+            return (
+                []
+                if value in (None, self.default)
+                else [self.flag if value else f"--no-{self.flag.removeprefix('--')}"]
+            )
         return [word for part in parts for word in (self.flag, f"{part}".removesuffix(".0"))]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -74,6 +75,28 @@ def command(work: Path) -> Command:
             timeout=120,
         )
         return Result(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    return run
+
+
+@pytest.fixture
+def inside(work: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Commands in this process, which start in no time: for what asks nothing of signals, the network or streams."""
+    from huggingface_hub import constants
+
+    def run(program: str, *options: object, cwd: Path | None = None) -> Result:
+        main = importlib.import_module(f"{program}.cli").main
+        with monkeypatch.context() as patch:
+            patch.chdir(cwd or work)
+            patch.setattr(sys, "argv", [program, *map(str, options)])
+            patch.setattr(constants, "HF_HUB_OFFLINE", True)
+            patch.setenv("COLUMNS", "120")
+            patch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+            capfd.readouterr()
+            with pytest.raises(SystemExit) as ended:
+                main()
+        out, err = capfd.readouterr()
+        return Result(int(ended.value.code or 0), out, err)
 
     return run
 

@@ -38,16 +38,16 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_evaluation_counts_what_decoding_counts(command: Command, work: Path, prompts: Path, tmp_path: Path) -> None:
+def test_evaluation_counts_what_decoding_counts(inside: Command, work: Path, prompts: Path, tmp_path: Path) -> None:
     """The totals are those of `decode spec` on the same prompts, and the categories add up to them."""
     draft = work / "runs" / "mine"
     shutil.copytree(SHIPPED, draft)  # under runs/: the results go beside it
     options = ("--draft", "runs/mine", "--prompts", prompts, "--max-tokens", LENGTH)
-    done = command("distill", "evaluate", *options, "--json", "-")
+    done = inside("distill", "evaluate", *options, "--json", "-")
     assert done.code == 0, done.err
     report = json.loads(done.out)
     assert report == json.loads((draft / "evaluation.json").read_text(encoding="utf-8"))
-    decoded = command("decode", "spec", *options, "--compare", "-q", "--json", tmp_path / "spec.json")
+    decoded = inside("decode", "spec", *options, "--compare", "-q", "--json", tmp_path / "spec.json")
     assert decoded.code == 0, decoded.err
     spec = json.loads((tmp_path / "spec.json").read_text(encoding="utf-8"))
     counts = ("prompts", "tokens", "rounds", "drafted", "accepted", "acceptance_rate", "acceptance_per_position")
@@ -109,10 +109,10 @@ def test_looping_replies_are_set_apart() -> None:
 
 
 def test_interrupted_it_goes_on_and_tells_a_difference(
-    command: Command, work: Path, weak_draft: Path, prompts: Path, tmp_path: Path
+    inside: Command, work: Path, weak_draft: Path, prompts: Path, tmp_path: Path
 ) -> None:
     out, unfinished = tmp_path / "out", tmp_path / "out" / "evaluation-unfinished.jsonl"
-    options = ("evaluate", "--draft", weak_draft, "--prompts", prompts, "--max-tokens", 200, "--out", out)
+    options = ("evaluate", "--draft", weak_draft, "--prompts", prompts, "--max-tokens", 48, "--out", out)
     process = subprocess.Popen(
         arguments("distill", *options), cwd=work, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -131,7 +131,7 @@ def test_interrupted_it_goes_on_and_tells_a_difference(
     spec, plain = json.loads(lines[2])
     plain["tokens"][1] += 1
     unfinished.write_text("\n".join([*lines[:2], json.dumps([spec, plain]), *lines[3:]]) + '\n{"cut sho')
-    rest = command("distill", *options, "-q", "--json", "-")
+    rest = inside("distill", *options, "-q", "--json", "-")
     assert rest.code == 1, rest.err
     whole = json.loads(rest.out)
     assert whole["complete"] is True and whole["prompts"] == 6 and whole["identical"] is False
@@ -143,7 +143,7 @@ def test_interrupted_it_goes_on_and_tells_a_difference(
 
     # Other settings begin anew: one prompt of each category, shorter, and nothing of what was kept before.
     unfinished.write_text("\n".join(lines) + "\n")
-    short = command("distill", *options[:-4], "--max-tokens", 4, "--limit", 1, "--out", out, "-q", "--json", "-")
+    short = inside("distill", *options[:-4], "--max-tokens", 4, "--limit", 1, "--out", out, "-q", "--json", "-")
     assert short.code == 0, short.err
     assert [o["id"] for o in json.loads(short.out)["outputs"]] == ["p0", "p1", "p2"]
     assert all(len(o["token_ids"]) <= 4 for o in json.loads(short.out)["outputs"])
@@ -172,9 +172,9 @@ def test_what_an_older_version_began_is_not_taken_up(weak_draft: Path, prompts: 
     ],
 )
 def test_bad_input_is_one_line(
-    command: Command, work: Path, weak_draft: Path, options: list[object], named: list[str]
+    inside: Command, work: Path, weak_draft: Path, options: list[object], named: list[str]
 ) -> None:
     (work / "taken").write_text("a file")
     before = sorted(work.rglob("*"))
-    command("distill", "evaluate", "--draft", weak_draft, *options).refused("distill", *named)
+    inside("distill", "evaluate", "--draft", weak_draft, *options).refused("distill", *named)
     assert sorted(work.rglob("*")) == before

@@ -115,7 +115,7 @@ def snapshot(home: Path, name: str) -> dict[str, bytes]:
 # --- without a network
 
 
-def test_dry_run_lists_and_prints(command: Command, small: Path, tmp_path: Path) -> None:
+def test_dry_run_lists_and_prints(command: Command, inside: Command, small: Path, tmp_path: Path) -> None:
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_TOKEN": "", "HF_HUB_OFFLINE": "0"}
     options = ("--draft", small, "--repo", REPO, "--dry-run")
     shown = command("distill", "publish", *options, **nowhere)
@@ -125,14 +125,14 @@ def test_dry_run_lists_and_prints(command: Command, small: Path, tmp_path: Path)
     assert sizes.keys() == UPLOADED
     assert all(sizes[name] == len(content) for name, content in local_files(small).items())
     assert sizes["README.md"] == len(card.encode())
-    result = json.loads(command("distill", "publish", *options, "--json", "-", **nowhere).out)
+    result = json.loads(inside("distill", "publish", *options, "--json", "-").out)
     assert result["card"] == card and result["dry_run"] and result["bytes"] == sum(sizes.values())
     assert {entry["name"] for entry in result["files"]} == UPLOADED
 
 
-def test_the_newest_finished_draft_is_published(command: Command, small: Path, tmp_path: Path) -> None:
+def test_the_newest_finished_draft_is_published(inside: Command, small: Path, tmp_path: Path) -> None:
     run = ("distill", "publish", "--repo", REPO, "--dry-run", "--json", "-")
-    command(*run, cwd=tmp_path).refused("distill", "no finished draft under runs/")
+    inside(*run, cwd=tmp_path).refused("distill", "no finished draft under runs/")
     about = json.loads((small / "draft.json").read_text())
     facts = {"old": about, "new": about, ".new.replaced": about, "begun": {**about, "complete": False}}
     for age, (name, fact) in enumerate(facts.items()):
@@ -140,7 +140,7 @@ def test_the_newest_finished_draft_is_published(command: Command, small: Path, t
         shutil.copytree(small, folder)
         (folder / "draft.json").write_text(json.dumps(fact))
         os.utime(folder / "draft.json", (age, age))
-    assert json.loads(command(*run, cwd=tmp_path).out)["draft"] == "runs/new"
+    assert json.loads(inside(*run, cwd=tmp_path).out)["draft"] == "runs/new"
 
 
 def metadata(card: str, tmp_path: Path) -> dict[str, Any]:
@@ -282,7 +282,7 @@ def test_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
     assert "LICENSE" in prepare(folder, REPO).files
 
 
-def test_what_distill_evaluate_finds_is_published(command: Command, tmp_path: Path) -> None:
+def test_what_distill_evaluate_finds_is_published(inside: Command, tmp_path: Path) -> None:
     """The two commands on the shipped draft: one's evaluation.json is what the other reads."""
     folder = tmp_path / "runs" / "mine"
     shutil.copytree(SHIPPED, folder)
@@ -290,10 +290,10 @@ def test_what_distill_evaluate_finds_is_published(command: Command, tmp_path: Pa
     lines = [{"prompt": "Why is the sky blue?", "category": name} for name in ("chat", "code", "code")]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     options = ("--prompts", "p.jsonl", "--limit", 1, "--max-tokens", 8, "-q")
-    done = command("distill", "evaluate", "--draft", folder, *options, cwd=tmp_path)
+    done = inside("distill", "evaluate", "--draft", folder, *options, cwd=tmp_path)
     assert done.code == 0, done.err
     report = json.loads((folder / EVALUATION).read_text())
-    shown = command("distill", "publish", "--draft", folder, "--repo", REPO, "--dry-run", "--json", "-", cwd=tmp_path)
+    shown = inside("distill", "publish", "--draft", folder, "--repo", REPO, "--dry-run", "--json", "-", cwd=tmp_path)
     assert shown.code == 0, shown.err
     result = json.loads(shown.out)
     assert EVALUATION in {entry["name"] for entry in result["files"]}
