@@ -12,8 +12,11 @@ from tqdm import tqdm
 
 from decode.keep_awake import awake
 from decode.models.checkpoint import RUNS, find_teacher
-from decode.options import SeedOption, TeacherOption
+from decode.options import TeacherOption
 from distill.cli_models import convert, evaluate, publish
+from distill.data.settings import CollectSettings
+from distill.settings import takes_settings
+from distill.training.settings import TrainSettings
 from kernels import UserError
 from kernels.console import Interrupted, JsonOption, QuietOption, check_json_target, progress, run, say, write_json
 
@@ -27,7 +30,7 @@ app = typer.Typer(
 )
 
 
-class Stage(StrEnum):
+class StageName(StrEnum):
     """What `--from` takes."""
 
     collect = "collect"
@@ -36,52 +39,16 @@ class Stage(StrEnum):
 
 
 @app.command()
+@takes_settings
 def collect(
+    *,
     teacher: TeacherOption = None,
-    source: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--source",
-            metavar="PATH|REPO",
-            help="Text (.txt), JSONL with `text`, `prompt` or `messages`, parquet, a folder of these, or a Hub"
-            " dataset. Repeatable; each gives an equal share. Default: the samples in data/.",
-        ),
-    ] = None,
-    reply: Annotated[
-        bool, typer.Option("--reply/--no-reply", help="Let the teacher answer prompts and learn from its replies.")
-    ] = True,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--exclude", metavar="FILE", help="Prompts to leave out, beside the held-out ones in data/eval.jsonl."
-        ),
-    ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", help="Size of the dataset in tokens.")] = 150_000,
-    seq_len: Annotated[int, typer.Option("--seq-len", help="Tokens a row.")] = 512,
-    top_k: Annotated[int, typer.Option("--top-k", help="Logits kept a token.")] = 32,
-    temperature: Annotated[
-        list[float] | None,
-        typer.Option(
-            "--temperature", help="Also store exact log-sum-exps at this temperature. Repeatable; 1 always is."
-        ),
-    ] = None,
-    batch: Annotated[int, typer.Option("--batch", help="Rows scored at a time.")] = 8,
-    reply_batch: Annotated[int, typer.Option("--reply-batch", help="Prompts answered at a time.")] = 64,
-    max_reply: Annotated[
-        int | None, typer.Option("--max-reply", help="Most tokens a reply. Default: half of --seq-len.")
-    ] = None,
-    reply_temperature: Annotated[
-        list[float] | None,
-        typer.Option(
-            "--reply-temperature", help="Sample replies at this; 0 is greedy. Repeatable: used in turn. [0, 0.8]"
-        ),
-    ] = None,
+    settings: CollectSettings,
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="DIR", help="Dataset folder. Default: a name made of the settings in runs/."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take; write nothing.")] = False,
-    seed: SeedOption = 0,
     json_file: JsonOption = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -89,26 +56,12 @@ def collect(
 
     Killed or interrupted, the same command goes on where it stopped, and ends with the same bytes.
     """
-    from distill.data.collect import Collector, CollectSettings, make_plan
+    from distill.data.collect import Collector, make_plan
     from distill.predict import duration
 
     check_json_target(json_file)
     note = say(quiet)
     began = time.perf_counter()
-    settings = CollectSettings.from_options(
-        source=source,
-        exclude=exclude,
-        tokens=tokens,
-        seq_len=seq_len,
-        top_k=top_k,
-        batch=batch,
-        temperature=temperature,
-        reply=reply,
-        reply_batch=reply_batch,
-        max_reply=max_reply,
-        reply_temperature=reply_temperature,
-        seed=seed,
-    )
     plan = make_plan(find_teacher(teacher), settings, out)
     bars = Bars(quiet)
     collector = Collector(plan, bars)
@@ -182,7 +135,9 @@ def verify(
 
 
 @app.command()
+@takes_settings
 def train(
+    *,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -190,36 +145,11 @@ def train(
         ),
     ] = None,
     teacher: TeacherOption = None,
-    layers: Annotated[int, typer.Option("--layers", help="Transformer layers of the draft.")] = 2,
-    hidden: Annotated[int, typer.Option("--hidden", help="Width of the draft, a multiple of 64.")] = 256,
-    vocab: Annotated[
-        int | None,
-        typer.Option(
-            "--vocab",
-            metavar="N",
-            help="Trim the head to the N most frequent tokens of the dataset and all special ones. Default: all.",
-        ),
-    ] = None,
-    loss: Annotated[
-        str,
-        typer.Option(
-            "--loss", help="kl: KL with the tail as a bucket; ce: the teacher's first choice; tv: total variation."
-        ),
-    ] = "kl",
-    temperature: Annotated[
-        float, typer.Option("--temperature", help="Temperature of the loss; the dataset must have it.")
-    ] = 1.0,
-    tokens: Annotated[int, typer.Option("--tokens", help="Tokens trained on; the dataset is repeated.")] = 500_000,
-    batch: Annotated[int, typer.Option("--batch", help="Rows a step.")] = 2,
-    lr: Annotated[float, typer.Option("--lr", help="Peak learning rate.")] = 2e-3,
-    bits: Annotated[
-        int | None, typer.Option("--bits", help="Quantise the saved weights to 4 or 8 bits. Default: bfloat16.")
-    ] = None,
+    settings: TrainSettings,
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="DIR", help="Draft folder. Default: a name made of the settings in runs/."),
     ] = None,
-    seed: SeedOption = 0,
     json_file: JsonOption = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -227,11 +157,8 @@ def train(
 
     Ctrl-C leaves a usable draft; the same command goes on where it stopped, and trains nothing where it has finished.
     """
-    from dataclasses import asdict
-    from hashlib import sha256
-
     from distill.data.shards import newest_dataset
-    from distill.training.run import TrainSettings
+    from distill.training.run import default_folder
     from distill.training.run import train as run_training
     from kernels import backend
 
@@ -244,30 +171,15 @@ def train(
                 f"no complete dataset for {checkpoint.name} under {RUNS}/; run `distill collect` or give --data"
             )
         say(quiet)(f"data: {data}")
-    settings = TrainSettings(
-        layers=layers,
-        hidden=hidden,
-        vocab=vocab,
-        loss=loss,
-        temperature=temperature,
-        tokens=tokens,
-        batch=batch,
-        lr=lr,
-        bits=bits,
-        seed=seed,
-    )
-    if out is None:
-        name = repr((sorted(asdict(settings).items()), str(data.resolve()), checkpoint.weights_hash))
-        digest = sha256(name.encode()).hexdigest()[:8]
-        out = RUNS / f"draft-{Path(checkpoint.name).name}-{layers}x{hidden}-{digest}"
+    out = out or default_folder(settings, data, checkpoint.name, checkpoint.weights_hash)
     backend()  # hooks a fast BLAS into MLX on Linux CPUs
     try:
         with awake():
             summary = run_training(data, checkpoint.folder, out, settings, quiet=quiet)
     except KeyboardInterrupt as error:
         raise Interrupted(str(error)) from None
-    facts = {name: str(value) if isinstance(value, Path) else value for name, value in vars(summary).items()}
-    write_json(json_file, {"teacher": checkpoint.name, "data": str(data), **facts, "settings": asdict(settings)})
+    figures = {name: str(value) if isinstance(value, Path) else value for name, value in vars(summary).items()}
+    write_json(json_file, {"teacher": checkpoint.name, "data": str(data), **figures, "settings": settings.record()})
     trimmed = summary.vocabulary
     if trimmed is not None:
         share = f"{trimmed['coverage']:.1%} of the dataset's targets"
@@ -287,8 +199,8 @@ app.command()(evaluate)
 def run_recipe(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or the name of one in recipes/.")],
     start: Annotated[
-        Stage, typer.Option("--from", help="Begin with this stage; what those before it made is taken as it is.")
-    ] = Stage.collect,
+        StageName, typer.Option("--from", help="Begin with this stage; what those before it made is taken as it is.")
+    ] = StageName.collect,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Predict disk, memory and time on Macs; write nothing."),
@@ -306,9 +218,9 @@ def run_recipe(
 
     check_json_target(json_file)
     plan = read_recipe(find_recipe(recipe))
-    facts = {"recipe": str(plan.path), "sha256": plan.sha256, "teacher": plan.teacher, "dry_run": dry_run}
+    result = {"recipe": str(plan.path), "sha256": plan.sha256, "teacher": plan.teacher, "dry_run": dry_run}
     if dry_run:
-        _predict(plan, facts, json_file, quiet)
+        _predict(plan, result, json_file, quiet)
         return
     bars = Bars(quiet)
     try:
@@ -316,7 +228,7 @@ def run_recipe(
             records = Pipeline(plan, find_teacher(plan.teacher), quiet, bars, bars.close).run(start.value)
     except KeyboardInterrupt as error:
         raise Interrupted(str(error) or "what is done is kept; the same command goes on from there") from None
-    write_json(json_file, facts | {"stages": records})
+    write_json(json_file, result | {"stages": records})
     report = records[-1]["report"]
     say(quiet)(
         f"{plan.draft}: acceptance rate {report['acceptance_rate']:.3f}, {report['mean_acceptance_length']:.2f} tokens"
@@ -326,7 +238,7 @@ def run_recipe(
         raise typer.Exit(1)
 
 
-def _predict(recipe: Recipe, facts: dict[str, Any], json_file: str | None, quiet: bool) -> None:
+def _predict(recipe: Recipe, result: dict[str, Any], json_file: str | None, quiet: bool) -> None:
     from distill.predict import predict, report, size, table, teacher_bytes, teacher_config
 
     config, why = teacher_config(recipe.teacher)
@@ -335,7 +247,7 @@ def _predict(recipe: Recipe, facts: dict[str, Any], json_file: str | None, quiet
         say(quiet)(f"{why}\nwithout its config.json only the dataset's size can be told, at 128 bytes a token")
     folders = (recipe.dataset, recipe.draft, recipe.evaluation)
     stages = [{**work, "folder": str(folder)} for work, folder in zip(report(works), folders, strict=True)]
-    write_json(json_file, facts | {"stages": stages})
+    write_json(json_file, result | {"stages": stages})
     if json_file != "-" and not quiet:
         if config is not None:
             print(f" teacher  {recipe.teacher or 'the embedded one'}: {size(teacher_bytes(config))} of weights")

@@ -9,12 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from decode.keep_awake import awake
-from decode.models.checkpoint import RUNS, find_draft, find_teacher
-from decode.options import SeedOption, TeacherOption
+from decode.models.checkpoint import RUNS, find_teacher
+from decode.models.drafts import find_draft, newest_draft
+from decode.options import TeacherOption
+from distill.release.settings import EvaluateSettings
+from distill.settings import takes_settings
 from kernels.console import Interrupted, JsonOption, QuietOption, check_json_target, progress, say, write_json
 
 
+@takes_settings
 def evaluate(
+    *,
     draft: Annotated[
         str | None,
         typer.Option(
@@ -24,25 +29,7 @@ def evaluate(
         ),
     ] = None,
     teacher: TeacherOption = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            "--prompts",
-            metavar="FILE",
-            help="JSONL with `prompt` or `messages` a line, and `category`. Default: the held-out data/eval.jsonl.",
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", metavar="N", help="Only the first N prompts of each category.")
-    ] = None,
-    k: Annotated[int, typer.Option("--k", help="Tokens drafted before each verification.")] = 3,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Most new tokens a prompt.")] = 128,
-    head: Annotated[
-        str,
-        typer.Option(
-            "--head", help="The teacher's output layer as the checkpoint has it (bf16), or rounded to 8 bits (int8)."
-        ),
-    ] = "bf16",
+    settings: EvaluateSettings,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -52,7 +39,6 @@ def evaluate(
             " there.",
         ),
     ] = None,
-    seed: SeedOption = 0,
     json_file: JsonOption = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -61,20 +47,13 @@ def evaluate(
     Every prompt is also decoded plainly, in turn; exit 1 if an output is not identical. Writes evaluation.json,
     evaluation.md and pictures. Ctrl-C writes what is done; the same command goes on where it stopped.
     """
-    from distill.release.evaluate import EvaluateSettings, default_folder
+    from distill.release.evaluate import default_folder
     from distill.release.evaluate import evaluate as run_evaluation
 
     check_json_target(json_file)
-    settings = EvaluateSettings(
-        **({} if prompts is None else {"prompts": str(prompts)}),
-        k=k,
-        max_tokens=max_tokens,
-        head=head,
-        limit=limit,
-        seed=seed,
-    )
     teacher_checkpoint = find_teacher(teacher)
-    draft_checkpoint = find_draft(draft, teacher_checkpoint)
+    newest = newest_draft(teacher_checkpoint) if draft is None else None
+    draft_checkpoint = find_draft(str(newest) if newest else draft, teacher_checkpoint).draft
     folder = out or default_folder(draft_checkpoint)
     try:
         with awake():
@@ -114,14 +93,14 @@ def convert(
     Reads packed weights with scales to multiply by or to divide by (the Falcon models), float master weights
     (Microsoft's -bf16, 1bitLLM) and what `mlx_lm.convert` made of a BitNet.
     """
-    from distill.release.convert import check_out
+    from distill.release.convert import check_converted_folder
     from distill.release.convert import convert as run_conversion
 
     check_json_target(json_file)
     began = time.perf_counter()
     checkpoint = find_teacher(teacher)
     out = out or RUNS / f"{Path(checkpoint.name).name}-packed"
-    check_out(out, checkpoint.folder)
+    check_converted_folder(out, checkpoint.folder)
     bar = progress(sum(array.nbytes for array in checkpoint.arrays().values()), "convert", "B", quiet)
     try:
         converted = run_conversion(checkpoint, out, bar.update)
@@ -129,8 +108,8 @@ def convert(
         raise Interrupted(f"nothing was written to {out}") from None
     finally:
         bar.close()
-    facts = {"teacher": checkpoint.name, "out": str(out), **vars(converted), "seconds": time.perf_counter() - began}
-    write_json(json_file, facts)
+    result = {"teacher": checkpoint.name, "out": str(out), **vars(converted), "seconds": time.perf_counter() - began}
+    write_json(json_file, result)
     files = f"{converted.files} file{'s' if converted.files > 1 else ''}"
     size = f"{converted.tensors} tensors in {files}, {converted.bytes / 1e6:.1f} MB"
     say(quiet)(f"{out}: {size} (was {converted.family})")

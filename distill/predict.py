@@ -19,7 +19,9 @@ from distill.data.collect import bytes_per_token
 from distill.data.packing import wants_reply
 from distill.data.sources import read_source
 from distill.recipe import Recipe
-from distill.training.draft_config import DraftConfig, estimate_memory
+from distill.release.evaluate import select
+from distill.training.draft_config import DraftConfig
+from distill.training.memory import estimate_memory
 
 MOST_BYTES = 128  # a token, where the vocabulary is not known
 
@@ -106,7 +108,7 @@ def answered(sources: Sequence[str]) -> float:
 
 def predict(recipe: Recipe, config: dict[str, Any] | None) -> list[Work]:
     """The work of each stage. config: the teacher's config.json, if it is known; UserError for what it cannot do."""
-    prompts = len(recipe.evaluate.select())
+    prompts = len(select(recipe.evaluate))
     if config is None:
         return [
             Work("collect", _collection(recipe), recipe.collect.tokens * MOST_BYTES, None, None),
@@ -116,9 +118,7 @@ def predict(recipe: Recipe, config: dict[str, Any] | None) -> list[Work]:
     teacher = Shape.of(config, f"config.json of {recipe.teacher}")
     recipe.check_for(config)
     train = recipe.train
-    shape = DraftConfig.for_config(
-        config, f"config.json of {recipe.teacher}", train.layers, train.hidden, kept=train.vocab
-    )
+    shape = DraftConfig.for_config(config, f"config.json of {recipe.teacher}", train.layers, train.hidden, train.vocab)
     return [
         _collect(recipe, teacher),
         _train(recipe, teacher, shape),
@@ -156,9 +156,8 @@ def _train(recipe: Recipe, teacher: Shape, shape: DraftConfig) -> Work:
     rows, seq_len = settings.batch, recipe.collect.seq_len
     steps = -(-settings.tokens // (rows * seq_len))
     layers = shape.parameters - shape.vocab_size * shape.hidden
-    kept = shape.kept or shape.vocab_size
     attention = 4 * shape.layers * shape.hidden * seq_len / 2
-    operations = 3 * (2 * (layers + kept * shape.hidden) + attention) * settings.tokens
+    operations = 3 * (2 * (layers + shape.head_size * shape.hidden) + attention) * settings.tokens
     optimizer = 28.0 * shape.parameters * steps
     # While it runs there are also its state, the weights and two moments, and the best weights.
     disk = shape.parameters * ((settings.bits or 16) / 8 + 16)

@@ -31,6 +31,12 @@ def find_draft(name: str | None, teacher: Checkpoint) -> Choice:
     return Choice(find_model(name, "--draft"), "named by --draft") if name is not None else default_draft(teacher)
 
 
+def newest_draft(teacher: Checkpoint, runs: Path = RUNS) -> Path | None:
+    """The complete draft for this teacher under `runs` that was written last."""
+    trained = [path for path in drafts_under(runs) if _made_for(path, teacher)]
+    return max(trained, key=lambda path: path.stat().st_mtime).parent if trained else None
+
+
 def default_draft(teacher: Checkpoint, runs: Path = RUNS) -> Choice:
     """Of the shipped drafts for this teacher and the complete ones under `runs`, the one with the highest speed-up that
     `distill evaluate` found on this device, replies that loop left out. Where none was evaluated: a shipped one, else
@@ -48,9 +54,8 @@ def default_draft(teacher: Checkpoint, runs: Path = RUNS) -> Choice:
         reason = f"speed-up {measured[best]:.2f} by `distill evaluate` on this device, the highest{others}"
     elif shipped:
         best, reason = shipped[0], "the shipped one: none was evaluated on this device"
-    elif trained:
-        best = max(trained, key=lambda folder: (folder / ABOUT).stat().st_mtime)
-        reason = "the newest: none was evaluated on this device"
+    elif newest := newest_draft(teacher, runs):
+        best, reason = newest, "the newest: none was evaluated on this device"
     else:
         raise UserError(f"no draft for {teacher.name} under {runs}/ or {SHIPPED.name}/; train one or give --draft")
     return Choice(find_model(str(best), "--draft"), reason)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 
 from decode.metal import limit_memory
 from decode.models.cache import Packed
-from decode.models.checkpoint import ROOT, RUNS, Checkpoint
+from decode.models.checkpoint import RUNS, Checkpoint
 from decode.models.dimensions import Shape
 from decode.models.transformer import Transformer
 from decode.prompts import Prompt
@@ -29,97 +29,19 @@ from distill.data.codec import Settings
 from distill.data.dataset import Replies, Reply, ReplyWriter
 from distill.data.packing import MIN_PIECE, Piece, Row, cut, pack, split_text, wants_reply
 from distill.data.replies import write_replies
+from distill.data.settings import CollectSettings
 from distill.data.shards import Block, Dataset, ShardWriter
 from distill.data.sources import Document, Skipped, at_commit, identity, is_excluded, is_hub, load_excluded, read_source
-from distill.training.draft import check_tokenizer
+from distill.training.checkpoint import check_tokenizer
 from kernels import UserError
 from kernels.memory import check_fits
 
-HELD_OUT = ROOT / "data" / "eval.jsonl"
-DEFAULT_SOURCES = (ROOT / "data" / "prompts.jsonl", ROOT / "data" / "wiki.jsonl.xz", ROOT / "data" / "novels.jsonl.xz")
 FORMAT = 2
 ROWS_PER_SHARD = 64
 LOGIT_ROWS = 512
 SORTED_BYTES = 32 << 20  # of logits that numpy works on at a time: its copies of them stay this small
 
 Progress = Callable[[str, int, int | None], None]
-
-
-@dataclass(frozen=True)
-class CollectSettings:
-    """What decides a dataset's content, beside the teacher and the files themselves.
-
-    tokens: the dataset's size; batch: rows scored at a time; reply_batch: prompts answered at a
-    time; reply_temperatures: what replies are sampled at, in turn (0 is greedy).
-    """
-
-    sources: tuple[str, ...]
-    exclude: tuple[str, ...] = ()
-    tokens: int = 150_000
-    seq_len: int = 512
-    top_k: int = 32
-    batch: int = 8
-    temperatures: tuple[float, ...] = (1.0,)
-    reply: bool = True
-    reply_batch: int = 64
-    max_reply: int = 256
-    reply_temperatures: tuple[float, ...] = (0.0, 0.8)
-    seed: int = 0
-
-    @classmethod
-    def from_options(
-        cls,
-        *,
-        source: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None,
-        temperature: Sequence[float] | None = None,
-        reply_temperature: Sequence[float] | None = None,
-        max_reply: int | None = None,
-        seq_len: int = 512,
-        **others: Any,
-    ) -> CollectSettings:
-        """The settings that options of `distill collect` stand for; None where one was not given.
-
-        Beside what `exclude` names, the held-out prompts are excluded wherever they are there.
-        """
-        held_out = [str(HELD_OUT)] if HELD_OUT.exists() else []
-        return cls(
-            sources=tuple(source or map(str, DEFAULT_SOURCES)),
-            exclude=tuple(dict.fromkeys([*held_out, *(exclude or [])])),
-            temperatures=tuple(dict.fromkeys((1.0, *(temperature or [])))),
-            reply_temperatures=tuple(reply_temperature or (0.0, 0.8)),
-            max_reply=seq_len // 2 if max_reply is None else max_reply,
-            seq_len=seq_len,
-            **others,
-        )
-
-    def check(self, config: Mapping[str, Any] | None = None) -> None:
-        """UserError naming the first option that cannot be; config: the teacher's, which sets some of the limits."""
-        vocab = config["vocab_size"] if config else None
-        context = config.get("max_position_embeddings") if config else None
-        limits = {
-            "--tokens": (self.tokens, 1, None),
-            "--seq-len": (self.seq_len, 2 * MIN_PIECE, context),
-            "--top-k": (self.top_k, 1, vocab),
-            "--batch": (self.batch, 1, None),
-            "--reply-batch": (self.reply_batch, 1, None),
-            "--max-reply": (self.max_reply, 1, context),
-            "--seed": (self.seed, 0, None),
-        }
-        for option, (value, low, high) in limits.items():
-            if value < low or (high is not None and value > high):
-                allowed = f"at least {low}" if high is None else f"{low} to {high}"
-                raise UserError(f"{option} {value}: must be {allowed}")
-        for heat in self.temperatures:
-            if not 0 < heat < float("inf"):
-                raise UserError(f"--temperature {heat}: must be above 0")
-        for heat in self.reply_temperatures:
-            if not 0 <= heat < float("inf"):
-                raise UserError(f"--reply-temperature {heat}: must be 0 (greedy) or more")
-        if self.reply and self.seq_len - self.max_reply < MIN_PIECE:
-            raise UserError(f"--max-reply {self.max_reply}: leaves no room for prompts in --seq-len {self.seq_len}")
-        if not self.sources:
-            raise UserError("--source: at least one file, folder or dataset is needed")
 
 
 @dataclass

@@ -21,13 +21,14 @@ from synthetic import VOCAB, teacher_folder
 
 from decode.models.checkpoint import find_model
 from distill.release.card import assisted_generation
-from distill.training import draft
+from distill.training import checkpoint
 from distill.training.draft_config import DraftConfig
+from distill.training.drafts import llama
 
 
 def random_draft(folder: Path, teacher: Path, layers: int, seed: int) -> Path:
     config = DraftConfig.for_teacher(teacher, layers=layers, hidden=64)
-    draft.save(folder, draft.create(config, seed=seed), config, teacher, {"complete": True})
+    checkpoint.save(folder, llama.create(config, seed=seed), config, teacher, {"complete": True})
     return folder
 
 

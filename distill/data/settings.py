@@ -1,0 +1,73 @@
+"""What decides a dataset, beside the teacher and the files themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from decode.models.checkpoint import ROOT
+from distill.data.packing import MIN_PIECE
+from distill.settings import Settings, option
+from kernels.errors import UserError
+
+HELD_OUT = ROOT / "data" / "eval.jsonl"
+DEFAULT_SOURCES = tuple(str(ROOT / "data" / name) for name in ("prompts.jsonl", "wiki.jsonl.xz", "novels.jsonl.xz"))
+
+
+@dataclass(frozen=True)
+class CollectSettings(Settings):
+    """What decides a dataset's content, beside the teacher and the files themselves."""
+
+    sources: tuple[str, ...] = option(
+        DEFAULT_SOURCES,
+        "Text (.txt), JSONL with `text`, `prompt` or `messages`, parquet, a folder of these, or a Hub dataset."
+        " Repeatable; each gives an equal share. Default: the samples in data/.",
+        flag="--source",
+        metavar="PATH|REPO",
+    )
+    reply: bool = option(True, "Let the teacher answer prompts and learn from its replies.")
+    exclude: tuple[str, ...] = option(
+        (), "Prompts to leave out, beside the held-out ones in data/eval.jsonl.", metavar="FILE"
+    )
+    tokens: int = option(150_000, "Size of the dataset in tokens.", low=1)
+    seq_len: int = option(512, "Tokens a row.", low=2 * MIN_PIECE)
+    top_k: int = option(32, "Logits kept a token.", low=1)
+    temperatures: tuple[float, ...] = option(
+        (1.0,),
+        "Also store exact log-sum-exps at this temperature. Repeatable; 1 always is.",
+        flag="--temperature",
+        above=0,
+    )
+    batch: int = option(8, "Rows scored at a time.", low=1)
+    reply_batch: int = option(64, "Prompts answered at a time.", low=1)
+    max_reply: int = option(256, "Most tokens a reply. Default: half of --seq-len.", low=1, show_default=False)
+    reply_temperatures: tuple[float, ...] = option(
+        (0.0, 0.8),
+        "Sample replies at this; 0 is greedy. Repeatable: used in turn. [0, 0.8]",
+        flag="--reply-temperature",
+        low=0,
+    )
+    seed: int = option(0, "Seed of everything random.", low=0)
+
+    @classmethod
+    def from_options(cls, **values: Any) -> Self:
+        """As options or a recipe give them. Beside what `exclude` names, the held-out prompts are excluded wherever
+        they are there."""
+        settings = super().from_options(**values)
+        held_out = [str(HELD_OUT)] if HELD_OUT.exists() else []
+        return replace(
+            settings,
+            exclude=tuple(dict.fromkeys([*held_out, *settings.exclude])),
+            temperatures=tuple(dict.fromkeys((1.0, *settings.temperatures))),
+            max_reply=settings.seq_len // 2 if values.get("max_reply") is None else settings.max_reply,
+        )
+
+    def check(self, config: Mapping[str, Any] | None = None) -> None:
+        """UserError naming the first option that cannot be; config: the teacher's, which sets some of the limits."""
+        context = config.get("max_position_embeddings") if config else None
+        self.check_bounds(seq_len=context, top_k=config["vocab_size"] if config else None, max_reply=context)
+        if self.reply and self.seq_len - self.max_reply < MIN_PIECE:
+            raise UserError(f"--max-reply {self.max_reply}: leaves no room for prompts in --seq-len {self.seq_len}")
+        if not self.sources:
+            raise UserError("--source: at least one file, folder or dataset is needed")
