@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from decode.models.checkpoint import ROOT, RUNS
-from distill.data.collect import CollectSettings
+from distill.data.settings import CollectSettings
 from distill.release.evaluate import EvaluateSettings
 from distill.training.draft_config import check_size
 from distill.training.run import TrainSettings

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from decode.metal import limit_memory
 from decode.models.checkpoint import Checkpoint, tokenizer_hash
-from distill.data.dataset import MANIFEST
+from distill.data.manifest import MANIFEST
 from distill.data.shards import Dataset
 from distill.release.provenance import data_facts, made_with, origin, teacher_facts
 from distill.training import cpu, draft

@@ -44,7 +44,7 @@ def test_counts_are_of_what_follows_a_trained_position(made: tuple[Path, Path]) 
     data = Dataset.open(made[0])
     expected = np.zeros(VOCAB, int)
     for block in data:
-        for tokens, trained, document in zip(block.tokens, block.loss_mask, block.document, strict=True):
+        for tokens, trained, document in zip(block.tokens, block.loss_mask, block.segments, strict=True):
             for t in range(len(tokens) - 1):
                 if trained[t] and document[t] > 0 and document[t] == document[t + 1]:
                     expected[tokens[t + 1]] += 1
@@ -104,7 +104,7 @@ def test_its_loss_is_the_one_defined(made: tuple[Path, Path], trained: tuple[Sum
     feed = Feed(Dataset.open(made[0]), 1.0, SETTINGS.batch, 0, SETTINGS.eval_share, SETTINGS.eval_rows)
     loss = count = 0.0
     for batch in feed.held_out_batches():
-        hidden = draft.forward(saved.model, mx.array(batch.tokens), mx.array(batch.document)).reshape(-1, 64)
+        hidden = draft.forward(saved.model, mx.array(batch.tokens), mx.array(batch.segments)).reshape(-1, 64)
         hidden = hidden if batch.positions is None else hidden[mx.array(batch.positions)]
         assert saved.kept is not None
         logits = hidden @ draft.head_weight(saved.model, mx.array(saved.kept)).T
