@@ -14,8 +14,11 @@ from tqdm import tqdm
 
 from decode.keep_awake import awake
 from decode.models.checkpoint import RUNS, find_teacher
-from decode.options import SeedOption, TeacherOption
+from decode.options import TeacherOption
 from distill.cli_models import convert, evaluate, publish
+from distill.data.settings import CollectSettings
+from distill.settings import takes_settings
+from distill.training.settings import TrainSettings
 from kernels import UserError
 from kernels.console import Interrupted, JsonOption, QuietOption, check_json_target, progress, run, say, write_json
 
@@ -38,47 +41,12 @@ class Stage(StrEnum):
 
 
 @app.command()
+@takes_settings
 def collect(
+    *,
     context: typer.Context,
     teacher: TeacherOption = None,
-    source: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--source",
-            metavar="PATH|REPO",
-            help="Text (.txt), JSONL with `text`, `prompt` or `messages`, parquet, a folder of these, or a Hub"
-            " dataset. Repeatable; each gives an equal share. Default: the samples in data/.",
-        ),
-    ] = None,
-    reply: Annotated[
-        bool, typer.Option("--reply/--no-reply", help="Let the teacher answer prompts and learn from its replies.")
-    ] = True,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--exclude", metavar="FILE", help="Prompts to leave out, beside the held-out ones in data/eval.jsonl."
-        ),
-    ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", help="Size of the dataset in tokens.")] = 150_000,
-    seq_len: Annotated[int, typer.Option("--seq-len", help="Tokens a row.")] = 512,
-    top_k: Annotated[int, typer.Option("--top-k", help="Logits kept a token.")] = 32,
-    temperature: Annotated[
-        list[float] | None,
-        typer.Option(
-            "--temperature", help="Also store exact log-sum-exps at this temperature. Repeatable; 1 always is."
-        ),
-    ] = None,
-    batch: Annotated[int, typer.Option("--batch", help="Rows scored at a time.")] = 8,
-    reply_batch: Annotated[int, typer.Option("--reply-batch", help="Prompts answered at a time.")] = 64,
-    max_reply: Annotated[
-        int | None, typer.Option("--max-reply", help="Most tokens a reply. Default: half of --seq-len.")
-    ] = None,
-    reply_temperature: Annotated[
-        list[float] | None,
-        typer.Option(
-            "--reply-temperature", help="Sample replies at this; 0 is greedy. Repeatable: used in turn. [0, 0.8]"
-        ),
-    ] = None,
+    settings: CollectSettings,
     replies: Annotated[
         Path | None,
         typer.Option(
@@ -92,7 +60,6 @@ def collect(
         typer.Option("--out", metavar="DIR", help="Dataset folder. Default: a name made of the settings in runs/."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take; write nothing.")] = False,
-    seed: SeedOption = 0,
     json_file: JsonOption = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -104,26 +71,11 @@ def collect(
     --temperature or --batch they are found there and not made again; --replies scores them without their sources.
     """
     from distill.data.collect import Collector, plan_collection, plan_scoring
-    from distill.data.settings import CollectSettings
     from distill.predict import duration
 
     check_json_target(json_file)
     note = say(quiet)
     began = time.perf_counter()
-    settings = CollectSettings.from_options(
-        source=source,
-        exclude=exclude,
-        tokens=tokens,
-        seq_len=seq_len,
-        top_k=top_k,
-        batch=batch,
-        temperature=temperature,
-        reply=reply,
-        reply_batch=reply_batch,
-        max_reply=max_reply,
-        reply_temperature=reply_temperature,
-        seed=seed,
-    )
     checkpoint = find_teacher(teacher)
     if replies is None:
         plan = plan_collection(checkpoint, settings, out)
@@ -202,7 +154,9 @@ def verify(
 
 
 @app.command()
+@takes_settings
 def train(
+    *,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -210,36 +164,11 @@ def train(
         ),
     ] = None,
     teacher: TeacherOption = None,
-    layers: Annotated[int, typer.Option("--layers", help="Transformer layers of the draft.")] = 2,
-    hidden: Annotated[int, typer.Option("--hidden", help="Width of the draft, a multiple of 64.")] = 256,
-    vocab: Annotated[
-        int | None,
-        typer.Option(
-            "--vocab",
-            metavar="N",
-            help="Trim the head to the N most frequent tokens of the dataset and all special ones. Default: all.",
-        ),
-    ] = None,
-    loss: Annotated[
-        str,
-        typer.Option(
-            "--loss", help="kl: KL with the tail as a bucket; ce: the teacher's first choice; tv: total variation."
-        ),
-    ] = "kl",
-    temperature: Annotated[
-        float, typer.Option("--temperature", help="Temperature of the loss; the dataset must have it.")
-    ] = 1.0,
-    tokens: Annotated[int, typer.Option("--tokens", help="Tokens trained on; the dataset is repeated.")] = 500_000,
-    batch: Annotated[int, typer.Option("--batch", help="Rows a step.")] = 2,
-    lr: Annotated[float, typer.Option("--lr", help="Peak learning rate.")] = 2e-3,
-    bits: Annotated[
-        int | None, typer.Option("--bits", help="Quantise the saved weights to 4 or 8 bits. Default: bfloat16.")
-    ] = None,
+    settings: TrainSettings,
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="DIR", help="Draft folder. Default: a name made of the settings in runs/."),
     ] = None,
-    seed: SeedOption = 0,
     json_file: JsonOption = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -247,11 +176,9 @@ def train(
 
     Ctrl-C leaves a usable draft; the same command goes on where it stopped, and trains nothing where it has finished.
     """
-    from dataclasses import asdict
     from hashlib import sha256
 
     from distill.data.shards import newest_dataset
-    from distill.training.run import TrainSettings
     from distill.training.run import train as run_training
     from kernels import backend
 
@@ -264,22 +191,10 @@ def train(
                 f"no complete dataset for {checkpoint.name} under {RUNS}/; run `distill collect` or give --data"
             )
         say(quiet)(f"data: {data}")
-    settings = TrainSettings(
-        layers=layers,
-        hidden=hidden,
-        vocab=vocab,
-        loss=loss,
-        temperature=temperature,
-        tokens=tokens,
-        batch=batch,
-        lr=lr,
-        bits=bits,
-        seed=seed,
-    )
     if out is None:
-        name = repr((sorted(asdict(settings).items()), str(data.resolve()), checkpoint.weights_hash))
+        name = repr((sorted(settings.record().items()), str(data.resolve()), checkpoint.weights_hash))
         digest = sha256(name.encode()).hexdigest()[:8]
-        out = RUNS / f"draft-{Path(checkpoint.name).name}-{layers}x{hidden}-{digest}"
+        out = RUNS / f"draft-{Path(checkpoint.name).name}-{settings.layers}x{settings.hidden}-{digest}"
     backend()  # hooks a fast BLAS into MLX on Linux CPUs
     try:
         with awake():
@@ -287,7 +202,7 @@ def train(
     except KeyboardInterrupt as error:
         raise Interrupted(str(error)) from None
     facts = {name: str(value) if isinstance(value, Path) else value for name, value in vars(summary).items()}
-    write_json(json_file, {"teacher": checkpoint.name, "data": str(data), **facts, "settings": asdict(settings)})
+    write_json(json_file, {"teacher": checkpoint.name, "data": str(data), **facts, "settings": settings.record()})
     trimmed = summary.vocabulary
     if trimmed is not None:
         share = f"{trimmed['coverage']:.1%} of the dataset's targets"

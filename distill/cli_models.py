@@ -10,11 +10,15 @@ import typer
 
 from decode.keep_awake import awake
 from decode.models.checkpoint import RUNS, find_draft, find_teacher
-from decode.options import SeedOption, TeacherOption
+from decode.options import TeacherOption
+from distill.release.settings import EvaluateSettings
+from distill.settings import takes_settings
 from kernels.console import Interrupted, JsonOption, QuietOption, check_json_target, progress, say, write_json
 
 
+@takes_settings
 def evaluate(
+    *,
     draft: Annotated[
         str | None,
         typer.Option(
@@ -24,25 +28,7 @@ def evaluate(
         ),
     ] = None,
     teacher: TeacherOption = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            "--prompts",
-            metavar="FILE",
-            help="JSONL with `prompt` or `messages` a line, and `category`. Default: the held-out data/eval.jsonl.",
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", metavar="N", help="Only the first N prompts of each category.")
-    ] = None,
-    k: Annotated[int, typer.Option("--k", help="Tokens drafted before each verification.")] = 3,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Most new tokens a prompt.")] = 128,
-    head: Annotated[
-        str,
-        typer.Option(
-            "--head", help="The teacher's output layer as the checkpoint has it (bf16), or rounded to 8 bits (int8)."
-        ),
-    ] = "bf16",
+    settings: EvaluateSettings,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -52,7 +38,6 @@ def evaluate(
             " there.",
         ),
     ] = None,
-    seed: SeedOption = 0,
     json_file: JsonOption = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -61,18 +46,10 @@ def evaluate(
     Every prompt is also decoded plainly, in turn; exit 1 if an output is not identical. Writes evaluation.json,
     evaluation.md and pictures. Ctrl-C writes what is done; the same command goes on where it stopped.
     """
-    from distill.release.evaluate import EvaluateSettings, default_folder
+    from distill.release.evaluate import default_folder
     from distill.release.evaluate import evaluate as run_evaluation
 
     check_json_target(json_file)
-    settings = EvaluateSettings(
-        **({} if prompts is None else {"prompts": str(prompts)}),
-        k=k,
-        max_tokens=max_tokens,
-        head=head,
-        limit=limit,
-        seed=seed,
-    )
     teacher_checkpoint = find_teacher(teacher)
     draft_checkpoint = find_draft(draft, teacher_checkpoint)
     folder = out or default_folder(draft_checkpoint)

@@ -25,10 +25,11 @@ from distill.data.manifest import MANIFEST
 from distill.data.reply_pass import Progress
 from distill.data.shards import Dataset
 from distill.recipe import KEPT, STAGES, Recipe
-from distill.release.evaluate import evaluate, finished
+from distill.release.evaluate import evaluate, fingerprint, finished, select
 from distill.training import draft
 from distill.training.draft_config import DraftConfig, check_memory
-from distill.training.run import TrainSettings, train
+from distill.training.run import train
+from distill.training.settings import TrainSettings
 from kernels.console import say
 from kernels.errors import UserError
 from kernels.files import read_json, write_atomic
@@ -94,7 +95,7 @@ class Pipeline:
         training = recipe.train
         config = DraftConfig.for_teacher(self.teacher.folder, training.layers, training.hidden, training.vocab)
         recipe.check_for(self.teacher.config)
-        recipe.evaluate.select()
+        select(recipe.evaluate)
         trained = self._trained()
         if "collect" in names:
             self._collected()
@@ -216,8 +217,7 @@ class Pipeline:
         return report is not None and bool(report["identical"])
 
     def _finished(self) -> dict[str, Any] | None:
-        identity = self.recipe.evaluate.identity(self.teacher, self._draft)
-        return finished(self.recipe.evaluation, identity)
+        return finished(self.recipe.evaluation, fingerprint(self.recipe.evaluate, self.teacher, self._draft))
 
     def _evaluate(self) -> None:
         recipe = self.recipe

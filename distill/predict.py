@@ -19,6 +19,7 @@ from distill.data.prompts import wants_reply
 from distill.data.scoring import bytes_per_token
 from distill.data.sources import read_source
 from distill.recipe import Recipe
+from distill.release.evaluate import select
 from distill.training.draft_config import DraftConfig, estimate_memory
 
 MOST_BYTES = 128  # a token, where the vocabulary is not known
@@ -106,7 +107,7 @@ def answered(sources: Sequence[str]) -> float:
 
 def predict(recipe: Recipe, config: dict[str, Any] | None) -> list[Work]:
     """The work of each stage. config: the teacher's config.json, if it is known; UserError for what it cannot do."""
-    prompts = len(recipe.evaluate.select())
+    prompts = len(select(recipe.evaluate))
     if config is None:
         return [
             Work("collect", _collection(recipe), recipe.collect.tokens * MOST_BYTES, None, None),

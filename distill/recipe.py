@@ -1,7 +1,7 @@
 """Recipes: TOML files that hold every setting of a run, read with plain errors.
 
-A recipe has `teacher`, `out` and the sections `[collect]`, `[train]` and `[evaluate]`. Their keys are the commands'
-option names and the fields of the settings classes behind them; what is left out has the commands' default.
+A recipe has `teacher`, `out` and the sections `[collect]`, `[train]` and `[evaluate]`, each with an `out` of its own
+and the keys of its command's settings (distill.settings); what is left out has the commands' default.
 """
 
 from __future__ import annotations
@@ -13,30 +13,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from decode.models.checkpoint import ROOT, RUNS
 from distill.data.settings import CollectSettings
-from distill.release.evaluate import EvaluateSettings
-from distill.training.draft_config import check_size
-from distill.training.run import TrainSettings
+from distill.release.settings import EvaluateSettings
+from distill.settings import Settings
+from distill.training.settings import TrainSettings
 from kernels.errors import UserError
 
 RECIPES = ROOT / "recipes"
 KEPT = "recipe.toml"  # the copy beside a draft
 STAGES = ("collect", "train", "evaluate")
-OPTIONS = {"sources": "source", "temperatures": "temperature", "reply_temperatures": "reply_temperature"}
-WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
-
-# What every key must be, by section ("" is the top): the types of the settings classes' fields.
-KEYS: dict[str, dict[str, Any]] = {
-    "": {"teacher": str, "out": str, **dict.fromkeys(STAGES, dict)},
-    "collect": {OPTIONS.get(name, name): kind for name, kind in get_type_hints(CollectSettings).items()},
-    "train": get_type_hints(TrainSettings),
-    "evaluate": get_type_hints(EvaluateSettings),
-}
-for _section in STAGES:
-    KEYS[_section]["out"] = str
+SETTINGS: dict[str, type[Settings]] = {"collect": CollectSettings, "train": TrainSettings, "evaluate": EvaluateSettings}
+TOP = ("teacher", "out", *STAGES)
 
 
 @dataclass(frozen=True)
@@ -119,8 +109,8 @@ def read_recipe(path: Path) -> Recipe:
         content=content,
         teacher=top.get("teacher"),
         collect=CollectSettings.from_options(**parts["collect"]),
-        train=TrainSettings(**parts["train"]),
-        evaluate=EvaluateSettings(**parts["evaluate"]),
+        train=TrainSettings.from_options(**parts["train"]),
+        evaluate=EvaluateSettings.from_options(**parts["evaluate"]),
         dataset=folders["collect"] or out / "dataset",
         draft=draft,
         evaluation=folders["evaluate"] or draft,
@@ -137,19 +127,18 @@ class _Source:
 
     def checked(self, section: str, values: dict[str, Any]) -> dict[str, Any]:
         """The values of a section, each known and of its type; lists become tuples."""
-        known = KEYS[section]
         for key, value in values.items():
-            if key not in known:
+            if key not in keys(section):
                 raise self.error(section, key, f"{key}: no such key; {self._hint(section, key)}")
-            if wrong := _unlike(value, known[key]):
+            if wrong := _unlike(section, key, value):
                 raise self.error(section, key, f"{key} must be {wrong}, not {_shown(value)}")
-        return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        return values
 
     def _hint(self, section: str, key: str) -> str:
         for other in ("", *STAGES):
-            if other != section and key in KEYS[other]:
+            if other != section and key in keys(other):
                 return f"it belongs {f'into [{other}]' if other else 'above all sections'}"
-        return f"did you mean {get_close_matches(key, KEYS[section], 1, 0.0)[0]}?"
+        return f"did you mean {get_close_matches(key, keys(section), 1, 0.0)[0]}?"
 
     def error(self, section: str, key: str, message: str) -> UserError:
         line = self._line(section, key)
@@ -175,33 +164,27 @@ def _check(recipe: Recipe) -> None:
     train, heats = recipe.train, recipe.collect.temperatures
     recipe.attempt("collect", recipe.collect.check)
     recipe.attempt("train", train.check)
-    recipe.attempt("train", lambda: check_size(train.layers, train.hidden))
     recipe.attempt("evaluate", recipe.evaluate.check)
 
     def check_rest() -> None:
-        if train.vocab is not None and train.vocab < 1:
-            raise UserError(f"--vocab {train.vocab}: must be at least 1")
         if train.temperature not in heats:
             raise UserError(f"--temperature {train.temperature}: must be 1 or one of [collect] temperature")
 
     recipe.attempt("train", check_rest)
 
 
-def _unlike(value: Any, kind: Any) -> str | None:
+def keys(section: str) -> list[str]:
+    """The keys of a section, "" being the top."""
+    return [setting.key for setting in SETTINGS[section].schema()] + ["out"] if section else [*TOP]
+
+
+def _unlike(section: str, key: str, value: Any) -> str | None:
     """What a value must be in words, where it is not that."""
-    if kind is dict:
+    if section and key != "out":
+        return next(setting for setting in SETTINGS[section].schema() if setting.key == key).unlike(value)
+    if key in STAGES:
         return None if isinstance(value, dict) else "a section"
-    kinds = [part for part in get_args(kind) or (kind,) if part not in (type(None), Ellipsis)]
-    if getattr(kind, "__origin__", None) is tuple:
-        fits = isinstance(value, list) and value and all(_is(part, kinds[0]) for part in value)
-        return None if fits else f"a list of {'strings' if kinds[0] is str else 'numbers'}"
-    return None if _is(value, kinds[0]) else WORDS[kinds[0]]
-
-
-def _is(value: Any, kind: type) -> bool:
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return type(value) is kind
+    return None if isinstance(value, str) else "a string"
 
 
 def _shown(value: Any) -> str:

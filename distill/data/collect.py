@@ -28,7 +28,7 @@ from distill.data.replies import generate_replies
 from distill.data.reply_dataset import Example, Replies, ReplyWriter
 from distill.data.reply_pass import Progress, ReplyPass
 from distill.data.scoring import Scorer, bytes_per_token
-from distill.data.settings import OF_REPLIES, OF_SCORES, REPLY_OPTIONS, CollectSettings
+from distill.data.settings import OF_REPLIES, OF_SCORES, CollectSettings
 from distill.data.shards import Dataset, ShardWriter
 from distill.data.sources import Skipped, at_commit, fingerprint, is_hub, load_excluded, read_source
 from distill.training.draft import check_tokenizer
@@ -103,8 +103,9 @@ def plan_scoring(
 
     given: the options of `distill collect` that were named; none may decide replies, which are there, but `seq_len`.
     """
-    if odd := [option for option in REPLY_OPTIONS if option in given]:
-        raise UserError(f"--replies: these were written before; --{odd[0].replace('_', '-')} decides new ones")
+    for setting in settings.schema():
+        if setting.key in given and setting.name not in OF_SCORES:
+            raise UserError(f"--replies {folder}: these are written; {setting.flag} would decide new ones")
     replies = Replies.open(folder)
     if not replies.complete:
         raise UserError(f"--replies {folder}: is not complete; the command that began it goes on with it")
@@ -120,11 +121,11 @@ def plan_scoring(
             **known
             | {name: tuple(entry["name"] for entry in known[name]) for name in ("sources", "exclude")}
             | {"reply_temperatures": tuple(known["reply_temperatures"])}
-            | {name: getattr(settings, name) for name in OF_SCORES if name in given or name not in known},
+            | {name: getattr(settings, name) for name in OF_SCORES if name != "seq_len" or name in given},
         )
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder / MANIFEST}: is damaged (settings: {error})") from None
-    settings.check_scores(teacher.config)
+    replace(settings, max_reply=1).check(teacher.config)
     of_teacher = {name: values[name] for name in mine if name in values}
     manifest = Settings(of_teacher | known | settings.recorded(OF_SCORES))
     return Plan(

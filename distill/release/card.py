@@ -10,27 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from decode.models.checkpoint import DEFAULT_TEACHER
+from distill.data.settings import CollectSettings
 from distill.recipe import KEPT
 from distill.training.draft_config import DraftConfig
 from distill.training.plots import read_log
+from distill.training.settings import TrainSettings
 from kernels import UserError
 from kernels.files import read_json
 
 EVALUATION = "evaluation.json"
 CURVES = "curves.png"
 Facts = dict[str, Any]
-
-# Options of `distill collect` and `distill train` by the names under which their values are kept.
-COLLECT = {
-    "tokens": "--tokens",
-    "seq_len": "--seq-len",
-    "k": "--top-k",
-    "batch": "--batch",
-    "reply_batch": "--reply-batch",
-    "max_reply": "--max-reply",
-    "seed": "--seed",
-}
-TRAIN = ("layers", "hidden", "vocab", "loss", "temperature", "tokens", "batch", "lr", "bits", "seed")
 
 # What a card takes from draft.json, outer parts first; each may be absent.
 PARTS: dict[str, type] = {
@@ -316,18 +306,12 @@ def _again(subject: Subject) -> str:
     data, training = subject.get("training", "data", "settings"), subject.get("training", "settings")
     if not (isinstance(data, dict) and isinstance(training, dict) and data.get("sources")):
         return ""
-    collect = ["distill", "collect", *subject.option]
-    for key, option in (("sources", "--source"), ("exclude", "--exclude")):
-        collect += [part for entry in data.get(key) or [] for part in (option, str(entry.get("name")))]
-    collect += [] if data.get("reply", True) else ["--no-reply"]
-    for key, option in (("temperatures", "--temperature"), ("reply_temperatures", "--reply-temperature")):
-        collect += [part for heat in data.get(key) or [] for part in (option, f"{heat:g}")]
-    collect += [part for key, option in COLLECT.items() if key in data for part in (option, str(data[key]))]
+    files = {key: [str(entry.get("name")) for entry in data.get(key) or []] for key in ("sources", "exclude")}
+    collected = {**data, "top_k": data.get("k"), **files}
+    collect = ["distill", "collect", *subject.option, *CollectSettings.command_line(collected)]
     start = subject.started_from
-    train = ["distill", "train", *(["--teacher", start] if start else subject.option), "--data", "runs/data"]
-    for key in TRAIN:
-        if training.get(key) is not None:
-            train += [f"--{key}", str(training[key])]
+    teacher = ["--teacher", start] if start else subject.option
+    train = ["distill", "train", *teacher, "--data", "runs/data", *TrainSettings.command_line(training)]
     text = "## Making it again\n\nSources are named without their folders; their hashes are above.\n\n"
     return text + _code("\n".join((_wrapped([*collect, "--out", "runs/data"]), _wrapped(train))), "sh")
 

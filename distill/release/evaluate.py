@@ -7,73 +7,44 @@ are kept in a file of lines, so that an evaluation that was stopped goes on; one
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from decode.metrics import Tally, is_looping
-from decode.models.checkpoint import ROOT, RUNS, Checkpoint
+from decode.models.checkpoint import RUNS, Checkpoint
 from decode.prompts import Prompt, read_prompts
 from decode.session import Output, Session
+from distill.release.settings import EvaluateSettings
 from distill.training.plots import acceptance_by_category, acceptance_by_position, read_log
 from kernels import UserError, backend
 from kernels.console import progress, say
 from kernels.device import device_name, versions
-from kernels.files import write_atomic
+from kernels.files import sha256, write_atomic
 
-PROMPTS = ROOT / "data" / "eval.jsonl"
 REPORT, TABLE, UNFINISHED = "evaluation.json", "evaluation.md", "evaluation-unfinished.jsonl"
 CATEGORY_PLOT, POSITION_PLOT = "evaluation-categories.png", "evaluation-positions.png"
 NO_CATEGORY = "uncategorised"
-HEADS = ("bf16", "int8")
 
 Pair = tuple[Output, Output]  # of one prompt: speculative, plain
 
 
-@dataclass(frozen=True)
-class EvaluateSettings:
-    """What decides an evaluation, beside teacher and draft.
+def select(settings: EvaluateSettings) -> list[Prompt]:
+    """The prompts of an evaluation, in the file's order."""
+    selected, counts = [], dict[str, int]()
+    for prompt in read_prompts(Path(settings.prompts)):
+        number = counts[category_of(prompt)] = counts.get(category_of(prompt), 0) + 1
+        if settings.limit is None or number <= settings.limit:
+            selected.append(prompt)
+    return selected
 
-    prompts: a prompts file; k: tokens drafted before each verification; head: of the teacher; limit: prompts a
-    category, from the file's beginning, None for all.
-    """
 
-    prompts: str = str(PROMPTS)
-    k: int = 3
-    max_tokens: int = 128
-    head: str = "bf16"
-    limit: int | None = None
-    seed: int = 0
-
-    def check(self) -> None:
-        """UserError naming the first option that cannot be."""
-        for name in ("k", "max_tokens", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-        if self.head not in HEADS:
-            raise UserError(f"--head {self.head}: {' or '.join(HEADS)}")
-        if self.seed < 0:
-            raise UserError(f"--seed {self.seed}: must not be negative")
-
-    def select(self) -> list[Prompt]:
-        """The prompts, in the file's order."""
-        chosen, counts = [], dict[str, int]()
-        for prompt in read_prompts(Path(self.prompts)):
-            number = counts[category_of(prompt)] = counts.get(category_of(prompt), 0) + 1
-            if self.limit is None or number <= self.limit:
-                chosen.append(prompt)
-        return chosen
-
-    def identity(self, teacher: Checkpoint, draft: Checkpoint) -> dict[str, Any]:
-        """What two evaluations have in common that measure the same; files count by their content."""
-        with Path(self.prompts).open("rb") as file:
-            prompts = hashlib.file_digest(file, "sha256").hexdigest()
-        hashes = {"teacher": teacher.weights_hash, "draft": draft.weights_hash, "prompts": prompts}
-        return asdict(self) | hashes
+def fingerprint(settings: EvaluateSettings, teacher: Checkpoint, draft: Checkpoint) -> dict[str, Any]:
+    """What two evaluations have in common that measure the same; files count by their content."""
+    hashes = {"teacher": teacher.weights_hash, "draft": draft.weights_hash, "prompts": sha256(Path(settings.prompts))}
+    return settings.record() | hashes
 
 
 def default_folder(draft: Checkpoint) -> Path:
@@ -102,8 +73,8 @@ def evaluate(
     there; KeyboardInterrupt where none is.
     """
     settings.check()
-    prompts = settings.select()
-    identity = settings.identity(teacher, draft)
+    prompts = select(settings)
+    identity = fingerprint(settings, teacher, draft)
     session = Session(
         teacher,
         draft,

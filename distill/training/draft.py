@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from decode.models.draft_vocabulary import check_kept
 from decode.tokenizer import copy_tokenizer_file
-from distill.training.draft_config import DraftConfig, load_tensors
+from distill.training.draft_config import GROUP_SIZE, DraftConfig, load_tensors
 from kernels.errors import UserError
 from kernels.files import holds_current, link_or_copy, read_json, recover_folder, replacing_folder, sha256
 
@@ -31,8 +31,6 @@ WEIGHTS = "model.safetensors"
 KEPT = "kept"  # the tensor of ids in the weights of a draft with a trimmed head
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 OPTIONAL_FILES = ("generation_config.json", "chat_template.jinja", "special_tokens_map.json")
-# 4-bit codes need the finer groups; both divide every matrix (widths are multiples of 64).
-GROUP_SIZE = {4: 32, 8: 64}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,9 @@ from kernels.errors import UserError
 from kernels.files import read_json
 from kernels.memory import check_fits
 
+# Weights that share a scale, by bits: 4-bit codes need the finer groups; both divide every matrix (their widths are
+# multiples of 64).
+GROUP_SIZE = {4: 32, 8: 64}
 LOGIT_BYTES = 256 << 20  # of logits that training computes at a time on a GPU
 ACTIVATIONS = 83  # numbers a position that a layer's backward pass keeps, in widths of the draft
 SCORES = 6  # the same in rows of attention scores, where they are computed whole

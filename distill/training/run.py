@@ -33,8 +33,9 @@ from distill.training import cpu, draft
 from distill.training.cpu import CpuHead
 from distill.training.draft_config import DraftConfig, check_memory
 from distill.training.loader import Feed
-from distill.training.losses import FusedHead, bucket_loss
+from distill.training.losses import FusedHead
 from distill.training.plots import read_log, training_curves
+from distill.training.settings import TrainSettings
 from distill.training.state import State, difference
 from distill.training.step import Step, TrimmedHead, learning_rate, measure
 from distill.training.vocabulary import Vocabulary, choose
@@ -46,47 +47,6 @@ DRAW_SECONDS = 20.0  # a picture takes part of a second
 READ_EVERY = 20  # most steps that run before the host looks at their losses
 MEASURED = ("held_out_loss", "agreement", "expected_acceptance")
 Progress = Callable[[dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """All that decides what a training run does with its data; saved with the draft."""
-
-    layers: int = 2
-    hidden: int = 256
-    vocab: int | None = None  # most frequent tokens that the head keeps, beside the special ones; None for all
-    loss: str = "kl"
-    temperature: float = 1.0
-    tokens: int = 500_000  # tokens trained on, passes repeated
-    batch: int = 2  # rows
-    lr: float = 2e-3
-    warmup: float = 0.05  # share of the steps
-    weight_decay: float = 0.1  # of matrices, not of norms
-    clip: float = 1.0  # the largest norm of a gradient
-    seed: int = 0
-    eval_share: float = 0.02  # of the rows, held out
-    eval_rows: int = 64  # at most
-    evals: int = 20  # evenly over the run, the last at its end
-    bits: int | None = None  # of the saved weights: 4, 8, or None for bfloat16
-    dtype: str = "auto"  # of the computation: float32, bfloat16; auto is bfloat16 on a GPU
-    teacher_embedding: bool = True  # start the embedding from the teacher's
-
-    def check(self) -> None:
-        """UserError naming the first option that cannot be."""
-        bucket_loss(self.loss)
-        for name in ("tokens", "batch", "lr", "temperature", "clip", "evals", "eval_rows"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0")
-        for name, low, high in (("warmup", 0.0, 1.0), ("eval_share", 0.0, 0.5), ("weight_decay", 0.0, 10.0)):
-            if not low <= getattr(self, name) <= high:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be {low:g} to {high:g}")
-        if self.seed < 0:
-            raise UserError(f"--seed {self.seed}: must not be negative")
-        if self.bits not in (None, *draft.GROUP_SIZE):
-            raise UserError(f"--bits {self.bits}: 4, 8 or none")
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise UserError(f"--dtype {self.dtype}: auto, float32 or bfloat16")
 
 
 @dataclass(frozen=True)
@@ -124,9 +84,9 @@ def train(
     Raises UserError for unusable input, KeyboardInterrupt when interrupted: what was learned so
     far is then saved as a draft, and the same command continues.
     """
-    settings.check()
     data, teacher_folder, out = Path(data), Path(teacher_folder), Path(out)
     dataset = Dataset.open(data)
+    settings.check()
     draft.check_tokenizer(teacher_folder)
     other = other_teacher(dataset, teacher_folder)
     draft.check_out(out)
