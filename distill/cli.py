@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
-from click.core import ParameterSource
 from tqdm import tqdm
 
 from decode.keep_awake import awake
@@ -80,7 +79,8 @@ def collect(
     if replies is None:
         plan = plan_collection(checkpoint, settings, out)
     else:
-        given = {name for name in context.params if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
+        sources = {name: context.get_parameter_source(name) for name in context.params}
+        given = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
         plan = plan_scoring(checkpoint, replies, settings, given, out)
     bars = Bars(quiet)
     collector = Collector(plan, bars)

@@ -17,11 +17,9 @@ from kernels.errors import UserError
 from kernels.files import sha256
 
 SAMPLED_SHARDS = 8
-# What a manifest's settings say that `distill inspect` shows elsewhere.
-SHOWN_APART = {
-    "teacher", "tokenizer_hash", "vocab_size", "k", "temperatures", "seq_len", "sources", "exclude",
-    "chat_template_hash", "collection_format",
-}  # fmt: skip
+# What a manifest's settings say that `distill inspect` shows elsewhere, or only as JSON.
+SHOWN_APART = {"teacher", "tokenizer_hash", "chat_template_hash", "vocab_size", "sources", "exclude"}
+OF_SHARDS_APART = {"k", "temperatures", "seq_len", "collection_format"}
 
 
 @dataclass(frozen=True)
@@ -236,7 +234,7 @@ def table(facts: dict[str, Any]) -> str:
     lines = [
         ("holds", f"{'logits' if of_shards else 'replies'}, {whole}, format {facts['format']}"),
         ("teacher", f"{teacher['name']}, sha256 {teacher['hash'][:12]}, vocabulary of {facts['vocab_size']:,}"),
-        ("tokens", f"{facts['tokens']:,} of {facts['documents']:,} documents"),
+        ("tokens", f"{facts['tokens']:,} in {_count(facts['documents'], 'segment' if of_shards else 'document')}"),
         ("trained on", f"{facts['trained_tokens']:,}{share}"),
     ]
     if of_shards:
@@ -261,7 +259,8 @@ def table(facts: dict[str, Any]) -> str:
     for title, name in (("sources", "sources"), ("prompts left out", "exclude")):
         if rows := [_source(entry) for entry in settings.get(name) or []]:
             text += f"\n\n{title}\n{_columns(rows)}"
-    others = [(name, _joined(value)) for name, value in settings.items() if name not in SHOWN_APART]
+    apart = SHOWN_APART | OF_SHARDS_APART if of_shards else SHOWN_APART
+    others = [(name, _joined(value)) for name, value in settings.items() if name not in apart]
     return text + (f"\n\nsettings\n{_columns(others)}" if others else "")
 
 

@@ -30,10 +30,11 @@ def segment(tokens: np.ndarray, prompt_length: int) -> Segment:
 
 
 def cut(whole: Segment, seq_len: int) -> Iterator[Segment]:
-    """A segment in parts of at most seq_len; ends too short to learn from are dropped."""
+    """A segment in parts of at most seq_len. Ends too short to learn from are dropped, and parts with nothing to learn,
+    unless all of it is such: the beginning of a text that was cut off."""
     for start in range(0, len(whole.tokens), seq_len):
         part = Segment(whole.tokens[start : start + seq_len], whole.mask[start : start + seq_len].copy())
-        if len(part.tokens) >= MIN_SEGMENT and part.mask.any():
+        if len(part.tokens) >= MIN_SEGMENT and (part.mask.any() or not whole.mask.any()):
             yield part
 
 

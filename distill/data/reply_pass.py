@@ -8,7 +8,7 @@ answered depends on how long the replies are, and nothing else does: batches onl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -126,10 +126,7 @@ class ReplyPass:
                 break
             known = self._known(supply.source, window, quota.left)
             for example in self._answer(supply, window, quota) if known is None else known:
-                part = example and self._fitted(example, quota.left)
-                if part is None:
-                    return False
-                self._add(writer, part, quota)
+                self._add(writer, example, quota)
                 supply.taken(1)
                 if quota.left < MIN_SEGMENT:
                     return False
@@ -137,9 +134,8 @@ class ReplyPass:
             text = supply.text()
             if text is None:
                 return True
-            part = self._fitted(text, quota.left)
-            if part is not None and self._size(part):
-                self._add(writer, part, quota)
+            if self._size(text):
+                self._add(writer, text, quota)
         return False
 
     def _size(self, example: Example) -> int:
@@ -147,15 +143,11 @@ class ReplyPass:
         parts = cut(segment(example.tokens, example.prompt_length), self.settings.seq_len)
         return sum(len(part.tokens) for part in parts)
 
-    def _fitted(self, example: Example, room: int) -> Example | None:
-        """An example that fills no more than `room`, its end cut off if need be; None if nothing to learn is left."""
-        if self._size(example) <= room:
-            return example
-        tokens = example.tokens[:room]
-        part = Example(example.source, example.number, tokens, min(example.prompt_length, len(tokens)), example.replied)
-        return part if self._size(part) else None
-
     def _add(self, writer: ReplyWriter, example: Example, quota: Quota) -> None:
+        """Take an example, its end cut off where it is more than the quota has left."""
+        if self._size(example) > quota.left:
+            tokens = example.tokens[: quota.left]
+            example = replace(example, tokens=tokens, prompt_length=min(example.prompt_length, len(tokens)))
         quota.taken += self._size(example)
         self._pending.append(example)
         self._at += 1
@@ -168,19 +160,13 @@ class ReplyPass:
             writer.write(self._pending, index)
         self._pending = []
 
-    def _known(self, source: int, window: list[tuple[int, list[int]]], room: int) -> list[Example | None] | None:
-        """The replies to a window that an earlier run has written, as far as `room` goes; None if one is missing.
-
-        Where what was written goes on with something else, the room that was left did not hold the next reply: then the
-        last of the list is None.
-        """
-        known: list[Example | None] = []
+    def _known(self, source: int, window: list[tuple[int, list[int]]], room: int) -> list[Example] | None:
+        """The replies to a window that an earlier run has written, as far as `room` goes; None if one is missing."""
+        known = []
         for place, (number, _) in enumerate(window, self._at):
             example = self._written.get(place)
-            if example is None:
+            if example is None or (example.source, example.number) != (source, number):
                 return None
-            if (example.source, example.number, example.replied) != (source, number, True):
-                return [*known, None]
             known.append(example)
             room -= self._size(example)
             if room < MIN_SEGMENT:
