@@ -1,12 +1,12 @@
 """The teacher answers prompts, many at a time, for a draft to learn from.
 
-A batch's content follows from the settings and its number alone, and a reply's random numbers from
-(seed, prompt number), so generation that is killed and run again writes the same bytes.
+A reply's random numbers follow from its own seed, so generation that is killed and run again, in the same batches,
+writes the same bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -16,29 +16,27 @@ from decode.models.cache import KVCache
 from decode.models.transformer import Transformer
 
 CHECK_EVERY = 16
-LONGEST_LOOP = 16  # tokens; another value writes other replies, and so needs another `distill.data.collect.FORMAT`
+LONGEST_LOOP = 16  # tokens; another value writes other replies, and so needs another `manifest.FORMAT`
 
 
-def write_replies(
+def generate_replies(
     teacher: Transformer,
     prompts: list[list[int]],
-    numbers: list[int],
+    seeds: Sequence[tuple[int, ...]],
     *,
     temperatures: list[float],
     max_reply: int,
     end_tokens: frozenset[int],
-    seed: int,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> list[np.ndarray]:
     """Replies to a batch of prompts, each int32 [at most max_reply], end token included.
 
-    numbers: which prompt of the source each is; temperatures: one a prompt, 0 is greedy. A reply
-    that has fallen into a loop is cut there: nothing is learnt from its repetitions. `advance` is
-    told how many tokens were written.
+    seeds: of each prompt's random numbers; temperatures: one a prompt, 0 is greedy. A reply that has fallen into a loop
+    is cut there: nothing is learnt from its repetitions. `advance` is told how many tokens were written.
     """
     written: list[list[int]] = [[] for _ in prompts]
-    uniform = np.stack([np.random.default_rng([seed, n]).random(max_reply, np.float32) for n in numbers])
-    heat = np.array(temperatures, np.float32)
+    uniform = np.stack([np.random.default_rng(seed).random(max_reply, np.float32) for seed in seeds])
+    temperature = np.array(temperatures, np.float32)
     # The prompt that each row of the batch answers, and whether it is still writing.
     active = np.arange(len(prompts))
     writing = np.ones(len(prompts), bool)
@@ -49,7 +47,7 @@ def write_replies(
         chosen = []
         for i in range(start, min(start + CHECK_EVERY, max_reply)):
             logits = teacher.forward(tokens[:, None], cache).logits
-            tokens = choose(logits, heat[active], uniform[active, i])
+            tokens = sample_tokens(logits, temperature[active], uniform[active, i])
             mx.async_eval(tokens, cache.keys, cache.values)
             chosen.append(tokens)
         for row, (reply, fresh) in enumerate(zip(active, np.array(mx.stack(chosen, axis=1)).tolist(), strict=True)):
@@ -90,13 +88,13 @@ def prefill(teacher: Transformer, prompts: list[list[int]], room: int) -> KVCach
     return cache
 
 
-def choose(logits: mx.array, temperature: np.ndarray, uniform: np.ndarray) -> mx.array:
+def sample_tokens(logits: mx.array, temperature: np.ndarray, uniform: np.ndarray) -> mx.array:
     """A token a row: the distribution inverted at a uniform number, or greedy at temperature 0.
 
     logits: float32 [s, vocab]; temperature, uniform: float32 [s]. Returns int32 [s].
     """
-    heat = mx.array(temperature)
-    p = mx.softmax(logits / mx.maximum(heat, 1e-3)[:, None], axis=-1)
+    divisor = mx.array(temperature)
+    p = mx.softmax(logits / mx.maximum(divisor, 1e-3)[:, None], axis=-1)
     below = (mx.cumsum(p, axis=-1) < mx.array(uniform)[:, None]).sum(axis=-1)
     sampled = mx.minimum(below, logits.shape[-1] - 1)
-    return mx.where(heat == 0, mx.argmax(logits, axis=-1), sampled).astype(mx.int32)
+    return mx.where(divisor == 0, mx.argmax(logits, axis=-1), sampled).astype(mx.int32)

@@ -15,7 +15,7 @@ from conftest import Command
 from safetensors import safe_open
 
 from decode.models.checkpoint import find_teacher
-from distill.data.codec import Settings
+from distill.data.manifest import Settings
 from distill.release.convert import convert
 from distill.release.provenance import origin, teacher_metadata
 from kernels import UserError

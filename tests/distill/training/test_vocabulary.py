@@ -46,7 +46,7 @@ def test_counts_are_of_what_follows_a_trained_position(made: tuple[Path, Path]) 
     data = Dataset.open(made[0])
     expected = np.zeros(VOCAB, int)
     for block in data:
-        for tokens, trained, document in zip(block.tokens, block.loss_mask, block.document, strict=True):
+        for tokens, trained, document in zip(block.tokens, block.loss_mask, block.segments, strict=True):
             for t in range(len(tokens) - 1):
                 if trained[t] and document[t] > 0 and document[t] == document[t + 1]:
                     expected[tokens[t + 1]] += 1
