@@ -42,7 +42,7 @@ def replies(model: Transformer, tokenizer: Tokenizer, prompts: Path, positions: 
 
 def logits_of(model: Transformer, tokens: np.ndarray) -> np.ndarray:
     """int32 [n, positions] -> float32 [n, positions, vocab]."""
-    return np.stack([np.array(model.step(row, model.new_cache())) for row in tokens])
+    return np.stack([np.array(model.step(row, model.new_cache()).logits) for row in tokens])
 
 
 def compared(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from decode.models.transformer import KVCache, Transformer
+from decode.models.cache import KVCache
+from decode.models.transformer import Transformer
 from decode.sampling import Sampling, accept, draw
 
 
@@ -51,7 +52,7 @@ class ModelDrafter:
 
     def propose(self, sequence: list[int], k: int) -> mx.array:
         """The k tokens that follow greedily, uint32, still being computed: some of them may be behind an end token."""
-        return self.model.continuation(sequence[self.cache.offset :], self.cache, k)
+        return self.model.greedy_tokens(sequence[self.cache.offset :], self.cache, k)
 
     def sample(self, sequence: list[int], k: int) -> tuple[list[int], np.ndarray]:
         """Up to k tokens, none behind an end token, and the distributions that they were drawn from, [k, vocab]."""
@@ -59,7 +60,7 @@ class ModelDrafter:
         drafted: list[int] = []
         distributions: list[np.ndarray] = []
         while len(drafted) < k:
-            logits = np.array(self.model.step(feed, self.cache)[-1:])
+            logits = np.array(self.model.step(feed, self.cache).logits[-1:])
             q = self.model.over_vocabulary(self.sampling.probabilities(logits)[0])
             token = draw(q, self.rng)
             drafted.append(token)
@@ -101,7 +102,7 @@ def generate(
     room = min(max_tokens, teacher.context - len(prompt))
     prefill_seconds = time.perf_counter() - started
     # Plain decoding's next token, where its step runs before the one before is known.
-    queues = drafter is None and sampling.greedy and teacher.queues
+    queues = drafter is None and sampling.greedy and teacher.async_decode
     queued: mx.array | None = None
 
     while room > 0:
@@ -116,7 +117,7 @@ def generate(
             if proposer is not None:
                 drafted, q = proposer.sample(sequence, wanted)
                 proposed = time.perf_counter()
-            logits = np.array(teacher.step([sequence[-1], *drafted], cache))
+            logits = np.array(teacher.step([sequence[-1], *drafted], cache).logits)
             accepted, chosen = accept(drafted, q, sampling.probabilities(logits), rng)
             emitted = [*drafted[:accepted], chosen]
         elif proposer is not None:
@@ -128,10 +129,10 @@ def generate(
             token = queued
             if token is None:
                 cache.reserve(2)  # both steps' rows, as a drafter's
-                token = teacher.best_tokens(teacher.step(sequence[-1:], cache))
+                token = teacher.best_tokens(teacher.step(sequence[-1:], cache).logits)
             queued = None
             if queues and room > 1:
-                queued = teacher.best_tokens(teacher.step(token, cache))
+                queued = teacher.best_tokens(teacher.step(token, cache).logits)
                 mx.async_eval(queued)
             accepted, emitted = 0, np.array(token).tolist()
         emitted = _upto_end(emitted, end_tokens)
@@ -161,7 +162,7 @@ def _propose_and_verify(
     clock = teacher.ops.clock(proposals)
     mx.async_eval(proposals if clock is None else clock)
     feed = mx.concatenate([mx.array(sequence[-1:], mx.uint32), proposals])
-    own = teacher.best_tokens(teacher.step(feed, cache))
+    own = teacher.best_tokens(teacher.step(feed, cache).logits)
     mx.async_eval(own)
     if clock is None:
         mx.eval(proposals)
@@ -182,5 +183,5 @@ def margin_at(teacher: Transformer, prompt: list[int], tokens: list[int]) -> flo
     sequence = prompt + tokens
     cache = teacher.new_cache()
     teacher.prefill(prompt[:-1], cache)
-    top = np.sort(np.array(teacher.step(sequence[len(prompt) - 1 :], cache)[-1]))
+    top = np.sort(np.array(teacher.step(sequence[len(prompt) - 1 :], cache).logits[-1]))
     return float(top[-1] - top[-2])

@@ -21,7 +21,7 @@ from decode.sampling import Sampling
 from decode.tokenizer import Tokenizer
 from kernels import UserError, backend, reference
 from kernels.device import device_name, versions
-from kernels.reference import SMALL_ROWS
+from kernels.ops import SMALL_ROWS
 
 MEASURED_CONTEXT = 128  # tokens in the cache while a verification is measured
 MEASURED_STEPS = 20
@@ -107,7 +107,7 @@ class Session:
         for model, most in ((self.teacher, self.k + 1), (self.draft, 2)):
             for rows in range(1, min(most, SMALL_ROWS) + 1):
                 if model is not None:
-                    mx.eval(model.step(text[:rows], model.new_cache()))
+                    mx.eval(model.step(text[:rows], model.new_cache()).logits)
 
     @property
     def end_token(self) -> int:
@@ -228,6 +228,6 @@ class Session:
             for rows, seconds in times.items():
                 cache.offset = MEASURED_CONTEXT
                 started = time.perf_counter()
-                mx.eval(self.teacher.best_tokens(self.teacher.step(text[:rows], cache)))
+                mx.eval(self.teacher.best_tokens(self.teacher.step(text[:rows], cache).logits))
                 seconds.append(time.perf_counter() - started)
         return statistics.median(times[self.k + 1]) / statistics.median(times[1])

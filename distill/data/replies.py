@@ -12,7 +12,8 @@ import mlx.core as mx
 import numpy as np
 
 from decode.metrics import is_looping
-from decode.models.transformer import CACHE_STEP, Transformer
+from decode.models.cache import KVCache
+from decode.models.transformer import Transformer
 
 CHECK_EVERY = 16
 LONGEST_LOOP = 16  # tokens; another value writes other replies, and so needs another `manifest.FORMAT`
@@ -40,16 +41,14 @@ def generate_replies(
     active = np.arange(len(prompts))
     writing = np.ones(len(prompts), bool)
     step = max(len(prompts) // 8, 1)
-    keys, values = prefill(teacher, [prompt[:-1] for prompt in prompts], max_reply)
+    cache = prefill(teacher, [prompt[:-1] for prompt in prompts], max_reply)
     tokens = mx.array([prompt[-1] for prompt in prompts])
-    positions = mx.array([len(prompt) - 1 for prompt in prompts])
     for start in range(0, max_reply, CHECK_EVERY):
         chosen = []
         for i in range(start, min(start + CHECK_EVERY, max_reply)):
-            logits = teacher.batch_step(tokens, positions, keys, values)
+            logits = teacher.forward(tokens[:, None], cache).logits
             tokens = sample_tokens(logits, temperature[active], uniform[active, i])
-            positions = positions + 1
-            mx.async_eval(tokens, positions, keys, values)
+            mx.async_eval(tokens, cache.keys, cache.values)
             chosen.append(tokens)
         for row, (reply, fresh) in enumerate(zip(active, np.array(mx.stack(chosen, axis=1)).tolist(), strict=True)):
             if not writing[row]:
@@ -65,29 +64,28 @@ def generate_replies(
         if size < len(active):
             rows = np.sort(np.argsort(~writing, kind="stable")[:size])
             active, writing = active[rows], writing[rows]
-            tokens, positions = tokens[mx.array(rows)], positions[mx.array(rows)]
-            keys, values = [key[mx.array(rows)] for key in keys], [value[mx.array(rows)] for value in values]
+            tokens = tokens[mx.array(rows)]
+            cache.select(rows)
     return [np.array(reply, np.int32) for reply in written]
 
 
-def prefill(teacher: Transformer, prompts: list[list[int]], room: int) -> tuple[list[mx.array], list[mx.array]]:
-    """Caches that hold a batch of prompts, with room for `room` + 1 more rows each.
+def prefill(teacher: Transformer, prompts: list[list[int]], room: int) -> KVCache:
+    """A cache that holds a batch of prompts, with room for `room` + 1 more rows each.
 
-    Prompts are padded on the right: their own rows cannot see the padding, and the rows
-    after a prompt are written before they are read. Returns a layer's float32 [s, kv_heads,
-    capacity, head_dim] each.
+    Prompts are padded on the right: their own rows cannot see the padding, and the rows behind a prompt are written
+    before they are read.
     """
     longest = max(map(len, prompts))
-    capacity = -(-(longest + room + 1) // CACHE_STEP) * CACHE_STEP
     padded = np.zeros((len(prompts), longest), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
-    keys, values = teacher.batch_prefill(padded)
-    spare = mx.zeros((len(prompts), keys[0].shape[1], capacity - longest, keys[0].shape[3]))
-    return (
-        [mx.concatenate([key, spare], axis=2) for key in keys],
-        [mx.concatenate([value, spare], axis=2) for value in values],
-    )
+    cache = teacher.new_cache(len(prompts))
+    cache.reserve(longest + room + 1)
+    if longest:
+        teacher.forward(padded, cache)
+        mx.eval(cache.keys, cache.values)
+    cache.offsets = [len(prompt) for prompt in prompts]
+    return cache
 
 
 def sample_tokens(logits: mx.array, temperature: np.ndarray, uniform: np.ndarray) -> mx.array:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from decode.models.cache import Packed
 from decode.models.transformer import Transformer
 from distill.data.codec import Block
 from distill.data.packing import Row
@@ -40,13 +41,12 @@ class Scorer:
         return Block(*columns)
 
     def _score_batch(self, tokens: np.ndarray, mask: np.ndarray, segments: np.ndarray) -> tuple[np.ndarray, ...]:
-        hidden = self.model.batch_hidden(tokens, segments)
-        flat = hidden.reshape(-1, hidden.shape[-1])
+        last = len(self.model.layers) - 1
+        flat = self.model.normed(self.model.forward(tokens, Packed(segments), taps=[last]).hidden[last])
         ids, logprobs, lses = [], [], []
         for start in range(0, flat.shape[0], LOGIT_ROWS):
-            top_ids, top, lse = top_of(
-                self.model.batch_logits(flat[start : start + LOGIT_ROWS]), self.top_k, self.temperatures
-            )
+            logits = self.model.logits(flat[start : start + LOGIT_ROWS])
+            top_ids, top, lse = top_of(logits, self.top_k, self.temperatures)
             ids.append(top_ids)
             logprobs.append(top - lse[:, :1])
             lses.append(lse)

@@ -13,14 +13,15 @@ from conftest import ROOT, SHIPPED, TEACHER, environment
 
 from decode.engine import ModelDrafter, Round, generate, margin_at
 from decode.metrics import Tally
+from decode.models.cache import KVCache
 from decode.models.checkpoint import find_model, find_teacher
-from decode.models.transformer import KVCache, Precision, Transformer
+from decode.models.transformer import Forward, Precision, Transformer
 from decode.prompts import Prompt, make_prompt
 from decode.sampling import Sampling
 from decode.session import Session
 from decode.tokenizer import Tokenizer
 from kernels import UserError
-from kernels.reference import DenseWeight, Int8Weight
+from kernels.ops import SMALL_ROWS, DenseWeight, Int8Weight
 
 TEXTS = (
     "Explain in two sentences why the sky is blue.",
@@ -112,23 +113,23 @@ def test_greedy_speculation_changes_nothing(
         assert said(speak(teacher, prompt, weak, k=k)) == plain
 
 
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
 def test_steps_queued_before_their_tokens_are_known_change_nothing(
     teacher: Transformer,
     weak: Transformer,
     prompts: list[list[int]],
-    whole: bool,
+    fused: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As on GPUs, with a whole step or with single operations."""
+    """As on GPUs, with a fused step or with single operations."""
     for model in (teacher, weak):
-        monkeypatch.setattr(model, "queues", False)
-        if not whole:
-            monkeypatch.setattr(model, "whole_step", None)
+        monkeypatch.setattr(model, "async_decode", False)
+        if not fused:
+            monkeypatch.setattr(model, "fused_step", None)
     expected = [said(speak(teacher, prompt)) for prompt in prompts[:2]]
     rounds = speak(teacher, prompts[0], weak, k=3)
     for model in (teacher, weak):
-        monkeypatch.setattr(model, "queues", True)
+        monkeypatch.setattr(model, "async_decode", True)
     for prompt, plain in zip(prompts, expected, strict=False):
         assert said(speak(teacher, prompt)) == plain
         for end in (plain[-1], plain[7]):  # a reply that ends while the next step runs, or inside of a proposal
@@ -285,7 +286,7 @@ def test_a_draft_with_a_shorter_context_falls_silent(
 
 def junk(cache_arrays: list[mx.array], offset: int) -> list[mx.array]:
     """Arrays whose rows from `offset` on are finite nonsense, as a rewind leaves them."""
-    return [mx.concatenate([a[:, :offset], mx.full(a[:, offset:].shape, 1e4)], axis=1) for a in cache_arrays]
+    return [mx.concatenate([a[:, :, :offset], mx.full(a[:, :, offset:].shape, 1e4)], axis=2) for a in cache_arrays]
 
 
 @pytest.fixture(scope="module")
@@ -305,12 +306,12 @@ def test_rows_together_have_the_bits_of_rows_alone(request: pytest.FixtureReques
     tokens = np.random.default_rng(prefix).integers(3, 16000, prefix + 8).tolist()
     cache = teacher.new_cache()
     teacher.prefill(tokens[:prefix], cache)
-    alone = [np.array(teacher.step([token], cache)) for token in tokens[prefix:]]
+    alone = [np.array(teacher.step([token], cache).logits) for token in tokens[prefix:]]
     for m in range(1, 9):
         cache.offset = prefix  # what stands behind is junk now
         if m % 2:
             cache.keys, cache.values = junk(cache.keys, prefix), junk(cache.values, prefix)
-        together = np.array(teacher.step(tokens[prefix : prefix + m], cache))
+        together = np.array(teacher.step(tokens[prefix : prefix + m], cache).logits)
         assert cache.offset == prefix + m
         assert together.dtype == np.float32 and together.shape == (m, teacher.vocab_size)
         assert np.array_equal(together.view(np.uint32), np.concatenate(alone[:m]).view(np.uint32)), m
@@ -322,7 +323,7 @@ def test_an_int8_head_speaks_for_itself(
     """Its logits are close to the float head's and not the same, and no draft changes what it says."""
     for model in (teacher, int8_teacher):
         assert isinstance(model.head, DenseWeight if model is teacher else Int8Weight)
-    logits = [np.array(model.step(prompts[0][:8], model.new_cache())) for model in (teacher, int8_teacher)]
+    logits = [np.array(model.step(prompts[0][:8], model.new_cache()).logits) for model in (teacher, int8_teacher)]
     error = np.abs(logits[0] - logits[1]).max() / np.abs(logits[0]).max()
     assert 0 < error < 0.1, error
     plain = said(speak(int8_teacher, prompts[0]))
@@ -345,7 +346,7 @@ def test_int8_layers_are_close_to_float_ones(
 ) -> None:
     for layer in int8_draft.layers:
         assert all(isinstance(w, Int8Weight) for w in (layer.qkv, layer.o, layer.gate_up, layer.down))
-    a, b = (np.array(model.step(prompts[0][:8], model.new_cache())) for model in (weak, int8_draft))
+    a, b = (np.array(model.step(prompts[0][:8], model.new_cache()).logits) for model in (weak, int8_draft))
     assert 0 < np.abs(a - b).max() < 0.1 * np.abs(a).max()
     # A prefill's many rows take another path.
     caches = [model.new_cache() for model in (weak, int8_draft)]
@@ -359,7 +360,7 @@ def test_margin(teacher: Transformer, prompts: list[list[int]]) -> None:
     plain = said(speak(teacher, prompts[0], max_tokens=4))
     cache = teacher.new_cache()
     teacher.prefill(prompts[0][:-1], cache)
-    logits = np.sort(np.array(teacher.step([prompts[0][-1], *plain[:2]], cache))[-1])
+    logits = np.sort(np.array(teacher.step([prompts[0][-1], *plain[:2]], cache).logits)[-1])
     assert margin_at(teacher, prompts[0], plain[:2]) == pytest.approx(logits[-1] - logits[-2])
 
 
@@ -420,13 +421,14 @@ def test_warming_up_leaves_no_number_of_rows_to_the_timings(
 ) -> None:
     """GPUs compile a kernel for each: also for the few rows with which a reply ends."""
     taken: set[tuple[int, int]] = set()  # models and rows
-    step = Transformer._small_step
+    step = Transformer.step
 
-    def noted(model: Transformer, tokens: list[int], cache: KVCache) -> mx.array:
-        taken.add((id(model), len(tokens)))
+    def noted(model: Transformer, tokens: list[int], cache: KVCache) -> Forward:
+        groups = range(0, len(tokens), SMALL_ROWS)
+        taken.update((id(model), len(tokens[start : start + SMALL_ROWS])) for start in groups)
         return step(model, tokens, cache)
 
-    monkeypatch.setattr(Transformer, "_small_step", noted)
+    monkeypatch.setattr(Transformer, "step", noted)
     for draft in (weak_draft, TEACHER):
         session = Session(find_teacher(None), find_model(str(draft), "--draft"), k=k)
         session.warm_up()

@@ -17,7 +17,7 @@ from conftest import TEACHER, changed_copy
 from decode.models import checkpoint
 from decode.models.checkpoint import check_same_tokenizer, find_draft, find_model, find_teacher
 from kernels import UserError
-from kernels.reference import TernaryWeight
+from kernels.ops import TernaryWeight
 
 Json = dict[str, Any]
 PACKED = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}

@@ -53,7 +53,7 @@ def prompt() -> list[int]:
 
 def test_its_logits_are_those_of_the_whole_head(trimmed: Transformer, kept: np.ndarray, prompt: list[int]) -> None:
     whole = find_model(str(SHIPPED), "--draft").load()
-    rows = [np.array(model.step(prompt[:8], model.new_cache())) for model in (whole, trimmed)]
+    rows = [np.array(model.step(prompt[:8], model.new_cache()).logits) for model in (whole, trimmed)]
     assert np.allclose(rows[1], rows[0][:, kept], rtol=1e-5, atol=1e-5)
 
 
@@ -87,7 +87,7 @@ def test_sampling_with_it_keeps_the_teachers_distribution(
     sampling = Sampling(temperature=1.5)
     cache = teacher.new_cache()
     teacher.prefill(prompt[:-1], cache)
-    p = sampling.probabilities(np.array(teacher.step(prompt[-1:], cache)))[0]
+    p = sampling.probabilities(np.array(teacher.step(prompt[-1:], cache).logits))[0]
     outside = 1 - p[kept].sum()
     assert 0.05 < outside < 0.95
     n = 300

@@ -191,7 +191,7 @@ def test_replies_are_the_teachers(collector: tuple[Collector, Dataset]) -> None:
         cache = model.new_cache()
         model.prefill(reply.tokens[: reply.prompt_length - 1].tolist(), cache)
         for at in range(reply.prompt_length, len(reply.tokens)):
-            best = int(mx.argmax(model.step([int(reply.tokens[at - 1])], cache)[0]).item())
+            best = int(mx.argmax(model.step([int(reply.tokens[at - 1])], cache).logits[0]).item())
             same, total = same + (best == reply.tokens[at]), total + 1
         assert not set(reply.tokens[reply.prompt_length : -1].tolist()) & ends
         assert len(reply.tokens) - reply.prompt_length <= 16
@@ -209,7 +209,7 @@ def test_shards_hold_what_the_teacher_thinks(collector: tuple[Collector, Dataset
             if len(places) > 60:
                 places = places[:60]
             cache = model.new_cache()
-            logits = np.array(model.step(block.tokens[row, places].tolist(), cache)).astype(np.float64)
+            logits = np.array(model.step(block.tokens[row, places].tolist(), cache).logits).astype(np.float64)
             for t, (place, z) in enumerate(zip(places, logits, strict=True)):
                 if t % 7:
                     continue

@@ -25,7 +25,7 @@ IDS = np.random.default_rng(0).integers(0, small.VOCAB, 12).tolist()
 
 def logits(folder: Path) -> np.ndarray:
     model = find_teacher(str(folder)).load()
-    return np.array(model.step(IDS, model.new_cache()))
+    return np.array(model.step(IDS, model.new_cache()).logits)
 
 
 def converted_by_mlx_lm(folder: Path) -> Path:

@@ -78,7 +78,7 @@ def test_assistant_of_transformers(pair: tuple[Path, Path]) -> None:
     ids = np.random.default_rng(0).integers(3, VOCAB, 16).tolist()
     for model, folder in ((target, pair[0]), (assistant, pair[1])):
         ours = find_model(str(folder), "--draft").load()
-        found = np.array(ours.step(ids, ours.new_cache()))
+        found = np.array(ours.step(ids, ours.new_cache()).logits)
         with torch.no_grad():
             expected = model(torch.tensor([ids])).logits[0].numpy()
         np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
@@ -154,7 +154,7 @@ def test_drafts_that_mlx_lm_has_quantised(tmp_path: Path, weak_draft: Path, comm
     assert json.loads((quantized / "config.json").read_text())["quantization"]["bits"] == bits
     ours, before = (find_model(str(folder), "--draft").load() for folder in (quantized, weak_draft))
     ids = list(range(9000, 9012))
-    found, expected = (np.array(model.step(ids, model.new_cache())) for model in (ours, before))
+    found, expected = (np.array(model.step(ids, model.new_cache()).logits) for model in (ours, before))
     assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > (0.95 if bits == 4 else 0.999)
     assert not np.array_equal(found, expected)
     spec = ["--draft", quantized, "--prompt", "The sky", "--max-tokens", 12, "--compare", "--json", "-", "--quiet"]

@@ -129,12 +129,12 @@ def test_decode_computes_with_it(
     out = tmp_path / "draft"
     draft.save(out, saved.model, saved.config, made[1], {"complete": True}, bits, kept=saved.kept)
     model = find_model(str(out), "--draft").load()
-    assert saved.kept is not None and model.kept is not None and np.array_equal(model.kept, saved.kept)
+    assert saved.kept is not None and model.d2t is not None and np.array_equal(model.d2t, saved.kept)
     saved.model.load_weights(list(draft.rounded(draft.named_weights(saved.model), bits).items()))
     tokens = np.arange(3, 20) * 5 % VOCAB
     hidden = draft.forward(saved.model, mx.array(tokens[None]), mx.ones((1, len(tokens)), mx.int32))[0]
     expected = hidden @ draft.head_weight(saved.model, mx.array(saved.kept)).T
-    found = model.step(tokens, model.new_cache())
+    found = model.step(tokens, model.new_cache()).logits
     assert found.shape == (len(tokens), len(saved.kept))
     # Decoding takes dequantised weights as bfloat16.
     assert np.allclose(np.array(found), np.array(expected), rtol=1e-3, atol=1e-3 if bits is None else 0.04)
