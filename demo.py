@@ -34,7 +34,7 @@ def main() -> int:
     os.chdir(ROOT)
     began = time.perf_counter()
     if RESULTS.exists():
-        for folder in (OUT / "dataset", DRAFT, OUT / "shipped"):
+        for folder in (OUT / "dataset", DRAFT, OUT / "shipped", *OUT.glob("replies-*")):
             shutil.rmtree(folder, ignore_errors=True)
         RESULTS.unlink()  # last: while it is there, what is left is cleared
     OUT.mkdir(parents=True, exist_ok=True)

@@ -231,7 +231,7 @@ def _memory() -> Iterator[Check]:
     from kernels.device import device_info, sysctl
     from kernels.memory import machine_bytes
 
-    detail = f"{machine_bytes() / 1e9:.1f} GB"
+    detail = f"{(device_info().get('memory_size') or machine_bytes()) / 1e9:.1f} GB"
     working_set = int(device_info().get("max_recommended_working_set_size", 0))
     if working_set:
         limits = MemoryLimits.of(working_set)

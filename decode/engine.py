@@ -62,7 +62,10 @@ def plain(teacher: Transformer, cache: KVCache, request: Request, room: int) -> 
     while room > 0:
         if greedy:
             own = _next_token(teacher, last, cache) if queued is None else queued
-            queued = _next_token(teacher, own, cache) if teacher.async_decode and room > 1 else None
+            queued = None
+            if teacher.async_decode and room > 1:
+                queued = _next_token(teacher, own, cache)
+                mx.async_eval(queued)
             tokens = np.array(own).tolist()
         else:
             p = request.sampling.probabilities(np.array(teacher.step(last, cache).logits))
@@ -74,10 +77,8 @@ def plain(teacher: Transformer, cache: KVCache, request: Request, room: int) -> 
 
 
 def _next_token(teacher: Transformer, last: list[int] | mx.array, cache: KVCache) -> mx.array:
-    """The teacher's choice behind one token, uint32 [1], being computed."""
-    own = teacher.best_tokens(teacher.step(last, cache).logits)
-    mx.async_eval(own)
-    return own
+    """The teacher's choice behind one token, uint32 [1], not evaluated."""
+    return teacher.best_tokens(teacher.step(last, cache).logits)
 
 
 def speculative(

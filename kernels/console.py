@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TextIO
 
@@ -56,6 +57,7 @@ def run(app: typer.Typer, name: str) -> None:
     except UserError as error:
         fail(name, str(error))
     except (Interrupted, typer.Abort) as error:
+        _finish_computing()
         print(f"\n{name}: interrupted{f': {error}' if str(error) else ''}", file=sys.stderr)
         raise SystemExit(130) from None
     except OSError as error:
@@ -73,8 +75,16 @@ def run(app: typer.Typer, name: str) -> None:
             fail(name, f"this needs more memory than there is ({error})")
         raise
     if code == 130:
+        _finish_computing()
         print(f"\n{name}: interrupted", file=sys.stderr)
     raise SystemExit(code)
+
+
+def _finish_computing() -> None:
+    """Let MLX end what is queued: a process that exits while its threads run is aborted."""
+    if "mlx.core" in sys.modules:
+        with suppress(Exception):
+            sys.modules["mlx.core"].synchronize()
 
 
 def _reader_gone() -> NoReturn:

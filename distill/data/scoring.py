@@ -45,9 +45,8 @@ class Scorer:
         flat = self.model.normed(self.model.forward(tokens, Packed(segments), taps=[last]).hidden[last])
         ids, logprobs, lses = [], [], []
         for start in range(0, flat.shape[0], LOGIT_ROWS):
-            top_ids, top, lse = top_of(
-                self.model.logits(flat[start : start + LOGIT_ROWS]), self.top_k, self.temperatures
-            )
+            logits = self.model.logits(flat[start : start + LOGIT_ROWS])
+            top_ids, top, lse = top_of(logits, self.top_k, self.temperatures)
             ids.append(top_ids)
             logprobs.append(top - lse[:, :1])
             lses.append(lse)

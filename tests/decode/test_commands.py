@@ -200,10 +200,10 @@ def test_interrupt(work: Path, prompts: Path) -> None:
 def test_a_check_that_fails_gives_one(weak_draft: Path, work: Path) -> None:
     """--compare with a teacher that errs in rows among others: exit code 1, and where it differs."""
     spoil = (
-        "from decode.models.transformer import Transformer; right = Transformer.step"
-        "\ndef step(self, tokens, cache):"
-        "\n    y = right(self, tokens, cache)"
-        "\n    return -y if len(tokens) > 1 and len(self.layers) > 1 else y"
+        "from decode.models.transformer import Forward, Transformer; right = Transformer.step"
+        "\ndef step(self, tokens, cache, taps=()):"
+        "\n    y = right(self, tokens, cache, taps)"
+        "\n    return Forward({}, lambda: -y.logits) if len(tokens) > 1 and len(self.layers) > 1 else y"
         "\nTransformer.step = step\n"
     )
     start = arguments("decode", "spec", "--draft", weak_draft, "--prompt", "Hi", "--max-tokens", 8, "--compare")

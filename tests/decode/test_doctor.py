@@ -89,12 +89,12 @@ def test_without_the_extension_it_says_how_to_build_it(work: Path) -> None:
 def test_a_wrong_step_shows_in_the_perplexity(work: Path) -> None:
     """Kernels that pass, and a model that is wrong all the same."""
     spoil = (
-        "import mlx.core as mx; from decode.models.transformer import Transformer; right = Transformer.step\n"
-        "Transformer.step = lambda *args: {}"
+        "import mlx.core as mx; from decode.models.transformer import Forward, Transformer; right = Transformer.step\n"
+        "Transformer.step = lambda *args: Forward({{}}, lambda: {})"
     )
-    done = spoiled(spoil.format("right(*args) * 0.3"), work, "--json", "-")
+    done = spoiled(spoil.format("right(*args).logits * 0.3"), work, "--json", "-")
     assert done.code == 1 and json.loads(done.out)["failed"] == ["perplexity"]
-    done = spoiled(spoil.format("right(*args) * mx.array(float('nan'))"), work)
+    done = spoiled(spoil.format("right(*args).logits * mx.array(float('nan'))"), work)
     assert done.code == 1 and "not a number" in done.out
 
 

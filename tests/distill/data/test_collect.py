@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import random
 import shutil
 import signal
 import subprocess
@@ -601,84 +600,58 @@ def test_nothing_to_collect_from(teacher: Checkpoint, settings: CollectSettings,
 # --- interruptions
 
 
-def collect(out: Path, sources: tuple[str, ...], *more: object) -> subprocess.Popen[str]:
+def collect(out: Path, sources: tuple[str, ...], *more: object, before: str = "") -> subprocess.Popen[str]:
+    """A process that collects. before: Python that it runs first."""
     options = [option for source in sources for option in ("--source", source)]
+    start = arguments("distill", "collect", *options, *OPTIONS, "--quiet", "--out", out, *more)
     return subprocess.Popen(
-        arguments("distill", "collect", *options, *OPTIONS, "--quiet", "--out", out, *more),
-        env=environment(), cwd=out.parent, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True,
+        [start[0], "-c", before + start[2], *start[3:]], env=environment(), cwd=out.parent, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def undisturbed(sources: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], float]:
-    """The files of a run nobody disturbed, and how long it took."""
-    out = tmp_path_factory.mktemp("whole") / "d"
-    began = time.monotonic()
-    process = collect(out, sources)
+def ends(process: subprocess.Popen[str], code: int, message: str) -> None:
+    """It ends with this code, and says this much on standard error."""
     _, err = process.communicate(timeout=120)
-    assert (process.returncode, err) == (0, "")
-    return files(out.parent), time.monotonic() - began
+    assert (process.returncode, err.strip()) == (code, message)
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_bytes(
-    sources: tuple[str, ...], undisturbed: tuple[dict[str, bytes], float], tmp_path: Path
-) -> None:
-    expected, seconds = undisturbed
-    out = tmp_path / "d"
-    rng = random.Random(0)
-    for _ in range(2):
-        process = collect(out, sources)
-        while process.poll() is None and not out.exists():
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.5 * seconds))
-        process.kill()
-        process.communicate(timeout=60)
+def test_however_it_is_stopped_it_ends_with_the_same_bytes(sources: tuple[str, ...], tmp_path: Path) -> None:
+    """Interrupted and killed, refused for other settings, and out of room; beside a run that nobody disturbed."""
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "stopped").mkdir()
+    ends(collect(tmp_path / "whole" / "d", sources), 0, "")
+    whole, out = files(tmp_path / "whole"), tmp_path / "stopped" / "d"
+
+    def begun(text: str) -> bool:
+        """Whether the manifest of the replies is there and says this."""
+        return any(text in path.read_text() for path in out.parent.glob("replies-*/manifest.json"))
+
     process = collect(out, sources)
-    _, err = process.communicate(timeout=120)
-    assert (process.returncode, err) == (0, "")
-    assert files(tmp_path) == expected
-
-
-def test_interrupted_it_says_so_and_goes_on(
-    sources: tuple[str, ...], undisturbed: tuple[dict[str, bytes], float], tmp_path: Path
-) -> None:
-    out = tmp_path / "d"
-    process = collect(out, sources)
-    while process.poll() is None and not list(tmp_path.glob("replies-*/manifest.json")):
+    while process.poll() is None and not begun(""):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err.strip() == "distill: interrupted: finished shards are kept; the same command goes on from there"
+    ends(process, 130, "distill: interrupted: finished shards are kept; the same command goes on from there")
     assert not Dataset.open(out).complete
 
-    # Other settings are refused by name, and change nothing.
-    before = files(out)
-    other = collect(out, sources, "--seed", 1)
-    _, err = other.communicate(timeout=60)
-    assert other.returncode == 2
-    assert err == f"distill: error: {out}: was begun with seed = 0, not 1\n"
-    assert files(out) == before
+    before = files(out.parent)
+    ends(collect(out, sources, "--seed", 1), 2, f"distill: error: {out}: was begun with seed = 0, not 1")
+    assert files(out.parent) == before
 
     process = collect(out, sources)
-    process.communicate(timeout=120)
-    assert files(tmp_path) == undisturbed[0]
+    while process.poll() is None and not begun('"complete": true'):
+        time.sleep(0.01)
+    process.kill()
+    process.communicate(timeout=60)
+    assert not Dataset.open(out).complete
 
-
-def test_full_disk(sources: tuple[str, ...], undisturbed: tuple[dict[str, bytes], float], tmp_path: Path) -> None:
-    out = tmp_path / "d"
-    largest = max(map(len, undisturbed[0].values()))
-    start = arguments(
-        "distill", "collect", "--source", sources[0], "--source", sources[1], *OPTIONS, "--quiet", "--out", out
-    )
+    largest = max(map(len, whole.values()))  # a limit on file sizes stands in for a full disk
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({largest - 1}, {largest - 1})); "
-    done = subprocess.run(
-        [start[0], "-c", limit + start[2], *start[3:]], env=environment(), cwd=tmp_path, stdin=subprocess.DEVNULL,
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1 and f"no room left in {out}" in done.stderr
+    process = collect(out, sources, before=limit)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert len(err.splitlines()) == 1 and f"no room left in {out}" in err
     assert not Dataset.open(out).complete and not list(out.glob(".*"))
-    subprocess.run(start, env=environment(), cwd=tmp_path, stdin=subprocess.DEVNULL, check=True, timeout=120)
-    assert files(tmp_path) == undisturbed[0]
+
+    ends(collect(out, sources), 0, "")
+    assert files(out.parent) == whole

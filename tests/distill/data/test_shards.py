@@ -18,12 +18,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import synthetic
 from safetensors.numpy import load, save
 
 from distill.data.codec import Block
-from distill.data.inspection import inspect_dataset, verify
+from distill.data.inspection import inspect_dataset, table, verify
 from distill.data.manifest import Settings
 from distill.data.shards import Dataset, ShardWriter, newest_dataset
+from distill.training.run import train
+from distill.training.settings import TrainSettings
 from kernels.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -474,7 +477,86 @@ def test_bad_manifests(tmp_path: Path) -> None:
     assert [problem.file for problem in verify(tmp_path)] == ["shard-00000.safetensors"]
 
 
+# --- the older format
+
+
+def make_old(folder: Path, replies: int = 0, complete: bool = True) -> None:
+    """Rewrites a dataset's manifest as 0.1.0 wrote it, and puts replies into it as that did."""
+    about: dict[str, Any] = {}
+
+    def rewrite(manifest: dict[str, Any]) -> None:
+        manifest["settings"].update(collection_format=2, reply=True, reply_batch=4)
+        manifest.update(version=1, complete=complete)
+        about.update(manifest)
+
+    edit_manifest(folder, rewrite)
+    for source in range(replies):
+        tokens, lengths = np.arange(30, dtype=np.uint16), np.array([12, 18], np.uint32)
+        tensors = {"tokens": tokens, "lengths": lengths, "prompt_lengths": lengths // 2, "prompts": lengths - 12}
+        data = save(tensors)
+        entry = {"file": "reply-00000.safetensors", "rows": 2, "tokens": 30, "trained_tokens": 15, "documents": 2}
+        entry |= {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+        inside = folder / f"replies-{source}"
+        inside.mkdir()
+        (inside / "reply-00000.safetensors").write_bytes(data)
+        (inside / "manifest.json").write_text(json.dumps({**about, "format": "bitdraft replies", "shards": [entry]}))
+
+
+def test_whole_datasets_of_the_older_format_are_read(tmp_path: Path) -> None:
+    collect(tmp_path / "new", 3)
+    collect(tmp_path / "old", 3)
+    make_old(tmp_path / "old", replies=2)
+    new, old = Dataset.open(tmp_path / "new"), Dataset.open(tmp_path / "old")
+    assert (old.format, old.complete, old.tokens) == (2, True, new.tokens)
+    for one, other in zip(old, new, strict=True):
+        assert all(np.array_equal(getattr(one, name), getattr(other, name)) for name in vars(one))
+    assert newest_dataset(tmp_path, "h") == tmp_path / "old"
+    facts = inspect_dataset(tmp_path / "old")
+    assert facts["format"] == 2 and facts["replies"] == [] and "complete, format 2" in table(facts)
+    assert verify(tmp_path / "old") == []
+    reply = tmp_path / "old" / "replies-1" / "reply-00000.safetensors"
+    reply.write_bytes(reply.read_bytes()[:-1] + b"\xff")
+    assert [problem.file for problem in verify(tmp_path / "old")] == ["replies-1/reply-00000.safetensors"]
+
+    before = contents(tmp_path / "old")
+    for write in (lambda: ShardWriter.open(tmp_path / "old", make_settings()), lambda: verify(tmp_path / "old", True)):
+        with pytest.raises(UserError, match="of the older format 2, which this version reads but does not write"):
+            write()
+    assert contents(tmp_path / "old") == before
+
+
+def test_unfinished_datasets_of_the_older_format_are_refused(tmp_path: Path) -> None:
+    collect(tmp_path, 2)
+    make_old(tmp_path, complete=False)
+    before = contents(tmp_path)
+    settings = make_settings()
+    for use in (Dataset.open, verify, inspect_dataset, lambda folder: ShardWriter.open(folder, settings)):
+        with pytest.raises(UserError, match=r"unfinished dataset of the older format 2.*; begin anew") as refused:
+            use(tmp_path)
+        assert "\n" not in str(refused.value) and str(tmp_path) in str(refused.value)
+    assert contents(tmp_path) == before
+
+
+def test_a_draft_is_trained_on_the_older_format(tmp_path: Path) -> None:
+    synthetic.dataset(tmp_path / "data", synthetic.teacher_folder(tmp_path / "teacher"))
+    make_old(tmp_path / "data")
+    settings = TrainSettings(layers=1, hidden=64, tokens=2000, batch=4, evals=1)
+    summary = train(tmp_path / "data", tmp_path / "teacher", tmp_path / "draft", settings, quiet=True)
+    assert summary.tokens >= 2000 and (tmp_path / "draft" / "model.safetensors").exists()
+
+
 # --- what is in it, which is newest
+
+
+def test_the_table_is_for_people(tmp_path: Path) -> None:
+    settings = make_settings(
+        sources=[{"name": "a.jsonl", "sha256": "ab" * 32, "kind": "file"}], exclude=[], reply=True, tokens=150_000
+    )
+    collect(tmp_path, 2, settings)
+    lines = table(inspect_dataset(tmp_path)).splitlines()
+    assert lines[0] == str(tmp_path) and any(line.split() == ["a.jsonl", "file", "sha256", "ab" * 6] for line in lines)
+    assert any(line.split() == ["reply", "yes"] for line in lines)
+    assert not any(character in line for line in lines for character in "{}[]'")
 
 
 def test_inspect(tmp_path: Path) -> None:
