@@ -23,7 +23,8 @@ from decode.models.checkpoint import ROOT, find_teacher
 from decode.models.transformer import Transformer
 from decode.tokenizer import Tokenizer
 from distill.data.sources import read_source
-from kernels.reference import Int8Weight, round_int8
+from kernels.ops import Int8Weight
+from kernels.reference import round_int8
 
 WINDOW = 512
 SOURCES = [ROOT / "data" / "novels.jsonl.xz", ROOT / "data" / "wiki.jsonl.xz"]
@@ -50,13 +51,14 @@ def measure(model: Transformer, pieces: list[np.ndarray]) -> dict[str, dict[str,
     rounded, scale = round_int8(weight)
     plain = (rounded.astype(mx.float32) * scale[:, None]).T
     heads: dict[str, Any] = {
-        "bf16": model.batch_logits,
+        "bf16": model.logits,
         "int8": lambda h: model.ops.linear(h, eight),
         "int8 weights only": lambda h: h @ plain,
     }
     sums = {name: np.zeros(3) for name in heads}
     for piece in pieces:
-        hidden = model.batch_hidden(piece[None, :-1], np.ones((1, WINDOW), np.int32))[0]
+        last = len(model.layers) - 1
+        hidden = model.normed(model.forward(piece[:-1], model.new_cache(), taps=[last]).hidden[last])
         target = mx.array(piece[1:, None])
         truth = mx.array(0.0)
         for name, head in heads.items():

@@ -33,9 +33,10 @@ from mlx_lm.utils import load_model
 
 from benchmarks.standin import BITNET_2B, random_codes
 from decode.engine import ModelDrafter, generate
+from decode.models.cache import KVCache
 from decode.models.checkpoint import find_teacher
 from decode.models.dimensions import Shape
-from decode.models.transformer import KVCache, Transformer
+from decode.models.transformer import Transformer
 from decode.plan import Costs, draft_bytes, teacher_bytes, tokens_per_verification
 from decode.sampling import Sampling
 from kernels import BitLinear, swap_bitlinear
@@ -132,16 +133,16 @@ def step_of(model: Transformer, cache: KVCache, tokens: list[int], offset: int) 
 
     def step() -> None:
         cache.offset = offset
-        np.array(model.best_tokens(model.step(tokens, cache)))
+        np.array(model.best_tokens(model.step(tokens, cache).logits))
 
     return step
 
 
-def generated(model: Transformer, prompt: list[int], queues: bool) -> float:
+def generated(model: Transformer, prompt: list[int], queued: bool) -> float:
     """Tokens a second of plain decoding by the engine, with steps queued ahead or not."""
-    usual, model.queues = model.queues, queues
+    usual, model.async_decode = model.async_decode, queued
     rounds = list(generate(model, prompt, max_tokens=GENERATED + 1, end_tokens=frozenset()))
-    model.queues = usual
+    model.async_decode = usual
     return GENERATED / sum(step.verify_seconds for step in rounds[1:])
 
 
@@ -206,8 +207,8 @@ def main() -> None:
 
     rates: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(3):
-        for queues, found in rates.items():
-            found.append(generated(model, prompt[: options.context], queues))
+        for queued, found in rates.items():
+            found.append(generated(model, prompt[: options.context], queued))
     whole_rounds = {}
     if draft is not None:
         whole_rounds = {m - 1: round_seconds(model, draft, prompt[: options.context], m - 1) for m in rows if m > 1}

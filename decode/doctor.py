@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from decode.system import unsupported
+from kernels.errors import first_line
 
 if TYPE_CHECKING:
     from decode.models.transformer import Transformer
@@ -284,7 +285,7 @@ def _perplexity(teacher: Transformer, ids: list[int], expected: float | None, *,
 
     half, cache = len(ids) // 2, teacher.new_cache()
     teacher.prefill(ids[:half], cache)
-    logits = teacher.step(ids[half:-1], cache)
+    logits = teacher.step(ids[half:-1], cache).logits
     right = mx.take_along_axis(logits, mx.array(ids[half + 1 :])[:, None], axis=1)[:, 0]
     loss = float(np.array(mx.logsumexp(logits, axis=1) - right).mean())
     if not math.isfinite(loss):

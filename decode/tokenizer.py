@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -41,6 +42,12 @@ class Tokenizer:
         vocab = self._wrapped.get_vocab()
         ends |= {vocab[token] for token in ("<|eot_id|>", "<|im_end|>") if token in vocab}
         self.end_tokens = frozenset(int(token) for token in ends if self._known(int(token)))
+
+    @property
+    def template_hash(self) -> str | None:
+        """sha256 of the chat template; None where there is none."""
+        template = self._wrapped.chat_template if self._wrapped.has_chat_template else None
+        return None if template is None else hashlib.sha256(str(template).encode()).hexdigest()
 
     def encode_prompt(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Token ids of a prompt through the chat template, or of its bare text with `raw`."""

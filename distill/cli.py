@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -42,8 +43,17 @@ class StageName(StrEnum):
 @takes_settings
 def collect(
     *,
+    context: typer.Context,
     teacher: TeacherOption = None,
     settings: CollectSettings,
+    replies: Annotated[
+        Path | None,
+        typer.Option(
+            "--replies",
+            metavar="DIR",
+            help="Only score this reply dataset: its sources are not needed, and --seq-len is its own unless given.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="DIR", help="Dataset folder. Default: a name made of the settings in runs/."),
@@ -55,14 +65,23 @@ def collect(
     """Run the teacher over text and over its own replies, and keep its top logits in shards.
 
     Killed or interrupted, the same command goes on where it stopped, and ends with the same bytes.
+
+    Replies and texts are kept as tokens beside the dataset, in replies-TEACHER-DIGITS: with another --top-k,
+    --temperature or --batch they are found there and not made again; --replies scores them without their sources.
     """
-    from distill.data.collect import Collector, make_plan
+    from distill.data.collect import Collector, plan_collection, plan_scoring
     from distill.predict import duration
 
     check_json_target(json_file)
     note = say(quiet)
     began = time.perf_counter()
-    plan = make_plan(find_teacher(teacher), settings, out)
+    checkpoint = find_teacher(teacher)
+    if replies is None:
+        plan = plan_collection(checkpoint, settings, out)
+    else:
+        sources = {name: context.get_parameter_source(name) for name in context.params}
+        given = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+        plan = plan_scoring(checkpoint, replies, settings, given, out)
     bars = Bars(quiet)
     collector = Collector(plan, bars)
     done = not dry_run and collector.check_folder()
@@ -102,33 +121,33 @@ def inspect(
     json_file: JsonOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Say what is in a dataset."""
-    from distill.data.shards import describe
+    """Say what is in a dataset, of shards or of replies, and where the replies are that shards were scored from."""
+    from distill.data.inspection import inspect_dataset, table
 
-    facts = describe(dataset)
+    facts = inspect_dataset(dataset)
     write_json(json_file, facts)
     if json_file != "-" and not quiet:
-        for name, value in facts.items():
-            print(f"{name:>22}  {value}")
+        print(table(facts))
 
 
 @app.command()
 def verify(
     dataset: Annotated[Path, typer.Argument(help="Dataset folder.")],
     repair: Annotated[
-        bool, typer.Option("--repair", help="Drop broken shards; `distill collect` then writes them anew.")
+        bool, typer.Option("--repair", help="Drop broken files; `distill collect` then writes them anew.")
     ] = False,
     json_file: JsonOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Check every hash, shape and value of a dataset; exit 1 if one is wrong."""
-    from distill.data.shards import verify as check
+    """Check every hash, shape and value of a dataset, and of the replies it was scored from where they are here; exit 1
+    if one is wrong."""
+    from distill.data.inspection import verify as check
 
     problems = check(dataset, repair=repair)
     write_json(json_file, {"dataset": str(dataset), "ok": not problems, "problems": [vars(p) for p in problems]})
     if json_file != "-" and not quiet:
         for problem in problems:
-            print(f"{dataset / problem.file}: {problem.message}")
+            print(f"{os.path.normpath(dataset / problem.file)}: {problem.message}")
         print(f"{dataset}: {'all well' if not problems else f'{len(problems)} problems'}")
     if problems:
         raise typer.Exit(1)

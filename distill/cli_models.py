@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from decode.keep_awake import awake
-from decode.models.checkpoint import RUNS, find_draft, find_teacher
+from decode.models.checkpoint import RUNS, find_teacher
+from decode.models.drafts import find_draft, newest_draft
 from decode.options import TeacherOption
 from distill.release.settings import EvaluateSettings
 from distill.settings import takes_settings
@@ -51,7 +52,8 @@ def evaluate(
 
     check_json_target(json_file)
     teacher_checkpoint = find_teacher(teacher)
-    draft_checkpoint = find_draft(draft, teacher_checkpoint)
+    newest = newest_draft(teacher_checkpoint) if draft is None else None
+    draft_checkpoint = find_draft(str(newest) if newest else draft, teacher_checkpoint).draft
     folder = out or default_folder(draft_checkpoint)
     try:
         with awake():

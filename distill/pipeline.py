@@ -20,10 +20,10 @@ from typing import Any
 import mlx.core as mx
 
 from decode.models.checkpoint import Checkpoint, find_model
-from distill.data.collect import Collector, Plan, Progress, make_plan
-from distill.data.dataset import MANIFEST
+from distill.data.collect import Collector, Plan, plan_collection
+from distill.data.manifest import MANIFEST
+from distill.data.reply_pass import Progress
 from distill.data.shards import Dataset
-from distill.data.sources import shown_name
 from distill.recipe import RECIPE_FILE, STAGES, Recipe
 from distill.release.evaluate import evaluate, fingerprint, finished_report, select
 from distill.training.checkpoint import check_draft_folder
@@ -113,7 +113,7 @@ class Pipeline:
 
     @cached_property
     def _plan(self) -> Plan:
-        return make_plan(self.teacher, self.recipe.collect, self.recipe.dataset)
+        return plan_collection(self.teacher, self.recipe.collect, self.recipe.dataset)
 
     def _collected(self) -> bool:
         folder = self.recipe.dataset
@@ -140,14 +140,9 @@ class Pipeline:
             if dataset.settings.teacher_hash != self.teacher.weights_hash:
                 raise UserError(f"{folder}: was made with another teacher than {self.teacher.name}; {OTHERWISE}")
             where, values = folder, dataset.settings.values
-        for name, now in self.recipe.collect.record().items():
-            was = values.get("k" if name == "top_k" else name)
-            if name in ("sources", "exclude"):
-                was, now = _names(was), [shown_name(path) for path in now]
-            if was != now:
-                raise UserError(
-                    f"{where}: was made with {name} = {json.dumps(was)}, not {json.dumps(now)}; {OTHERWISE}"
-                )
+        if difference := self.recipe.collect.difference(values):
+            name, was, now = difference
+            raise UserError(f"{where}: was made with {name} = {json.dumps(was)}, not {json.dumps(now)}; {OTHERWISE}")
 
     def _collect(self) -> None:
         collector = Collector(self._plan, self.progress)
@@ -231,11 +226,6 @@ class Pipeline:
         report = self._finished()
         assert report is not None
         return {"report": {name: value for name, value in report.items() if name != "outputs"}}
-
-
-def _names(sources: Any) -> list[Any]:
-    """Of the sources that a manifest lists."""
-    return [entry.get("name") for entry in sources or [] if isinstance(entry, dict)]
 
 
 def free_memory() -> None:

@@ -15,8 +15,8 @@ from decode.chips import BANDWIDTH
 from decode.models.dimensions import Shape
 from decode.models.hub import NotFound
 from decode.plan import find_config
-from distill.data.collect import bytes_per_token
-from distill.data.packing import wants_reply
+from distill.data.prompts import wants_reply
+from distill.data.scoring import bytes_per_token
 from distill.data.sources import read_source
 from distill.recipe import Recipe
 from distill.release.evaluate import select

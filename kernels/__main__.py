@@ -11,7 +11,7 @@ import typer
 from kernels import bench as benchmark
 from kernels import info as information
 from kernels import tuning
-from kernels.backends import choose
+from kernels.backends import select
 from kernels.console import JsonOption, QuietOption, check_json_target, progress, run, say, write_json
 from kernels.errors import UserError
 
@@ -81,7 +81,7 @@ def tune(
     if not 0 < seconds <= 3600:
         raise UserError(f"--seconds {seconds:g}: must be more than 0, and at most 3600")
     check_json_target(json_file)
-    chosen, reason = choose()
+    chosen, reason = select()
     settings, trials, best = tuning.grid(chosen), [], {}
     if settings:
         with progress(len(settings) * tuning.ROUNDS, "tune", "step", quiet) as bar:

@@ -6,113 +6,34 @@ import importlib
 import os
 import platform
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from functools import cache
 from types import SimpleNamespace
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import mlx.core as mx
-import numpy as np
 
 from kernels import reference, tuning
 from kernels.errors import UserError
-from kernels.reference import AttentionShape, DenseWeight, Epilogue, Int8Weight, TernaryWeight, Weight
+from kernels.ops import Backend, DenseWeight, Int8Weight, TernaryWeight, Weight
 from kernels.self_test import operation_faults, self_test
 
 CHOICES = ("reference", "cpu", "metal", "cuda")
 
 _TERNARY = ("prepare_ternary", "bitlinear", "quantize_rows")
 _INT8 = ("prepare_int8", "int8_linear", "quantize_rows")
-# What the reference does instead of a backend that fails a check, beside the `linear` of these weights.
-STAND_INS: dict[str, tuple[str, ...]] = {
+# Operations that fall back to the reference where a check fails, beside the `linear` of these weights.
+FALLBACKS: dict[str, tuple[str, ...]] = {
     "bitlinear": _TERNARY,
     "linear, ternary": _TERNARY,
     "int8_linear": _INT8,
     "linear, int8": _INT8,
     "linear, float": ("prepare_dense",),
     "attention": ("attention", "attention_packed"),
-    "attention, batch": ("attention_batch",),
     "argmax": ("argmax",),
-    "whole step": (),
+    "fused step": (),
 }
 MADE_BY = {"prepare_ternary": TernaryWeight, "prepare_int8": Int8Weight, "prepare_dense": DenseWeight}
-
-
-class WholeStep(Protocol):
-    """A model's decoding step of 1..8 rows as one operation (kernels.cuda.step, kernels.cpu)."""
-
-    def __call__(
-        self, tokens: Sequence[int] | mx.array, keys: list[mx.array], values: list[mx.array], offset: int
-    ) -> mx.array: ...
-
-    def continuation(
-        self,
-        tokens: Sequence[int],
-        keys: list[mx.array],
-        values: list[mx.array],
-        offset: int,
-        count: int,
-        kept: mx.array | None,
-    ) -> mx.array: ...
-
-    def share_weights(self, layers: Sequence[Any]) -> list[Any]: ...
-
-
-class Backend(Protocol):
-    """The operations a backend offers; `kernels.reference` defines each."""
-
-    NAME: str
-
-    def prepare_ternary(self, ternary: np.ndarray, scale: np.ndarray) -> TernaryWeight: ...
-
-    def prepare_dense(self, weight: mx.array) -> DenseWeight: ...
-
-    def prepare_int8(self, weight: mx.array) -> Int8Weight: ...
-
-    def quantize_rows(
-        self, x: mx.array, norm: mx.array | None = None, eps: float = 0.0
-    ) -> tuple[mx.array, mx.array]: ...
-
-    def bitlinear(self, xq: mx.array, s: mx.array, weight: TernaryWeight) -> mx.array: ...
-
-    def int8_linear(self, xq: mx.array, s: mx.array, weight: Int8Weight) -> mx.array: ...
-
-    def linear(
-        self,
-        x: mx.array,
-        weight: Weight,
-        *,
-        norm: mx.array | None = None,
-        eps: float = 0.0,
-        epilogue: Epilogue | None = None,
-        residual: mx.array | None = None,
-    ) -> mx.array: ...
-
-    def attention(
-        self, qkv: mx.array, k_cache: mx.array, v_cache: mx.array, offset: int, shape: AttentionShape
-    ) -> tuple[mx.array, mx.array, mx.array]: ...
-
-    def attention_packed(self, qkv: mx.array, document: np.ndarray, shape: AttentionShape) -> mx.array: ...
-
-    def attention_batch(
-        self, qkv: mx.array, k_cache: mx.array, v_cache: mx.array, positions: mx.array, shape: AttentionShape
-    ) -> tuple[mx.array, mx.array, mx.array]: ...
-
-    def argmax(self, x: mx.array) -> mx.array: ...
-
-    def clock(self, x: mx.array) -> mx.array | None: ...
-
-    def whole_step(
-        self,
-        *,
-        layers: Sequence[Any],
-        embedding: mx.array,
-        final_norm: mx.array,
-        head: Weight,
-        shape: AttentionShape,
-        epilogue: Epilogue,
-        eps: float,
-    ) -> WholeStep | None: ...
 
 
 @cache
@@ -122,7 +43,7 @@ def backend() -> Backend:
     One that cannot be loaded, or operations that fail their self-test, are replaced by the reference with one warning,
     unless it was asked for. What `python -m kernels tune` found here is applied.
     """
-    chosen, reason = choose()
+    chosen, reason = select()
     if reason:
         warnings.warn(f"{reason}; using the slow reference{'' if chosen is reference else ' for these'}", stacklevel=2)
     if chosen is reference:
@@ -139,7 +60,7 @@ def device_backend() -> str:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
-def choose() -> tuple[Backend, str | None]:
+def select() -> tuple[Backend, str | None]:
     """The backend, and why it is, in whole or in part, the reference where nobody asked for that (else None).
 
     Raises UserError where BITDRAFT_KERNELS asks for what cannot run here.
@@ -166,16 +87,16 @@ def choose() -> tuple[Backend, str | None]:
         faults, reason = {}, f"the native {device} kernels cannot be loaded ({error})"
     if wanted:
         raise UserError(f"BITDRAFT_KERNELS={wanted}: {reason}")
-    return (mended(candidate, faults) if faults else reference), reason
+    return (with_fallbacks(candidate, faults) if faults else reference), reason
 
 
-def mended(native: Backend, failed: Collection[str]) -> Backend:
+def with_fallbacks(native: Backend, failed: Collection[str]) -> Backend:
     """`native` with the reference in place of what failed these checks; the reference where no product is left.
 
     Weights lie as their backend wants them, so what makes a kind of weight and all that reads it change together.
-    A whole step goes with any of its parts.
+    The fused step goes with any of its parts.
     """
-    replaced = {"whole_step"}.union(*(STAND_INS[check] for check in failed))
+    replaced = {"fused_step"}.union(*(FALLBACKS[check] for check in failed))
     kinds = tuple(kind for maker, kind in MADE_BY.items() if maker in replaced)
     if len(kinds) == len(MADE_BY):
         return reference

@@ -26,12 +26,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from kernels.backends import Backend, backend, device_backend
+from kernels.backends import backend, device_backend
 from kernels.bandwidth import Bandwidth, CpuReader, GpuReader
 from kernels.device import cache_bytes, device_name, processors, versions
 from kernels.errors import UserError
 from kernels.files import replacing
 from kernels.memory import memory_bytes
+from kernels.ops import Backend
 from kernels.reference import quantize_rows
 
 MOST_INPUTS = 65_536

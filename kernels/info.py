@@ -7,8 +7,9 @@ import os
 from typing import Any
 
 from kernels import tuning
-from kernels.backends import Backend, choose, device_backend
+from kernels.backends import device_backend, select
 from kernels.device import device_name, versions
+from kernels.ops import Backend
 from kernels.self_test import operation_faults
 
 
@@ -19,7 +20,7 @@ def describe() -> dict[str, Any]:
 
     The self-test is that of the kernels made for this device, also where they were not chosen for failing it.
     """
-    chosen, reason = choose()
+    chosen, reason = select()
     tested = chosen
     if reason is not None:
         try:

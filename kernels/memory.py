@@ -39,7 +39,7 @@ def _group_limits(groups: Path = GROUPS, mounted: Path = MOUNTED) -> list[int]:
 
 
 def check_fits(need: float, what: str, advice: str) -> None:
-    """UserError where `need` bytes are more than there are. what: needs them, with {} for how much; advice: what to do."""
+    """UserError where `need` bytes are more than there are. what: needs them, {} for how many; advice: what to do."""
     have = memory_bytes()
     if need > have:
         size = f"{need / 1e9:,.1f} GB"

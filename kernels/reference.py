@@ -10,73 +10,24 @@ Shapes: `m` rows (token positions), `k` inputs, `n` outputs, `d` head dimension.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
 
-Epilogue = Literal["relu2_mul", "silu_mul"]
+from kernels.ops import (
+    SMALL_ROWS,
+    AttentionShape,
+    DenseWeight,
+    Epilogue,
+    Int8Weight,
+    Layer,
+    Spans,
+    TernaryWeight,
+    Weight,
+)
 
 NAME = "reference"
-SMALL_ROWS = 8
-
-
-@dataclass(frozen=True)
-class TernaryWeight:
-    """A ternary matrix in a backend's own layout, made once at load.
-
-    data: the layout; here float32 [n, k] holding -1, 0 and 1.
-    scale: float32 [n], what an output is multiplied by (already inverted for `bitlinear`).
-    """
-
-    data: mx.array
-    scale: mx.array
-    n: int
-    k: int
-
-
-@dataclass(frozen=True)
-class DenseWeight:
-    """A float matrix [n, k] in bfloat16 or float32 (a draft's layers, an LM head)."""
-
-    data: mx.array
-    n: int
-    k: int
-
-
-@dataclass(frozen=True)
-class Int8Weight:
-    """A float matrix rounded to 8 bits, one scale an output, for int8 rows (an LM head, a draft).
-
-    data: the layout; here int8 [n, k] within -127..127.
-    scale: float32 [n], what an output is multiplied by.
-    """
-
-    data: mx.array
-    scale: mx.array
-    n: int
-    k: int
-
-
-Weight = TernaryWeight | DenseWeight | Int8Weight
-
-
-@dataclass(frozen=True)
-class AttentionShape:
-    """What attention needs beside its arrays.
-
-    inverse_frequency: float32 [d / 2], RoPE's angles a position (rotate-half layout).
-    """
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    inverse_frequency: mx.array
-
-    @property
-    def scale(self) -> float:
-        return float(self.head_dim**-0.5)
 
 
 def prepare_ternary(ternary: np.ndarray, scale: np.ndarray) -> TernaryWeight:
@@ -149,19 +100,6 @@ def int8_linear(xq: mx.array, s: mx.array, weight: Int8Weight) -> mx.array:
     return exact.astype(mx.float32) * (weight.scale[None, :] / s[:, None])
 
 
-def check_product(
-    x: mx.array, weight: Weight, epilogue: Epilogue | None = None, residual: mx.array | None = None
-) -> None:
-    """Raise ValueError for shapes with which a kernel would read outside of its buffers."""
-    if x.shape[1] != weight.k:
-        raise ValueError(f"rows of {x.shape[1]} inputs do not fit the weight's k of {weight.k}")
-    if epilogue is not None and weight.n % 2:
-        raise ValueError(f"a gate needs an even number of outputs, not {weight.n}")
-    expected = (x.shape[0], weight.n // (2 if epilogue else 1))
-    if residual is not None and residual.shape != expected:
-        raise ValueError(f"the residual is {residual.shape}, the result {expected}")
-
-
 def linear(
     x: mx.array,
     weight: Weight,
@@ -224,54 +162,43 @@ def split_heads(qkv: mx.array, positions: mx.array, shape: AttentionShape) -> tu
 
 
 def attention(
-    qkv: mx.array, k_cache: mx.array, v_cache: mx.array, offset: int, shape: AttentionShape
+    qkv: mx.array, k_cache: mx.array, v_cache: mx.array, spans: Spans, shape: AttentionShape
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Causal attention of m new rows of one sequence over its cache; row i stands at offset + i.
+    """Causal attention of new rows of several sequences, each over the keys and values of its own.
 
-    qkv: float32 [m, (heads + 2 kv_heads) * d], not yet rotated; k_cache, v_cache: float32
-    [kv_heads, capacity, d], valid below `offset`, with offset + m <= capacity. Returns the output
-    [m, heads * d] and both caches with the new rows written. Up to SMALL_ROWS rows, a row's bits do
-    not depend on the others; more of them (a prefill) are left to the library.
+    qkv: float32 [spans.rows, (heads + 2 kv_heads) * d], not yet rotated; k_cache, v_cache: float32 [sequences,
+    kv_heads, capacity, d], of sequence i valid below spans.offsets[i], with room for its new rows. Returns the output
+    [spans.rows, heads * d] and both caches with the new rows written. Up to SMALL_ROWS rows of a sequence, a row's bits
+    follow from its own sequence up to its own position; more of them (a prefill) are left to the library.
     """
-    m = qkv.shape[0]
-    q, k, v = split_heads(qkv, mx.arange(offset, offset + m), shape)
-    k_cache[:, offset : offset + m] = k.transpose(1, 0, 2)
-    v_cache[:, offset : offset + m] = v.transpose(1, 0, 2)
-    if m > SMALL_ROWS:
-        out = mx.fast.scaled_dot_product_attention(
-            q.transpose(1, 0, 2)[None],
-            k_cache[None, :, : offset + m],
-            v_cache[None, :, : offset + m],
-            scale=shape.scale,
-            mask="causal",
-        )
-        return out[0].transpose(1, 0, 2).reshape(m, -1), k_cache, v_cache
+    q, k, v = split_heads(qkv, spans.positions, shape)
+    write_rows(k_cache, k, spans)
+    write_rows(v_cache, v, spans)
     group = shape.heads // shape.kv_heads
-    outputs = []
-    for i in range(m):
-        keys, values = k_cache[:, : offset + i + 1], v_cache[:, : offset + i + 1]
-        query = q[i].reshape(shape.kv_heads, group, shape.head_dim) * shape.scale
-        weights = mx.softmax(query @ keys.transpose(0, 2, 1), axis=-1)
-        outputs.append((weights @ values).reshape(1, -1))
+    outputs, first = [mx.zeros((0, shape.heads * shape.head_dim))], 0
+    for sequence, (offset, count) in enumerate(zip(spans.offsets, spans.counts, strict=True)):
+        queries, first = q[first : first + count], first + count
+        if count > SMALL_ROWS:
+            seen = (slice(sequence, sequence + 1), slice(None), slice(offset + count))
+            out = mx.fast.scaled_dot_product_attention(
+                queries.transpose(1, 0, 2)[None], k_cache[seen], v_cache[seen], scale=shape.scale, mask="causal"
+            )
+            outputs.append(out[0].transpose(1, 0, 2).reshape(count, -1))
+            continue
+        for i in range(count):  # a library may reduce a row differently among others
+            keys, values = (cache[sequence, :, : offset + i + 1] for cache in (k_cache, v_cache))
+            query = queries[i].reshape(shape.kv_heads, group, shape.head_dim) * shape.scale
+            weights = mx.softmax(query @ keys.transpose(0, 2, 1), axis=-1)
+            outputs.append((weights @ values).reshape(1, -1))
     return mx.concatenate(outputs), k_cache, v_cache
 
 
-def attention_batch(
-    qkv: mx.array, k_cache: mx.array, v_cache: mx.array, positions: mx.array, shape: AttentionShape
-) -> tuple[mx.array, mx.array, mx.array]:
-    """One new row for each of s sequences, every sequence at its own position.
-
-    qkv: float32 [s, (heads + 2 kv_heads) * d]; caches: float32 [s, kv_heads, capacity, d];
-    positions: int32 [s]. Row i writes at and attends up to positions[i]. Returns as `attention`.
-    """
-    q, k, v = split_heads(qkv, positions, shape)
-    s, kv_heads, capacity, d = k_cache.shape
-    at = mx.broadcast_to(positions[:, None, None, None], (s, kv_heads, 1, d))
-    k_cache = mx.put_along_axis(k_cache, at, k[:, :, None], axis=2)
-    v_cache = mx.put_along_axis(v_cache, at, v[:, :, None], axis=2)
-    mask = (mx.arange(capacity)[None] <= positions[:, None])[:, None, None]
-    out = mx.fast.scaled_dot_product_attention(q[:, :, None], k_cache, v_cache, scale=shape.scale, mask=mask)
-    return out.reshape(s, -1), k_cache, v_cache
+def write_rows(cache: mx.array, rows: mx.array, spans: Spans) -> None:
+    """Write rows, float32 [spans.rows, kv_heads, d], to where they stand in [sequences, kv_heads, capacity, d]."""
+    if len(spans.offsets) == 1:  # as a slice: a scatter is slower, and on a GPU compiled when first used
+        cache[0, :, spans.offsets[0] : spans.end] = rows.transpose(1, 0, 2)
+    else:
+        cache[spans.sequences, :, spans.positions] = rows
 
 
 def argmax(x: mx.array) -> mx.array:
@@ -283,21 +210,30 @@ def clock(x: mx.array) -> mx.array | None:
     """When x had been computed, as an operation behind it, where a device's clock is the host's; here it is not."""
 
 
-def whole_step(**model: object) -> None:
-    """A whole decoding step as one operation, where a backend has that; this one has not."""
+def fused_step(
+    *,
+    layers: Sequence[Layer],
+    embedding: mx.array,
+    final_norm: mx.array,
+    head: Weight,
+    shape: AttentionShape,
+    epilogue: Epilogue,
+    eps: float,
+) -> None:
+    """A decoding step as one operation (kernels.ops.FusedStep), where a backend has that; this one has not."""
 
 
-def attention_packed(qkv: mx.array, document: np.ndarray, shape: AttentionShape) -> mx.array:
-    """Causal attention within the documents of packed rows; positions restart with each document.
+def attention_packed(qkv: mx.array, segments: np.ndarray, shape: AttentionShape) -> mx.array:
+    """Causal attention within the segments of packed rows; positions restart with each segment.
 
-    qkv: float32 [b, t, (heads + 2 kv_heads) * d], not yet rotated; document: int [b, t], equal
-    numbers side by side are one document. Returns float32 [b, t, heads * d].
+    qkv: float32 [b, t, (heads + 2 kv_heads) * d], not yet rotated; segments: int [b, t], equal
+    ids side by side are one segment. Returns float32 [b, t, heads * d].
     """
-    t = document.shape[1]
-    first = np.ones_like(document, dtype=bool)
-    first[:, 1:] = document[:, 1:] != document[:, :-1]
+    t = segments.shape[1]
+    first = np.ones_like(segments, dtype=bool)
+    first[:, 1:] = segments[:, 1:] != segments[:, :-1]
     positions = np.arange(t) - np.maximum.accumulate(np.where(first, np.arange(t), 0), axis=1)
-    same = (document[:, :, None] == document[:, None, :]) & np.tri(t, dtype=bool)
+    same = (segments[:, :, None] == segments[:, None, :]) & np.tri(t, dtype=bool)
     q, k, v = (part.transpose(0, 2, 1, 3) for part in split_heads(qkv, mx.array(positions), shape))
     out = mx.fast.scaled_dot_product_attention(q, k, v, scale=shape.scale, mask=mx.array(same[:, None]))
-    return out.transpose(0, 2, 1, 3).reshape(*document.shape, -1)
+    return out.transpose(0, 2, 1, 3).reshape(*segments.shape, -1)

@@ -1,31 +1,33 @@
 """Whether a backend computes what `kernels.reference` defines, found out at first use.
 
-Every kernel runs: few rows and many, each kind of weight with its norm and epilogues, attention at several widths, a
-whole step. Shapes are tiny and fill no tile evenly; those of int8 products, float rows and batched attention are just
-large enough that a CPU shares them among its threads. BitLinear and int8 products are compared by bits;
-float operations within TOLERANCE; and the rows of a call, by bits, with the same rows alone.
+What runs: products of each kind of weight with few rows and many, behind a norm and with each epilogue or a residual;
+attention of several sequences at three head dimensions; argmax; and a fused step (where the backend has one) of two
+small models, of ternary weights with sub-norms and squared ReLU and of int8 weights with SiLU and a trimmed head, on
+a CPU of float weights too: several tokens, single ones, and greedy tokens. What is not run: other shapes of models, and
+fused steps of 2 or 4..8 tokens, which a GPU compiles for each.
+
+Shapes are tiny and fill no tile evenly; those of int8 products, float rows and attention are just large enough that a
+CPU shares them among its threads. BitLinear and int8 products are compared by bits; float operations within TOLERANCE;
+and the rows of a call, by bits, with the same rows alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
 from kernels import reference
-from kernels.reference import SMALL_ROWS, AttentionShape, Epilogue, Weight
-
-if TYPE_CHECKING:
-    from kernels.backends import Backend
+from kernels.ops import SMALL_ROWS, AttentionShape, Backend, Epilogue, FusedStep, Layer, Spans, Weight
 
 TOLERANCE = 1e-5  # of the largest value: float32 sums in another order
 ROUNDED = 0.02  # the same where another order may have rounded an int8 to its neighbour
 EPS = 0.5  # as large as the squares it is added to, so that it cannot be left out unseen
 MANY = 40  # rows: more than the kernels for a few take
 EPILOGUES: tuple[Epilogue | None, ...] = (None, "relu2_mul", "silu_mul")
+MODELS: tuple[tuple[str, Epilogue], ...] = (("ternary", "relu2_mul"), ("int8", "silu_mul"), ("float", "silu_mul"))
 
 
 def self_test(candidate: Backend) -> str | None:
@@ -112,36 +114,27 @@ def _linear(
 
 
 def _attention(candidate: Backend, rng: np.random.Generator) -> str | None:
-    for dim, offset in ((32, 5), (64, 70), (128, 0)):
+    """Sequences that are at different places, one of them with no row, one (of few heads' sizes) with many."""
+    for dim, many in ((32, 0), (64, SMALL_ROWS + 3), (128, 0)):
         shape = AttentionShape(4, 2, dim, mx.array(0.5 ** np.arange(dim // 2, dtype=np.float32)))
-        qkv = _floats(rng, SMALL_ROWS, 8 * dim)
-        keys, values = _floats(rng, 2, 96, dim), _floats(rng, 2, 96, dim)
+        spans = Spans((70, 5, 95, 0, 30), (SMALL_ROWS, 0, 1, 3, many))
+        qkv = _floats(rng, spans.rows, 8 * dim)
+        keys, values = _floats(rng, 5, 2, 96, dim), _floats(rng, 5, 2, 96, dim)
         with mx.stream(mx.cpu):  # a GPU's library may multiply with fewer bits than float32 has
-            expected = reference.attention(qkv, mx.array(keys), mx.array(values), offset, shape)
+            expected = reference.attention(qkv, mx.array(keys), mx.array(values), spans, shape)
             mx.eval(expected)
-        together = candidate.attention(qkv, mx.array(keys), mx.array(values), offset, shape)
-        alone = []
-        for i in range(SMALL_ROWS):
-            out, keys, values = candidate.attention(qkv[i : i + 1], keys, values, offset + i, shape)
-            alone.append(out)
-        if not _equal(together[0], mx.concatenate(alone)):
-            return OTHER_ROWS
+        together = candidate.attention(qkv, mx.array(keys), mx.array(values), spans, shape)
+        row = 0
+        for sequence, (offset, count) in enumerate(zip(spans.offsets, spans.counts, strict=True)):
+            k, v = keys[sequence : sequence + 1], values[sequence : sequence + 1]
+            for i in range(count if count <= SMALL_ROWS else 0):
+                out, k, v = candidate.attention(qkv[row + i : row + i + 1], k, v, Spans((offset + i,), (1,)), shape)
+                if not _equal(together[0][row + i : row + i + 1], out):
+                    return OTHER_ROWS
+            row += count
         if not all(_close(ours, defined, TOLERANCE) for ours, defined in zip(together, expected, strict=True)):
             return DIFFERS
     return None
-
-
-def _attention_batch(candidate: Backend, rng: np.random.Generator) -> str | None:
-    if candidate.attention_batch == reference.attention_batch:
-        return None  # MLX's own, which a GPU would take seconds to compile
-    shape = AttentionShape(4, 2, 32, mx.array(0.5 ** np.arange(16, dtype=np.float32)))
-    qkv, keys, values = _floats(rng, 4, 8 * 32), _floats(rng, 4, 2, 96, 32), _floats(rng, 4, 2, 96, 32)
-    positions = mx.array([95, 0, 90, 88], mx.int32)
-    with mx.stream(mx.cpu):
-        expected = reference.attention_batch(qkv, keys, values, positions, shape)[0]
-        mx.eval(expected)
-    found = candidate.attention_batch(qkv, mx.array(keys), mx.array(values), positions, shape)[0]
-    return None if _close(found, expected, TOLERANCE) else DIFFERS
 
 
 def _argmax(candidate: Backend, rng: np.random.Generator) -> str | None:
@@ -151,57 +144,104 @@ def _argmax(candidate: Backend, rng: np.random.Generator) -> str | None:
     return None
 
 
-def _whole_step(candidate: Backend, rng: np.random.Generator) -> str | None:
-    """Two layers of 64, by the single operations of the reference and, where the backend has that, as one."""
-    shape = AttentionShape(2, 1, 32, mx.array(0.5 ** np.arange(16, dtype=np.float32)))
+def _fused_step(candidate: Backend, rng: np.random.Generator) -> str | None:
+    """Models of two layers of 64, by the single operations of the reference and, where the backend has that, fused."""
+    for kind, epilogue in MODELS:
+        model, defined = _models(candidate, rng, kind, epilogue)
+        step = candidate.fused_step(**vars(model))
+        fault = None if step is None else _compare_steps(candidate, step, defined, trimmed=kind == "int8")
+        if fault is not None:
+            return fault if kind == "ternary" else f"of {kind} layers {fault}"
+    return None
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What a backend's `fused_step` is made of."""
+
+    layers: list[Layer]
+    embedding: mx.array
+    final_norm: mx.array
+    head: Weight
+    shape: AttentionShape
+    epilogue: Epilogue
+    eps: float
+
+
+def _models(candidate: Backend, rng: np.random.Generator, kind: str, epilogue: Epilogue) -> list[_Model]:
+    """The same model with the candidate's weights and with the reference's."""
     sizes = {"qkv": (128, 64), "o": (64, 64), "gate_up": (128, 64), "down": (64, 64)}
-    norms = ("input_norm", "attention_sub_norm", "post_norm", "ffn_sub_norm")
-    layers: dict[str, list[SimpleNamespace]] = {"ours": [], "defined": []}
+    layers: tuple[list[Layer], list[Layer]] = ([], [])
+    embedding = _floats(rng, 100, 64).astype(mx.bfloat16)
+
+    def prepared(ops: Backend, weight: mx.array, kind: str) -> Weight:
+        if kind == "ternary":
+            ternary = np.array(mx.sign(mx.round(weight)).astype(mx.int8))
+            return ops.prepare_ternary(ternary, np.full(len(ternary), 0.1, np.float32))
+        return ops.prepare_int8(weight) if kind == "int8" else ops.prepare_dense(weight)
+
     for _ in range(2):
-        weights = {
-            name: (rng.integers(-1, 2, size).astype(np.int8), np.full(size[0], 0.1, np.float32))
-            for name, size in sizes.items()
-        }
-        shared = {name: mx.abs(_floats(rng, 64)) + 0.5 for name in norms}
-        for whose, ops in (("ours", candidate), ("defined", reference)):
-            matrices = {name: ops.prepare_ternary(*weight) for name, weight in weights.items()}
-            layers[whose].append(SimpleNamespace(**matrices, **shared))
-    embedding, final_norm = _floats(rng, 100, 64).astype(mx.bfloat16), mx.ones((64,))
-    step = candidate.whole_step(
-        layers=layers["ours"],
-        embedding=embedding,
-        final_norm=final_norm,
-        head=candidate.prepare_dense(embedding),
-        shape=shape,
-        epilogue="relu2_mul",
-        eps=EPS,
-    )
-    if step is None:
-        return None
+        weights = {name: _floats(rng, *size).astype(mx.bfloat16) for name, size in sizes.items()}
+        norms = [mx.abs(_floats(rng, 64)) + 0.5 for _ in range(4)]
+        for own, ops in zip(layers, (candidate, reference), strict=True):
+            own.append(
+                Layer(
+                    **{name: prepared(ops, weight, kind) for name, weight in weights.items()},
+                    input_norm=norms[0],
+                    attention_sub_norm=norms[1] if kind == "ternary" else None,
+                    post_norm=norms[2],
+                    ffn_sub_norm=norms[3] if kind == "ternary" else None,
+                )
+            )
+    return [
+        _Model(
+            layers=own,
+            embedding=embedding,
+            final_norm=mx.ones((64,)),
+            head=prepared(ops, embedding, "int8" if kind == "int8" else "float"),
+            shape=AttentionShape(2, 1, 32, mx.array(0.5 ** np.arange(16, dtype=np.float32))),
+            epilogue=epilogue,
+            eps=EPS,
+        )
+        for own, ops in zip(layers, (candidate, reference), strict=True)
+    ]
+
+
+def _compare_steps(candidate: Backend, step: FusedStep, model: _Model, trimmed: bool) -> str | None:
     tokens = [3, 99, 0]
+    d2t = mx.arange(99, -1, -1).astype(mx.uint32) if trimmed else None
 
-    def steps(groups: list[list[int]]) -> mx.array:
-        keys, values = ([mx.zeros((1, 16, 32)) for _ in range(2)] for _ in range(2))
+    def caches() -> tuple[list[mx.array], list[mx.array]]:
+        keys, values = ([mx.zeros((1, 1, 16, 32)) for _ in model.layers] for _ in range(2))
         mx.eval(keys, values)
-        at, logits = 0, []
-        for group in groups:
-            logits.append(step(group, keys, values, at))
-            mx.eval(logits)
-            at += len(group)
-        return mx.concatenate(logits)
+        return keys, values
 
-    together = steps([tokens])
-    if not _equal(together, steps([[token] for token in tokens])):
+    keys, values = caches()
+    together = step(tokens, keys, values, 0)
+    alone: list[mx.array] = []
+    choices: list[int] = []
+    keys, values = caches()
+    for at in range(5):  # over the tokens, then over the choices
+        alone.append(step([(tokens + choices)[at]], keys, values, at))
+        best = reference.argmax(alone[-1])
+        choices += [int((best if d2t is None else d2t[best]).item())] if at >= 2 else []
+    if not _equal(together, mx.concatenate(alone[:3])):
         return OTHER_ROWS
-    x = embedding[mx.array(tokens)].astype(mx.float32)
+    keys, values = caches()
+    if step.greedy_tokens(tokens, keys, values, 0, 2, d2t).tolist() != choices[:2]:
+        return "chooses other tokens in a chain of steps than in single ones"
+    if not _equal(step([choices[1]], keys, values, 4), alone[4]):
+        return "leaves other caches behind a chain of steps than behind single ones"
+
+    x, shape = model.embedding[mx.array(tokens)].astype(mx.float32), model.shape
     with mx.stream(mx.cpu):
-        for layer in layers["defined"]:
+        for layer, k, v in zip(model.layers, *caches(), strict=True):
             qkv = reference.linear(x, layer.qkv, norm=layer.input_norm, eps=EPS)
-            a = reference.attention(qkv, mx.zeros((1, 16, 32)), mx.zeros((1, 16, 32)), 0, shape)[0]
+            a = reference.attention(qkv, k, v, Spans((0,), (3,)), shape)[0]
             x = reference.linear(a, layer.o, norm=layer.attention_sub_norm, eps=EPS, residual=x)
-            h = reference.linear(x, layer.gate_up, norm=layer.post_norm, eps=EPS, epilogue="relu2_mul")
+            h = reference.linear(x, layer.gate_up, norm=layer.post_norm, eps=EPS, epilogue=model.epilogue)
             x = reference.linear(h, layer.down, norm=layer.ffn_sub_norm, eps=EPS, residual=x)
-        logits = reference.linear(x, reference.prepare_dense(embedding), norm=final_norm, eps=EPS)
+        logits = reference.linear(x, model.head, norm=model.final_norm, eps=EPS)
         mx.eval(logits)
     return None if _close(together, logits, 2 * ROUNDED) else DIFFERS
 
@@ -229,7 +269,6 @@ CHECKS: dict[str, Callable[[Backend, np.random.Generator], str | None]] = {
     "linear, int8": _linear_int8,
     "linear, float": _linear_float,
     "attention": _attention,
-    "attention, batch": _attention_batch,
     "argmax": _argmax,
-    "whole step": _whole_step,
+    "fused step": _fused_step,
 }

@@ -22,7 +22,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -30,9 +29,8 @@ import numpy as np
 from kernels.device import cache_folder, device_name, processors
 from kernels.errors import UserError
 from kernels.files import replacing
-
-if TYPE_CHECKING:
-    from kernels.backends import Backend
+from kernels.ops import Backend, TernaryWeight, Tunable
+from kernels.self_test import self_test
 
 Settings = dict[str, int]
 
@@ -100,7 +98,7 @@ def tunable(candidate: Backend) -> dict[str, tuple[int, ...]]:
         from kernels.cpu import _native
 
         return {"threads": thread_counts(min(processors(), _native.max_threads))}
-    return dict(getattr(candidate, "TUNABLE", {}))
+    return candidate.TUNABLE if isinstance(candidate, Tunable) else {}
 
 
 def grid(candidate: Backend) -> list[Settings]:
@@ -122,8 +120,8 @@ def use(candidate: Backend, settings: Settings) -> None:
         from kernels.cpu import _native
 
         _native.set_threads(settings["threads"])
-    else:
-        candidate.set_tuning(settings)  # type: ignore[attr-defined]
+    elif isinstance(candidate, Tunable):
+        candidate.set_tuning(settings)
 
 
 def stored_for(candidate: Backend) -> Settings:
@@ -159,8 +157,6 @@ def tune(
     seconds: how long each setting is timed, about. tick is called ROUNDS times for each. Settings take
     turns, so that a machine that slows down slows all of them.
     """
-    from kernels.self_test import self_test
-
     chains = _chains(candidate)
     sound: list[Settings] = []
     for setting in settings:
@@ -192,10 +188,10 @@ def _chains(ops: Backend) -> list[Callable[[], mx.array]]:
     """For each model and number of rows, the products of its layers, each needing the one before; no attention."""
     rng = np.random.default_rng(0)
 
-    def weight(n: int, k: int) -> Any:
+    def weight(n: int, k: int) -> TernaryWeight:
         return ops.prepare_ternary(rng.integers(-1, 2, (n, k), np.int8), np.full(n, 0.01, np.float32))
 
-    def chain(layers: list[list[Any]], start: mx.array, norm: mx.array, inner_norm: mx.array) -> mx.array:
+    def chain(layers: list[list[TernaryWeight]], start: mx.array, norm: mx.array, inner_norm: mx.array) -> mx.array:
         x = start
         for qkv, o, gate_up, down in layers:
             a = ops.linear(x, qkv, norm=norm, eps=1e-5)[:, : norm.size]

@@ -1,75 +1,58 @@
 """One forward pass for teachers and drafts, over weights that mlx-lm has loaded.
 
-A layer is four `linear` calls and one `attention` of the kernels, whatever the weights are:
-ternary with sub-norms and squared ReLU (BitNet) or float with SiLU (Llama). Activations are
-float32. `step` is the lossless path of 1..8 rows; `prefill` and `batch_*` use the libraries'
-matrix products.
+A layer is four `linear` calls and one attention of the kernels, whatever the weights are: ternary with sub-norms and
+squared ReLU (BitNet) or float with SiLU (Llama). Activations are float32. `forward` runs new tokens of one sequence, of
+several, or packed rows; `step` is the lossless path of one sequence's next tokens, and `prefill` that of its prompt.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from decode.models.cache import KVCache, Packed
 from decode.models.draft_vocabulary import check_kept
 from kernels import BitLinear, UserError, backend
-from kernels.backends import Backend, device_backend
-from kernels.reference import (
+from kernels.backends import device_backend
+from kernels.ops import (
     SMALL_ROWS,
     AttentionShape,
+    Backend,
     DenseWeight,
     Epilogue,
     Int8Weight,
+    Layer,
     Weight,
-    rms_norm,
-    split_heads,
 )
+from kernels.reference import rms_norm
 
+Tokens = Sequence[int] | np.ndarray | mx.array
 Precision = Literal["float", "int8"]
 ACTIVATIONS = {"bitnet": "relu2", "llama": "silu"}  # of a model type, where config.json names none
 EPILOGUES: dict[str, Epilogue] = {"relu2": "relu2_mul", "silu": "silu_mul"}
 PREFILL_CHUNK = 512
-CACHE_STEP = 256
 
 
-@dataclass(frozen=True)
-class Layer:
-    """Fused weights of one transformer layer; the sub-norms are None in a Llama."""
+@dataclass
+class Forward:
+    """What a forward pass gives; nothing of it is evaluated.
 
-    qkv: Weight
-    o: Weight
-    gate_up: Weight
-    down: Weight
-    input_norm: mx.array
-    attention_sub_norm: mx.array | None
-    post_norm: mx.array
-    ffn_sub_norm: mx.array | None
-
-
-class KVCache:
-    """Keys and values of one sequence, a pair of [kv_heads, capacity, head_dim] arrays a layer.
-
-    Rows at and beyond `offset` are junk that is overwritten before it is read, so rewinding is
-    an assignment.
+    hidden: by tapped layer, float32 [rows, hidden], what leaves that layer, before any norm.
     """
 
-    def __init__(self, layers: int, kv_heads: int, head_dim: int) -> None:
-        self.keys = [mx.zeros((kv_heads, 0, head_dim)) for _ in range(layers)]
-        self.values = [mx.zeros((kv_heads, 0, head_dim)) for _ in range(layers)]
-        self.offset = 0
+    hidden: dict[int, mx.array]
+    _logits: Callable[[], mx.array]
 
-    def reserve(self, rows: int) -> None:
-        """Make room for `rows` more rows."""
-        heads, capacity, dim = self.keys[0].shape
-        missing = self.offset + rows - capacity
-        if missing > 0:
-            room = mx.zeros((heads, -(-missing // CACHE_STEP) * CACHE_STEP, dim))
-            self.keys = [mx.concatenate([keys, room], axis=1) for keys in self.keys]
-            self.values = [mx.concatenate([values, room], axis=1) for values in self.values]
+    @cached_property
+    def logits(self) -> mx.array:
+        """float32 [rows, vocab], one logit a row of the head. Who does not read them does not pay for them."""
+        return self._logits()
 
 
 class Transformer:
@@ -80,7 +63,7 @@ class Transformer:
     ) -> None:
         """model: an mlx-lm `bitnet` or `llama` model, BitLinear already swapped; config: its config.json.
 
-        head: "float" as the checkpoint has it, or "int8", rounded to 8 bits (kernels.reference.Int8Weight);
+        head: "float" as the checkpoint has it, or "int8", rounded to 8 bits (kernels.ops.Int8Weight);
         layers: the same of the layers' float matrices. Ternary ones stay what they are.
         """
         self.config = config
@@ -113,13 +96,13 @@ class Transformer:
         self.embedding = float_weight(model.model.embed_tokens)
         float_head = self.embedding if args.tie_word_embeddings else float_weight(model.lm_head)
         # The ids that the head's rows stand for, where it is trimmed (decode.models.draft_vocabulary).
-        self.kept: np.ndarray | None = None
-        self._kept_ids: mx.array | None = None
+        self.d2t: np.ndarray | None = None
+        self._d2t: mx.array | None = None
         if "kept" in model:
-            self.kept = check_kept(model.kept, self.vocab_size)
-            self._kept_ids = mx.array(self.kept, mx.uint32)
-            mx.eval(self._kept_ids)
-            float_head = float_head[self._kept_ids]
+            self.d2t = check_kept(model.kept, self.vocab_size)
+            self._d2t = mx.array(self.d2t, mx.uint32)
+            mx.eval(self._d2t)
+            float_head = float_head[self._d2t]
         self.head: DenseWeight | Int8Weight = (
             self.ops.prepare_int8(float_head) if head == "int8" else self.ops.prepare_dense(float_head)
         )
@@ -129,8 +112,8 @@ class Transformer:
         mx.eval(self.embedding, self.final_norm)
         # Whether plain decoding queues a step before its token is known. On a CPU the host's share of the work would
         # compete with the step before.
-        self.queues = device_backend() != "cpu"
-        self.whole_step = self.ops.whole_step(
+        self.async_decode = device_backend() != "cpu"
+        self.fused_step = self.ops.fused_step(
             layers=self.layers,
             embedding=self.embedding,
             final_norm=self.final_norm,
@@ -139,8 +122,8 @@ class Transformer:
             epilogue=self.epilogue,
             eps=self.eps,
         )
-        if self.whole_step is not None:
-            self.layers = self.whole_step.share_weights(self.layers)
+        if self.fused_step is not None:
+            self.layers = self.fused_step.share_weights(self.layers)
 
     def _layer(self, block: nn.Module) -> Layer:
         attention, mlp = block.self_attn, block.mlp
@@ -167,128 +150,105 @@ class Transformer:
         weight = mx.concatenate([float_weight(part) for part in parts])
         return self.ops.prepare_int8(weight) if self._precision == "int8" else self.ops.prepare_dense(weight)
 
-    def best_tokens(self, logits: mx.array) -> mx.array:
-        """The id of each row's highest logit, the lowest among equals.
+    def forward(self, tokens: Tokens, cache: KVCache | Packed, taps: Sequence[int] = ()) -> Forward:
+        """New tokens behind what a cache holds, or packed rows; the cache moves on.
 
-        float32 [m, vocab] -> uint32 [m], not evaluated.
+        tokens: ids of one sequence [m], of as many as the cache has [s, t], or of packed rows [b, t]; an array of them
+        may still be computed. Rows of the result lie in this order. taps: layers whose states are asked for.
+
+        A row's bits do not depend on the others, as far as attention and ternary products go, for up to SMALL_ROWS
+        tokens of a sequence and any number of sequences. A float head, or float layers, of more than SMALL_ROWS rows in
+        all are multiplied by a library, which may round a row by how many there are.
         """
-        best = self.ops.argmax(logits)
-        return best if self._kept_ids is None else self._kept_ids[best]
+        ids = tokens if isinstance(tokens, mx.array) else np.asarray(tokens, np.int32)
+        rows = ids.shape[-1]
+        cache.reserve(rows)
+        if (
+            self.fused_step is not None
+            and isinstance(cache, KVCache)
+            and not taps
+            and len(cache.offsets) == 1
+            and rows <= SMALL_ROWS
+        ):
+            flat = ids.reshape(-1)
+            given = flat if isinstance(flat, mx.array) else flat.tolist()
+            logits = self.fused_step(given, cache.keys, cache.values, cache.offset)
+            cache.advance(rows)
+            return Forward({}, lambda: logits)
+        x = self.embedding[mx.array(ids).reshape(-1)].astype(mx.float32)
+        linear, eps = self.ops.linear, self.eps
+        hidden = {}
+        for i, layer in enumerate(self.layers):
+            qkv = linear(x, layer.qkv, norm=layer.input_norm, eps=eps)
+            a = cache.attend(i, qkv, self.ops, self.shape)
+            x = linear(a, layer.o, norm=layer.attention_sub_norm, eps=eps, residual=x)
+            h = linear(x, layer.gate_up, norm=layer.post_norm, eps=eps, epilogue=self.epilogue)
+            x = linear(h, layer.down, norm=layer.ffn_sub_norm, eps=eps, residual=x)
+            if i in taps:
+                hidden[i] = x
+        cache.advance(rows)
+        return Forward(hidden, lambda: self._head_of(x))
 
-    def over_vocabulary(self, p: np.ndarray) -> np.ndarray:
-        """A distribution over the head's rows, float64 [v], as one over all ids, [vocab_size]: zero for the others."""
-        if self.kept is None:
-            return p
-        whole = np.zeros(self.vocab_size, p.dtype)
-        whole[self.kept] = p
-        return whole
+    def step(self, tokens: Tokens, cache: KVCache, taps: Sequence[int] = ()) -> Forward:
+        """The lossless path: a few new tokens of one sequence, each with the bits that it has alone.
 
-    def new_cache(self) -> KVCache:
-        return KVCache(len(self.layers), self.shape.kv_heads, self.shape.head_dim)
-
-    def step(self, tokens: list[int] | np.ndarray | mx.array, cache: KVCache) -> mx.array:
-        """Logits of each of a few new tokens; a token's bits are the same alone or among others.
-
-        tokens: m ids, or an array of them that may still be computed. Returns float32 [m, vocab], one logit a
-        row of the head; the cache moves on by m. More than eight rows are run in groups of eight.
+        As `forward`, but more than SMALL_ROWS tokens are run in groups of so many.
         """
         cache.reserve(len(tokens))
-        groups = [tokens[i : i + SMALL_ROWS] for i in range(0, len(tokens), SMALL_ROWS)]
-        logits = [self._small_step(group, cache) for group in groups]
-        return logits[0] if len(logits) == 1 else mx.concatenate(logits)
+        groups = [self.forward(tokens[i : i + SMALL_ROWS], cache, taps) for i in range(0, len(tokens), SMALL_ROWS)]
+        if len(groups) == 1:
+            return groups[0]
+        hidden = {tap: mx.concatenate([group.hidden[tap] for group in groups]) for tap in taps}
+        return Forward(hidden, lambda: mx.concatenate([group.logits for group in groups]))
 
-    def continuation(self, tokens: list[int], cache: KVCache, count: int) -> mx.array:
+    def prefill(self, tokens: Tokens, cache: KVCache, taps: Sequence[int] = ()) -> dict[int, mx.array]:
+        """Put a prompt of one sequence into the cache, and return its tapped states, float32 [m, hidden] a layer.
+
+        In chunks counted from the sequence's start, so that plain and speculative decoding share them.
+        """
+        chunks: list[dict[int, mx.array]] = []
+        start = 0
+        while start < len(tokens):
+            end = start + PREFILL_CHUNK - cache.offset % PREFILL_CHUNK
+            chunks.append(self.forward(tokens[start:end], cache, taps).hidden)
+            mx.eval(cache.keys, cache.values, chunks[-1])
+            start = end
+        nothing = mx.zeros((0, self.embedding.shape[1]))
+        return {tap: mx.concatenate([nothing, *(chunk[tap] for chunk in chunks)]) for tap in taps}
+
+    def greedy_tokens(self, tokens: list[int], cache: KVCache, count: int) -> mx.array:
         """The `count` tokens that follow `tokens` greedily, uint32, still being computed.
 
-        tokens: at most eight ids. The cache moves on by all of them and all choices but the last.
+        tokens: at most SMALL_ROWS ids of one sequence. The cache moves on by all of them and all choices but the last.
         """
         # A cache that grew between two steps would be copied without waiting for the first to write to it.
         rows = len(tokens) + count - 1
         cache.reserve(rows)
-        if self.whole_step is not None:
-            chosen = self.whole_step.continuation(tokens, cache.keys, cache.values, cache.offset, count, self._kept_ids)
-            cache.offset += rows
+        if self.fused_step is not None:
+            chosen = self.fused_step.greedy_tokens(tokens, cache.keys, cache.values, cache.offset, count, self._d2t)
+            cache.advance(rows)
             mx.async_eval(chosen)
             return chosen
         feed: list[int] | mx.array = tokens
         choices: list[mx.array] = []
         for _ in range(count):
-            feed = self.best_tokens(self.step(feed, cache)[-1:])
+            feed = self.best_tokens(self.step(feed, cache).logits[-1:])
             mx.async_eval(feed)  # runs while the next one is put together
             choices.append(feed)
         return mx.concatenate(choices)
 
-    def _small_step(self, tokens: list[int] | np.ndarray | mx.array, cache: KVCache) -> mx.array:
-        if self.whole_step is not None:
-            ids = tokens if isinstance(tokens, mx.array) else [int(t) for t in tokens]
-            logits = self.whole_step(ids, cache.keys, cache.values, cache.offset)
-            cache.offset += len(tokens)
-            return logits
-        x = self._extend(mx.array(tokens), cache)
-        return self.ops.linear(x, self.head, norm=self.final_norm, eps=self.eps)
+    def new_cache(self, sequences: int = 1) -> KVCache:
+        return KVCache(len(self.layers), self.shape.kv_heads, self.shape.head_dim, sequences)
 
-    def _extend(self, tokens: mx.array, cache: KVCache) -> mx.array:
-        """Put tokens behind the cache. int [m] -> last hidden states, float32 [m, hidden]."""
-        cache.reserve(tokens.size)
-        x = self.embedding[tokens].astype(mx.float32)
-        for i, layer in enumerate(self.layers):
-            qkv = self.ops.linear(x, layer.qkv, norm=layer.input_norm, eps=self.eps)
-            a, cache.keys[i], cache.values[i] = self.ops.attention(
-                qkv, cache.keys[i], cache.values[i], cache.offset, self.shape
-            )
-            x = self._after_attention(x, a, layer)
-        cache.offset += tokens.size
-        return x
+    def normed(self, hidden: mx.array) -> mx.array:
+        """What leaves the last layer, behind the final norm, as the head reads it. float32 [..., hidden]."""
+        return rms_norm(hidden, self.final_norm, self.eps)
 
-    def _after_attention(self, x: mx.array, a: mx.array, layer: Layer) -> mx.array:
-        """The rest of a layer. x, a: float32 [m, hidden] and [m, heads * head_dim]."""
-        linear, eps = self.ops.linear, self.eps
-        x = linear(a, layer.o, norm=layer.attention_sub_norm, eps=eps, residual=x)
-        h = linear(x, layer.gate_up, norm=layer.post_norm, eps=eps, epilogue=self.epilogue)
-        return linear(h, layer.down, norm=layer.ffn_sub_norm, eps=eps, residual=x)
+    def logits(self, hidden: mx.array) -> mx.array:
+        """For scoring, in chunks as large as there is memory for. hidden: float32 [n, hidden], `normed`.
 
-    def prefill(self, tokens: list[int], cache: KVCache) -> None:
-        """Put a prompt into the cache, in chunks that plain and speculative decoding share."""
-        for start in range(0, len(tokens), PREFILL_CHUNK):
-            self._extend(mx.array(tokens[start : start + PREFILL_CHUNK]), cache)
-            mx.eval(cache.keys, cache.values)
-
-    def batch_hidden(self, tokens: np.ndarray, document: np.ndarray) -> mx.array:
-        """Final hidden states of packed rows, for scoring: attention never crosses a document.
-
-        tokens: int [b, t]; document: int [b, t], 0 is padding. Returns float32 [b, t, hidden],
-        already normalised for the head.
+        Returns float32 [n, vocab].
         """
-        b, t = tokens.shape
-        x = self.embedding[mx.array(tokens)].astype(mx.float32).reshape(b * t, -1)
-        for layer in self.layers:
-            qkv = self.ops.linear(x, layer.qkv, norm=layer.input_norm, eps=self.eps)
-            a = self.ops.attention_packed(qkv.reshape(b, t, -1), document, self.shape)
-            x = self._after_attention(x, a.reshape(b * t, -1), layer)
-        return rms_norm(x, self.final_norm, self.eps).reshape(b, t, -1)
-
-    def batch_prefill(self, tokens: np.ndarray) -> tuple[list[mx.array], list[mx.array]]:
-        """Keys and values of a batch of sequences, all from position 0 on.
-
-        tokens: int [s, t]. Returns two lists of a layer's float32 [s, kv_heads, t, head_dim].
-        """
-        s, t = tokens.shape
-        positions = mx.broadcast_to(mx.arange(t)[None], (s, t))
-        whole = np.ones((s, t), np.int32)
-        keys, values = [], []
-        x = self.embedding[mx.array(tokens)].astype(mx.float32).reshape(s * t, -1)
-        for layer in self.layers:
-            qkv = self.ops.linear(x, layer.qkv, norm=layer.input_norm, eps=self.eps).reshape(s, t, -1)
-            _, k, v = split_heads(qkv, positions, self.shape)
-            keys.append(k.transpose(0, 2, 1, 3))
-            values.append(v.transpose(0, 2, 1, 3))
-            a = self.ops.attention_packed(qkv, whole, self.shape)
-            x = self._after_attention(x, a.reshape(s * t, -1), layer)
-        mx.eval(keys, values)
-        return keys, values
-
-    def batch_logits(self, hidden: mx.array) -> mx.array:
-        """hidden: float32 [n, hidden], normalised. Returns float32 [n, vocab]."""
         if isinstance(self.head, Int8Weight):
             return self.ops.linear(hidden, self.head)
         if self._float_head is None:
@@ -296,23 +256,28 @@ class Transformer:
             mx.eval(self._float_head)
         return hidden @ self._float_head
 
-    def batch_step(
-        self, tokens: mx.array, positions: mx.array, keys: list[mx.array], values: list[mx.array]
-    ) -> mx.array:
-        """One new token for each of s sequences, each at its own position.
-
-        tokens, positions: int32 [s]; keys, values: a layer's float32 [s, kv_heads, capacity,
-        head_dim] each, replaced in the lists. Returns logits, float32 [s, vocab].
-        """
-        x = self.embedding[tokens].astype(mx.float32)
-        for i, layer in enumerate(self.layers):
-            qkv = self.ops.linear(x, layer.qkv, norm=layer.input_norm, eps=self.eps)
-            a, keys[i], values[i] = self.ops.attention_batch(qkv, keys[i], values[i], positions, self.shape)
-            x = self._after_attention(x, a, layer)
-        if len(tokens) <= SMALL_ROWS:
+    def _head_of(self, x: mx.array) -> mx.array:
+        """The logits of what leaves the last layer."""
+        if len(x) <= SMALL_ROWS or isinstance(self.head, Int8Weight):
             return self.ops.linear(x, self.head, norm=self.final_norm, eps=self.eps)
         # More rows of a float head go to the library, for which it would be made float32 at every step.
-        return self.batch_logits(rms_norm(x, self.final_norm, self.eps))
+        return self.logits(self.normed(x))
+
+    def best_tokens(self, logits: mx.array) -> mx.array:
+        """The id of each row's highest logit, the lowest among equals.
+
+        float32 [m, vocab] -> uint32 [m], not evaluated.
+        """
+        best = self.ops.argmax(logits)
+        return best if self._d2t is None else self._d2t[best]
+
+    def over_vocabulary(self, p: np.ndarray) -> np.ndarray:
+        """A distribution over the head's rows, float64 [v], as one over all ids, [vocab_size]: zero for the others."""
+        if self.d2t is None:
+            return p
+        whole = np.zeros(self.vocab_size, p.dtype)
+        whole[self.d2t] = p
+        return whole
 
 
 def float_weight(layer: nn.Module) -> mx.array:

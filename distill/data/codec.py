@@ -1,21 +1,21 @@
-"""The settings of a dataset, and how a block of rows becomes bytes under them.
+"""How a block of rows becomes the tensors of a shard.
 
 Token ids are packed to the vocabulary's width, log-probabilities to 12 bits.
 """
 
-import json
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+
+from distill.data.manifest import MAX_BITS, Settings
 
 Tensors = dict[str, np.ndarray]
 Layout = dict[str, tuple[np.dtype, tuple[int, ...]]]  # what tensors should be: dtype and shape by name
 
+SEGMENTS = "document"  # the name on disk of the tensor of segment ids
 CODE_BITS = 12
 CODE_MAX = 2**CODE_BITS - 1
 CODE_RANGE = 40.0  # nats; exp(-40) is 4e-18, far below what float32 training can tell from zero
-MAX_BITS = 25  # a value and the up to seven bits before it have to fit one 32-bit window
 FLOAT_SLACK = 1e-3  # what float32 may do to a sum of probabilities; a wrong log-sum-exp does more
 _CHUNK = 2048  # positions worked on at once, so that a chunk of every column stays in the L2 cache
 
@@ -23,88 +23,6 @@ _CHUNK = 2048  # positions worked on at once, so that a chunk of every column st
 # probabilities are large; the error of p = exp(-d) peaks at d = 1/2, with 6.7e-4.
 _NATS = CODE_RANGE * (np.arange(CODE_MAX + 1, dtype=np.float64) / CODE_MAX) ** 2
 _LOGPROBS = (0.0 - _NATS).astype(np.float32)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that decides a dataset's content, as plain JSON; two datasets with equal settings are equal.
-
-    Every dataset has `teacher` {name, hash}, `tokenizer_hash` and `vocab_size`; shards of logits also
-    have `k`, `temperatures` (1.0 first) and `seq_len`. Whoever collects adds the rest: sources,
-    seeds, exclusions, budgets. Raises ValueError where one of these is missing or impossible.
-    """
-
-    values: dict[str, Any]
-
-    def __post_init__(self) -> None:
-        # A copy as JSON has it: tuples become lists, and later changes by the caller stay outside.
-        object.__setattr__(self, "values", json.loads(json.dumps(self.values, allow_nan=False)))
-        values = self.values
-        teacher = values.get("teacher")
-        if not isinstance(teacher, dict) or not all(isinstance(teacher.get(x), str) for x in ("name", "hash")):
-            raise ValueError("settings: teacher must have a name and a hash")
-        if not isinstance(values.get("tokenizer_hash"), str):
-            raise ValueError("settings: tokenizer_hash is missing")
-        whole = [name for name in ("vocab_size", "k", "seq_len") if name in values or name == "vocab_size"]
-        for name in whole:
-            if type(values.get(name)) is not int or not 1 <= values[name] < 2**MAX_BITS:
-                raise ValueError(f"settings: {name} is {values.get(name)!r}")
-        if "k" in values:
-            heat = values.get("temperatures")
-            if "seq_len" not in values or self.k > self.vocab_size:
-                raise ValueError("settings: k needs a seq_len and a vocabulary of at least k tokens")
-            if not isinstance(heat, list) or heat[:1] != [1.0] or not all(_positive(t) for t in heat):
-                raise ValueError(f"settings: temperatures are {heat!r}, expected 1.0 and then others above 0")
-
-    @property
-    def teacher_name(self) -> str:
-        return self.values["teacher"]["name"]
-
-    @property
-    def teacher_hash(self) -> str:
-        return self.values["teacher"]["hash"]
-
-    @property
-    def tokenizer_hash(self) -> str:
-        return self.values["tokenizer_hash"]
-
-    @property
-    def vocab_size(self) -> int:
-        return self.values["vocab_size"]
-
-    @property
-    def k(self) -> int:
-        return self.values["k"]
-
-    @property
-    def temperatures(self) -> tuple[float, ...]:
-        return tuple(float(t) for t in self.values["temperatures"])
-
-    @property
-    def seq_len(self) -> int:
-        return self.values["seq_len"]
-
-    def difference(self, other: "Settings") -> tuple[str, Any, Any] | None:
-        """The first setting that differs, as (dotted name, value here, value there); None if none does."""
-        here, there = _flat("", self.values), _flat("", other.values)
-        for name in [*here, *(name for name in there if name not in here)]:
-            if here.get(name, "absent") != there.get(name, "absent"):
-                return name, here.get(name, "absent"), there.get(name, "absent")
-        return None
-
-
-def _positive(number: Any) -> bool:
-    return isinstance(number, int | float) and not isinstance(number, bool) and number > 0
-
-
-def _flat(name: str, value: Any) -> dict[str, Any]:
-    """{"a": {"b": [1]}} -> {"a.b[0]": 1}, with empty containers kept as values."""
-    parts: list[tuple[str, Any]] = []
-    if isinstance(value, dict):
-        parts = [(f"{name}.{key}" if name else key, value[key]) for key in sorted(value)]
-    elif isinstance(value, list):
-        parts = [(f"{name}[{i}]", item) for i, item in enumerate(value)]
-    return {key: leaf for part in parts for key, leaf in _flat(*part).items()} if parts else {name: value}
 
 
 @dataclass(frozen=True)
@@ -117,7 +35,7 @@ class Block:
 
     tokens: np.ndarray  # int32 [rows, seq_len]
     loss_mask: np.ndarray  # bool [rows, seq_len]
-    document: np.ndarray  # uint8 [rows, seq_len], numbered from 1 in each row; 0 is padding
+    segments: np.ndarray  # uint8 [rows, seq_len], segment ids: from 1 in each row; 0 is padding
     top_ids: np.ndarray  # int32 [rows, seq_len, k], by falling logit, then by id
     top_logprobs: np.ndarray  # float32 [rows, seq_len, k] = logit - lse at temperature 1, <= 0
     lse: np.ndarray  # float32 [rows, seq_len, temperatures], over the whole vocabulary
@@ -226,7 +144,7 @@ def layout(rows: int, settings: Settings) -> Layout:
     return {
         "tokens": (token_type(vocab_size), (rows, seq_len)),
         "loss_mask": (np.dtype(np.uint8), (rows, packed_bytes(seq_len, 1))),
-        "document": (np.dtype(np.uint8), (rows, seq_len)),
+        SEGMENTS: (np.dtype(np.uint8), (rows, seq_len)),
         "top_ids": (np.dtype(np.uint8), (rows, seq_len, packed_bytes(k, id_bits(vocab_size)))),
         "top_logits": (np.dtype(np.uint8), (rows, seq_len, packed_bytes(k, CODE_BITS))),
         "lse": (np.dtype(np.float32), (rows, seq_len, len(settings.temperatures))),
@@ -242,7 +160,7 @@ def encode(block: Block, settings: Settings) -> Tensors:
     return {
         "tokens": block.tokens.astype(token_type(vocab_size)),
         "loss_mask": np.packbits(block.loss_mask, axis=1, bitorder="little"),
-        "document": np.ascontiguousarray(block.document),
+        SEGMENTS: np.ascontiguousarray(block.segments),
         "top_ids": ids.reshape(rows, seq_len, ids.shape[1]),
         "top_logits": codes.reshape(rows, seq_len, codes.shape[1]),
         "lse": np.ascontiguousarray(block.lse),
@@ -250,10 +168,10 @@ def encode(block: Block, settings: Settings) -> Tensors:
 
 
 def decode_text(tensors: Tensors) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The tokens, loss mask and documents of a shard, as a Block has them."""
+    """The tokens, loss mask and segment ids of a shard, as a Block has them."""
     seq_len = tensors["tokens"].shape[1]
     mask = np.unpackbits(tensors["loss_mask"].view(np.uint8), axis=1, count=seq_len, bitorder="little")
-    return tensors["tokens"].astype(np.int32), mask.view(np.bool_), tensors["document"].view(np.uint8)
+    return tensors["tokens"].astype(np.int32), mask.view(np.bool_), tensors[SEGMENTS].view(np.uint8)
 
 
 def decode(tensors: Tensors, settings: Settings) -> Block:
@@ -266,11 +184,11 @@ def decode(tensors: Tensors, settings: Settings) -> Block:
         flat = tensors[name].reshape(positions, packed_bytes(k, bits)).view(np.uint8)
         return unpack(flat, k, bits).reshape(rows, seq_len, k)
 
-    tokens, loss_mask, document = decode_text(tensors)
+    tokens, loss_mask, segments = decode_text(tensors)
     return Block(
         tokens=tokens,
         loss_mask=loss_mask,
-        document=document,
+        segments=segments,
         top_ids=values("top_ids", id_bits(vocab_size)),
         top_logprobs=decode_logprobs(values("top_logits", CODE_BITS)),
         lse=tensors["lse"].view(np.float32),
@@ -286,7 +204,7 @@ def faults(block: Block, settings: Settings, coded: bool) -> list[str]:
     expected = {
         "tokens": (np.int32, (rows, seq_len)),
         "loss_mask": (np.bool_, (rows, seq_len)),
-        "document": (np.uint8, (rows, seq_len)),
+        "segments": (np.uint8, (rows, seq_len)),
         "top_ids": (np.int32, (rows, seq_len, k)),
         "top_logprobs": (np.float32, (rows, seq_len, k)),
         "lse": (np.float32, (rows, seq_len, len(settings.temperatures))),
@@ -299,8 +217,8 @@ def faults(block: Block, settings: Settings, coded: bool) -> list[str]:
             found.append(f"{name} is {array.dtype} {list(array.shape)}, expected {wanted}")
     if found or not rows:
         return found  # values are worth a look only in arrays of the right shape
-    real = block.document != 0
-    step = np.diff(block.document.astype(np.int16), axis=1)
+    real = block.segments != 0
+    step = np.diff(block.segments.astype(np.int16), axis=1)
     ids = np.sort(block.top_ids, axis=2)
     logprobs = block.top_logprobs[real]
     most = 1 + FLOAT_SLACK + (sum_tolerance(k) if coded else 0)
@@ -312,7 +230,7 @@ def faults(block: Block, settings: Settings, coded: bool) -> list[str]:
         "top_logprobs does not fall": (logprobs[:, 1:] > logprobs[:, :-1]).any(),
         "probabilities sum to more than 1": (np.exp(logprobs).sum(1) > most).any(),
         "lse is not finite": not np.isfinite(block.lse).all(),
-        "document does not start at 1": (block.document[:, 0] > 1).any(),
+        "document does not start at 1": (block.segments[:, 0] > 1).any(),
         "document does not count up by one with padding last": (
             real[:, 1:] & ((step < 0) | (step > 1) | ~real[:, :-1])
         ).any(),

@@ -1,85 +1,59 @@
-"""Stage 1: a teacher reads text, answers prompts, and its logits become shards.
+"""`distill collect`: a teacher reads text, answers prompts, and its logits become shards.
 
-Three passes, each resumable by itself: the teacher writes replies (tokens only, a dataset of its
-own in `replies-N/`); everything is cut and packed into rows; the rows are scored into shards. Which
-documents form which row, and which rows which batch, follows from the settings alone.
+Three passes, one after the other. `prompts`: which documents, in which order. `reply_pass`: the teacher answers, and
+all that will be scored is kept as tokens in a reply dataset with settings of its own. `scoring`: those tokens, packed
+into rows, become shards; it reads nothing but the reply dataset, so it can be repeated with other settings, or
+elsewhere. The last two can be stopped at any instant and go on.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
 from decode.metal import limit_memory
 from decode.models.checkpoint import RUNS, Checkpoint
 from decode.models.dimensions import Shape
 from decode.models.transformer import Transformer
-from decode.prompts import Prompt
 from decode.tokenizer import Tokenizer
-from distill.data.codec import Settings
-from distill.data.dataset import Replies, Reply, ReplyWriter
-from distill.data.packing import MIN_PIECE, Piece, Row, cut, pack, split_text, wants_reply
-from distill.data.replies import write_replies
-from distill.data.settings import CollectSettings
-from distill.data.shards import Block, Dataset, ShardWriter
-from distill.data.sources import Document, Skipped, at_commit, identity, is_excluded, is_hub, load_excluded, read_source
+from distill.data.manifest import MANIFEST, Manifest, ScoredFrom, Settings, folder_name
+from distill.data.packing import MIN_SEGMENT, Row, cut, pack, segment
+from distill.data.prompts import Chosen, choose_documents, wants_reply
+from distill.data.replies import generate_replies
+from distill.data.reply_dataset import Example, Replies, ReplyWriter
+from distill.data.reply_pass import Progress, ReplyPass
+from distill.data.scoring import Scorer, bytes_per_token
+from distill.data.settings import OF_REPLIES, OF_SCORES, CollectSettings
+from distill.data.shards import Dataset, ShardWriter
+from distill.data.sources import Skipped, at_commit, fingerprint, is_hub, load_excluded, read_source
 from distill.training.checkpoint import check_tokenizer
 from kernels import UserError
-from kernels.memory import check_fits
+from kernels.files import sha256
 
-FORMAT = 2
 ROWS_PER_SHARD = 64
-LOGIT_ROWS = 512
-SORTED_BYTES = 32 << 20  # of logits that numpy works on at a time: its copies of them stay this small
-
-Progress = Callable[[str, int, int | None], None]
-
-
-@dataclass
-class Turn:
-    """One source's turn to give tokens: how many it should and did. `writers` are of all replies of a collection."""
-
-    quota: int = 0
-    taken: int = 0
-    announced: bool = False
-    writers: list[ReplyWriter] = field(default_factory=list)
-
-    def begin(self, quota: int) -> None:
-        self.quota, self.taken, self.announced = quota, 0, False
-
-    def take(self, source: Iterator[Piece]) -> tuple[list[Piece], bool]:
-        """Pieces of `quota` tokens, the last one cut to fit, and whether the source ended before."""
-        pieces: list[Piece] = []
-        while (room := self.quota - self.taken) >= MIN_PIECE:
-            piece = next(source, None)
-            if piece is None:
-                return pieces, True
-            pieces.append(Piece(piece.tokens[:room], piece.mask[:room]))
-            self.taken += len(pieces[-1].tokens)
-        return pieces, False
 
 
 @dataclass
 class Plan:
     """Everything about a collection that is known before the teacher runs.
 
-    sources: what is read: the settings' sources, each dataset of the Hub at its commit.
+    folder, replies: of the shards and of the reply dataset; sources: what is read for the latter, each dataset of the
+    Hub at its commit; None where the reply dataset was given and only scoring is to be done.
     """
 
     teacher: Checkpoint
     settings: CollectSettings
-    manifest: Settings
     folder: Path
-    sources: tuple[str, ...]
-    excluded: frozenset[str] = field(repr=False)
+    manifest: Settings
+    replies: Path
+    reply_manifest: Settings
+    sources: tuple[str, ...] | None
+    excluded: frozenset[str] = field(default=frozenset(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -92,11 +66,12 @@ class Estimate:
     tok_per_s: float
 
 
-def make_plan(teacher: Checkpoint, settings: CollectSettings, out: Path | None) -> Plan:
-    """Check the settings, read the sources once for faults, hash what is named, and choose the folder.
+def plan_collection(teacher: Checkpoint, settings: CollectSettings, out: Path | None) -> Plan:
+    """Check the settings, read the sources once for faults, hash what is named, and choose the folders.
 
-    A dataset of the Hub is read at the commit that the folder's manifest names, else at the one it has now: what was
-    begun goes on whatever is uploaded meanwhile, and asks the Hub nothing that it was told before.
+    The reply dataset lies beside the shards, under a name made of what decides it: other shards there are scored from
+    the same replies. A dataset of the Hub is read at the commit that an earlier manifest names, else at the one it has
+    now: what was begun goes on whatever is uploaded meanwhile, and asks the Hub nothing that it was told before.
     """
     settings.check(teacher.config)
     check_tokenizer(teacher.folder)
@@ -105,28 +80,75 @@ def make_plan(teacher: Checkpoint, settings: CollectSettings, out: Path | None) 
             for _ in read_source(name):
                 pass
     values: dict[str, Any] = {
-        **asdict(settings),
-        "collection_format": FORMAT,
+        **_of_teacher(teacher),
+        **settings.recorded(OF_REPLIES),
+        "sources": [{"name": name, "kind": "hub"} if is_hub(name) else fingerprint(name) for name in settings.sources],
+        "exclude": [fingerprint(name) for name in settings.exclude],
+    }
+    scores = settings.recorded(OF_SCORES)
+    folder = out or RUNS / folder_name("data", Settings(values | scores))
+    replies = folder.parent / folder_name("replies", Settings(values))
+    begun = [source for place in (replies, folder) for source in _sources_of(place)]
+    sources = tuple(at_commit(name, begun) for name in settings.sources)
+    values["sources"] = [fingerprint(name, read) for name, read in zip(settings.sources, sources, strict=True)]
+    manifest, reply_manifest = Settings(values | scores), Settings(values)
+    excluded = load_excluded(settings.exclude)
+    return Plan(teacher, settings, folder, manifest, replies, reply_manifest, sources, excluded)
+
+
+def plan_scoring(
+    teacher: Checkpoint, folder: Path, settings: CollectSettings, given: Collection[str], out: Path | None
+) -> Plan:
+    """The plan to score the reply dataset in a folder, as `plan_collection` would where it is the collection's own.
+
+    given: the options of `distill collect` that were named; none may decide replies, which are there, but `seq_len`.
+    """
+    for setting in settings.schema():
+        if setting.key in given and setting.name not in OF_SCORES:
+            raise UserError(f"--replies {folder}: these are written; {setting.flag} would decide new ones")
+    replies = Replies.open(folder)
+    if not replies.complete:
+        raise UserError(f"--replies {folder}: is not complete; the command that began it goes on with it")
+    mine, values = _of_teacher(teacher), replies.settings.values
+    if replies.settings.teacher_hash != teacher.weights_hash:
+        raise UserError(f"--replies {folder}: was written by {replies.settings.teacher_name}, not by {teacher.name}")
+    for name, value in mine.items():
+        if name != "teacher" and values.get(name, value) != value:
+            raise UserError(f"--replies {folder}: was written with another {name} than that of {teacher.folder}")
+    try:
+        known = {name: values[name] for name in OF_REPLIES}
+        settings = CollectSettings(
+            **known
+            | {name: tuple(entry["name"] for entry in known[name]) for name in ("sources", "exclude")}
+            | {"reply_temperatures": tuple(known["reply_temperatures"])}
+            | {name: getattr(settings, name) for name in OF_SCORES if name != "seq_len" or name in given},
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder / MANIFEST}: is damaged (settings: {error})") from None
+    replace(settings, max_reply=1).check(teacher.config)
+    of_teacher = {name: values[name] for name in mine if name in values}
+    manifest = Settings(of_teacher | known | settings.recorded(OF_SCORES))
+    return Plan(
+        teacher, settings, out or RUNS / folder_name("data", manifest), manifest, folder, replies.settings, sources=None
+    )
+
+
+def _of_teacher(teacher: Checkpoint) -> dict[str, Any]:
+    """What decides replies of a teacher: its weights, token ids, chat template and end tokens."""
+    tokenizer = Tokenizer(teacher.folder)
+    return {
         "teacher": {"name": teacher.name, "hash": teacher.weights_hash},
         "tokenizer_hash": teacher.tokenizer_hash,
+        "chat_template_hash": tokenizer.template_hash,
+        "end_tokens": sorted(tokenizer.end_tokens),
         "vocab_size": int(teacher.config["vocab_size"]),
-        "k": settings.top_k,
-        "sources": [name if is_hub(name) else identity(name) for name in settings.sources],
-        "exclude": [identity(name) for name in settings.exclude],
     }
-    del values["top_k"]
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
-    folder = out or RUNS / f"data-{Path(teacher.name).name}-{digest}"
-    begun = _begun_with(folder)
-    sources = tuple(at_commit(name, begun) for name in settings.sources)
-    values["sources"] = [identity(name, read) for name, read in zip(settings.sources, sources, strict=True)]
-    return Plan(teacher, settings, Settings(values), folder, sources, load_excluded(settings.exclude))
 
 
-def _begun_with(folder: Path) -> list[Any]:
+def _sources_of(folder: Path) -> list[Any]:
     """The sources in a folder's manifest; what is wrong with one is said when the folder is opened."""
     try:
-        sources = Dataset.open(folder).settings.values.get("sources")
+        sources = Manifest.read(folder).settings.values.get("sources")
     except UserError:
         return []
     return sources if isinstance(sources, list) else []
@@ -154,33 +176,81 @@ class Collector:
             return writer.manifest.complete
 
     def run(self) -> Dataset:
-        """Collect, or go on where an earlier run with the same settings stopped; of a whole dataset no source is read
-        again."""
+        """Collect, or go on where an earlier run with the same settings stopped. Of whole replies no source is read
+        again, and of a whole dataset no replies."""
         with ShardWriter.open(self.plan.folder, self.plan.manifest) as writer:
             if writer.manifest.complete:
                 return Dataset.open(self.plan.folder)
-            rows = self.rows()
+            replies = self.replies()
+            name = folder_name("replies", replies.settings)
+            writer.score_from(ScoredFrom(name, sha256(replies.folder / MANIFEST)))
+            rows = self.rows(replies)
             if not rows:
-                reasons = "; ".join(["empty or all excluded", *self._skips()])
-                raise UserError(f"{', '.join(self.settings.sources)}: nothing to collect from ({reasons})")
+                raise self._nothing()
             shards = [rows[i : i + ROWS_PER_SHARD] for i in range(0, len(rows), ROWS_PER_SHARD)]
             missing = writer.missing(len(shards))
-            total = sum(int(np.count_nonzero(document)) for _, _, document in rows)
-            done = total - sum(int(np.count_nonzero(doc)) for i in missing for _, _, doc in shards[i])
+            total = sum(int(np.count_nonzero(segments)) for _, _, segments in rows)
+            done = total - sum(int(np.count_nonzero(segments)) for i in missing for _, _, segments in shards[i])
             self.progress("scoring", done, total)
+            scorer = self._scorer()
             for index in missing:
-                writer.write(self.score(shards[index]), index)
+                writer.write(scorer.score(shards[index]), index)
             writer.finish()
         return Dataset.open(self.plan.folder)
+
+    def replies(self) -> Replies:
+        """The whole reply dataset, after the teacher has written what is missing of it."""
+        if self.plan.sources is None:
+            return Replies.open(self.plan.replies)
+        with ReplyWriter.open(self.plan.replies, self.plan.reply_manifest) as writer:
+            if not writer.manifest.complete:
+                self._reply_pass().run(writer, self.choose())
+                if not writer.manifest.entries:
+                    raise self._nothing()
+                writer.finish()
+        return Replies.open(self.plan.replies)
+
+    def choose(self) -> list[Chosen]:
+        """The first pass: the documents of each source."""
+        settings, chosen = self.settings, []
+        for index, name in enumerate(self.plan.sources or ()):
+            skipped = self.skipped[settings.sources[index]] = Skipped()
+            chosen.append(
+                choose_documents(
+                    name,
+                    excluded=self.plan.excluded,
+                    longest=4 * settings.seq_len,
+                    seed=(settings.seed, index),
+                    reply=settings.reply,
+                    skipped=skipped,
+                )
+            )
+        return chosen
+
+    def rows(self, examples: Iterable[Example]) -> list[Row]:
+        """Examples in segments, shuffled and packed: tokens int32, trained positions bool, segment ids uint8,
+        each [seq_len]."""
+        seq_len = self.settings.seq_len
+        segments = [
+            part for example in examples for part in cut(segment(example.tokens, example.prompt_length), seq_len)
+        ]
+        order = np.random.default_rng(self.settings.seed).permutation(len(segments))
+        return pack([segments[i] for i in order], seq_len)
 
     def remarks(self, dataset: Dataset) -> list[str]:
         """What a user should know of a collection that is done: rows left out, and tokens that no source had."""
         remarks, asked = self._skips(), self.settings.tokens
-        if dataset.tokens < asked - MIN_PIECE * len(self.settings.sources):
+        if self.plan.sources is not None and dataset.tokens < asked - MIN_SEGMENT * len(self.settings.sources):
             remarks.append(
                 f"{dataset.folder}: the sources had only {dataset.tokens:,} of the {asked:,} tokens asked for"
             )
         return remarks
+
+    def _nothing(self) -> UserError:
+        if self.plan.sources is None:
+            return UserError(f"--replies {self.plan.replies}: nothing to score")
+        reasons = "; ".join(["empty or all excluded", *self._skips()])
+        return UserError(f"{', '.join(self.settings.sources)}: nothing to collect from ({reasons})")
 
     def _skips(self) -> list[str]:
         return [
@@ -189,233 +259,56 @@ class Collector:
             if skipped.count
         ]
 
-    def rows(self) -> list[Row]:
-        """Packed rows: tokens int32, trained positions bool, document uint8, each [seq_len].
-
-        Every source gives an equal share of the tokens; what one cannot give, the later ones do, and what is missing
-        then is shared out among those that have more, until it is there or none has any.
-        """
-        turn, pieces, left = Turn(), list[Piece](), self.settings.tokens
-        sources = [self._pieces(index, name, turn) for index, name in enumerate(self.plan.sources)]
-        try:
-            while sources:
-                before, more = left, []
-                for index, source in enumerate(sources):
-                    turn.begin(left // (len(sources) - index))
-                    taken, ended = turn.take(source)
-                    pieces += taken
-                    left -= turn.taken
-                    more += [] if ended else [source]
-                sources = more if left < before else []
-            for writer in turn.writers:
-                writer.finish()
-        finally:
-            for writer in turn.writers:
-                writer.close()
-        order = np.random.default_rng(self.settings.seed).permutation(len(pieces))
-        return pack([pieces[i] for i in order], self.settings.seq_len)
-
-    def _pieces(self, index: int, name: str, turn: Turn) -> Iterator[Piece]:
-        """The pieces of one source, in an order shuffled by the seed; prompts are answered first, as far as asked."""
-        skipped = self.skipped[self.settings.sources[index]] = Skipped()
-        documents = [d for d in read_source(name, skipped) if not is_excluded(d, self.plan.excluded)]
-        rng = np.random.default_rng([self.settings.seed, index])
-        documents = [part for document in documents for part in split_text(document, 4 * self.settings.seq_len)]
-        documents = [documents[i] for i in rng.permutation(len(documents))]
-        asks = [wants_reply(document) for document in documents]
-        if self.settings.reply and any(asks):
-            replies = self._replies(index, [d for d, ask in zip(documents, asks, strict=True) if ask], turn)
-            documents = [d for d, ask in zip(documents, asks, strict=True) if not ask]
-            for reply in replies:
-                yield from cut(self._masked(reply.tokens, reply.prompt_length), self.settings.seq_len)
-        for document in documents:
-            yield from cut(self._encode(document), self.settings.seq_len)
-
-    def _encode(self, document: Document) -> Piece:
-        if document.messages is None and document.kind == "text":
-            return self._masked(np.array(self.tokenizer.encode_text(document.text or ""), np.int32), 1)
-        messages = document.messages or [{"role": "user", "content": document.text or ""}]
-        if messages[-1]["role"] == "assistant":
-            ids, prompt_length = self.tokenizer.encode_conversation(messages)
-            return self._masked(np.array(ids, np.int32), prompt_length)
-        prompt = Prompt(messages, f"in line {document.line}")
-        return self._masked(np.array(self.tokenizer.encode_prompt(prompt), np.int32), 1)
-
-    @staticmethod
-    def _masked(tokens: np.ndarray, prompt_length: int) -> Piece:
-        """Train on the predictions of everything behind the prompt; the last has no target."""
-        mask = np.zeros(len(tokens), bool)
-        mask[max(prompt_length - 1, 0) : -1] = True
-        return Piece(tokens, mask)
-
-    def _replies(self, index: int, documents: list[Document], turn: Turn) -> Iterator[Reply]:
-        """The answers to prompts. A batch is written when one of its replies is asked for, unless it is there."""
-        room = min(self.model.context, self.settings.seq_len) - self.settings.max_reply
-        folder = self.plan.folder / f"replies-{index}"
-        writer = ReplyWriter.open(folder, self.plan.manifest)
-        turn.writers.append(writer)
-        finished = Replies(folder, writer.manifest)
-        places = {entry.index: place for place, entry in enumerate(finished.shards)}
-        for number, chunk in enumerate(self._reply_batches(documents, room)):
-            if number in places:
-                yield from finished.read(places[number])
-                continue
-            if not turn.announced:
-                turn.announced = True
-                self.progress("replies", turn.taken, turn.quota)
-            self.progress("replies", sum(len(ids) for _, ids in chunk), None)  # the total counts them too
-            replies = self._answer(chunk)
-            writer.write(replies, number)
-            yield from replies
-
-    def _reply_batches(self, documents: list[Document], room: int) -> Iterator[list[tuple[int, list[int]]]]:
-        """Batches of (number, ids); prompts too long for a row are left out.
-
-        Lengths are sorted within a stretch of batches, so that little of a batch is padding.
-        """
-        stretch = 8 * self.settings.reply_batch
-        pending: list[tuple[int, list[int]]] = []
-        for number, document in enumerate(documents):
-            messages = document.messages or [{"role": "user", "content": document.text or ""}]
-            ids = self.tokenizer.encode_prompt(Prompt(messages, f"in line {document.line}"))
-            if 1 <= len(ids) <= room:
-                pending.append((number, ids))
-            if len(pending) == stretch or (pending and number == len(documents) - 1):
-                pending.sort(key=lambda entry: (len(entry[1]), entry[0]))
-                for i in range(0, len(pending), self.settings.reply_batch):
-                    yield pending[i : i + self.settings.reply_batch]
-                pending = []
-
-    def _answer(self, chunk: list[tuple[int, list[int]]]) -> list[Reply]:
-        self._check_caches(chunk)
-        heat = self.settings.reply_temperatures
-        texts = write_replies(
-            self.model,
-            [ids for _, ids in chunk],
-            [number for number, _ in chunk],
-            temperatures=[heat[number % len(heat)] for number, _ in chunk],
-            max_reply=self.settings.max_reply,
-            end_tokens=self.tokenizer.end_tokens,
-            seed=self.settings.seed,
-            advance=lambda tokens: self.progress("replies", tokens, None),
-        )
-        pairs = zip(chunk, texts, strict=True)
-        return [Reply(n, np.concatenate([np.array(ids, np.int32), text]), len(ids)) for (n, ids), text in pairs]
-
-    def _check_caches(self, chunk: list[tuple[int, list[int]]]) -> None:
-        """Refuse, before anything is allocated, a batch whose caches alone are more than there is memory."""
-        longest = max(len(ids) for _, ids in chunk) + self.settings.max_reply
+    def _reply_pass(self) -> ReplyPass:
         shape = Shape.of(self.plan.teacher.config, str(self.plan.teacher.folder))
-        check_fits(
-            len(chunk) * shape.cache_bytes(longest),
-            f"--reply-batch {self.settings.reply_batch}: the caches of {len(chunk)} prompts and their replies need {{}}",
-            "choose a smaller one",
-        )
+        return ReplyPass(self.model, self.tokenizer, shape, self.settings, self.progress)
 
-    def score(self, rows: list[Row]) -> Block:
-        """Run the teacher over rows, `batch` at a time, and keep its top k and log-sum-exps."""
-        parts = []
-        for i in range(0, len(rows), self.settings.batch):
-            tokens, mask, document = (
-                np.stack(column) for column in zip(*rows[i : i + self.settings.batch], strict=True)
-            )
-            parts.append(self._score_batch(tokens, mask, document))
-            self.progress("scoring", int(np.count_nonzero(document)), None)
-        columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-        return Block(*columns)
-
-    def _score_batch(self, tokens: np.ndarray, mask: np.ndarray, document: np.ndarray) -> tuple[np.ndarray, ...]:
-        hidden = self.model.batch_hidden(tokens, document)
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        ids, logprobs, lses = [], [], []
-        for start in range(0, flat.shape[0], LOGIT_ROWS):
-            top_ids, top, lse = top_of(
-                self.model.batch_logits(flat[start : start + LOGIT_ROWS]),
-                self.settings.top_k,
-                self.settings.temperatures,
-            )
-            ids.append(top_ids)
-            logprobs.append(top - lse[:, :1])
-            lses.append(lse)
-        shape = tokens.shape
-        return (
-            tokens,
-            mask,
-            document,
-            np.concatenate(ids).reshape(*shape, -1),
-            np.concatenate(logprobs).reshape(*shape, -1),
-            np.concatenate(lses).reshape(*shape, -1),
+    def _scorer(self) -> Scorer:
+        return Scorer(
+            self.model,
+            self.settings.top_k,
+            self.settings.temperatures,
+            self.settings.batch,
+            lambda tokens: self.progress("scoring", tokens, None),
         )
 
     def estimate(self) -> Estimate:
-        """Time one batch of each kind of work, and extrapolate."""
+        """Time one batch of each kind of work that is still to do, and extrapolate."""
         settings = self.settings
-        firsts = [next(iter(read_source(name)), None) for name in self.plan.sources] if settings.reply else []
+        firsts = [next(iter(read_source(name)), None) for name in self._unanswered()]
         asked = [first is not None and wants_reply(first) for first in firsts]
         row = np.full(settings.seq_len, min(self.tokenizer.end_tokens, default=0), np.int32)
         prompt = row[: min(64, settings.seq_len // 2)].tolist()
         if any(asked):
-            self._check_caches([(number, prompt) for number in range(settings.reply_batch)])
+            self._reply_pass().check_caches([(number, prompt) for number in range(settings.reply_batch)])
         rows = [(row, np.ones_like(row, bool), np.ones_like(row, np.uint8))] * settings.batch
-        silent, self.progress = self.progress, lambda stage, done, total: None
+        scorer = replace(self._scorer(), advance=lambda tokens: None)
         seconds = []
         for _ in range(2):
             began = time.perf_counter()
-            block = self.score(rows)
+            block = scorer.score(rows)
             seconds.append(time.perf_counter() - began)
         per_token = seconds[-1] / block.tokens.size
         if any(asked):
             began = time.perf_counter()
-            write_replies(
+            generate_replies(
                 self.model,
                 [prompt] * settings.reply_batch,
-                list(range(settings.reply_batch)),
+                [(0, number) for number in range(settings.reply_batch)],
                 temperatures=[1.0] * settings.reply_batch,
                 max_reply=16,
                 end_tokens=frozenset(),
-                seed=0,
             )
             written = settings.reply_batch * 16
             per_token += (time.perf_counter() - began) / written * sum(asked) / len(settings.sources)
-        self.progress = silent
-        total = settings.tokens
+        total = settings.tokens if self.plan.sources is not None else Replies.open(self.plan.replies).tokens
         size = bytes_per_token(self.plan.manifest.vocab_size, settings.top_k, len(settings.temperatures))
         return Estimate(total, total * size, total * per_token, 1 / per_token)
 
-
-def bytes_per_token(vocab_size: int, top_k: int, temperatures: int) -> int:
-    """Stored bytes a position, rounded up (docs/shards.md)."""
-    bits = top_k * ((vocab_size - 1).bit_length() + 12)
-    return -(-bits // 8) + (2 if vocab_size <= 1 << 16 else 4) + 4 * temperatures + 2
-
-
-def top_of(logits: mx.array, k: int, temperatures: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The k highest logits, by falling logit and then by id, and log-sum-exps over all of them.
-
-    logits: float32 [n, vocab]. Returns int32 [n, k], float32 [n, k], float32 [n, temperatures].
-    """
-    if mx.default_device() == mx.cpu:
-        # numpy's partition and exp are several times faster than MLX's on a CPU.
-        whole = np.asarray(logits)
-        rows = max(1, SORTED_BYTES // whole[:1].nbytes)
-        parts = [_numpy_top_of(whole[i : i + rows], k, temperatures) for i in range(0, len(whole), rows)]
-        ids, top, lse = (np.concatenate(column) for column in zip(*parts, strict=True))
-    else:
-        picked = mx.argpartition(-logits, k - 1, axis=-1)[:, :k]
-        lse = np.array(mx.stack([mx.logsumexp(logits / t, axis=-1) for t in temperatures], axis=-1))
-        ids, top = np.array(picked).astype(np.int32), np.array(mx.take_along_axis(logits, picked, axis=-1))
-    order = np.lexsort((ids, -top), axis=-1)
-    return np.take_along_axis(ids, order, -1), np.take_along_axis(top, order, -1), lse
-
-
-def _numpy_top_of(
-    logits: np.ndarray, k: int, temperatures: tuple[float, ...]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`top_of` with the k in no order."""
-    ids = np.argpartition(logits, logits.shape[1] - k, axis=-1)[:, -k:].astype(np.int32)
-    top = np.take_along_axis(logits, ids, -1)
-    highest = top.max(axis=-1, keepdims=True)
-    sums = [np.exp((logits - highest) / np.float32(t)).sum(axis=-1) for t in temperatures]
-    scaled = [highest[:, 0] / np.float32(t) for t in temperatures]
-    lse = np.stack([peak + np.log(total) for peak, total in zip(scaled, sums, strict=True)], axis=-1)
-    return ids, top, lse
+    def _unanswered(self) -> tuple[str, ...]:
+        """The sources whose prompts may still want replies."""
+        try:
+            there = Replies.open(self.plan.replies).complete
+        except UserError:
+            there = False
+        return () if there or not self.settings.reply or self.plan.sources is None else self.plan.sources

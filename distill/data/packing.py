@@ -1,4 +1,4 @@
-"""Documents in pieces, and pieces in rows of one length: what forms which row follows from their order alone."""
+"""Tokens in segments, and segments in rows of one length: what forms which row follows from their order alone."""
 
 from __future__ import annotations
 
@@ -7,67 +7,48 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distill.data.sources import Document
-
-MAX_DOCUMENTS = 255  # of a row: their numbers are bytes, and 0 is padding
+MAX_SEGMENTS = 255  # of a row: their ids are bytes, and 0 is padding
 OPEN_ROWS = 64
-MIN_PIECE = 8  # tokens: shorter ends are dropped
+MIN_SEGMENT = 8  # tokens: shorter ends are dropped
 
-Row = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens int32, trained positions bool, document uint8, each [seq_len]
+Row = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens int32, trained positions bool, segment ids uint8: [seq_len]
 
 
 @dataclass
-class Piece:
-    """A stretch of one document that will stand in a row: ids, and which positions are trained on."""
+class Segment:
+    """A stretch of one text that will stand in a row: token ids, and which positions are trained on."""
 
     tokens: np.ndarray
     mask: np.ndarray
 
 
-def wants_reply(document: Document) -> bool:
-    """Whether a document ends where the teacher should speak."""
-    if document.messages is not None:
-        return document.messages[-1]["role"] == "user"
-    return document.kind == "prompt"
+def segment(tokens: np.ndarray, prompt_length: int) -> Segment:
+    """All of a text, trained on the predictions of everything behind the prompt; the last has no target."""
+    mask = np.zeros(len(tokens), bool)
+    mask[max(prompt_length - 1, 0) : -1] = True
+    return Segment(tokens, mask)
 
 
-def split_text(document: Document, characters: int) -> Iterator[Document]:
-    """Cut long plain text at white space into parts of about `characters`; others pass whole."""
-    text = document.text
-    if document.kind != "text" or text is None or len(text) <= characters:
-        yield document
-        return
-    start = 0
-    while start < len(text):
-        end = min(start + characters, len(text))
-        if end < len(text):
-            cut_at = max(
-                text.rfind("\n\n", start, end), text.rfind(" ", start, end) if "\n\n" not in text[start:end] else -1
-            )
-            end = cut_at if cut_at > start else end
-        yield Document("text", text[start:end], None, document.line)
-        start = end
-
-
-def cut(piece: Piece, seq_len: int) -> Iterator[Piece]:
-    """A piece in parts of at most seq_len; ends too short to learn from are dropped."""
-    for start in range(0, len(piece.tokens), seq_len):
-        part = Piece(piece.tokens[start : start + seq_len], piece.mask[start : start + seq_len].copy())
-        if len(part.tokens) >= MIN_PIECE and part.mask.any():
+def cut(whole: Segment, seq_len: int) -> Iterator[Segment]:
+    """A segment in parts of at most seq_len. Ends too short to learn from are dropped, and parts with nothing to learn,
+    unless all of it is such: the beginning of a text that was cut off."""
+    for start in range(0, len(whole.tokens), seq_len):
+        part = Segment(whole.tokens[start : start + seq_len], whole.mask[start : start + seq_len].copy())
+        if len(part.tokens) >= MIN_SEGMENT and (part.mask.any() or not whole.mask.any()):
             yield part
 
 
-def pack(pieces: list[Piece], seq_len: int) -> list[Row]:
+def pack(segments: list[Segment], seq_len: int) -> list[Row]:
     """First fit into rows of seq_len, with OPEN_ROWS rows open at a time.
 
-    Returns tokens int32, trained positions bool and document uint8 (0 is padding) for each row.
+    Returns tokens int32, trained positions bool and segment ids uint8 (0 is padding) for each row.
     """
-    closed: list[list[Piece]] = []
-    opened: list[list[Piece]] = []
+    closed: list[list[Segment]] = []
+    opened: list[list[Segment]] = []
     free: list[int] = []
-    for piece in pieces:
-        size = len(piece.tokens)
-        fits = (i for i, room in enumerate(free) if room >= size and len(opened[i]) < MAX_DOCUMENTS)
+    for part in segments:
+        size = len(part.tokens)
+        fits = (i for i, room in enumerate(free) if room >= size and len(opened[i]) < MAX_SEGMENTS)
         at = next(fits, None)
         if at is None:
             if len(opened) == OPEN_ROWS:
@@ -77,17 +58,17 @@ def pack(pieces: list[Piece], seq_len: int) -> list[Row]:
             opened.append([])
             free.append(seq_len)
             at = len(opened) - 1
-        opened[at].append(piece)
+        opened[at].append(part)
         free[at] -= size
     return [_row(row, seq_len) for row in closed + opened]
 
 
-def _row(pieces: list[Piece], seq_len: int) -> Row:
+def _row(parts: list[Segment], seq_len: int) -> Row:
     tokens, mask = np.zeros(seq_len, np.int32), np.zeros(seq_len, bool)
-    document = np.zeros(seq_len, np.uint8)
+    segments = np.zeros(seq_len, np.uint8)
     at = 0
-    for number, piece in enumerate(pieces, 1):
-        end = at + len(piece.tokens)
-        tokens[at:end], mask[at:end], document[at:end] = piece.tokens, piece.mask, number
+    for number, part in enumerate(parts, 1):
+        end = at + len(part.tokens)
+        tokens[at:end], mask[at:end], segments[at:end] = part.tokens, part.mask, number
         at = end
-    return tokens, mask, document
+    return tokens, mask, segments

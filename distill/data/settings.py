@@ -1,4 +1,4 @@
-"""What decides a dataset, beside the teacher and the files themselves."""
+"""What decides a dataset, beside the teacher and the files themselves: one class a pass, and all of them together."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from decode.models.checkpoint import ROOT
-from distill.data.packing import MIN_PIECE
+from distill.data.packing import MIN_SEGMENT
+from distill.data.sources import shown_name
 from distill.settings import Settings, option
 from kernels.errors import UserError
 
@@ -16,8 +17,8 @@ DEFAULT_SOURCES = tuple(str(ROOT / "data" / name) for name in ("prompts.jsonl", 
 
 
 @dataclass(frozen=True)
-class CollectSettings(Settings):
-    """What decides a dataset's content, beside the teacher and the files themselves."""
+class PromptSettings(Settings):
+    """The first pass: which documents, in which order."""
 
     sources: tuple[str, ...] = option(
         DEFAULT_SOURCES,
@@ -26,12 +27,33 @@ class CollectSettings(Settings):
         flag="--source",
         metavar="PATH|REPO",
     )
-    reply: bool = option(True, "Let the teacher answer prompts and learn from its replies.")
     exclude: tuple[str, ...] = option(
         (), "Prompts to leave out, beside the held-out ones in data/eval.jsonl.", metavar="FILE"
     )
+    seq_len: int = option(512, "Tokens a row.", low=2 * MIN_SEGMENT)
+    seed: int = option(0, "Seed of everything random.", low=0)
+
+
+@dataclass(frozen=True)
+class ReplySettings(Settings):
+    """The second pass: what the teacher writes, and how much. reply_batch decides only how fast that goes."""
+
+    reply: bool = option(True, "Let the teacher answer prompts and learn from its replies.")
     tokens: int = option(150_000, "Size of the dataset in tokens.", low=1)
-    seq_len: int = option(512, "Tokens a row.", low=2 * MIN_PIECE)
+    max_reply: int = option(256, "Most tokens a reply. Default: half of --seq-len.", low=1, show_default=False)
+    reply_temperatures: tuple[float, ...] = option(
+        (0.0, 0.8),
+        "Sample replies at this; 0 is greedy. Repeatable: used in turn. [0, 0.8]",
+        flag="--reply-temperature",
+        low=0,
+    )
+    reply_batch: int = option(64, "Prompts answered at a time.", low=1)
+
+
+@dataclass(frozen=True)
+class ScoringSettings(Settings):
+    """The third pass: what is kept of the logits."""
+
     top_k: int = option(32, "Logits kept a token.", low=1)
     temperatures: tuple[float, ...] = option(
         (1.0,),
@@ -40,15 +62,17 @@ class CollectSettings(Settings):
         above=0,
     )
     batch: int = option(8, "Rows scored at a time.", low=1)
-    reply_batch: int = option(64, "Prompts answered at a time.", low=1)
-    max_reply: int = option(256, "Most tokens a reply. Default: half of --seq-len.", low=1, show_default=False)
-    reply_temperatures: tuple[float, ...] = option(
-        (0.0, 0.8),
-        "Sample replies at this; 0 is greedy. Repeatable: used in turn. [0, 0.8]",
-        flag="--reply-temperature",
-        low=0,
-    )
-    seed: int = option(0, "Seed of everything random.", low=0)
+
+
+# What decides the replies, and what decides the scores of given replies. All else can change, and they stay.
+OF_REPLIES = tuple(one.name for one in (*PromptSettings.schema(), *ReplySettings.schema()) if one.name != "reply_batch")
+OF_SCORES = ("seq_len", *(one.name for one in ScoringSettings.schema()))
+IN_MANIFESTS = {"top_k": "k"}  # the names there, where they are others
+
+
+@dataclass(frozen=True)
+class CollectSettings(ScoringSettings, ReplySettings, PromptSettings):
+    """The settings of `distill collect`."""
 
     @classmethod
     def from_options(cls, **values: Any) -> Self:
@@ -67,7 +91,25 @@ class CollectSettings(Settings):
         """UserError naming the first option that cannot be; config: the teacher's, which sets some of the limits."""
         context = config.get("max_position_embeddings") if config else None
         self.check_bounds(seq_len=context, top_k=config["vocab_size"] if config else None, max_reply=context)
-        if self.reply and self.seq_len - self.max_reply < MIN_PIECE:
+        if self.reply and self.seq_len - self.max_reply < MIN_SEGMENT:
             raise UserError(f"--max-reply {self.max_reply}: leaves no room for prompts in --seq-len {self.seq_len}")
         if not self.sources:
             raise UserError("--source: at least one file, folder or dataset is needed")
+
+    def recorded(self, names: tuple[str, ...]) -> dict[str, Any]:
+        """These settings as a manifest has them; sources as they were given."""
+        record = self.record()
+        return {IN_MANIFESTS.get(name, name): record[name] for name in names}
+
+    def difference(self, values: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+        """The first setting that decides content and is not what a manifest's (or a draft.json's) settings say: its
+        name, the value there and the one here. Of sources only names count: they need not be there any more."""
+        wanted = self.record()
+        for name in dict.fromkeys((*OF_REPLIES, *OF_SCORES)):
+            was, now = values.get(IN_MANIFESTS.get(name, name)), wanted[name]
+            if name in ("sources", "exclude"):
+                was = [entry.get("name") for entry in was or [] if isinstance(entry, dict)]
+                now = [shown_name(path) for path in now]
+            if was != now:
+                return name, was, now
+        return None

@@ -1,6 +1,7 @@
 """Reading sources into documents: plain text, JSON lines, columnar files, datasets of the Hub.
 
-Files are streamed, and the same files give the same documents in the same order.
+Files are read line by line, and the same files give the same documents in the same order. (Whoever shuffles the
+documents of a source, as `prompts` does, holds all of them.)
 """
 
 import gzip
@@ -116,7 +117,7 @@ def sha256_of(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def identity(path: str | Path, read: str | None = None) -> dict[str, str]:
+def fingerprint(path: str | Path, read: str | None = None) -> dict[str, str]:
     """What a manifest says of a source: name (without its folder), sha256, kind (file, folder or hub), and of a Hub
     dataset the commit. read: the same source `at_commit`."""
     if _hub_name(path):

@@ -13,10 +13,10 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from decode.metrics import Tally, is_looping
+from decode.metrics import Metrics, is_looping
 from decode.models.checkpoint import RUNS, Checkpoint
 from decode.prompts import Prompt, read_prompts
-from decode.session import Output, Session
+from decode.session import Completion, Session
 from distill.release.plots import acceptance_by_category, acceptance_by_position
 from distill.release.settings import EvaluateSettings
 from kernels import UserError, backend
@@ -29,7 +29,7 @@ CATEGORY_PLOT, POSITION_PLOT = "evaluation-categories.png", "evaluation-position
 NO_CATEGORY = "uncategorised"
 FORMAT = 2  # of what an evaluation measures and keeps; what an older version began is not taken up
 
-Pair = tuple[Output, Output]  # of one prompt: speculative, plain
+Pair = tuple[Completion, Completion]  # of one prompt: speculative, plain
 
 
 def select(settings: EvaluateSettings) -> list[Prompt]:
@@ -105,13 +105,13 @@ def evaluate(
     try:
         if len(pairs) < len(prompts):
             session.warm_up()
-        total, plain = tallies(pairs)
+        total, plain = totals(pairs)
         for index in range(len(pairs), len(prompts)):
             pair = _answer(session, prompts[index], encoded[index], index)
             unfinished.add(pair)
             pairs.append(pair)
-            total.merge(pair[0].tally)
-            plain.merge(pair[1].tally)
+            total.merge(pair[0].metrics)
+            plain.merge(pair[1].metrics)
             bar.set_postfix(acceptance=f"{total.acceptance_rate:.3f}", speedup=f"{total.speedup(plain):.2f}")
             bar.update()
     except KeyboardInterrupt:
@@ -137,14 +137,14 @@ def category_of(prompt: Prompt) -> str:
     return prompt.category or NO_CATEGORY
 
 
-def tallies(pairs: Sequence[Pair]) -> tuple[Tally, Tally]:
+def totals(pairs: Sequence[Pair]) -> tuple[Metrics, Metrics]:
     """Of all prompts together: speculative, plain."""
-    return Tally.of(output.tally for output, _ in pairs), Tally.of(baseline.tally for _, baseline in pairs)
+    return Metrics.of(output.metrics for output, _ in pairs), Metrics.of(baseline.metrics for _, baseline in pairs)
 
 
 def figures(pairs: Sequence[Pair]) -> dict[str, Any]:
     """The metrics of decode.metrics over some prompts; zero where there are none."""
-    total, plain = tallies(pairs)
+    total, plain = totals(pairs)
     return {
         "prompts": len(pairs),
         "tokens": total.tokens,
@@ -202,7 +202,7 @@ class Unfinished:
         if lines and lines[0] == self.header:
             try:
                 for (spec, plain), prompt, ids in zip(lines[1:], prompts, encoded, strict=False):
-                    pairs.append((_output(spec, prompt, ids), _output(plain, prompt, ids)))
+                    pairs.append((_completion(spec, prompt, ids), _completion(plain, prompt, ids)))
             except (KeyError, TypeError, ValueError):
                 pass  # from here on, prompts are answered anew
         whole = "".join(json.dumps(line) + "\n" for line in [self.header, *map(_lines, pairs)])
@@ -222,14 +222,14 @@ def _format(header: Any) -> Any:
 
 def _lines(pair: Pair) -> list[dict[str, Any]]:
     return [
-        {"tokens": output.tokens, "tally": asdict(output.tally), "finish_reason": output.finish_reason}
+        {"tokens": output.tokens, "metrics": asdict(output.metrics), "finish_reason": output.finish_reason}
         for output in pair
     ]
 
 
-def _output(line: dict[str, Any], prompt: Prompt, ids: list[int]) -> Output:
-    tally = Tally(**{field.name: line["tally"][field.name] for field in fields(Tally)})
-    return Output(prompt, ids, [int(token) for token in line["tokens"]], tally, str(line["finish_reason"]))
+def _completion(line: dict[str, Any], prompt: Prompt, ids: list[int]) -> Completion:
+    metrics = Metrics(**{field.name: line["metrics"][field.name] for field in fields(Metrics)})
+    return Completion(prompt, ids, [int(token) for token in line["tokens"]], metrics, str(line["finish_reason"]))
 
 
 def _write(out: Path, report: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from decode.models.checkpoint import CARD, ROOT, Checkpoint
-from distill.data.codec import Settings
+from distill.data.manifest import Settings
 from kernels import UserError
 from kernels.device import device_name, versions
 from kernels.files import read_json

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from decode.models.checkpoint import CARD, drafts_under, find_model
+from decode.models.checkpoint import CARD, find_model
+from decode.models.drafts import drafts_under
 from decode.models.hub import LOG_IN, chain, explain, server_message, status
 from distill.recipe import RECIPE_FILE
 from distill.release.card import CURVES, EVALUATION, Metadata, Subject, model_card

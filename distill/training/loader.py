@@ -16,7 +16,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from distill.data.shards import Block, Dataset
+from distill.data.codec import Block
+from distill.data.shards import Dataset
 from kernels.errors import UserError
 
 Row = tuple[int, int]  # (shard, row in it)
@@ -51,9 +52,9 @@ class Batch:
 def assemble(rows: list[tuple[Block, int]], temperature_index: int) -> Batch:
     """A batch of the given rows of decoded blocks."""
     tokens = np.stack([block.tokens[i] for block, i in rows])
-    segments = np.stack([block.document[i] for block, i in rows]).astype(np.int32)
+    segments = np.stack([block.segments[i] for block, i in rows]).astype(np.int32)
     t = tokens.shape[1]
-    trained = [np.flatnonzero(block.loss_mask[i] & (block.document[i] > 0)) for block, i in rows]
+    trained = [np.flatnonzero(block.loss_mask[i] & (block.segments[i] > 0)) for block, i in rows]
     count, n = sum(map(len, trained)), tokens.size
     unit = -(-n // PARTS)
     m = min(n, max(1, -(-count // unit)) * unit)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from decode.metal import limit_memory
 from decode.models.checkpoint import RUNS, Checkpoint, tokenizer_hash
-from distill.data.dataset import MANIFEST
+from distill.data.manifest import MANIFEST
 from distill.data.shards import Dataset
 from distill.release.provenance import dataset_metadata, made_with, origin, teacher_metadata
 from distill.training import cpu

@@ -15,7 +15,6 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -24,7 +23,17 @@ from kernels import reference
 from kernels.device import processors
 from kernels.errors import UserError
 from kernels.openblas import find_openblas
-from kernels.reference import SMALL_ROWS, AttentionShape, DenseWeight, Epilogue, Int8Weight, TernaryWeight, Weight
+from kernels.ops import (
+    SMALL_ROWS,
+    AttentionShape,
+    DenseWeight,
+    Epilogue,
+    Int8Weight,
+    Layer,
+    Spans,
+    TernaryWeight,
+    Weight,
+)
 
 _RUNNING: str = mx.__version__  # type: ignore[attr-defined]
 _REBUILD = "build it, in bitdraft's folder, with: pip install --force-reinstall --no-deps --editable ."
@@ -129,37 +138,35 @@ def linear(
 
 
 def attention(
-    qkv: mx.array, k_cache: mx.array, v_cache: mx.array, offset: int, shape: AttentionShape
+    qkv: mx.array, k_cache: mx.array, v_cache: mx.array, spans: Spans, shape: AttentionShape
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """As `reference.attention`. The caches are updated in place when the caller keeps no other
-    reference to them, and copied otherwise."""
+    """As `reference.attention`, and rows' bits are their own however many there are. The caches are updated in place
+    when the caller keeps no other reference to them, and copied otherwise."""
     out, k_new, v_new = _native.attention(
-        qkv, k_cache, v_cache, offset, shape.heads, shape.kv_heads, shape.inverse_frequency, shape.scale
+        qkv,
+        k_cache,
+        v_cache,
+        spans.offsets,
+        spans.counts,
+        shape.heads,
+        shape.kv_heads,
+        shape.inverse_frequency,
+        shape.scale,
     )
     return out, k_new, v_new
 
 
-def attention_batch(
-    qkv: mx.array, k_cache: mx.array, v_cache: mx.array, positions: mx.array, shape: AttentionShape
-) -> tuple[mx.array, mx.array, mx.array]:
-    """As `reference.attention_batch`. Caches as in `attention`."""
-    out, k_new, v_new = _native.attention_batch(
-        qkv, k_cache, v_cache, positions, shape.heads, shape.kv_heads, shape.inverse_frequency, shape.scale
-    )
-    return out, k_new, v_new
-
-
-def attention_packed(qkv: mx.array, document: np.ndarray, shape: AttentionShape) -> mx.array:
-    """As `reference.attention_packed`: each document is a sequence of its own."""
+def attention_packed(qkv: mx.array, segments: np.ndarray, shape: AttentionShape) -> mx.array:
+    """As `reference.attention_packed`: each segment is a sequence of its own."""
     b, t, width = qkv.shape
     flat = qkv.reshape(b * t, width)
     starts = np.ones((b, t), bool)
-    starts[:, 1:] = document[:, 1:] != document[:, :-1]
+    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
     borders = [*np.flatnonzero(starts).tolist(), b * t]
     outputs = []
     for start, end in itertools.pairwise(borders):
-        cache = mx.zeros((2, shape.kv_heads, end - start, shape.head_dim))
-        outputs.append(attention(flat[start:end], cache[0], cache[1], 0, shape)[0])
+        cache = mx.zeros((2, 1, shape.kv_heads, end - start, shape.head_dim))
+        outputs.append(attention(flat[start:end], cache[0], cache[1], Spans((0,), (end - start,)), shape)[0])
     return mx.concatenate(outputs).reshape(b, t, -1)
 
 
@@ -173,8 +180,8 @@ def clock(x: mx.array) -> mx.array:
     return _native.clock(x)
 
 
-class WholeStep:
-    """A decoding step of 1..8 tokens as one operation, with the bits of the single ones.
+class CpuFusedStep:
+    """kernels.ops.FusedStep, with the bits of the single operations.
 
     Python and MLX then spend on a step what they spend on one of its operations, five for each layer.
     """
@@ -182,7 +189,7 @@ class WholeStep:
     def __init__(
         self,
         *,
-        layers: Sequence[Any],
+        layers: Sequence[Layer],
         embedding: mx.array,
         final_norm: mx.array,
         head: Weight,
@@ -202,7 +209,7 @@ class WholeStep:
         linears.append((head, final_norm))
         embedding, frequency = mx.contiguous(embedding), mx.contiguous(shape.inverse_frequency)
         mx.eval(embedding, frequency, [norm for _, norm in linears if norm is not None])
-        self._model = _native.step_model(
+        self._model = _native.fused_model(
             embedding, frequency, shape.heads, shape.kv_heads, shape.scale, _EPILOGUES[epilogue], eps
         )
         for weight, norm in linears:
@@ -211,37 +218,30 @@ class WholeStep:
                 mx.eval(scale)
             _native.add_linear(self._model, weight.data, scale, weight.n, weight.k, norm)
 
-    def share_weights(self, layers: Sequence[Any]) -> list[Any]:
+    def share_weights(self, layers: Sequence[Layer]) -> list[Layer]:
         """The layers as they are: the step holds the same arrays."""
         return list(layers)
 
     def __call__(
         self, tokens: Sequence[int] | mx.array, keys: list[mx.array], values: list[mx.array], offset: int
     ) -> mx.array:
-        """Logits of m new tokens, float32 [m, vocab]; the lists' caches are replaced by the new ones.
-
-        tokens: m <= 8 ids, or an array of them; keys, values: a layer's float32 [kv_heads, capacity, head_dim]
-        each, with offset + m <= capacity. Updated in place when nobody else holds them, as in `attention`.
-        """
-        logits, *caches = _native.step(self._model, _ids(tokens), [*keys, *values], offset)
+        """As the protocol says; the caches are updated in place when nobody else holds them, as in `attention`."""
+        logits, *caches = _native.fused_step(self._model, _ids(tokens), [*keys, *values], offset)
         keys[:], values[:] = caches[: len(keys)], caches[len(keys) :]
         return logits
 
-    def continuation(
+    def greedy_tokens(
         self,
         tokens: Sequence[int],
         keys: list[mx.array],
         values: list[mx.array],
         offset: int,
         count: int,
-        kept: mx.array | None,
+        d2t: mx.array | None,
     ) -> mx.array:
-        """The `count` tokens that follow greedily, uint32: steps over `tokens`, and over each choice but the last.
-
-        kept: the ids that a trimmed head's rows stand for, uint32, evaluated. Else as a call; one operation, since MLX
-        holds the caches of a step until it has run, so that one queued behind it would copy them.
-        """
-        chosen, *caches = _native.continuation(self._model, _ids(tokens), [*keys, *values], offset, count, kept)
+        """As the protocol says; one operation, since MLX holds the caches of a step until it has run, so that one
+        queued behind it would copy them."""
+        chosen, *caches = _native.greedy_tokens(self._model, _ids(tokens), [*keys, *values], offset, count, d2t)
         keys[:], values[:] = caches[: len(keys)], caches[len(keys) :]
         return chosen
 
@@ -250,7 +250,7 @@ def _ids(tokens: Sequence[int] | mx.array) -> mx.array:
     return tokens.astype(mx.int32) if isinstance(tokens, mx.array) else mx.array(list(tokens), mx.int32)
 
 
-whole_step = WholeStep
+fused_step = CpuFusedStep
 
 
 def use_fast_blas() -> bool:

@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import mlx.core as mx
 import numpy as np
 
@@ -42,17 +44,8 @@ def attention(
     qkv: mx.array,
     k_cache: mx.array,
     v_cache: mx.array,
-    offset: int,
-    heads: int,
-    kv_heads: int,
-    inverse_frequency: mx.array,
-    scale: float,
-) -> list[mx.array]: ...
-def attention_batch(
-    qkv: mx.array,
-    k_cache: mx.array,
-    v_cache: mx.array,
-    positions: mx.array,
+    offsets: Sequence[int],
+    counts: Sequence[int],
     heads: int,
     kv_heads: int,
     inverse_frequency: mx.array,
@@ -61,9 +54,9 @@ def attention_batch(
 def argmax(x: mx.array) -> mx.array: ...
 def clock(x: mx.array) -> mx.array: ...
 
-class StepModel: ...
+class FusedModel: ...
 
-def step_model(
+def fused_model(
     embedding: mx.array,
     inverse_frequency: mx.array,
     heads: int,
@@ -71,13 +64,13 @@ def step_model(
     scale: float,
     epilogue: int,
     eps: float,
-) -> StepModel: ...
+) -> FusedModel: ...
 def add_linear(
-    model: StepModel, data: mx.array, scale: mx.array | None, n: int, k: int, norm: mx.array | None
+    model: FusedModel, data: mx.array, scale: mx.array | None, n: int, k: int, norm: mx.array | None
 ) -> None: ...
-def step(model: StepModel, tokens: mx.array, caches: list[mx.array], offset: int) -> list[mx.array]: ...
-def continuation(
-    model: StepModel, tokens: mx.array, caches: list[mx.array], offset: int, count: int, kept: mx.array | None
+def fused_step(model: FusedModel, tokens: mx.array, caches: list[mx.array], offset: int) -> list[mx.array]: ...
+def greedy_tokens(
+    model: FusedModel, tokens: mx.array, caches: list[mx.array], offset: int, count: int, d2t: mx.array | None
 ) -> list[mx.array]: ...
 def isa() -> str: ...
 def available_isas() -> list[str]: ...

@@ -17,7 +17,17 @@ from kernels import reference
 from kernels.cuda.launch import float_bits, launch
 from kernels.cuda.step import WholeStep
 from kernels.errors import UserError
-from kernels.reference import SMALL_ROWS, AttentionShape, DenseWeight, Epilogue, Int8Weight, TernaryWeight, Weight
+from kernels.ops import (
+    SMALL_ROWS,
+    AttentionShape,
+    DenseWeight,
+    Epilogue,
+    Int8Weight,
+    Spans,
+    TernaryWeight,
+    Weight,
+    check_product,
+)
 
 NAME = "cuda"
 TUNABLE = {"tiles": (1, 2, 4), "threads": (64, 128, 256, 512)}
@@ -125,13 +135,13 @@ def _padded(xq: mx.array) -> mx.array:
 
 def bitlinear(xq: mx.array, s: mx.array, weight: TernaryWeight) -> mx.array:
     """As `reference.bitlinear`, the same bits."""
-    reference.check_product(xq, weight)
+    check_product(xq, weight)
     return _product(_padded(xq), s, weight, None, None)
 
 
 def int8_linear(xq: mx.array, s: mx.array, weight: Int8Weight) -> mx.array:
     """As `reference.int8_linear`, the same bits."""
-    reference.check_product(xq, weight)
+    check_product(xq, weight)
     return _product(_padded(xq), s, weight, None, None)
 
 
@@ -198,7 +208,7 @@ def linear(
     residual: mx.array | None = None,
 ) -> mx.array:
     """As `reference.linear`; more than 8 rows of a float weight go to the library."""
-    reference.check_product(x, weight, epilogue, residual)
+    check_product(x, weight, epilogue, residual)
     x = x.astype(mx.float32)
     if not isinstance(weight, DenseWeight):
         return _product(*_quantize_padded(x, norm, eps), weight, epilogue, residual)

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from kernels.cuda.launch import Launch, float_bits, prepare
 from kernels.cuda.nvrtc import device_attribute
-from kernels.reference import SMALL_ROWS, AttentionShape, DenseWeight, Epilogue, Int8Weight, TernaryWeight, Weight
+from kernels.ops import SMALL_ROWS, AttentionShape, DenseWeight, Epilogue, Int8Weight, TernaryWeight, Weight
 
 THREADS = 512
 TILE, SPAN = 16, 128  # outputs and inputs, as in products.cuh

@@ -18,7 +18,17 @@ import mlx.core as mx
 import numpy as np
 
 from kernels import reference
-from kernels.reference import SMALL_ROWS, AttentionShape, DenseWeight, Epilogue, Int8Weight, TernaryWeight, Weight
+from kernels.ops import (
+    SMALL_ROWS,
+    AttentionShape,
+    DenseWeight,
+    Epilogue,
+    Int8Weight,
+    Spans,
+    TernaryWeight,
+    Weight,
+    check_product,
+)
 
 NAME = "metal"
 # Of the small products: outputs a simdgroup (for more than 4 rows at most 4) and simdgroups a threadgroup.
@@ -173,13 +183,13 @@ def _quantize(
 
 def bitlinear(xq: mx.array, s: mx.array, weight: TernaryWeight) -> mx.array:
     """As `reference.bitlinear`, the same bits."""
-    reference.check_product(xq, weight)
+    check_product(xq, weight)
     return _product(*_widened(xq, s), weight)
 
 
 def int8_linear(xq: mx.array, s: mx.array, weight: Int8Weight) -> mx.array:
     """As `reference.int8_linear`, the same bits."""
-    reference.check_product(xq, weight)
+    check_product(xq, weight)
     return _product(*_widened(xq, s), weight)
 
 
@@ -239,7 +249,7 @@ def linear(
     residual: mx.array | None = None,
 ) -> mx.array:
     """As `reference.linear`, in two launches; more than 8 rows of a float weight go to the library."""
-    reference.check_product(x, weight, epilogue, residual)
+    check_product(x, weight, epilogue, residual)
     x = x.astype(mx.float32)
     if not isinstance(weight, DenseWeight):
         rows = _quantize(x, norm, eps, _up(weight.k, _BLOCK) * _BLOCK, mx.float16)

@@ -12,9 +12,9 @@ import pytest
 from conftest import TEACHER, Command, Result, arguments, changed_copy, environment
 
 from decode import doctor
-from kernels.backends import choose
+from kernels.backends import select
 
-NATIVE = choose()[0].NAME == "cpu"
+NATIVE = select()[0].NAME == "cpu"
 
 
 def spoiled(code: str, cwd: Path, *options: object) -> Result:

@@ -22,7 +22,11 @@ trap 'echo > "{folder}/interrupted"; exit 0' INT
 while kill -0 "$3" 2>/dev/null; do sleep 0.05; done
 echo > "{folder}/ended"
 """
-MAC = "from types import SimpleNamespace; from decode import keep_awake; keep_awake.sys = SimpleNamespace(platform='darwin')\n"
+MAC = """
+from types import SimpleNamespace
+from decode import keep_awake
+keep_awake.sys = SimpleNamespace(platform='darwin')
+"""
 
 
 @pytest.fixture

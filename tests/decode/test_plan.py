@@ -14,7 +14,7 @@ from decode.chips import APPLE, chip_of
 from decode.models.checkpoint import find_model
 from decode.models.dimensions import Shape
 from decode.plan import DRAFTS, Costs, break_even, draft_bytes, make_plan, teacher_bytes, tokens_per_verification
-from kernels.reference import DenseWeight, TernaryWeight
+from kernels.ops import DenseWeight, TernaryWeight
 
 DRAFT = ROOT / "checkpoints" / "bitnet-smol-43m-draft"
 LINEARS_2B = [(3840, 2560), (2560, 2560), (13824, 2560), (2560, 6912)]

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from decode.models.checkpoint import Checkpoint, tokenizer_hash
-from distill.data.shards import Block, Settings, ShardWriter
+from distill.data.codec import Block
+from distill.data.manifest import Settings
+from distill.data.shards import ShardWriter
 
 VOCAB = 96
 SEQ_LEN = 32
@@ -54,15 +56,15 @@ def block(rows: int, seed: int, mask: bool = True, vocab: int = VOCAB, k: int = 
     for t in range(1, SEQ_LEN):
         draws = rng.random(rows)[:, None]
         tokens[:, t] = (p[tokens[:, t - 1]].cumsum(axis=1) < draws).sum(axis=1).clip(max=vocab - 1)
-    document = np.ones((rows, SEQ_LEN), np.uint8)
-    document[:, SEQ_LEN // 2 :] = 2
-    document[:, -2:] = 0
+    segments = np.ones((rows, SEQ_LEN), np.uint8)
+    segments[:, SEQ_LEN // 2 :] = 2
+    segments[:, -2:] = 0
     logits = table[tokens]
     ids = np.argsort(-logits, axis=-1, kind="stable")[..., :k].astype(np.int32)
     lse = np.stack([np.log(np.exp(logits / t).sum(axis=-1)) for t in (1.0, 0.7)], axis=-1)
     top = np.take_along_axis(logits, ids, axis=-1) - lse[..., :1]
-    trained = (document > 0) & (np.arange(SEQ_LEN) >= 4) & mask
-    return Block(tokens, trained, document, ids, top.astype(np.float32), lse.astype(np.float32))
+    trained = (segments > 0) & (np.arange(SEQ_LEN) >= 4) & mask
+    return Block(tokens, trained, segments, ids, top.astype(np.float32), lse.astype(np.float32))
 
 
 def dataset(folder: Path, teacher: Path, shards: int = 3, rows: int = 16, mask: bool = True) -> Path:

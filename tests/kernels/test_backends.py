@@ -14,7 +14,8 @@ import pytest
 from conftest import ROOT, SHIPPED, TEACHER, environment
 
 from kernels import reference
-from kernels.backends import CHOICES, STAND_INS, Backend, device_backend, mended
+from kernels.backends import CHOICES, FALLBACKS, device_backend, with_fallbacks
+from kernels.ops import Backend
 from kernels.self_test import CHECKS, operation_faults, self_test
 
 SHOW = "from kernels import backend; print(backend().NAME)"
@@ -93,7 +94,6 @@ def without_square(x: mx.array, weight: Any, **options: Any) -> mx.array:
     ("operation", "wrong", "fault"),
     [
         ("attention", lambda qkv, *rest: reference.attention(qkv * 1.01, *rest), "attention differs"),
-        ("attention_batch", lambda qkv, *rest: reference.attention_batch(qkv * 1.1, *rest), "attention, batch differs"),
         ("linear", linear_that(residual=None), "linear, ternary differs"),
         ("linear", linear_that(eps=0.0), "linear, ternary differs"),
         ("linear", linear_that(norm=None), "linear, ternary differs"),
@@ -111,18 +111,18 @@ def test_a_wrong_result_is_found_though_it_is_the_same_for_all_rows(
 
 
 @pytest.mark.skipif(len(candidates()) == 1, reason="the native kernels are not built here")
-def test_a_wrong_whole_step_is_found() -> None:
+def test_a_wrong_fused_step_is_found() -> None:
     from kernels import cpu
 
-    class Forgetful(cpu.WholeStep):
+    class Forgetful(cpu.CpuFusedStep):
         """Begins each step with empty caches."""
 
         def __call__(self, tokens: Any, keys: list[mx.array], values: list[mx.array], offset: int) -> mx.array:
             return super().__call__(tokens, [0 * k for k in keys], [0 * v for v in values], offset)
 
     operations = {name: getattr(cpu, name) for name in dir(cpu) if not name.startswith("__")}
-    faults = dict(operation_faults(SimpleNamespace(**{**operations, "whole_step": Forgetful})))  # type: ignore[arg-type]
-    assert faults.pop("whole step") == "whole step gives a row other bits among others than alone"
+    faults = dict(operation_faults(SimpleNamespace(**{**operations, "fused_step": Forgetful})))  # type: ignore[arg-type]
+    assert faults.pop("fused step") == "fused step gives a row other bits among others than alone"
     assert not any(faults.values())
 
 
@@ -151,9 +151,7 @@ def test_without_the_extension_the_reference_is_used_with_one_warning() -> None:
 
 
 @pytest.mark.skipif(len(candidates()) == 1, reason="the native kernels are not built here")
-@pytest.mark.parametrize(
-    "operation", ["bitlinear", "int8_linear", "attention", "attention_batch", "argmax", "whole_step"]
-)
+@pytest.mark.parametrize("operation", ["bitlinear", "int8_linear", "attention", "argmax", "fused_step"])
 def test_what_fails_is_the_references_and_the_rest_stays_native(operation: str) -> None:
     from kernels import cpu
 
@@ -163,17 +161,17 @@ def test_what_fails_is_the_references_and_the_rest_stays_native(operation: str) 
     operations = {name: getattr(cpu, name) for name in dir(cpu) if not name.startswith("_")} | {operation: wrong}
     native: Any = SimpleNamespace(**operations)
     failed = [name for name, fault in operation_faults(native) if fault is not None]
-    assert failed == [operation.replace("_b", ", b").replace("whole_", "whole ")]
-    found = mended(native, failed)
+    assert failed == [operation.replace("fused_", "fused ")]
+    found = with_fallbacks(native, failed)
     assert self_test(found) is None
-    assert getattr(found, operation) is getattr(reference, operation) and found.whole_step is reference.whole_step
+    assert getattr(found, operation) is getattr(reference, operation) and found.fused_step is reference.fused_step
     weight = found.prepare_int8(mx.ones((16, 16)))
     assert (weight.data.dtype == mx.uint8) == (operation != "int8_linear")  # tiles, or the reference's layout
     assert (found.attention is cpu.attention) == (operation != "attention")
 
 
 def test_every_check_says_what_it_takes_along() -> None:
-    assert STAND_INS.keys() == CHECKS.keys()
+    assert FALLBACKS.keys() == CHECKS.keys()
 
 
 SPOIL = """
@@ -197,14 +195,14 @@ def test_speculation_changes_nothing_where_some_kernels_are_replaced_with_one_wa
 spoil("attention", cpu.attention)
 spoil("bitlinear", lambda x, *rest: cpu.int8_linear(x, *rest))
 from decode.models.checkpoint import find_model
-from decode.engine import ModelDrafter, generate
-from decode.sampling import Sampling
+from decode.drafters.model import ModelDrafter
+from decode.engine import Request, generate
 teacher = find_model({str(TEACHER)!r}, "--teacher").load("int8")
 draft = find_model({str(SHIPPED)!r}, "--draft").load()
 def say(drafter):
-    rounds = list(generate(teacher, [5, 6, 7], max_tokens=8, end_tokens=frozenset(), drafter=drafter, k=3))
+    rounds = list(generate(teacher, Request([5, 6, 7], 8), drafter, 3))
     return [token for step in rounds for token in step.tokens]
-assert say(ModelDrafter(draft, Sampling(), frozenset(), 0)) == say(None)
+assert say(ModelDrafter(draft)) == say(None)
 """
     done = shell(SPOIL + script + SHOW, BITDRAFT_KERNELS="")
     assert done.stdout == "cpu\n", done.stderr

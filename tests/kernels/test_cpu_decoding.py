@@ -66,21 +66,21 @@ def draft(request: pytest.FixtureRequest, tmp_path: Path) -> Transformer:
 
 @pytest.mark.parametrize("given", [1, 2, 8])
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_a_continuation_has_the_tokens_and_caches_of_single_steps(draft: Transformer, given: int, count: int) -> None:
+def test_greedy_tokens_have_the_tokens_and_caches_of_single_steps(draft: Transformer, given: int, count: int) -> None:
     prompt = np.random.default_rng(1).integers(0, 16_384, 20 + given).tolist()
     results = []
-    for whole in (draft.whole_step, None):
-        draft.whole_step = whole
+    for fused in (draft.fused_step, None):
+        draft.fused_step = fused
         cache = draft.new_cache()
         draft.prefill(prompt[:20], cache)
-        tokens = draft.continuation(prompt[20:], cache, count)
+        tokens = draft.greedy_tokens(prompt[20:], cache, count)
         assert tokens.dtype == mx.uint32 and cache.offset == 20 + given + count - 1
-        results.append([tokens, *(array[:, : cache.offset] for array in (*cache.keys, *cache.values))])
+        results.append([tokens, *(array[:, :, : cache.offset] for array in (*cache.keys, *cache.values))])
     assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
     assert count < 5 or len(set(results[0][0].tolist())) > 1
 
 
-def test_a_continuation_writes_to_one_cache(draft: Transformer) -> None:
+def test_greedy_tokens_write_to_one_cache(draft: Transformer) -> None:
     """Copies of it take longer than the steps, and memory."""
     cache = draft.new_cache()
     cache.reserve(8192)
@@ -89,17 +89,17 @@ def test_a_continuation_writes_to_one_cache(draft: Transformer) -> None:
     mx.reset_peak_memory()
     base = mx.get_active_memory()
     for _ in range(3):
-        mx.eval(draft.continuation([4], cache, 5))
+        mx.eval(draft.greedy_tokens([4], cache, 5))
     assert mx.get_peak_memory() - base < whole / 8
 
 
-def test_a_continuation_refuses_what_does_not_fit(draft: Transformer) -> None:
-    step, cache = draft.whole_step, draft.new_cache()
+def test_greedy_tokens_refuse_what_does_not_fit(draft: Transformer) -> None:
+    step, cache = draft.fused_step, draft.new_cache()
     assert step is not None
     cache.reserve(4)
-    room = cache.keys[0].shape[1]
-    step.continuation([1, 2], cache.keys, cache.values, room - 4, 3, None)
-    for given, count, offset, kept, complaint in (
+    room = cache.keys[0].shape[2]
+    step.greedy_tokens([1, 2], cache.keys, cache.values, room - 4, 3, None)
+    for given, count, offset, d2t, complaint in (
         ([1, 2], 3, room - 3, None, "do not fit"),
         ([1] * 9, 1, 0, None, "m <= 8"),
         ([], 1, 0, None, "m <= 8"),
@@ -107,4 +107,4 @@ def test_a_continuation_refuses_what_does_not_fit(draft: Transformer) -> None:
         ([1], 1, 0, mx.zeros((5,), mx.uint32), "one id a row"),
     ):
         with pytest.raises(ValueError, match=complaint):
-            step.continuation(given, cache.keys, cache.values, offset, count, kept)
+            step.greedy_tokens(given, cache.keys, cache.values, offset, count, d2t)

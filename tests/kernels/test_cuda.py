@@ -10,7 +10,7 @@ from arrays import close, normal, random_ternary, same_bits
 from kernels import reference
 from kernels.backends import device_backend
 from kernels.errors import UserError
-from kernels.reference import AttentionShape, Epilogue
+from kernels.ops import AttentionShape, Epilogue
 from kernels.self_test import self_test
 
 if device_backend() != "cuda":

@@ -20,7 +20,7 @@ from arrays import close, normal, random_ternary, same_bits
 from kernels import cuda, reference
 from kernels.cuda import step
 from kernels.cuda.launch import FOLDER, kernel, text
-from kernels.reference import AttentionShape, Epilogue, Weight
+from kernels.ops import AttentionShape, Epilogue, Weight
 from kernels.self_test import CHECKS, operation_faults
 
 if platform.system() != "Linux" or emulation.compiler() is None:

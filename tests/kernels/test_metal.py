@@ -21,7 +21,7 @@ import pytest
 from arrays import normal, random_ternary, same_bits
 
 from kernels import metal, reference
-from kernels.reference import AttentionShape, Epilogue, Int8Weight
+from kernels.ops import AttentionShape, Epilogue, Int8Weight
 from kernels.self_test import CHECKS, operation_faults
 
 REAL = mx.metal.is_available() and mx.default_device() == mx.gpu

@@ -3,9 +3,10 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from attention_checks import FEW, LONG, SEVERAL, attention_shape, check_definition, check_rows_alone
 
 from kernels import reference
-from kernels.reference import AttentionShape
+from kernels.ops import Epilogue, Spans
 
 
 def test_quantised_rows_follow_the_formula_and_round_half_to_even() -> None:
@@ -34,7 +35,7 @@ def test_bitlinear_is_the_integer_product_times_scale_over_s() -> None:
 
 
 @pytest.mark.parametrize("epilogue", ["relu2_mul", "silu_mul"])
-def test_gate_halves(epilogue: reference.Epilogue) -> None:
+def test_gate_halves(epilogue: Epilogue) -> None:
     rng = np.random.default_rng(1)
     w, x = rng.normal(0, 1, (6, 4)), rng.normal(0, 1, (2, 4))
     dense = reference.prepare_dense(mx.array(w.astype(np.float32)))
@@ -44,39 +45,23 @@ def test_gate_halves(epilogue: reference.Epilogue) -> None:
     np.testing.assert_allclose(y, gate * up, rtol=1e-4, atol=1e-6)
 
 
-def numpy_attention(qkv: np.ndarray, shape: AttentionShape) -> np.ndarray:
-    """Causal attention over the rows of one sequence from position 0, in double precision."""
-    m, d, half = len(qkv), shape.head_dim, shape.head_dim // 2
-    angle = np.arange(m)[:, None] * np.array(shape.inverse_frequency, np.float64)
-    cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
-
-    def rotated(x: np.ndarray) -> np.ndarray:
-        a, b = x[..., :half], x[..., half:]
-        return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-
-    q, k, v = np.split(qkv.reshape(m, -1, d).astype(np.float64), [shape.heads, shape.heads + shape.kv_heads], axis=1)
-    group = shape.heads // shape.kv_heads
-    q, k, v = rotated(q), np.repeat(rotated(k), group, axis=1), np.repeat(v, group, axis=1)
-    scores = np.einsum("ihd,jhd->hij", q, k) / np.sqrt(d)
-    scores[:, np.triu_indices(m, 1)[0], np.triu_indices(m, 1)[1]] = -np.inf
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    return np.einsum("hij,jhd->ihd", weights, v).reshape(m, -1)
+def test_attention_is_what_it_is_defined_as() -> None:
+    spans = Spans((0, 990, 3, 40, 7), (8, 5, 20, 1, 0))
+    check_definition(reference.attention, attention_shape(4, 2, 8), spans, tolerance=1e-5)
+    check_definition(reference.attention, attention_shape(9, 3, 64), Spans((30,), (4,)), tolerance=1e-5)
 
 
-def test_attention_in_steps_and_in_a_batch_is_causal_attention() -> None:
-    rng = np.random.default_rng(2)
-    frequency = (1e4 ** (-np.arange(0, 8, 2) / 8)).astype(np.float32)
-    shape = AttentionShape(4, 2, 8, mx.array(frequency))
-    qkv = rng.normal(0, 1, (7, 8 * 8)).astype(np.float32)
-    expected = numpy_attention(qkv, shape)
-    k_cache, v_cache = mx.zeros((2, 10, 8)), mx.zeros((2, 10, 8))
-    k_batch, v_batch = mx.zeros((1, 2, 10, 8)), mx.zeros((1, 2, 10, 8))
-    for start, end in [(0, 3), (3, 4), (4, 7)]:
-        out, k_cache, v_cache = reference.attention(mx.array(qkv[start:end]), k_cache, v_cache, start, shape)
-        np.testing.assert_allclose(np.array(out), expected[start:end], rtol=1e-4, atol=1e-5)
-    for i in range(7):
-        out, k_batch, v_batch = reference.attention_batch(
-            mx.array(qkv[i : i + 1]), k_batch, v_batch, mx.array([i], mx.int32), shape
-        )
-        np.testing.assert_allclose(np.array(out), expected[i : i + 1], rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize(("d", "spans"), [(32, SEVERAL), (64, FEW), (128, LONG)])
+def test_attention_gives_a_row_the_same_bits_alone_and_among_others(d: int, spans: Spans) -> None:
+    check_rows_alone(reference.attention, attention_shape(d=d), spans)
+
+
+def test_spans_know_their_rows() -> None:
+    spans = Spans((5, 0, 90, 2), (2, 0, 11, 1))
+    assert (spans.rows, spans.longest, spans.end) == (14, 11, 101)
+    assert spans.positions.tolist() == [5, 6, *range(90, 101), 2]
+    assert spans.sequences.tolist() == [0, 0, *[2] * 11, 3]
+    assert spans.groups.tolist() == [[0, 0, 2, 5], [2, 2, 8, 90], [2, 10, 3, 98], [3, 13, 1, 2]]
+    for offsets, counts in (((1, 2), (1,)), ((-1,), (1,)), ((0,), (-1,))):
+        with pytest.raises(ValueError, match="no spans"):
+            Spans(offsets, counts)

@@ -153,9 +153,9 @@ def native_threads(**variables: str) -> str:
 
 
 def cpu_runs() -> bool:
-    from kernels.backends import choose
+    from kernels.backends import select
 
-    return choose()[0].NAME == "cpu"
+    return select()[0].NAME == "cpu"
 
 
 @pytest.mark.skipif("not cpu_runs()", reason="the native CPU kernels do not run here")

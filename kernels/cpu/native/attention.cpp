@@ -100,10 +100,15 @@ void attend_range(const Kernels& set, const Heads& h, const float* queries, cons
   }
 }
 
+// What a thread takes at once: queries first..last-1 of a key/value head of a span.
+struct Task {
+  int span, kv, first, last;
+};
+
 class Attention : public CpuPrimitive {
  public:
-  Attention(mx::Stream stream, Heads heads, int offset)
-      : CpuPrimitive(stream), heads_(heads), offset_(offset) {}
+  Attention(mx::Stream stream, Heads heads, std::vector<Span> spans)
+      : CpuPrimitive(stream), heads_(heads), spans_(std::move(spans)) {}
   DEFINE_NAME(BitdraftAttention)
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
@@ -111,88 +116,26 @@ class Attention : public CpuPrimitive {
     drop_spare_inputs(inputs, outputs);
     const bool copy_k = share_cache(inputs[1], outputs[1]), copy_v = share_cache(inputs[2], outputs[2]);
     dispatch(inputs, outputs,
-             [h = heads_, offset = offset_, copy_k, copy_v](std::vector<mx::array>& in,
-                                                            std::vector<mx::array>& out) {
+             [h = heads_, spans = spans_, copy_k, copy_v](std::vector<mx::array>& in,
+                                                          std::vector<mx::array>& out) {
                if (copy_k) copy_cache(in[1], out[1]);
                if (copy_v) copy_cache(in[2], out[2]);
                std::vector<float> space;
-               attend_rows(h, offset, Matrix<float>(in[0]), vector_data(in[3], space), out[1].data<float>(),
-                           out[2].data<float>(), out[1].shape(1), out[0].data<float>());
+               attend_spans(h, spans, Matrix<float>(in[0]), vector_data(in[3], space), out[1].data<float>(),
+                            out[2].data<float>(), out[1].shape(2), out[0].data<float>());
              });
   }
 
  private:
   Heads heads_;
-  int offset_;
+  std::vector<Span> spans_;
 };
 
-class AttentionBatch : public CpuPrimitive {
- public:
-  AttentionBatch(mx::Stream stream, Heads heads) : CpuPrimitive(stream), heads_(heads) {}
-  DEFINE_NAME(BitdraftAttentionBatch)
-
-  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    allocate(outputs[0]);
-    drop_spare_inputs(inputs, outputs);
-    const bool copy_k = share_cache(inputs[1], outputs[1]), copy_v = share_cache(inputs[2], outputs[2]);
-    dispatch(inputs, outputs,
-             [h = heads_, copy_k, copy_v](std::vector<mx::array>& in, std::vector<mx::array>& out) {
-               if (copy_k) copy_cache(in[1], out[1]);
-               if (copy_v) copy_cache(in[2], out[2]);
-               run(h, in, out);
-             });
-  }
-
- private:
-  static void run(const Heads& h, std::vector<mx::array>& in, std::vector<mx::array>& out) {
-    const Kernels& set = kernels();
-    const Matrix<float> qkv(in[0]);
-    std::vector<float> space;
-    const float* frequency = vector_data(in[3], space);
-    float *result = out[0].data<float>(), *keys = out[1].data<float>(), *values = out[2].data<float>();
-    const int64_t capacity = out[1].shape(2);
-    const int group = h.group(), sequences = static_cast<int>(qkv.rows);
-    const int64_t sequence_queries = int64_t{h.heads} * h.padded();
-    float* queries = scratch_floats(kQueries, sequences * sequence_queries);
-    float* row_space = scratch_floats(kRow, qkv.cols);
-    std::vector<int> positions(static_cast<size_t>(sequences));
-    int64_t work = 0;
-    for (int i = 0; i < sequences; i++) {
-      // Positions are data, known only now; one outside the cache must not write outside it.
-      const int wanted = in[4].data<int32_t>()[i * in[4].strides(0)];
-      const int position = positions[static_cast<size_t>(i)] =
-          std::clamp(wanted, 0, static_cast<int>(capacity) - 1);
-      const int64_t cache = int64_t{i} * h.kv_heads * capacity * h.d;
-      place_row(h, qkv.row(i, row_space), position, frequency, queries + i * sequence_queries, group, 0,
-                keys + cache, values + cache, capacity);
-      work += 2 * int64_t{h.heads} * (position + 1) * h.d;
-    }
-    const auto one = [&](int task) {
-      const int i = task / h.kv_heads, kv = task % h.kv_heads;
-      const int64_t cache = int64_t{task} * capacity * h.d;
-      attend_range(
-          set, h, queries + i * sequence_queries + int64_t{kv} * group * h.padded(), keys + cache,
-          values + cache, 0, group, [&](int) { return positions[static_cast<size_t>(i)] + 1; },
-          [&](int q) { return result + (int64_t{i} * h.heads + kv * group + q) * h.d; });
-    };
-    const int tasks = sequences * h.kv_heads;
-    const int chunks = work >= kParallelFlops ? std::min(tasks, 8 * threads()) : 1;
-    parallel_for(chunks, [&](int chunk) {
-      for (int64_t task = int64_t{chunk} * tasks / chunks; task < int64_t{chunk + 1} * tasks / chunks;
-           task++) {
-        one(static_cast<int>(task));
-      }
-    });
-  }
-
-  Heads heads_;
-};
-
-Heads check(const mx::array& qkv, const mx::array& k_cache, const mx::array& v_cache, size_t cache_axes,
+Heads check(const mx::array& qkv, const mx::array& k_cache, const mx::array& v_cache,
             int heads, int kv_heads, const mx::array& frequency, float scale) {
-  require(k_cache.ndim() == cache_axes && k_cache.shape() == v_cache.shape() &&
-              k_cache.dtype() == mx::float32 && v_cache.dtype() == mx::float32,
-          "both caches must be float32 of one shape, [kv_heads, capacity, d] a sequence");
+  require(k_cache.ndim() == 4 && k_cache.shape() == v_cache.shape() && k_cache.dtype() == mx::float32 &&
+              v_cache.dtype() == mx::float32,
+          "both caches must be float32 of one shape, [sequences, kv_heads, capacity, d]");
   const int d = k_cache.shape(-1);
   require(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, "heads must be a multiple of kv_heads");
   require(d % 2 == 0 && d > 0 && d <= kMaxHeadDim, "the head dimension must be even and at most 512");
@@ -248,60 +191,81 @@ bool share_cache(const mx::array& in, mx::array& out) {
   return true;
 }
 
-void attend_rows(const Heads& h, int offset, const Matrix<float>& qkv, const float* frequency, float* keys,
-                 float* values, int64_t capacity, float* result) {
+void attend_spans(const Heads& h, const std::vector<Span>& spans, const Matrix<float>& qkv,
+                  const float* frequency, float* keys, float* values, int64_t capacity, float* result) {
   const Kernels& set = kernels();
-  const int group = h.group(), m = static_cast<int>(qkv.rows), queries_per_kv = m * group;
-  float* queries = scratch_floats(kQueries, int64_t{h.heads} * m * h.padded());
+  const int group = h.group();
+  const int64_t row_queries = int64_t{h.heads} * h.padded(), cache = int64_t{h.kv_heads} * capacity * h.d;
+  float* queries = scratch_floats(kQueries, qkv.rows * row_queries);
   float* row_space = scratch_floats(kRow, qkv.cols);
-  for (int i = 0; i < m; i++) {
-    place_row(h, qkv.row(i, row_space), offset + i, frequency, queries, queries_per_kv, i, keys, values,
-              capacity);
+  int64_t work = 0;
+  int busy = 0;  // spans with rows
+  for (const Span& span : spans) {
+    for (int i = 0; i < span.count; i++) {
+      place_row(h, qkv.row(span.row + i, row_space), span.offset + i, frequency,
+                queries + span.row * row_queries, int64_t{span.count} * group, i, keys + span.sequence * cache,
+                values + span.sequence * cache, capacity);
+    }
+    work += 2 * int64_t{h.heads} * span.count * (span.offset + span.count) * h.d;
+    busy += span.count > 0;
   }
-  // A few queries a chunk share its keys; a query is never split, so its bits stay its own.
-  const int64_t work = 2 * int64_t{h.heads} * m * (offset + m) * h.d;
-  int splits = 1;
-  if (work >= kParallelFlops && threads() > 1) {
-    splits = std::clamp((6 * threads() + h.kv_heads - 1) / h.kv_heads, 1, std::max(1, queries_per_kv / 4));
-    splits = std::max(splits, queries_per_kv / 32);
+  // A few queries a task share its keys; a query is never split, so its bits stay its own.
+  const bool shared = work >= kParallelFlops && threads() > 1;
+  thread_local std::vector<Task> tasks;
+  tasks.clear();
+  for (int s = 0; s < static_cast<int>(spans.size()); s++) {
+    const int head_queries = spans[static_cast<size_t>(s)].count * group;
+    int pieces = 1;
+    if (shared && head_queries > 0) {
+      const int wanted = (6 * threads() + h.kv_heads * busy - 1) / (h.kv_heads * busy);
+      pieces = std::max(std::clamp(wanted, 1, std::max(1, head_queries / 4)), head_queries / 32);
+    }
+    for (int kv = 0; head_queries > 0 && kv < h.kv_heads; kv++) {
+      for (int piece = 0; piece < pieces; piece++) {
+        tasks.push_back({s, kv, piece * head_queries / pieces, (piece + 1) * head_queries / pieces});
+      }
+    }
   }
-  const int chunks = work >= kParallelFlops ? h.kv_heads * splits : 1;
-  parallel_for(chunks, [&](int chunk) {
-    const int first_kv = chunks == 1 ? 0 : chunk / splits,
-              last_kv = chunks == 1 ? h.kv_heads : first_kv + 1;
-    const int split = chunks == 1 ? 0 : chunk % splits, pieces = chunks == 1 ? 1 : splits;
-    for (int kv = first_kv; kv < last_kv; kv++) {
-      attend_range(
-          set, h, queries + int64_t{kv} * queries_per_kv * h.padded(), keys + kv * capacity * h.d,
-          values + kv * capacity * h.d, split * queries_per_kv / pieces,
-          (split + 1) * queries_per_kv / pieces, [&](int i) { return offset + i / group + 1; },
-          [&](int i) { return result + (int64_t{i} / group * h.heads + kv * group + i % group) * h.d; });
+  const auto attend = [&](const Task& task) {
+    const Span& span = spans[static_cast<size_t>(task.span)];
+    const int64_t head = (int64_t{span.sequence} * h.kv_heads + task.kv) * capacity * h.d;
+    attend_range(
+        set, h, queries + span.row * row_queries + int64_t{task.kv} * span.count * group * h.padded(),
+        keys + head, values + head, task.first, task.last,
+        [&](int i) { return span.offset + i / group + 1; },
+        [&](int i) {
+          return result + ((span.row + i / group) * h.heads + task.kv * group + i % group) * h.d;
+        });
+  };
+  const auto count = static_cast<int64_t>(tasks.size());
+  const int64_t chunks = shared ? std::min<int64_t>(count, 64 * threads()) : 1;
+  const Task* all = tasks.data();  // not another thread's own
+  parallel_for(static_cast<int>(chunks), [&](int chunk) {
+    for (int64_t i = chunk * count / chunks; i < (chunk + 1) * count / chunks; i++) {
+      attend(all[i]);
     }
   });
 }
 
 std::vector<mx::array> attention(const mx::array& qkv, const mx::array& k_cache, const mx::array& v_cache,
-                                 int offset, int heads, int kv_heads, const mx::array& inverse_frequency,
-                                 float scale) {
-  const Heads h = check(qkv, k_cache, v_cache, 3, heads, kv_heads, inverse_frequency, scale);
-  require(offset >= 0 && offset + qkv.shape(0) <= k_cache.shape(1), "the new rows do not fit the cache");
+                                 const std::vector<int>& offsets, const std::vector<int>& counts, int heads,
+                                 int kv_heads, const mx::array& inverse_frequency, float scale) {
+  const Heads h = check(qkv, k_cache, v_cache, heads, kv_heads, inverse_frequency, scale);
+  const auto sequences = static_cast<size_t>(k_cache.shape(0));
+  require(offsets.size() == sequences && counts.size() == sequences, "every sequence of the caches has a span");
+  std::vector<Span> spans;
+  int64_t rows = 0;
+  for (size_t i = 0; i < sequences; i++) {
+    require(offsets[i] >= 0 && counts[i] >= 0 && (counts[i] == 0 || offsets[i] <= k_cache.shape(2) - counts[i]),
+            "the new rows do not fit the cache");
+    spans.push_back({static_cast<int>(i), rows, offsets[i], counts[i]});
+    rows += counts[i];
+  }
+  require(rows == qkv.shape(0), "the spans must have as many rows as qkv");
   return mx::array::make_arrays({{qkv.shape(0), heads * h.d}, k_cache.shape(), v_cache.shape()},
                                 {mx::float32, mx::float32, mx::float32},
-                                std::make_shared<Attention>(cpu_stream(), h, offset),
+                                std::make_shared<Attention>(cpu_stream(), h, std::move(spans)),
                                 {as_float(qkv), k_cache, v_cache, as_float(inverse_frequency)});
-}
-
-std::vector<mx::array> attention_batch(const mx::array& qkv, const mx::array& k_cache,
-                                       const mx::array& v_cache, const mx::array& positions, int heads,
-                                       int kv_heads, const mx::array& inverse_frequency, float scale) {
-  const Heads h = check(qkv, k_cache, v_cache, 4, heads, kv_heads, inverse_frequency, scale);
-  require(k_cache.shape(0) == qkv.shape(0), "the caches must have one sequence a row");
-  require(positions.ndim() == 1 && positions.shape(0) == qkv.shape(0), "positions must be int32 [s]");
-  const mx::array at = positions.dtype() == mx::int32 ? positions : mx::astype(positions, mx::int32);
-  return mx::array::make_arrays({{qkv.shape(0), heads * h.d}, k_cache.shape(), v_cache.shape()},
-                                {mx::float32, mx::float32, mx::float32},
-                                std::make_shared<AttentionBatch>(cpu_stream(), h),
-                                {as_float(qkv), k_cache, v_cache, as_float(inverse_frequency), at});
 }
 
 }  // namespace bitdraft

@@ -12,10 +12,17 @@ struct Heads {
   int padded() const { return static_cast<int>(round_up(d, 16)); }
 };
 
-// RoPE, the write to the cache [kv_heads][capacity][d], and attention over it, for rows at offset, offset + 1, ...;
-// qkv: [m][(heads + 2 kv_heads) * d]; out: [m][heads * d].
-void attend_rows(const Heads& h, int offset, const Matrix<float>& qkv, const float* frequency, float* keys,
-                 float* values, int64_t capacity, float* out);
+// The new rows of a sequence: `count` from row `row` of a call's on, the first at position `offset`.
+struct Span {
+  int sequence;
+  int64_t row;
+  int offset, count;
+};
+
+// RoPE, the write to the caches [sequences][kv_heads][capacity][d], and attention over them, for the rows of some
+// spans; qkv: [rows][(heads + 2 kv_heads) * d]; out: [rows][heads * d].
+void attend_spans(const Heads& h, const std::vector<Span>& spans, const Matrix<float>& qkv,
+                  const float* frequency, float* keys, float* values, int64_t capacity, float* out);
 
 // Every output of a primitive holds the inputs; left so, a cache never has one holder only and would
 // be copied each time. MLX drops them all right after the evaluation anyway.

@@ -6,8 +6,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "fused_step.h"
 #include "mlx/version.h"
-#include "step.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -47,20 +47,18 @@ NB_MODULE(_native, m) {
         "epilogue"_a, "residual"_a.none());
   m.def("dense_linear", &bitdraft::dense_linear, "x"_a, "weight"_a, "norm"_a.none(), "eps"_a, "epilogue"_a,
         "residual"_a.none());
-  m.def("attention", &bitdraft::attention, "qkv"_a, "k_cache"_a, "v_cache"_a, "offset"_a, "heads"_a,
+  m.def("attention", &bitdraft::attention, "qkv"_a, "k_cache"_a, "v_cache"_a, "offsets"_a, "counts"_a, "heads"_a,
         "kv_heads"_a, "inverse_frequency"_a, "scale"_a);
-  m.def("attention_batch", &bitdraft::attention_batch, "qkv"_a, "k_cache"_a, "v_cache"_a, "positions"_a,
-        "heads"_a, "kv_heads"_a, "inverse_frequency"_a, "scale"_a);
   m.def("argmax", &bitdraft::argmax, "x"_a);
   m.def("clock", &bitdraft::clock, "x"_a);
-  nb::class_<bitdraft::StepModel>(m, "StepModel");
-  m.def("step_model", &bitdraft::step_model, "embedding"_a, "inverse_frequency"_a, "heads"_a, "kv_heads"_a,
+  nb::class_<bitdraft::FusedModel>(m, "FusedModel");
+  m.def("fused_model", &bitdraft::fused_model, "embedding"_a, "inverse_frequency"_a, "heads"_a, "kv_heads"_a,
         "scale"_a, "epilogue"_a, "eps"_a);
   m.def("add_linear", &bitdraft::add_linear, "model"_a, "data"_a, "scale"_a.none(), "n"_a, "k"_a,
         "norm"_a.none());
-  m.def("step", &bitdraft::step, "model"_a, "tokens"_a, "caches"_a, "offset"_a);
-  m.def("continuation", &bitdraft::continuation, "model"_a, "tokens"_a, "caches"_a, "offset"_a, "count"_a,
-        "kept"_a.none());
+  m.def("fused_step", &bitdraft::fused_step, "model"_a, "tokens"_a, "caches"_a, "offset"_a);
+  m.def("greedy_tokens", &bitdraft::greedy_tokens, "model"_a, "tokens"_a, "caches"_a, "offset"_a, "count"_a,
+        "d2t"_a.none());
   m.def("isa", [] { return std::string(bitdraft::kernels().name); });
   m.def("available_isas", &bitdraft::available_isas);
   m.def("select_isa", &bitdraft::select_isa, "name"_a);

@@ -40,11 +40,8 @@ mx::array int8_linear(const mx::array& x, const mx::array& tiles, const mx::arra
 mx::array dense_linear(const mx::array& x, const mx::array& weight, const MaybeArray& norm, float eps,
                        int epilogue, const MaybeArray& residual);
 std::vector<mx::array> attention(const mx::array& qkv, const mx::array& k_cache, const mx::array& v_cache,
-                                 int offset, int heads, int kv_heads, const mx::array& inverse_frequency,
-                                 float scale);
-std::vector<mx::array> attention_batch(const mx::array& qkv, const mx::array& k_cache,
-                                       const mx::array& v_cache, const mx::array& positions, int heads,
-                                       int kv_heads, const mx::array& inverse_frequency, float scale);
+                                 const std::vector<int>& offsets, const std::vector<int>& counts, int heads,
+                                 int kv_heads, const mx::array& inverse_frequency, float scale);
 
 mx::array argmax(const mx::array& x);
 // Nanoseconds of the steady clock when x had been computed, int64.

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from conftest import SHIPPED, TEACHER, trimmed_copy
 
-from decode.engine import ModelDrafter, generate
+from decode.drafters.model import ModelDrafter
+from decode.engine import Request, generate
 from decode.models.checkpoint import find_model, find_teacher
 from decode.models.transformer import Transformer
 from decode.prompts import make_prompt
@@ -18,7 +19,6 @@ from decode.session import Session
 from decode.tokenizer import Tokenizer
 
 VOCAB = 16_384
-NEVER: frozenset[int] = frozenset()
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +53,16 @@ def prompt() -> list[int]:
 
 def test_its_logits_are_those_of_the_whole_head(trimmed: Transformer, kept: np.ndarray, prompt: list[int]) -> None:
     whole = find_model(str(SHIPPED), "--draft").load()
-    rows = [np.array(model.step(prompt[:8], model.new_cache())) for model in (whole, trimmed)]
+    rows = [np.array(model.step(prompt[:8], model.new_cache()).logits) for model in (whole, trimmed)]
     assert np.allclose(rows[1], rows[0][:, kept], rtol=1e-5, atol=1e-5)
 
 
 def test_greedy_speculation_changes_nothing(
     teacher: Transformer, trimmed: Transformer, kept: np.ndarray, prompt: list[int]
 ) -> None:
-    drafter = ModelDrafter(trimmed, Sampling(), NEVER, 0)
-    plain = [t for r in generate(teacher, prompt, max_tokens=60, end_tokens=NEVER) for t in r.tokens]
-    rounds = list(generate(teacher, prompt, max_tokens=60, end_tokens=NEVER, drafter=drafter, k=3))
+    request = Request(prompt, 60)
+    plain = [t for r in generate(teacher, request) for t in r.tokens]
+    rounds = list(generate(teacher, request, ModelDrafter(trimmed), 3))
     assert [t for r in rounds for t in r.tokens] == plain
     # Rows taken for ids would hardly ever be right.
     assert sum(r.accepted for r in rounds) > 0.2 * sum(r.drafted for r in rounds)
@@ -72,9 +72,11 @@ def test_greedy_speculation_changes_nothing(
 def test_what_it_samples_from_is_zero_outside_its_tokens(
     trimmed: Transformer, kept: np.ndarray, prompt: list[int], options: dict[str, float]
 ) -> None:
-    drafter = ModelDrafter(trimmed, Sampling(temperature=1.0, **options), NEVER, 0)  # type: ignore[arg-type]
-    drafter.start(prompt)
-    drafted, q = drafter.sample(prompt, 8)
+    drafter = ModelDrafter(trimmed, Sampling(temperature=1.0, **options))  # type: ignore[arg-type]
+    drafter.start(prompt, {})
+    proposal = drafter.propose(prompt, 8)
+    drafted, q = proposal.tokens, proposal.q
+    assert isinstance(drafted, list) and q is not None
     assert q.shape == (8, VOCAB) and np.allclose(q.sum(axis=1), 1)
     assert not np.delete(q, kept, axis=1).any()
     assert set(drafted) <= set(kept.tolist()) and (q[np.arange(8), drafted] > 0).all()
@@ -87,18 +89,14 @@ def test_sampling_with_it_keeps_the_teachers_distribution(
     sampling = Sampling(temperature=1.5)
     cache = teacher.new_cache()
     teacher.prefill(prompt[:-1], cache)
-    p = sampling.probabilities(np.array(teacher.step(prompt[-1:], cache)))[0]
+    p = sampling.probabilities(np.array(teacher.step(prompt[-1:], cache).logits))[0]
     outside = 1 - p[kept].sum()
     assert 0.05 < outside < 0.95
     n = 300
     hits = 0
     for seed in range(n):
-        drafter = ModelDrafter(trimmed, sampling, NEVER, seed)
-        first = next(
-            generate(
-                teacher, prompt, max_tokens=2, end_tokens=NEVER, drafter=drafter, k=1, sampling=sampling, seed=seed
-            )
-        )
+        request = Request(prompt, 2, sampling=sampling, seed=seed)
+        first = next(generate(teacher, request, ModelDrafter(trimmed, sampling, seed=seed), 1))
         hits += first.tokens[0] not in kept
     assert abs(hits - n * outside) < 4 * np.sqrt(n * outside * (1 - outside))
 

@@ -23,7 +23,7 @@ IDS = np.random.default_rng(0).integers(0, small.VOCAB, 12).tolist()
 
 def logits(folder: Path) -> np.ndarray:
     model = find_teacher(str(folder)).load()
-    return np.array(model.step(IDS, model.new_cache()))
+    return np.array(model.step(IDS, model.new_cache()).logits)
 
 
 def test_master_weights_are_made_ternary(tmp_path: Path) -> None:
@@ -269,4 +269,4 @@ def test_a_teacher_of_another_make_drafts_for_itself(tmp_path: Path) -> None:
     teacher, draft = find_teacher(folder), find_model(folder, "--draft")
     check_same_tokenizer(teacher, draft)
     a: Any = draft.load()
-    np.testing.assert_array_equal(np.array(a.step(IDS, a.new_cache())), logits(Path(folder)))
+    np.testing.assert_array_equal(np.array(a.step(IDS, a.new_cache()).logits), logits(Path(folder)))

@@ -141,7 +141,7 @@ def test_who_may_not(command: Command, hub: Hub) -> None:
 def test_a_hub_teacher_leaves_its_revision_and_licence_in_the_draft(tmp_path: Path) -> None:
     """What distill.training.run writes of a teacher, where the folder is in the Hub client's cache."""
     from decode.models.checkpoint import find_teacher
-    from distill.data.codec import Settings
+    from distill.data.manifest import Settings
     from distill.release.provenance import made_with, teacher_metadata
     from distill.release.publish import hub_name
 

@@ -37,8 +37,7 @@ def test_next_token_choices_agree_with_transformers() -> None:
         ids = tokenizer.encode_prompt(prompt)[:400]
         with torch.no_grad():
             expected = theirs(torch.tensor([ids])).logits[0].float().numpy()
-        hidden = ours.batch_hidden(np.array([ids]), np.ones((1, len(ids)), np.int32))
-        found = np.array(ours.batch_logits(hidden[0]))
+        found = np.array(ours.forward(ids, ours.new_cache()).logits)
         p, q = log_softmax(expected), log_softmax(found)
         divergence += float((np.exp(p) * (p - q)).sum())
         same += int((expected.argmax(-1) == found.argmax(-1)).sum())

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 import tracemalloc
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,11 +21,16 @@ import pytest
 from conftest import ROOT, arguments, environment
 
 from decode.models.checkpoint import Checkpoint, find_teacher
-from distill.data.collect import Collector, CollectSettings, make_plan, top_of
-from distill.data.dataset import Replies
-from distill.data.packing import Piece, cut, pack, split_text, wants_reply
-from distill.data.replies import choose, write_replies
-from distill.data.shards import Dataset, verify
+from distill.data.collect import Collector, plan_collection, plan_scoring
+from distill.data.inspection import inspect_dataset, table, verify
+from distill.data.manifest import Settings
+from distill.data.packing import Segment, cut, pack
+from distill.data.prompts import split_text, wants_reply
+from distill.data.replies import generate_replies, sample_tokens
+from distill.data.reply_dataset import Replies
+from distill.data.scoring import top_of
+from distill.data.settings import CollectSettings
+from distill.data.shards import Dataset
 from distill.data.sources import Document, normalise_prompt
 from kernels import UserError
 
@@ -70,13 +76,21 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_files() -> Iterator[None]:
+    """So that a small reply dataset has several files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("distill.data.reply_pass.EXAMPLES_PER_FILE", 8)
+        yield
+
+
 @pytest.fixture(scope="module")
 def collector(
     teacher: Checkpoint, settings: CollectSettings, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Collector, Dataset]:
     seen: list[tuple[str, int, int | None]] = []
     collector = Collector(
-        make_plan(teacher, settings, tmp_path_factory.mktemp("data") / "d"), lambda *step: seen.append(step)
+        plan_collection(teacher, settings, tmp_path_factory.mktemp("data") / "d"), lambda *step: seen.append(step)
     )
     dataset = collector.run()
     for stage in ("replies", "scoring"):
@@ -84,6 +98,15 @@ def collector(
         assert len(totals) == 1
     assert sum(done for name, done, total in seen if name == "scoring" and total is None) == dataset.tokens
     return collector, dataset
+
+
+def copied(collector: Collector, folder: Path) -> Collector:
+    """A collector of copies of what this one has made."""
+    again, plan = copy.copy(collector), collector.plan
+    shutil.copytree(plan.folder, folder / "d")
+    shutil.copytree(plan.replies, folder / plan.replies.name)
+    again.plan = replace(plan, folder=folder / "d", replies=folder / plan.replies.name)
+    return again
 
 
 # --- the dataset
@@ -102,46 +125,43 @@ def test_size_and_completeness(collector: tuple[Collector, Dataset], settings: C
 def test_damaged_replies_are_named_and_written_anew(
     collector: tuple[Collector, Dataset], tmp_path: Path, damage: str
 ) -> None:
-    whole = files(collector[1].folder)
-    shutil.copytree(collector[1].folder, tmp_path / "d")
-    path = tmp_path / "d" / "replies-0" / "reply-00001.safetensors"
+    again = copied(collector[0], tmp_path)
+    whole = files(tmp_path)
+    path = again.plan.replies / "reply-00001.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data) if damage == "flipped" else path.unlink()
-    assert [problem.file for problem in verify(tmp_path / "d")] == ["replies-0/reply-00001.safetensors"]
+    assert [problem.file for problem in verify(tmp_path / "d")] == [f"../{path.parent.name}/{path.name}"]
     verify(tmp_path / "d", repair=True)
     assert not path.exists() and not Dataset.open(tmp_path / "d").complete and verify(tmp_path / "d") == []
-    again = copy.copy(collector[0])
-    again.plan = replace(again.plan, folder=tmp_path / "d")
     again.run()
-    assert files(tmp_path / "d") == whole
+    assert files(tmp_path) == whole
 
 
 def test_reply_manifests_are_verified(collector: tuple[Collector, Dataset], tmp_path: Path) -> None:
-    shutil.copytree(collector[1].folder, tmp_path / "d")
-    path = tmp_path / "d" / "replies-0" / "manifest.json"
+    path = copied(collector[0], tmp_path).plan.replies / "manifest.json"
     content = path.read_text()
     for change, named in (
         (content[:100], "not valid JSON"),
-        (content.replace('"seed": 0', '"seed": 1'), "has seed = 1, and the shards 0"),
-        (content.replace('"rows": 4', '"rows": 5', 1), "lengths is uint32 [4], expected uint32 [5]"),
+        (content.replace('"seed": 0', '"seed": 1'), "is not the one that the shards were scored from"),
+        (content.replace('"rows": 8', '"rows": 9', 1), "lengths is uint32 [8], expected uint32 [9]"),
     ):
         path.write_text(change)
         (problem,) = verify(tmp_path / "d")
-        assert problem.file.startswith("replies-0/") and named in problem.message
+        assert problem.file.startswith(f"../{path.parent.name}/") and named in problem.message
     path.unlink()
-    assert [problem.file for problem in verify(tmp_path / "d")] == ["replies-0/manifest.json"]
+    assert [problem.file for problem in verify(tmp_path / "d")] == [f"../{path.parent.name}/manifest.json"]
+    shutil.rmtree(path.parent)  # shards without their replies are a whole dataset too
+    assert verify(tmp_path / "d") == []
 
 
 def test_held_out_prompts_are_dropped(collector: tuple[Collector, Dataset]) -> None:
-    _, dataset = collector
     held_out = {
         normalise_prompt(json.loads(line)["prompt"]) for line in (ROOT / "data" / "eval.jsonl").open(encoding="utf-8")
     }
     tokenizer = collector[0].tokenizer
-    answered = [
-        tokenizer.decode(r.tokens[: r.prompt_length].tolist()) for r in Replies.open(dataset.folder / "replies-0")
-    ]
+    examples = Replies.open(collector[0].plan.replies)
+    answered = [tokenizer.decode(e.tokens[: e.prompt_length].tolist()) for e in examples if e.replied]
     assert answered
     asked = [normalise_prompt(text.rsplit("user\n", 1)[1].rsplit("assistant", 1)[0]) for text in answered]
     assert not held_out & set(asked)
@@ -153,10 +173,9 @@ def test_held_out_prompts_would_be_there_otherwise(
 ) -> None:
     def prompts(exclude: tuple[str, ...]) -> str:
         chosen = replace(settings, sources=settings.sources[:1], exclude=exclude, reply=False, tokens=100_000)
-        collector = Collector(make_plan(teacher, chosen, tmp_path / "x"))
-        return normalise_prompt(
-            "".join(collector.tokenizer.decode(tokens.tolist()) for tokens, _, _ in collector.rows())
-        )
+        collector = Collector(plan_collection(teacher, chosen, tmp_path / "x"))
+        rows = collector.rows(collector.replies())
+        return normalise_prompt("".join(collector.tokenizer.decode(tokens.tolist()) for tokens, _, _ in rows))
 
     held_out = normalise_prompt(json.loads((ROOT / "data" / "eval.jsonl").open(encoding="utf-8").readline())["prompt"])
     assert held_out in prompts(())
@@ -166,14 +185,14 @@ def test_held_out_prompts_would_be_there_otherwise(
 def test_replies_are_the_teachers(collector: tuple[Collector, Dataset]) -> None:
     """A greedy reply, written in a batch, is near what decoding alone gives; its row is trained from its start."""
     model, ends = collector[0].model, collector[0].tokenizer.end_tokens
-    replies = list(Replies.open(collector[1].folder / "replies-0"))
-    greedy = [reply for reply in replies if reply.prompt % 2 == 0][:6]
+    replies = [example for example in Replies.open(collector[0].plan.replies) if example.replied]
+    greedy = [reply for reply in replies if reply.number % 2 == 0][:6]
     same = total = 0
     for reply in greedy:
         cache = model.new_cache()
         model.prefill(reply.tokens[: reply.prompt_length - 1].tolist(), cache)
         for at in range(reply.prompt_length, len(reply.tokens)):
-            best = int(mx.argmax(model.step([int(reply.tokens[at - 1])], cache)[0]).item())
+            best = int(mx.argmax(model.step([int(reply.tokens[at - 1])], cache).logits[0]).item())
             same, total = same + (best == reply.tokens[at]), total + 1
         assert not set(reply.tokens[reply.prompt_length : -1].tolist()) & ends
         assert len(reply.tokens) - reply.prompt_length <= 16
@@ -186,19 +205,19 @@ def test_shards_hold_what_the_teacher_thinks(collector: tuple[Collector, Dataset
     block = collector[1].read(0)
     checked = 0
     for row in range(0, len(block.tokens), 3):
-        for document in set(block.document[row].tolist()) - {0}:
-            places = np.flatnonzero(block.document[row] == document)
+        for segment in set(block.segments[row].tolist()) - {0}:
+            places = np.flatnonzero(block.segments[row] == segment)
             if len(places) > 60:
                 places = places[:60]
             cache = model.new_cache()
-            logits = np.array(model.step(block.tokens[row, places].tolist(), cache)).astype(np.float64)
+            logits = np.array(model.step(block.tokens[row, places].tolist(), cache).logits).astype(np.float64)
             for t, (place, z) in enumerate(zip(places, logits, strict=True)):
                 if t % 7:
                     continue
                 lse = np.log(np.exp(z - z.max()).sum()) + z.max()
                 assert block.lse[row, place, 0] == pytest.approx(lse, abs=0.25)
-                heat = np.log(np.exp((z - z.max()) / 0.7).sum()) + z.max() / 0.7
-                assert block.lse[row, place, 1] == pytest.approx(heat, abs=0.35)
+                warm = np.log(np.exp((z - z.max()) / 0.7).sum()) + z.max() / 0.7
+                assert block.lse[row, place, 1] == pytest.approx(warm, abs=0.35)
                 p = np.exp(z[block.top_ids[row, place]] - lse)
                 assert np.abs(np.exp(block.top_logprobs[row, place]) - p).max() < 0.06
                 checked += 1
@@ -220,7 +239,7 @@ def test_top_of_works_in_parts_that_change_nothing(monkeypatch: pytest.MonkeyPat
     """Of a large vocabulary a copy takes hundreds of megabytes, so numpy makes none of the whole."""
     logits = mx.array(np.random.default_rng(0).normal(0, 3, (50, 20_000)).astype(np.float32))
     whole = top_of(logits, 32, (1.0, 2.0))
-    monkeypatch.setattr("distill.data.collect.SORTED_BYTES", 3 * 4 * 20_000)
+    monkeypatch.setattr("distill.data.scoring.SORTED_BYTES", 3 * 4 * 20_000)
     tracemalloc.start()
     parts = top_of(logits, 32, (1.0, 2.0))
     peak = tracemalloc.get_traced_memory()[1]
@@ -242,11 +261,12 @@ def test_what_the_last_source_lacks_the_first_gives(
         if len(turns) == 2:
             raise KeyboardInterrupt
 
-    stopped, whole = (Collector(make_plan(teacher, chosen, tmp_path / name)) for name in ("stopped", "whole"))
+    folders = [tmp_path / name / "d" for name in ("stopped", "whole")]
+    stopped, whole = (Collector(plan_collection(teacher, chosen, folder)) for folder in folders)
     stopped.progress = stop
     with pytest.raises(KeyboardInterrupt):
         stopped.run()
-    assert turns[0] == 300 and not Replies.open(tmp_path / "stopped" / "replies-0").complete
+    assert turns[0] == 300 and not Replies.open(stopped.plan.replies).complete
     stopped.progress = whole.progress
     datasets = [stopped.run(), whole.run()]
     assert files(tmp_path / "stopped") == files(tmp_path / "whole")
@@ -255,7 +275,9 @@ def test_what_the_last_source_lacks_the_first_gives(
 
 def test_too_few_tokens_are_told(teacher: Checkpoint, settings: CollectSettings, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("The ship sailed on over the grey sea. " * 9)
-    collector = Collector(make_plan(teacher, replace(settings, sources=(str(tmp_path / "short.txt"),)), tmp_path / "d"))
+    collector = Collector(
+        plan_collection(teacher, replace(settings, sources=(str(tmp_path / "short.txt"),)), tmp_path / "d")
+    )
     dataset = collector.run()
     assert collector.remarks(dataset) == [
         f"{tmp_path / 'd'}: the sources had only {dataset.tokens} of the 1,500 tokens asked for"
@@ -284,7 +306,7 @@ def test_of_a_hub_dataset_that_was_begun_the_commit_stays(
 
     def run() -> tuple[dict[str, bytes], list[str]]:
         read.clear()
-        collector = Collector(make_plan(teacher, chosen, tmp_path / "d"))
+        collector = Collector(plan_collection(teacher, chosen, tmp_path / "d"))
         remarks = collector.remarks(collector.run())
         assert remarks == (["owner/name: 1 row was skipped: row 11 has a text that is not a string"] if read else [])
         return files(tmp_path / "d"), list(read)
@@ -295,7 +317,151 @@ def test_of_a_hub_dataset_that_was_begun_the_commit_stays(
     assert run() == (first, [])
     (tmp_path / "d" / "shard-00000.safetensors").unlink()
     commit = "b" * 40  # something was uploaded meanwhile
+    assert run() == (first, [])  # the replies are there
+    (tmp_path / "d" / "shard-00000.safetensors").unlink()
+    (replies,) = tmp_path.glob("replies-*")
+    shutil.rmtree(replies)
     assert run() == (first, ["a" * 40])
+
+
+# --- the passes
+
+
+def test_scoring_can_be_repeated_from_the_replies_alone(
+    collector: tuple[Collector, Dataset], teacher: Checkpoint, settings: CollectSettings, tmp_path: Path
+) -> None:
+    """With equal bytes: after shards were deleted, and elsewhere from copied replies, whose sources are not there."""
+    again = copied(collector[0], tmp_path)
+    whole = files(tmp_path / "d")
+    again.plan = replace(again.plan, sources=("gone",))
+    (tmp_path / "d" / "shard-00000.safetensors").unlink()
+    again.run()
+    assert files(tmp_path / "d") == whole
+
+    again.plan.replies.rename(tmp_path / "elsewhere")
+    given = ("top_k", "temperature", "batch")
+    plan = plan_scoring(teacher, tmp_path / "elsewhere", settings, given, tmp_path / "there")
+    Collector(plan).run()
+    assert files(tmp_path / "there") == whole
+    assert inspect_dataset(tmp_path / "there")["replies"][0]["folder"] == str(tmp_path / "elsewhere")
+    assert str(tmp_path / "elsewhere") in table(inspect_dataset(tmp_path / "there"))
+
+
+def test_other_scores_come_from_the_same_replies(
+    collector: tuple[Collector, Dataset], teacher: Checkpoint, settings: CollectSettings, tmp_path: Path
+) -> None:
+    again = copied(collector[0], tmp_path)
+    replies = files(again.plan.replies)
+    chosen = replace(settings, top_k=4, temperatures=(1.0,), batch=3, reply_batch=5)
+    plan = plan_collection(teacher, chosen, tmp_path / "other")
+    assert plan.replies == again.plan.replies
+    dataset = Collector(replace(plan, sources=("gone",))).run()
+    assert files(plan.replies) == replies and verify(tmp_path / "other") == []
+    assert dataset.settings.k == 4 and dataset.tokens == collector[1].tokens
+    assert dataset.scored_from == collector[1].scored_from
+    assert plan_collection(teacher, replace(settings, seed=1), tmp_path / "other").replies != plan.replies
+
+    shorter = plan_scoring(teacher, plan.replies, replace(settings, seq_len=64), ("seq_len",), tmp_path / "shorter")
+    dataset = Collector(shorter).run()
+    assert dataset.settings.seq_len == 64 and dataset.tokens > 0.9 * collector[1].tokens
+    assert dataset.read(0).tokens.shape[1] == 64 and verify(tmp_path / "shorter") == []
+
+
+def test_shards_of_other_replies_are_not_mixed(collector: tuple[Collector, Dataset], tmp_path: Path) -> None:
+    again = copied(collector[0], tmp_path)
+    manifest = again.plan.folder / "manifest.json"
+    (sha256,) = (replies.sha256 for replies in collector[1].scored_from)
+    manifest.write_text(manifest.read_text().replace(sha256, "0" * 64).replace('"complete": true', '"complete": false'))
+    with pytest.raises(UserError, match=rf"was begun from other replies \(.*0{{12}}\), not from .*{sha256[:12]}"):
+        again.run()
+
+
+def test_replies_that_cannot_be_scored(
+    collector: tuple[Collector, Dataset], teacher: Checkpoint, settings: CollectSettings, tmp_path: Path
+) -> None:
+    folder = copied(collector[0], tmp_path).plan.replies
+    manifest = folder / "manifest.json"
+    content = manifest.read_text()
+
+    def refused(message: str, *given: str, change: tuple[str, str] = ("", "")) -> None:
+        manifest.write_text(content.replace(*change))
+        with pytest.raises(UserError, match=message):
+            plan_scoring(teacher, folder, settings, given, tmp_path / "x")
+        assert not (tmp_path / "x").exists()
+
+    refused("--tokens would decide new ones", "tokens")
+    refused("--source would decide new ones", "source")
+    refused("is not complete", change=('"complete": true', '"complete": false'))
+    refused(f"was written by .*, not by {teacher.name}", change=(teacher.weights_hash, "0" * 64))
+    refused("another tokenizer_hash", change=(teacher.tokenizer_hash, "0" * 64))
+    refused("is damaged", change=('"seed"', '"sead"'))
+    with pytest.raises(UserError, match="holds shards, not replies"):
+        plan_scoring(teacher, collector[1].folder, settings, (), tmp_path / "x")
+
+
+@pytest.fixture(scope="module")
+def of_prompts(teacher: Checkpoint, settings: CollectSettings, tmp_path_factory: pytest.TempPathFactory) -> Collector:
+    chosen = replace(settings, sources=settings.sources[:1], tokens=1500, max_reply=12)
+    return Collector(plan_collection(teacher, chosen, tmp_path_factory.mktemp("prompts") / "d"))
+
+
+def test_reply_n_answers_prompt_n_of_a_seeded_order(of_prompts: Collector) -> None:
+    """Whatever the batch, and however long the replies before it: they decide only how many there are."""
+    (chosen,) = of_prompts.choose()
+    numbers = [number for number, _ in chosen.prompts]
+    assert [document.line for _, document in chosen.prompts] != sorted(document.line for _, document in chosen.prompts)
+    replies = list(of_prompts.replies())
+    assert [reply.number for reply in replies] == numbers[: len(replies)] and len(replies) > 25
+    assert sum(len(reply.tokens) for reply in replies) == 1500  # the last one is cut off
+    for reply, (_, document) in zip(replies[:-1], chosen.prompts, strict=False):
+        said = of_prompts.tokenizer.decode(reply.tokens[: reply.prompt_length].tolist())
+        assert document.text is not None and document.text in said
+
+    counts = {}
+    for name, value in (("reply_batch", 1), ("reply_batch", 9), ("max_reply", 5), ("tokens", 700)):
+        other = copy.copy(of_prompts)
+        other.settings = replace(of_prompts.settings, **{name: value})  # type: ignore[arg-type]
+        recorded = {} if name == "reply_batch" else {name: value}
+        folder = of_prompts.plan.folder.parent / f"{name}-{value}"
+        manifest = Settings(of_prompts.plan.reply_manifest.values | recorded)
+        other.plan = replace(of_prompts.plan, replies=folder, reply_manifest=manifest)
+        found = list(other.replies())
+        counts[name] = len(found)
+        assert [reply.number for reply in found] == numbers[: len(found)]
+        both = list(zip(found[:-1], replies[:-1], strict=False))
+        assert all(a.tokens[: a.prompt_length].tolist() == b.tokens[: b.prompt_length].tolist() for a, b in both)
+        # Sums in other batches round otherwise, which can turn a near tie; most replies must not change.
+        begun = [(a.tokens[a.prompt_length :], b.tokens[b.prompt_length :]) for a, b in both]
+        same = sum(a[:5].tolist() == b[:5].tolist() for a, b in begun)
+        assert same >= 0.75 * len(both)
+    assert counts["max_reply"] > len(replies) > counts["tokens"]
+
+
+def test_stopped_anywhere_the_replies_end_the_same(of_prompts: Collector, tmp_path: Path) -> None:
+    """Stopped at some of its steps, and with a file lost."""
+    of_prompts.replies()
+    whole = files(of_prompts.plan.replies)
+    again, steps, stops = copy.copy(of_prompts), 0, [6, 20, 30, 10]
+
+    def stop(stage: str, done: int, total: int | None) -> None:
+        nonlocal steps
+        steps += 1
+        if stops and steps == stops[0]:
+            steps = 0
+            del stops[0]
+            raise KeyboardInterrupt
+
+    again.plan, again.progress = replace(again.plan, replies=tmp_path), stop
+    while stops:
+        with pytest.raises(KeyboardInterrupt):
+            again.replies()
+        assert not Replies.open(tmp_path).complete
+    assert Replies.open(tmp_path).shards
+    again.replies()
+    assert files(tmp_path) == whole and "reply-00001.safetensors" in whole
+    (tmp_path / "reply-00000.safetensors").unlink()
+    again.replies()
+    assert files(tmp_path) == whole
 
 
 # --- rows
@@ -303,28 +469,28 @@ def test_of_a_hub_dataset_that_was_begun_the_commit_stays(
 
 def test_pack_keeps_every_token_once() -> None:
     rng = np.random.default_rng(0)
-    pieces = []
+    segments = []
     for i, size in enumerate(rng.integers(8, 33, 300)):
         tokens = np.full(size, i + 1, np.int32)
-        pieces.append(Piece(tokens, tokens % 2 == 0))
-    rows = pack(pieces, 64)
-    assert sum(int((document > 0).sum()) for _, _, document in rows) == sum(len(p.tokens) for p in pieces)
-    assert len(rows) < 1.1 * sum(len(p.tokens) for p in pieces) / 64
+        segments.append(Segment(tokens, tokens % 2 == 0))
+    rows = pack(segments, 64)
+    assert sum(int((ids > 0).sum()) for _, _, ids in rows) == sum(len(p.tokens) for p in segments)
+    assert len(rows) < 1.1 * sum(len(p.tokens) for p in segments) / 64
     seen: list[int] = []
-    for tokens, mask, document in rows:
-        assert not mask[document == 0].any() and not tokens[document == 0].any()
-        for number in sorted(set(document.tolist()) - {0}):
-            (value,) = set(tokens[document == number].tolist())
+    for tokens, mask, ids in rows:
+        assert not mask[ids == 0].any() and not tokens[ids == 0].any()
+        for number in sorted(set(ids.tolist()) - {0}):
+            (value,) = set(tokens[ids == number].tolist())
             seen.append(value)
-            assert len(pieces[value - 1].tokens) == (document == number).sum()
-            assert set(mask[document == number].tolist()) == {value % 2 == 0}
+            assert len(segments[value - 1].tokens) == (ids == number).sum()
+            assert set(mask[ids == number].tolist()) == {value % 2 == 0}
     assert sorted(seen) == list(range(1, 301))
 
 
 def test_cut_drops_ends_too_short_to_learn_from() -> None:
     def sizes(length: int, trained_from: int = 0) -> list[int]:
         mask = np.arange(length) >= trained_from
-        return [len(part.tokens) for part in cut(Piece(np.zeros(length, np.int32), mask), 32)]
+        return [len(part.tokens) for part in cut(Segment(np.zeros(length, np.int32), mask), 32)]
 
     assert sizes(70) == [32, 32]
     assert sizes(72) == [32, 32, 8]
@@ -352,11 +518,11 @@ def test_wants_reply() -> None:
 # --- replies
 
 
-def test_choose() -> None:
+def test_sample_tokens() -> None:
     logits = mx.log(mx.array([[0.1, 0.6, 0.3]] * 5))
-    heat = np.array([0, 1, 1, 1, 1], np.float32)
+    temperature = np.array([0, 1, 1, 1, 1], np.float32)
     uniform = np.array([0.99, 0.05, 0.15, 0.71, 1.0], np.float32)
-    assert np.array(choose(logits, heat, uniform)).tolist() == [1, 0, 1, 2, 2]
+    assert np.array(sample_tokens(logits, temperature, uniform)).tolist() == [1, 0, 1, 2, 2]
 
 
 def test_a_reply_does_not_depend_on_who_else_is_answered(collector: tuple[Collector, Dataset]) -> None:
@@ -364,10 +530,14 @@ def test_a_reply_does_not_depend_on_who_else_is_answered(collector: tuple[Collec
     prompts = [np.random.default_rng(i).integers(3, 9000, 5 + 3 * i).tolist() for i in range(4)]
 
     def ask(chosen: list[int]) -> list[list[int]]:
-        replies = write_replies(
-            model, [prompts[i] for i in chosen], chosen, temperatures=[0.0 if i % 2 else 0.8 for i in chosen],
-            max_reply=12, end_tokens=frozenset(), seed=3,
-        )  # fmt: skip
+        replies = generate_replies(
+            model,
+            [prompts[i] for i in chosen],
+            [(3, i) for i in chosen],
+            temperatures=[0.0 if i % 2 else 0.8 for i in chosen],
+            max_reply=12,
+            end_tokens=frozenset(),
+        )
         return [reply.tolist() for reply in replies]
 
     together = ask([0, 1, 2, 3])
@@ -404,7 +574,7 @@ def test_impossible_settings(
     teacher: Checkpoint, settings: CollectSettings, change: dict[str, object], named: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=named):
-        make_plan(teacher, replace(settings, **change), tmp_path / "d")  # type: ignore[arg-type]
+        plan_collection(teacher, replace(settings, **change), tmp_path / "d")  # type: ignore[arg-type]
     assert not (tmp_path / "d").exists()
 
 
@@ -413,15 +583,15 @@ def test_caches_beyond_the_memory_are_refused(
 ) -> None:
     monkeypatch.setattr("kernels.memory.memory_bytes", lambda: 1_000_000)
     with pytest.raises(UserError, match=rf"--reply-batch {settings.reply_batch}: .* this machine has 0\.0 GB"):
-        Collector(make_plan(teacher, settings, tmp_path)).run()
+        Collector(plan_collection(teacher, settings, tmp_path)).run()
     with pytest.raises(UserError, match=rf"--reply-batch {settings.reply_batch}: .* this machine has 0\.0 GB"):
-        Collector(make_plan(teacher, settings, tmp_path)).estimate()  # what a dry run does
+        Collector(plan_collection(teacher, settings, tmp_path)).estimate()  # what a dry run does
 
 
 def test_nothing_to_collect_from(teacher: Checkpoint, settings: CollectSettings, tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     chosen = replace(settings, sources=(str(tmp_path / "empty.jsonl"),))
-    collector = Collector(make_plan(teacher, chosen, tmp_path / "d"))
+    collector = Collector(plan_collection(teacher, chosen, tmp_path / "d"))
     assert collector.estimate().tokens == settings.tokens
     with pytest.raises(UserError, match=r"empty.jsonl: nothing to collect from"):
         collector.run()
@@ -448,7 +618,7 @@ def undisturbed(sources: tuple[str, ...], tmp_path_factory: pytest.TempPathFacto
     process = collect(out, sources)
     _, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
-    return files(out), time.monotonic() - began
+    return files(out.parent), time.monotonic() - began
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(
@@ -467,7 +637,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(
     process = collect(out, sources)
     _, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
-    assert files(out) == expected
+    assert files(tmp_path) == expected
 
 
 def test_interrupted_it_says_so_and_goes_on(
@@ -475,7 +645,7 @@ def test_interrupted_it_says_so_and_goes_on(
 ) -> None:
     out = tmp_path / "d"
     process = collect(out, sources)
-    while process.poll() is None and not list(out.glob("replies-0/reply-*")):
+    while process.poll() is None and not list(tmp_path.glob("replies-*/manifest.json")):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -493,7 +663,7 @@ def test_interrupted_it_says_so_and_goes_on(
 
     process = collect(out, sources)
     process.communicate(timeout=120)
-    assert files(out) == undisturbed[0]
+    assert files(tmp_path) == undisturbed[0]
 
 
 def test_full_disk(sources: tuple[str, ...], undisturbed: tuple[dict[str, bytes], float], tmp_path: Path) -> None:
@@ -511,4 +681,4 @@ def test_full_disk(sources: tuple[str, ...], undisturbed: tuple[dict[str, bytes]
     assert len(done.stderr.splitlines()) == 1 and f"no room left in {out}" in done.stderr
     assert not Dataset.open(out).complete and not list(out.glob(".*"))
     subprocess.run(start, env=environment(), cwd=tmp_path, stdin=subprocess.DEVNULL, check=True, timeout=120)
-    assert files(out) == undisturbed[0]
+    assert files(tmp_path) == undisturbed[0]

@@ -20,15 +20,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from distill.data.shards import (
-    Block,
-    Dataset,
-    Settings,
-    ShardWriter,
-    describe,
-    newest_dataset,
-    verify,
-)
+from distill.data.codec import Block
+from distill.data.inspection import inspect_dataset, verify
+from distill.data.manifest import Settings
+from distill.data.shards import Dataset, ShardWriter, newest_dataset
 from kernels.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -65,14 +60,14 @@ def make_block(settings: Settings, rows: int = 4, seed: int = 0) -> Block:
     lse = np.log(np.exp(logits).sum(-1, keepdims=True) + tail)
     starts = rng.random((rows, n)) < 0.05
     starts[:, :1] = True
-    document = np.cumsum(starts, axis=1).astype(np.uint8)
-    document[rows // 2 : rows // 2 + 1, n - n // 4 :] = 0
+    segments = np.cumsum(starts, axis=1).astype(np.uint8)
+    segments[rows // 2 : rows // 2 + 1, n - n // 4 :] = 0
     step = 1 + rng.integers(0, max(1, vocab_size // k - 1), (rows, n, 1))
     ids = (rng.integers(0, vocab_size, (rows, n, 1)) + step * np.arange(k)) % vocab_size
     return Block(
         tokens=rng.integers(0, vocab_size, (rows, n)).astype(np.int32),
-        loss_mask=(rng.random((rows, n)) < 0.7) & (document > 0),
-        document=document,
+        loss_mask=(rng.random((rows, n)) < 0.7) & (segments > 0),
+        segments=segments,
         top_ids=ids.astype(np.int32),
         top_logprobs=(logits - lse).astype(np.float32),
         lse=np.concatenate([lse / t for t in settings.temperatures], axis=-1).astype(np.float32),
@@ -119,12 +114,12 @@ def test_round_trip(tmp_path: Path, vocab_size: int, k: int) -> None:
         entry = writer.write(block)
         writer.finish()
     read = Dataset.open(tmp_path).read(0)
-    for name in ("tokens", "loss_mask", "document", "top_ids", "lse"):
+    for name in ("tokens", "loss_mask", "segments", "top_ids", "lse"):
         assert np.array_equal(getattr(read, name), getattr(block, name)), name
         assert getattr(read, name).dtype == getattr(block, name).dtype, name
     assert np.abs(np.exp(read.top_logprobs) - np.exp(block.top_logprobs)).max() < 6.7e-4
     np.testing.assert_allclose(read.top_logits - read.lse[..., :1], read.top_logprobs, atol=1e-5)
-    assert entry.tokens == np.count_nonzero(block.document) and entry.rows == 5
+    assert entry.tokens == np.count_nonzero(block.segments) and entry.rows == 5
     assert verify(tmp_path) == []
     stored = load((tmp_path / "shard-00000.safetensors").read_bytes())["tokens"]
     assert stored.dtype == (np.uint16 if vocab_size <= 65_536 else np.uint32)
@@ -149,7 +144,7 @@ def test_bytes_a_token(tmp_path: Path) -> None:
     settings = make_settings(vocab_size=BIG, k=32, seq_len=512)
     with ShardWriter.open(tmp_path, settings) as writer:
         block = make_block(settings, rows=8)
-        writer.write(replace(block, document=np.ones_like(block.document)))
+        writer.write(replace(block, segments=np.ones_like(block.segments)))
     everything = sum(path.stat().st_size for path in tmp_path.iterdir())
     assert 125 < everything / (8 * 512) <= 128
 
@@ -158,19 +153,19 @@ def test_no_rows_and_no_shards(tmp_path: Path) -> None:
     settings = make_settings()
     with ShardWriter.open(tmp_path / "a", settings) as writer:
         writer.finish()
-    assert describe(tmp_path / "a")["tokens"] == 0 and verify(tmp_path / "a") == []
+    assert inspect_dataset(tmp_path / "a")["tokens"] == 0 and verify(tmp_path / "a") == []
     with ShardWriter.open(tmp_path / "b", settings) as writer:
         writer.write(make_block(settings, rows=0))
         writer.finish()
     assert Dataset.open(tmp_path / "b").read(0).top_ids.shape == (0, 64, 8)
-    assert verify(tmp_path / "b") == [] and describe(tmp_path / "b")["mean_top1_probability"] is None
+    assert verify(tmp_path / "b") == [] and inspect_dataset(tmp_path / "b")["mean_top1_probability"] is None
 
 
 def test_writer_refuses_impossible_blocks(tmp_path: Path) -> None:
     settings = make_settings()
     good = make_block(settings)
     rising = good.top_logprobs[..., ::-1].copy()
-    gap = good.document.copy()
+    gap = good.segments.copy()
     gap[0, 5] = 0
     twice = good.top_ids.copy()
     twice[0, 0, 1] = twice[0, 0, 0]
@@ -185,8 +180,8 @@ def test_writer_refuses_impossible_blocks(tmp_path: Path) -> None:
         "does not fall": replace(good, top_logprobs=rising),
         "sum to more than 1": replace(good, top_logprobs=good.top_logprobs + 1),
         "lse": replace(good, lse=nan),
-        "start at 1": replace(good, document=np.where(good.document > 0, good.document + 1, 0).astype(np.uint8)),
-        "count up": replace(good, document=gap, loss_mask=np.zeros_like(good.loss_mask)),
+        "start at 1": replace(good, segments=np.where(good.segments > 0, good.segments + 1, 0).astype(np.uint8)),
+        "count up": replace(good, segments=gap, loss_mask=np.zeros_like(good.loss_mask)),
         "trains on padding": replace(good, loss_mask=np.ones_like(good.loss_mask)),
     }
     with ShardWriter.open(tmp_path, settings) as writer:
@@ -482,15 +477,15 @@ def test_bad_manifests(tmp_path: Path) -> None:
 # --- what is in it, which is newest
 
 
-def test_describe(tmp_path: Path) -> None:
+def test_inspect(tmp_path: Path) -> None:
     collect(tmp_path, 3)
     settings = make_settings()
     blocks = [make_block(settings, seed=seed) for seed in range(3)]
     p = np.concatenate([np.exp(block.top_logprobs[block.loss_mask]) for block in blocks])
-    found = describe(tmp_path)
-    assert found["tokens"] == sum(np.count_nonzero(block.document) for block in blocks)
+    found = inspect_dataset(tmp_path)
+    assert found["tokens"] == sum(np.count_nonzero(block.segments) for block in blocks)
     assert found["trained_tokens"] == len(p) and found["rows"] == 12 and found["complete"]
-    assert found["documents"] == sum(int(block.document.max(1).sum()) for block in blocks)
+    assert found["documents"] == sum(int(block.segments.max(1).sum()) for block in blocks)
     assert found["mean_top1_probability"] == pytest.approx(p[:, 0].mean(), abs=7e-4)
     assert found["mean_tail_mass"] == pytest.approx(1 - p.sum(1).mean(), abs=3e-3)
     assert found["mean_entropy_at_least_nats"] > -(p * np.log(p)).sum(1).mean() - 0.01

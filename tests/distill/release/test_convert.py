@@ -15,7 +15,7 @@ from conftest import Command
 from safetensors import safe_open
 
 from decode.models.checkpoint import find_teacher
-from distill.data.codec import Settings
+from distill.data.manifest import Settings
 from distill.release.convert import convert
 from distill.release.provenance import origin, teacher_metadata
 from kernels import UserError
@@ -25,7 +25,7 @@ IDS = np.random.default_rng(0).integers(0, small.VOCAB, 12).tolist()
 
 def logits(folder: Path) -> np.ndarray:
     model = find_teacher(str(folder)).load()
-    return np.array(model.step(IDS, model.new_cache()))
+    return np.array(model.step(IDS, model.new_cache()).logits)
 
 
 def converted_by_mlx_lm(folder: Path) -> Path:

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from conftest import Command, arguments, environment
 
-from decode.metrics import Tally
+from decode.metrics import Metrics
 from decode.models.checkpoint import find_model, find_teacher
 from decode.prompts import Prompt
-from decode.session import Output, Session
+from decode.session import Completion, Session
 from distill.release.evaluate import evaluate, figures, without_looping
 from distill.release.settings import EvaluateSettings
 from kernels import UserError
@@ -81,7 +81,7 @@ def test_both_ways_take_turns_in_being_first(
     order: list[tuple[str, bool]] = []
     answer = Session.answer
 
-    def noted(session: Session, prompt: Prompt, *others: Any, speculative: bool, **options: Any) -> Output:
+    def noted(session: Session, prompt: Prompt, *others: Any, speculative: bool, **options: Any) -> Completion:
         order.append((prompt.id, speculative))
         return answer(session, prompt, *others, speculative=speculative, **options)
 
@@ -93,11 +93,11 @@ def test_both_ways_take_turns_in_being_first(
 
 
 def test_looping_replies_are_set_apart() -> None:
-    def pair(tokens: list[int], drafted: int, accepted: int, seconds: float) -> tuple[Output, Output]:
-        spec = Tally(len(tokens), 4, drafted, accepted, [accepted], 0.0, 0.0, seconds)
-        plain = Tally(len(tokens), len(tokens), verify_seconds=2 * seconds)
+    def pair(tokens: list[int], drafted: int, accepted: int, seconds: float) -> tuple[Completion, Completion]:
+        spec = Metrics(len(tokens), 4, drafted, accepted, [accepted], 0.0, 0.0, seconds)
+        plain = Metrics(len(tokens), len(tokens), verify_seconds=2 * seconds)
         prompt = Prompt([{"role": "user", "content": "a"}], "1")
-        return Output(prompt, [1], tokens, spec), Output(prompt, [1], tokens, plain)
+        return Completion(prompt, [1], tokens, spec), Completion(prompt, [1], tokens, plain)
 
     loop, fine = pair([7] * 12, 12, 12, 0.5), pair(list(range(12)), 10, 4, 1.0)
     both = figures([loop, fine])

@@ -285,7 +285,7 @@ def test_untrained_positions_and_other_documents_have_no_gradient(made: tuple[Pa
     off = ~plain.loss_mask
     changed = dataclasses.replace(
         plain,
-        tokens=np.where(plain.document == 0, rubbish, plain.tokens),
+        tokens=np.where(plain.segments == 0, rubbish, plain.tokens),
         top_logprobs=np.where(off[..., None], np.float32(-1), plain.top_logprobs),
         lse=np.where(off[..., None], np.float32(3), plain.lse),
     )

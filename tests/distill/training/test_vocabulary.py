@@ -46,7 +46,7 @@ def test_counts_are_of_what_follows_a_trained_position(made: tuple[Path, Path]) 
     data = Dataset.open(made[0])
     expected = np.zeros(VOCAB, int)
     for block in data:
-        for tokens, trained, document in zip(block.tokens, block.loss_mask, block.document, strict=True):
+        for tokens, trained, document in zip(block.tokens, block.loss_mask, block.segments, strict=True):
             for t in range(len(tokens) - 1):
                 if trained[t] and document[t] > 0 and document[t] == document[t + 1]:
                     expected[tokens[t + 1]] += 1
@@ -131,12 +131,12 @@ def test_decode_computes_with_it(
     out = tmp_path / "draft"
     checkpoint.save(out, saved.model, saved.config, made[1], {"complete": True}, bits, d2t=saved.d2t)
     model = find_model(str(out), "--draft").load()
-    assert saved.d2t is not None and model.kept is not None and np.array_equal(model.kept, saved.d2t)
+    assert saved.d2t is not None and model.d2t is not None and np.array_equal(model.d2t, saved.d2t)
     saved.model.load_weights(list(checkpoint.rounded(llama.named_weights(saved.model), bits).items()))
     tokens = np.arange(3, 20) * 5 % VOCAB
     hidden = llama.forward(saved.model, mx.array(tokens[None]), mx.ones((1, len(tokens)), mx.int32))[0]
     expected = hidden @ llama.head_weight(saved.model, mx.array(saved.d2t)).T
-    found = model.step(tokens, model.new_cache())
+    found = model.step(tokens, model.new_cache()).logits
     assert found.shape == (len(tokens), len(saved.d2t))
     # Decoding takes dequantised weights as bfloat16.
     assert np.allclose(np.array(found), np.array(expected), rtol=1e-3, atol=1e-3 if bits is None else 0.04)

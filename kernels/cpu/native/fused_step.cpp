@@ -1,4 +1,4 @@
-#include "step.h"
+#include "fused_step.h"
 
 #include <algorithm>
 
@@ -8,7 +8,7 @@ namespace {
 enum Slot { kStates = 4, kLogits = 5 };
 
 // y = linear(x), gated if `gated`; residual may be null.
-void apply(const Kernels& set, const StepModel& model, const Linear& linear, const float* x, int64_t m, bool gated,
+void apply(const Kernels& set, const FusedModel& model, const Linear& linear, const float* x, int64_t m, bool gated,
            const float* residual, float* y) {
   const Matrix<float> rows(x, m, linear.k);
   const float* norm = linear.norm ? linear.norm->data<float>() : nullptr;
@@ -46,7 +46,7 @@ struct Caches {
 };
 
 // Runs the layers over m tokens at an offset. Returns the last states, [m][hidden], in scratch memory.
-float* run_layers(const StepModel& model, const int32_t* tokens, int64_t m, int offset, const Caches& caches) {
+float* run_layers(const FusedModel& model, const int32_t* tokens, int64_t m, int offset, const Caches& caches) {
   const Kernels& set = kernels();
   const int64_t hidden = model.hidden();
   const Linear* linear = model.linears.data();
@@ -54,13 +54,14 @@ float* run_layers(const StepModel& model, const int32_t* tokens, int64_t m, int 
   float* x = scratch_floats(kStates, m * (2 * hidden + qkv_width + attended_width + gated_width));
   float *next = x + m * hidden, *qkv = next + m * hidden, *attended = qkv + m * qkv_width,
         *h = attended + m * attended_width;
+  const std::vector<Span> span{{0, 0, offset, static_cast<int>(m)}};
   for (int64_t i = 0; i < m; i++) {
     embed(model.embedding, tokens[i], x + i * hidden);
   }
   for (size_t layer = 0; layer < model.layers(); layer++, linear += 4) {
     apply(set, model, linear[0], x, m, false, nullptr, qkv);
-    attend_rows(model.heads, offset, Matrix<float>(qkv, m, qkv_width), model.inverse_frequency.data<float>(),
-                caches.data[layer], caches.data[model.layers() + layer], caches.capacity, attended);
+    attend_spans(model.heads, span, Matrix<float>(qkv, m, qkv_width), model.inverse_frequency.data<float>(),
+                 caches.data[layer], caches.data[model.layers() + layer], caches.capacity, attended);
     apply(set, model, linear[1], attended, m, false, x, next);
     apply(set, model, linear[2], next, m, true, nullptr, h);
     apply(set, model, linear[3], h, m, false, next, x);
@@ -68,14 +69,14 @@ float* run_layers(const StepModel& model, const int32_t* tokens, int64_t m, int 
   return x;
 }
 
-void run_head(const StepModel& model, const float* states, int64_t m, float* logits) {
+void run_head(const FusedModel& model, const float* states, int64_t m, float* logits) {
   apply(kernels(), model, model.linears.back(), states, m, false, nullptr, logits);
 }
 
 // What a step and a chain of steps have in common: tokens and caches in, one array and the caches out.
 class OverCaches : public CpuPrimitive {
  public:
-  OverCaches(mx::Stream stream, std::shared_ptr<StepModel> model, int offset)
+  OverCaches(mx::Stream stream, std::shared_ptr<FusedModel> model, int offset)
       : CpuPrimitive(stream), model_(std::move(model)), offset_(offset) {}
 
  protected:
@@ -94,7 +95,7 @@ class OverCaches : public CpuPrimitive {
       for (size_t i : copied) {
         copy_cache(in[i], out[i]);
       }
-      Caches caches{{}, out[1].shape(1)};
+      Caches caches{{}, out[1].shape(2)};
       for (size_t i = 1; i < out.size(); i++) {
         caches.data.push_back(out[i].data<float>());
       }
@@ -106,14 +107,14 @@ class OverCaches : public CpuPrimitive {
     });
   }
 
-  std::shared_ptr<StepModel> model_;
+  std::shared_ptr<FusedModel> model_;
   int offset_;
 };
 
-class Step : public OverCaches {
+class FusedStep : public OverCaches {
  public:
   using OverCaches::OverCaches;
-  DEFINE_NAME(BitdraftStep)
+  DEFINE_NAME(BitdraftFusedStep)
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     dispatch_over_caches(inputs, outputs, [model = model_, offset = offset_](const std::vector<int32_t>& tokens,
@@ -124,14 +125,14 @@ class Step : public OverCaches {
   }
 };
 
-class Continuation : public OverCaches {
+class GreedyTokens : public OverCaches {
  public:
-  Continuation(mx::Stream stream, std::shared_ptr<StepModel> model, int offset, MaybeArray kept)
-      : OverCaches(stream, std::move(model), offset), kept_(std::move(kept)) {}
-  DEFINE_NAME(BitdraftContinuation)
+  GreedyTokens(mx::Stream stream, std::shared_ptr<FusedModel> model, int offset, MaybeArray d2t)
+      : OverCaches(stream, std::move(model), offset), d2t_(std::move(d2t)) {}
+  DEFINE_NAME(BitdraftGreedyTokens)
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    dispatch_over_caches(inputs, outputs, [model = model_, offset = offset_, kept = kept_](
+    dispatch_over_caches(inputs, outputs, [model = model_, offset = offset_, d2t = d2t_](
                                               const std::vector<int32_t>& tokens, const Caches& caches,
                                               mx::array& chosen) {
       float* logits = scratch_floats(kLogits, model->linears.back().n);
@@ -143,7 +144,7 @@ class Continuation : public OverCaches {
         run_head(*model, states + (m - 1) * model->hidden(), 1, logits);
         const uint32_t best = best_index(logits, model->linears.back().n);
         at += static_cast<int>(m);
-        chosen.data<uint32_t>()[i] = kept ? kept->data<uint32_t>()[best] : best;
+        chosen.data<uint32_t>()[i] = d2t ? d2t->data<uint32_t>()[best] : best;
         feed = reinterpret_cast<int32_t*>(chosen.data<uint32_t>()) + i;
         m = 1;
       }
@@ -151,13 +152,13 @@ class Continuation : public OverCaches {
   }
 
  private:
-  MaybeArray kept_;
+  MaybeArray d2t_;
 };
 
 // Checks the arguments, and makes the operation's outputs: an array of this shape and dtype, and the new caches.
 // rows: how many are written to the caches.
 template <class Operation, class... Options>
-std::vector<mx::array> over_caches(const std::shared_ptr<StepModel>& model, const mx::array& tokens,
+std::vector<mx::array> over_caches(const std::shared_ptr<FusedModel>& model, const mx::array& tokens,
                                    const std::vector<mx::array>& caches, int offset, int rows,
                                    const mx::Shape& shape, mx::Dtype dtype, const Options&... options) {
   const Heads& h = model->heads;
@@ -169,30 +170,30 @@ std::vector<mx::array> over_caches(const std::shared_ptr<StepModel>& model, cons
   std::vector<mx::Dtype> dtypes{dtype};
   std::vector<mx::array> inputs{tokens};
   for (const mx::array& cache : caches) {
-    require(cache.ndim() == 3 && cache.dtype() == mx::float32 && cache.shape() == caches[0].shape() &&
-                cache.shape(0) == h.kv_heads && cache.shape(2) == h.d,
-            "every cache must be float32 [kv_heads, capacity, d]");
+    require(cache.ndim() == 4 && cache.dtype() == mx::float32 && cache.shape() == caches[0].shape() &&
+                cache.shape(0) == 1 && cache.shape(1) == h.kv_heads && cache.shape(3) == h.d,
+            "every cache must be float32 [1, kv_heads, capacity, d]");
     shapes.push_back(cache.shape());
     dtypes.push_back(mx::float32);
     inputs.push_back(cache);
   }
-  require(offset >= 0 && offset + rows <= caches[0].shape(1), "the new rows do not fit the cache");
+  require(offset >= 0 && offset + rows <= caches[0].shape(2), "the new rows do not fit the cache");
   const auto operation = std::make_shared<Operation>(cpu_stream(), model, offset, options...);
   return mx::array::make_arrays(std::move(shapes), dtypes, operation, inputs);
 }
 
 }  // namespace
 
-std::shared_ptr<StepModel> step_model(const mx::array& embedding, const mx::array& inverse_frequency, int heads,
-                                      int kv_heads, float scale, int epilogue, float eps) {
+std::shared_ptr<FusedModel> fused_model(const mx::array& embedding, const mx::array& inverse_frequency, int heads,
+                                        int kv_heads, float scale, int epilogue, float eps) {
   require(embedding.ndim() == 2 && (embedding.dtype() == mx::bfloat16 || embedding.dtype() == mx::float32),
           "the embedding must be bfloat16 or float32 [vocab, hidden]");
   const int d = 2 * inverse_frequency.shape(0);
-  return std::make_shared<StepModel>(StepModel{Heads{heads, kv_heads, d, scale}, inverse_frequency, embedding,
+  return std::make_shared<FusedModel>(FusedModel{Heads{heads, kv_heads, d, scale}, inverse_frequency, embedding,
                                                static_cast<Epilogue>(epilogue), eps, {}});
 }
 
-void add_linear(StepModel& model, const mx::array& data, const MaybeArray& scale, int n, int k,
+void add_linear(FusedModel& model, const mx::array& data, const MaybeArray& scale, int n, int k,
                 const MaybeArray& norm) {
   if (scale) {
     check_weight(*format_of(data, n, k), data, *scale, k);
@@ -205,21 +206,21 @@ void add_linear(StepModel& model, const mx::array& data, const MaybeArray& scale
   model.linears.push_back({data, scale, n, k, norm});
 }
 
-std::vector<mx::array> step(const std::shared_ptr<StepModel>& model, const mx::array& tokens,
-                            const std::vector<mx::array>& caches, int offset) {
+std::vector<mx::array> fused_step(const std::shared_ptr<FusedModel>& model, const mx::array& tokens,
+                                  const std::vector<mx::array>& caches, int offset) {
   const int m = static_cast<int>(tokens.size());
-  return over_caches<Step>(model, tokens, caches, offset, m, {m, model->linears.back().n}, mx::float32);
+  return over_caches<FusedStep>(model, tokens, caches, offset, m, {m, model->linears.back().n}, mx::float32);
 }
 
-std::vector<mx::array> continuation(const std::shared_ptr<StepModel>& model, const mx::array& tokens,
-                                    const std::vector<mx::array>& caches, int offset, int count,
-                                    const MaybeArray& kept) {
+std::vector<mx::array> greedy_tokens(const std::shared_ptr<FusedModel>& model, const mx::array& tokens,
+                                     const std::vector<mx::array>& caches, int offset, int count,
+                                     const MaybeArray& d2t) {
   require(count > 0, "at least one token must be asked for");
-  require(!kept || (kept->ndim() == 1 && kept->dtype() == mx::uint32 && kept->is_available() &&
-                    kept->flags().row_contiguous && kept->shape(0) == model->linears.back().n),
-          "kept must be uint32, evaluated, one id a row of the head");
+  require(!d2t || (d2t->ndim() == 1 && d2t->dtype() == mx::uint32 && d2t->is_available() &&
+                    d2t->flags().row_contiguous && d2t->shape(0) == model->linears.back().n),
+          "d2t must be uint32, evaluated, one id a row of the head");
   const int rows = static_cast<int>(tokens.size()) + count - 1;
-  return over_caches<Continuation>(model, tokens, caches, offset, rows, {count}, mx::uint32, kept);
+  return over_caches<GreedyTokens>(model, tokens, caches, offset, rows, {count}, mx::uint32, d2t);
 }
 
 }  // namespace bitdraft

@@ -1,0 +1,290 @@
+"""What is in a dataset, of shards or of replies, and what is wrong with it."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distill.data import codec, reply_dataset, shards
+from distill.data.dataset import Reader
+from distill.data.manifest import FORMAT, MANIFEST, DamagedManifest, Entry, Manifest, ScoredFrom
+from distill.data.reply_dataset import Replies, ReplyWriter
+from distill.data.shards import Dataset, ShardWriter
+from kernels.errors import UserError
+from kernels.files import sha256
+
+SAMPLED_SHARDS = 8
+# What a manifest's settings say that `distill inspect` shows elsewhere, or only as JSON.
+SHOWN_APART = {"teacher", "tokenizer_hash", "chat_template_hash", "vocab_size", "sources", "exclude"}
+OF_SHARDS_APART = {"k", "temperatures", "seq_len", "collection_format"}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with one file of a dataset. file: its path from the dataset's folder."""
+
+    file: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.message}"
+
+
+def verify(folder: Path | str, repair: bool = False) -> list[Problem]:
+    """Checks every hash, shape and value of a dataset, and of the replies that shards were scored from where they are
+    here; an empty list means that all is well.
+
+    `repair` drops what is broken, so that collecting again with the same settings writes it anew, with the bytes it
+    had. Raises UserError where there is no dataset to check.
+    """
+    folder = Path(folder)
+    try:
+        manifest = Manifest.read(folder)
+    except DamagedManifest as error:
+        return [Problem(MANIFEST, _without(folder / MANIFEST, error))]
+    if manifest.kind == "replies":
+        return _reply_problems(Replies(folder, manifest), repair)
+    dataset = Dataset(folder, manifest)
+    wrong = _problems(dataset, _shard_faults)
+    problems = _flat(wrong)
+    for path, expected in _replies_of(dataset):
+        found = _scored(path, expected, repair)
+        problems += [Problem(os.path.relpath(path / problem.file, folder), problem.message) for problem in found]
+    if problems and repair:
+        # A dataset that lacks replies is not whole, even if it has every shard: collecting has work to do.
+        with ShardWriter.open(folder, dataset.settings) as writer:
+            writer.drop(wrong)
+    return problems
+
+
+def _replies_of(dataset: Dataset) -> Iterator[tuple[Path, ScoredFrom | None]]:
+    """The folders of the replies that shards were scored from, those that are here, and what their manifests must be.
+
+    Before format 3 they lay inside the dataset, a folder a source.
+    """
+    if dataset.format != FORMAT:
+        inside = sorted(dataset.folder.glob("replies-*"), key=lambda path: (len(path.name), path.name))
+        yield from ((path, None) for path in inside)
+    for replies in dataset.scored_from:
+        if path := find_replies(dataset.folder, replies):
+            yield path, replies
+
+
+def find_replies(folder: Path, replies: ScoredFrom) -> Path | None:
+    """Where the replies are that the shards in a folder were scored from: beside it under their own name, or under
+    another; None if they are not there."""
+    named = folder.parent / replies.name
+    if named.is_dir():
+        return named
+    others = (path for path in folder.absolute().parent.glob(f"*/{MANIFEST}") if path.is_file())
+    return next((path.parent for path in others if sha256(path) == replies.sha256), None)
+
+
+def _scored(path: Path, expected: ScoredFrom | None, repair: bool) -> list[Problem]:
+    """What is wrong with replies that shards were scored from."""
+    try:
+        replies = Replies.open(path)
+    except UserError as error:
+        return [Problem(MANIFEST, _without(path / MANIFEST, error))]
+    problems = _reply_problems(replies, repair)
+    if not problems and expected and replies.complete and sha256(path / MANIFEST) != expected.sha256:
+        problems.append(Problem(MANIFEST, "is not the one that the shards were scored from"))
+    return problems
+
+
+def _reply_problems(replies: Replies, repair: bool) -> list[Problem]:
+    """What is wrong with a reply dataset, dropped where `repair` says so."""
+    wrong = _problems(replies, _reply_faults)
+    if wrong and repair:
+        with ReplyWriter.open(replies.folder, replies.settings) as writer:
+            writer.drop(wrong)
+    return _flat(wrong)
+
+
+def _problems(reader: Reader, faults: Callable[[Any, int], list[str]]) -> dict[int, list[Problem]]:
+    """What is wrong with the files of one folder, by their indices."""
+    problems: dict[int, list[Problem]] = {}
+    for i, entry in enumerate(reader.shards):
+        if found := faults(reader, i):
+            problems[entry.index] = [Problem(entry.file, message) for message in found]
+    total = 1 + max((entry.index for entry in reader.shards), default=-1)
+    if reader.complete:
+        for index in set(range(total)) - {entry.index for entry in reader.shards}:
+            name = Manifest.file_of(reader.kind, index)
+            problems[index] = [Problem(name, f"is not listed, though the {reader.kind} are marked complete")]
+    return problems
+
+
+def _flat(problems: dict[int, list[Problem]]) -> list[Problem]:
+    return [problem for index in sorted(problems) for problem in problems[index]]
+
+
+def _without(path: Path, error: UserError) -> str:
+    return str(error).removeprefix(f"{path}: ")
+
+
+def _shard_faults(dataset: Dataset, i: int) -> list[str]:
+    entry, settings = dataset.shards[i], dataset.settings
+    try:
+        block = dataset.read(i)
+    except UserError as error:
+        return [_without(dataset.folder / entry.file, error)]
+    return codec.faults(block, settings, coded=True) + _miscounted(entry, shards.counts_of(block))
+
+
+def _reply_faults(replies: Replies, i: int) -> list[str]:
+    entry = replies.shards[i]
+    try:
+        found = replies.read(i)
+    except UserError as error:
+        return [_without(replies.folder / entry.file, error)]
+    return _miscounted(entry, reply_dataset.counts_of(found))
+
+
+def _miscounted(entry: Entry, counts: dict[str, int]) -> list[str]:
+    wrong = [(name, count) for name, count in counts.items() if getattr(entry, name) != count]
+    return [f"has {count} {name}, the manifest says {getattr(entry, name)}" for name, count in wrong]
+
+
+def inspect_dataset(folder: Path | str) -> dict[str, Any]:
+    """What is in a dataset, as JSON. Means are over the trained positions of SAMPLED_SHARDS shards.
+
+    Raises UserError if the folder holds no dataset or a file that was read is at fault.
+    """
+    folder = Path(folder)
+    manifest = Manifest.read(folder)
+    if manifest.kind == "replies":
+        return _inspect_replies(Replies(folder, manifest))
+    return _inspect_shards(Dataset(folder, manifest))
+
+
+def _inspect_shards(dataset: Dataset) -> dict[str, Any]:
+    settings, listed = dataset.settings, dataset.shards
+    picked = sorted(set(np.linspace(0, len(listed) - 1, min(SAMPLED_SHARDS, len(listed))).astype(int).tolist()))
+    sums, count = np.zeros(3), 0
+    for i in picked:
+        block = dataset.read(i)
+        p = np.exp(block.top_logprobs[block.loss_mask].astype(np.float64))
+        tail = np.clip(1 - p.sum(axis=1), 0, 1)
+        # The tail as one bucket: merging outcomes never raises the entropy, so this is a lower bound.
+        parts = np.concatenate([p, tail[:, None]], axis=1)
+        entropy = -(parts * np.log(np.where(parts > 0, parts, 1))).sum()
+        sums += p[:, 0].sum(), tail.sum(), entropy
+        count += len(p)
+    means = (sums / count).tolist() if count else [None] * 3
+    return _facts(
+        dataset,
+        {"k": settings.k, "temperatures": list(settings.temperatures), "seq_len": settings.seq_len},
+        {
+            "sampled_shards": len(picked),
+            "mean_top1_probability": means[0],
+            "mean_tail_mass": means[1],
+            "mean_entropy_at_least_nats": means[2],
+            "replies": [_where(dataset, replies) for replies in dataset.scored_from],
+        },
+    )
+
+
+def _where(dataset: Dataset, replies: ScoredFrom) -> dict[str, str | None]:
+    found = find_replies(dataset.folder, replies)
+    return {"name": replies.name, "sha256": replies.sha256, "folder": str(found) if found else None}
+
+
+def _inspect_replies(replies: Replies) -> dict[str, Any]:
+    count = sum(example.replied for example in replies)
+    return _facts(replies, {}, {"examples_replied": count, "sha256": sha256(replies.folder / MANIFEST)})
+
+
+def _facts(reader: Reader, first: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
+    listed, settings = reader.shards, reader.settings
+    tokens = reader.tokens
+    trained = sum(entry.trained_tokens for entry in listed)
+    size = sum(entry.bytes for entry in listed) + (reader.folder / MANIFEST).stat().st_size
+    return {
+        "folder": str(reader.folder),
+        "kind": reader.kind,
+        "format": reader.format,
+        "complete": reader.complete,
+        "teacher": settings.values["teacher"],
+        "vocab_size": settings.vocab_size,
+        **first,
+        "shards": len(listed),
+        "rows": sum(entry.rows for entry in listed),
+        "tokens": tokens,
+        "trained_tokens": trained,
+        "trained_share": trained / tokens if tokens else None,
+        "documents": sum(entry.documents for entry in listed),
+        "bytes": size,
+        "bytes_per_token": size / tokens if tokens else None,
+        **last,
+        "sources": settings.values.get("sources", []),
+        "settings": settings.values,
+    }
+
+
+def table(facts: dict[str, Any]) -> str:
+    """What `inspect_dataset` found, for people."""
+    of_shards = facts["kind"] == "shards"
+    teacher, settings = facts["teacher"], facts["settings"]
+    whole = "complete" if facts["complete"] else "NOT complete"
+    share = "" if facts["trained_share"] is None else f" ({facts['trained_share']:.1%})"
+    lines = [
+        ("holds", f"{'logits' if of_shards else 'replies'}, {whole}, format {facts['format']}"),
+        ("teacher", f"{teacher['name']}, sha256 {teacher['hash'][:12]}, vocabulary of {facts['vocab_size']:,}"),
+        ("tokens", f"{facts['tokens']:,} in {_count(facts['documents'], 'segment' if of_shards else 'document')}"),
+        ("trained on", f"{facts['trained_tokens']:,}{share}"),
+    ]
+    if of_shards:
+        lines += [
+            ("rows", f"{facts['rows']:,} of {facts['seq_len']:,} tokens, in {_count(facts['shards'], 'shard')}"),
+            ("kept", f"top {facts['k']} logits, log-sum-exps at temperature {_joined(facts['temperatures'])}"),
+        ]
+    else:
+        lines.append(("replied to", f"{facts['examples_replied']:,} prompts; the other documents are texts"))
+    each = "" if facts["bytes_per_token"] is None else f", {facts['bytes_per_token']:.1f} bytes a token"
+    lines.append(("size", f"{facts['bytes'] / 1e6:,.1f} MB{each}"))
+    if facts.get("mean_top1_probability") is not None:
+        lines += [
+            ("first choice", f"probability {facts['mean_top1_probability']:.3f} on average"),
+            ("outside the top", f"probability {facts['mean_tail_mass']:.4f} on average"),
+            ("entropy", f"at least {facts['mean_entropy_at_least_nats']:.3f} nats on average"),
+        ]
+    for replies in facts.get("replies", []):
+        where = replies["folder"] or f"{replies['name']}, which is not here"
+        lines.append(("scored from", f"{where} (sha256 {replies['sha256'][:12]})"))
+    text = f"{facts['folder']}\n\n{_columns(lines)}"
+    for title, name in (("sources", "sources"), ("prompts left out", "exclude")):
+        if rows := [_source(entry) for entry in settings.get(name) or []]:
+            text += f"\n\n{title}\n{_columns(rows)}"
+    apart = SHOWN_APART | OF_SHARDS_APART if of_shards else SHOWN_APART
+    others = [(name, _joined(value)) for name, value in settings.items() if name not in apart]
+    return text + (f"\n\nsettings\n{_columns(others)}" if others else "")
+
+
+def _source(entry: Any) -> tuple[str, ...]:
+    """Name, kind, and hash or commit of a source, shortened."""
+    values = entry if isinstance(entry, dict) else {"name": entry}
+    commit = values.get("commit")
+    which = f"commit {str(commit)[:12]}" if commit else f"sha256 {str(values.get('sha256', '?'))[:12]}"
+    return str(values.get("name", "?")), str(values.get("kind", "")), which
+
+
+def _columns(rows: Iterable[tuple[str, ...]]) -> str:
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def _joined(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_joined, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,249 @@
+"""What `manifest.json` says of a dataset: the settings that decide its content, and every finished file."""
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kernels.errors import UserError
+
+MANIFEST = "manifest.json"
+FORMAT = 3
+OLD_FORMATS = {1: 2}  # of what 0.1.0 wrote: the manifest's version, and the format it stands for
+MAX_BITS = 25  # a packed value and the up to seven bits before it have to fit one 32-bit window
+SHARD_FILE = re.compile(r"(shard|reply)-\d{5,9}\.safetensors", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides a dataset's content, as plain JSON; two datasets with equal settings are equal.
+
+    Every dataset has `teacher` {name, hash}, `tokenizer_hash` and `vocab_size`; shards of logits also
+    have `k`, `temperatures` (1.0 first) and `seq_len`. Whoever collects adds the rest: sources,
+    seeds, exclusions, budgets. Raises ValueError where one of these is missing or impossible.
+    """
+
+    values: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        # A copy as JSON has it: tuples become lists, and later changes by the caller stay outside.
+        object.__setattr__(self, "values", json.loads(json.dumps(self.values, allow_nan=False)))
+        values = self.values
+        teacher = values.get("teacher")
+        if not isinstance(teacher, dict) or not all(isinstance(teacher.get(x), str) for x in ("name", "hash")):
+            raise ValueError("settings: teacher must have a name and a hash")
+        if not isinstance(values.get("tokenizer_hash"), str):
+            raise ValueError("settings: tokenizer_hash is missing")
+        whole = [name for name in ("vocab_size", "k", "seq_len") if name in values or name == "vocab_size"]
+        for name in whole:
+            if type(values.get(name)) is not int or not 1 <= values[name] < 2**MAX_BITS:
+                raise ValueError(f"settings: {name} is {values.get(name)!r}")
+        if "k" in values:
+            temperatures = values.get("temperatures")
+            if "seq_len" not in values or self.k > self.vocab_size:
+                raise ValueError("settings: k needs a seq_len and a vocabulary of at least k tokens")
+            if (
+                not isinstance(temperatures, list)
+                or temperatures[:1] != [1.0]
+                or not all(_positive(t) for t in temperatures)
+            ):
+                raise ValueError(f"settings: temperatures are {temperatures!r}, expected 1.0 and then others above 0")
+
+    @property
+    def teacher_name(self) -> str:
+        return self.values["teacher"]["name"]
+
+    @property
+    def teacher_hash(self) -> str:
+        return self.values["teacher"]["hash"]
+
+    @property
+    def tokenizer_hash(self) -> str:
+        return self.values["tokenizer_hash"]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.values["vocab_size"]
+
+    @property
+    def k(self) -> int:
+        return self.values["k"]
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        return tuple(float(t) for t in self.values["temperatures"])
+
+    @property
+    def seq_len(self) -> int:
+        return self.values["seq_len"]
+
+    def difference(self, other: "Settings") -> tuple[str, Any, Any] | None:
+        """The first setting that differs, as (dotted name, value here, value there); None if none does."""
+        here, there = _flat("", self.values), _flat("", other.values)
+        for name in [*here, *(name for name in there if name not in here)]:
+            if here.get(name, "absent") != there.get(name, "absent"):
+                return name, here.get(name, "absent"), there.get(name, "absent")
+        return None
+
+
+def _positive(number: Any) -> bool:
+    return isinstance(number, int | float) and not isinstance(number, bool) and number > 0
+
+
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    """{"a": {"b": [1]}} -> {"a.b[0]": 1}, with empty containers kept as values."""
+    parts: list[tuple[str, Any]] = []
+    if isinstance(value, dict):
+        parts = [(f"{name}.{key}" if name else key, value[key]) for key in sorted(value)]
+    elif isinstance(value, list):
+        parts = [(f"{name}[{i}]", item) for i, item in enumerate(value)]
+    return {key: leaf for part in parts for key, leaf in _flat(*part).items()} if parts else {name: value}
+
+
+class DamagedManifest(UserError):
+    """The folder is a dataset, but its manifest cannot be trusted."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One finished file.
+
+    Of a reply dataset, rows and documents are its examples, and the trained tokens are those behind the prompts.
+    """
+
+    file: str
+    rows: int
+    tokens: int  # positions that are not padding
+    trained_tokens: int
+    documents: int
+    sha256: str
+    bytes: int
+
+    @property
+    def index(self) -> int:
+        return int(self.file.split("-")[1].split(".")[0])
+
+
+@dataclass(frozen=True)
+class ScoredFrom:
+    """The reply dataset that shards were scored from: the name its settings give it, and its manifest's sha256."""
+
+    name: str
+    sha256: str
+
+
+@dataclass
+class Manifest:
+    """What `manifest.json` says. `kind` is "shards" or "replies" and names the files as well.
+
+    scored_from: of shards, the reply datasets that their tokens come from, once those are complete.
+    """
+
+    kind: str
+    settings: Settings
+    entries: dict[int, Entry] = field(default_factory=dict)
+    complete: bool = False
+    scored_from: tuple[ScoredFrom, ...] = ()
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        if self.kind == "shards" and "k" not in self.settings.values:
+            raise ValueError("settings: shards need k, temperatures and seq_len")
+
+    @staticmethod
+    def file_of(kind: str, index: int) -> str:
+        return f"{'shard' if kind == 'shards' else 'reply'}-{index:05d}.safetensors"
+
+    def dump(self) -> bytes:
+        listed = [asdict(self.entries[index]) for index in sorted(self.entries)]
+        scored_from = {"scored_from": [asdict(replies) for replies in self.scored_from]} if self.scored_from else {}
+        content = {
+            "format": f"bitdraft {self.kind}",
+            "version": FORMAT,
+            "complete": self.complete,
+            "settings": self.settings.values,
+            **scored_from,
+            "shards": listed,
+        }
+        return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+
+    @classmethod
+    def read(cls, folder: Path, kind: str | None = None) -> "Manifest":
+        """The manifest of a folder that holds `kind`, or either kind if it is None.
+
+        Raises UserError if the folder holds no such dataset, or an unfinished one of an older format; DamagedManifest
+        if the manifest is broken.
+        """
+        path = folder / MANIFEST
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such dataset folder")
+        try:
+            content = json.loads(path.read_bytes())
+        except (FileNotFoundError, IsADirectoryError):
+            raise UserError(f"{folder}: not a dataset (no {MANIFEST})") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        except (ValueError, RecursionError) as error:
+            raise DamagedManifest(f"{path}: not valid JSON ({error})") from None
+        found = content.get("format") if isinstance(content, dict) else None
+        if found not in ("bitdraft shards", "bitdraft replies"):
+            raise UserError(f"{path}: not a manifest of bitdraft's")
+        version = content.get("version")
+        if version != FORMAT and (type(version) is not int or version not in OLD_FORMATS):
+            raise UserError(f"{path}: format version {version!r}, this is for version {FORMAT}")
+        if kind is not None and found != f"bitdraft {kind}":
+            raise UserError(f"{folder}: holds {found.split()[1]}, not {kind}")
+        if version != FORMAT and content.get("complete") is not True:
+            raise UserError(
+                f"{folder}: is an unfinished dataset of the older format {OLD_FORMATS[version]}, which this version"
+                " cannot go on with; begin anew in another folder, or delete this one"
+            )
+        try:
+            manifest = cls(
+                found.split()[1],
+                Settings(content["settings"]),
+                complete=content["complete"] is True,
+                scored_from=tuple(_scored_from(entry) for entry in content.get("scored_from", [])),
+                format=OLD_FORMATS.get(version, FORMAT),
+            )
+            for line in content["shards"]:
+                manifest._list(Entry(**line))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            what = error if type(error) is ValueError else f"{type(error).__name__}: {error}"
+            raise DamagedManifest(f"{path}: is damaged ({what})") from None
+        return manifest
+
+    def _list(self, entry: Entry) -> None:
+        # Only names this program gives are accepted, so no name can lead out of the folder.
+        if not SHARD_FILE.fullmatch(entry.file) or entry.file != self.file_of(self.kind, entry.index):
+            raise ValueError(f"{entry.file!r} is not the name of a shard in this folder")
+        counts = (entry.rows, entry.tokens, entry.trained_tokens, entry.documents, entry.bytes)
+        if any(type(count) is not int or count < 0 for count in counts) or not isinstance(entry.sha256, str):
+            raise ValueError(f"{entry.file} has an impossible count or hash")
+        if entry.index in self.entries:
+            raise ValueError(f"{entry.file} is listed twice")
+        self.entries[entry.index] = entry
+
+
+def _scored_from(values: dict[str, str]) -> ScoredFrom:
+    replies = ScoredFrom(**values)
+    if not isinstance(replies.sha256, str) or Path(replies.name).name != replies.name:
+        raise ValueError(f"scored_from: {values!r} is no reply dataset's name and hash")
+    return replies
+
+
+def folder_name(prefix: str, settings: Settings) -> str:
+    """The name that a dataset's folder has by default: prefix, teacher, and 8 digits that its settings decide.
+
+    A dataset of the Hub counts by its name, whatever is uploaded meanwhile.
+    """
+    values: dict[str, Any] = {"format": FORMAT, **settings.values}
+    for name in ("sources", "exclude"):
+        values[name] = [
+            entry["name"] if isinstance(entry, dict) and entry.get("kind") == "hub" else entry
+            for entry in values.get(name, [])
+        ]
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{prefix}-{Path(settings.teacher_name).name}-{digest}"

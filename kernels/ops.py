@@ -1,0 +1,269 @@
+"""What all backends and their users share: weights, the rows of a call, and the protocols of a backend.
+
+Shapes: `m` rows (token positions), `k` inputs, `n` outputs, `d` head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, Protocol, runtime_checkable
+
+import mlx.core as mx
+import numpy as np
+
+Epilogue = Literal["relu2_mul", "silu_mul"]
+
+SMALL_ROWS = 8  # rows of a sequence up to which every operation gives each row the bits that it has alone
+
+
+@dataclass(frozen=True)
+class TernaryWeight:
+    """A ternary matrix in a backend's own layout, made once at load.
+
+    data: the layout; the reference's is float32 [n, k] holding -1, 0 and 1.
+    scale: float32 [n], what an output is multiplied by (already inverted for `bitlinear`).
+    """
+
+    data: mx.array
+    scale: mx.array
+    n: int
+    k: int
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    """A float matrix [n, k] in bfloat16 or float32 (a draft's layers, an LM head)."""
+
+    data: mx.array
+    n: int
+    k: int
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """A float matrix rounded to 8 bits, one scale an output, for int8 rows (an LM head, a draft).
+
+    data: the layout; the reference's is int8 [n, k] within -127..127.
+    scale: float32 [n], what an output is multiplied by.
+    """
+
+    data: mx.array
+    scale: mx.array
+    n: int
+    k: int
+
+
+Weight = TernaryWeight | DenseWeight | Int8Weight
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Fused weights of one transformer layer; the sub-norms are None in a Llama."""
+
+    qkv: Weight
+    o: Weight
+    gate_up: Weight
+    down: Weight
+    input_norm: mx.array
+    attention_sub_norm: mx.array | None
+    post_norm: mx.array
+    ffn_sub_norm: mx.array | None
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What attention needs beside its arrays.
+
+    inverse_frequency: float32 [d / 2], RoPE's angles a position (rotate-half layout).
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    inverse_frequency: mx.array
+
+    @property
+    def scale(self) -> float:
+        return float(self.head_dim**-0.5)
+
+
+@dataclass(frozen=True)
+class Spans:
+    """The new rows of several sequences, one sequence after the other: of sequence i `counts[i]` rows (perhaps none),
+    the first of which stands at position `offsets[i]`."""
+
+    offsets: tuple[int, ...]
+    counts: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.offsets) != len(self.counts) or min((*self.offsets, *self.counts), default=0) < 0:
+            raise ValueError(f"offsets {self.offsets} and counts {self.counts} are no spans")
+
+    @cached_property
+    def rows(self) -> int:
+        """How many there are in all."""
+        return sum(self.counts)
+
+    @cached_property
+    def longest(self) -> int:
+        """The most rows that a sequence has."""
+        return max(self.counts, default=0)
+
+    @cached_property
+    def end(self) -> int:
+        """Positions that the furthest new row sees: what the caches must have room for."""
+        return max(
+            (offset + count for offset, count in zip(self.offsets, self.counts, strict=True) if count), default=0
+        )
+
+    @cached_property
+    def positions(self) -> mx.array:
+        """Of each row in its sequence, int32 [rows], evaluated."""
+        ranges = [np.arange(offset, offset + count) for offset, count in zip(self.offsets, self.counts, strict=True)]
+        return _evaluated(np.concatenate([np.zeros(0), *ranges]))
+
+    @cached_property
+    def sequences(self) -> mx.array:
+        """Which one each row belongs to, int32 [rows], evaluated."""
+        return _evaluated(np.repeat(np.arange(len(self.counts)), self.counts))
+
+    @cached_property
+    def groups(self) -> mx.array:
+        """Rows of one sequence, at most SMALL_ROWS, that a kernel takes together, so that keys are read once for them:
+        its sequence, its first row, how many rows, and the first one's position. int32 [groups, 4], evaluated."""
+        groups, first = [], 0
+        for sequence, (offset, count) in enumerate(zip(self.offsets, self.counts, strict=True)):
+            for at in range(0, count, SMALL_ROWS):
+                groups.append((sequence, first + at, min(SMALL_ROWS, count - at), offset + at))
+            first += count
+        return _evaluated(np.array(groups).reshape(-1, 4))
+
+
+def _evaluated(values: np.ndarray) -> mx.array:
+    array = mx.array(values.astype(np.int32))
+    mx.eval(array)
+    return array
+
+
+def check_product(
+    x: mx.array, weight: Weight, epilogue: Epilogue | None = None, residual: mx.array | None = None
+) -> None:
+    """Raise ValueError for shapes with which a kernel would read outside of its buffers."""
+    if x.shape[1] != weight.k:
+        raise ValueError(f"rows of {x.shape[1]} inputs do not fit the weight's k of {weight.k}")
+    if epilogue is not None and weight.n % 2:
+        raise ValueError(f"a gate needs an even number of outputs, not {weight.n}")
+    expected = (x.shape[0], weight.n // (2 if epilogue else 1))
+    if residual is not None and residual.shape != expected:
+        raise ValueError(f"the residual is {residual.shape}, the result {expected}")
+
+
+def check_attention(qkv: mx.array, k_cache: mx.array, v_cache: mx.array, spans: Spans, shape: AttentionShape) -> None:
+    """Raise ValueError for shapes with which a kernel would read or write outside of its buffers."""
+    sequences, kv_heads, capacity, dim = k_cache.shape
+    if k_cache.shape != v_cache.shape or (kv_heads, dim) != (shape.kv_heads, shape.head_dim):
+        raise ValueError(f"caches of {k_cache.shape} and {v_cache.shape} do not fit the model's heads")
+    if sequences != len(spans.counts) or spans.end > capacity:
+        raise ValueError(f"caches of {k_cache.shape} have no room for rows at {spans.offsets}, {spans.counts} of them")
+    width = (shape.heads + 2 * kv_heads) * dim
+    if qkv.shape != (spans.rows, width):
+        raise ValueError(f"queries, keys and values of {qkv.shape} are not [{spans.rows}, {width}]")
+
+
+class FusedStep(Protocol):
+    """A model's decoding step of 1..SMALL_ROWS tokens of one sequence as one operation, with the bits of the single
+    ones where those are a backend's own."""
+
+    def __call__(
+        self, tokens: Sequence[int] | mx.array, keys: list[mx.array], values: list[mx.array], offset: int
+    ) -> mx.array:
+        """Logits of m new tokens, float32 [m, vocab], not evaluated; the lists' caches are replaced or written to.
+
+        tokens: m ids, or an array of them; keys, values: a layer's float32 [1, kv_heads, capacity, d] each, of which
+        nobody else holds a part, with offset + m <= capacity.
+        """
+        ...
+
+    def greedy_tokens(
+        self,
+        tokens: Sequence[int],
+        keys: list[mx.array],
+        values: list[mx.array],
+        offset: int,
+        count: int,
+        d2t: mx.array | None,
+    ) -> mx.array:
+        """The `count` tokens that follow `tokens` greedily, uint32, not evaluated.
+
+        tokens: 1..SMALL_ROWS ids; caches as in a call, with room for all tokens and all choices but the last; d2t:
+        uint32, evaluated, the ids that a trimmed head's rows stand for.
+        """
+        ...
+
+    def share_weights(self, layers: Sequence[Layer]) -> list[Layer]:
+        """The layers that it was made of, such that memory holds their weights once."""
+        ...
+
+
+class Backend(Protocol):
+    """The operations a backend offers; `kernels.reference` defines each."""
+
+    NAME: str
+
+    def prepare_ternary(self, ternary: np.ndarray, scale: np.ndarray) -> TernaryWeight: ...
+
+    def prepare_dense(self, weight: mx.array) -> DenseWeight: ...
+
+    def prepare_int8(self, weight: mx.array) -> Int8Weight: ...
+
+    def quantize_rows(
+        self, x: mx.array, norm: mx.array | None = None, eps: float = 0.0
+    ) -> tuple[mx.array, mx.array]: ...
+
+    def bitlinear(self, xq: mx.array, s: mx.array, weight: TernaryWeight) -> mx.array: ...
+
+    def int8_linear(self, xq: mx.array, s: mx.array, weight: Int8Weight) -> mx.array: ...
+
+    def linear(
+        self,
+        x: mx.array,
+        weight: Weight,
+        *,
+        norm: mx.array | None = None,
+        eps: float = 0.0,
+        epilogue: Epilogue | None = None,
+        residual: mx.array | None = None,
+    ) -> mx.array: ...
+
+    def attention(
+        self, qkv: mx.array, k_cache: mx.array, v_cache: mx.array, spans: Spans, shape: AttentionShape
+    ) -> tuple[mx.array, mx.array, mx.array]: ...
+
+    def attention_packed(self, qkv: mx.array, segments: np.ndarray, shape: AttentionShape) -> mx.array: ...
+
+    def argmax(self, x: mx.array) -> mx.array: ...
+
+    def clock(self, x: mx.array) -> mx.array | None: ...
+
+    def fused_step(
+        self,
+        *,
+        layers: Sequence[Layer],
+        embedding: mx.array,
+        final_norm: mx.array,
+        head: Weight,
+        shape: AttentionShape,
+        epilogue: Epilogue,
+        eps: float,
+    ) -> FusedStep | None: ...
+
+
+@runtime_checkable
+class Tunable(Protocol):
+    """What a backend with parameters to tune has besides: each one's choices, and a way to set them."""
+
+    TUNABLE: dict[str, tuple[int, ...]]
+
+    def set_tuning(self, values: dict[str, int]) -> None: ...

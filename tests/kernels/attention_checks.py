@@ -1,0 +1,92 @@
+"""What the attention of every backend is tested for: rows' bits over sequences x rows, and a plain definition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+from arrays import normal, same_bits
+
+from kernels.ops import AttentionShape, Spans
+
+Attention = Callable[[mx.array, mx.array, mx.array, Spans, AttentionShape], tuple[mx.array, mx.array, mx.array]]
+
+# Sequences at uneven places, each with another number of rows: keys on both sides of every block of 16 and 32.
+SEVERAL = Spans((0, 1, 15, 9, 30, 62, 31, 26, 63), (8, 7, 1, 0, 6, 5, 3, 8, 2))
+LONG = Spans((2042, 3, 999, 2049), (8, 4, 5, 1))
+FEW = Spans((37, 0, 4, 62), (3, 1, 0, 8))
+
+
+def attention_shape(heads: int = 6, kv_heads: int = 2, d: int = 32) -> AttentionShape:
+    frequency = (1e4 ** (-np.arange(0, d, 2) / d)).astype(np.float32)
+    return AttentionShape(heads, kv_heads, d, mx.array(frequency))
+
+
+def caches(shape: AttentionShape, offsets: tuple[int, ...], capacity: int, first: int = 0) -> tuple[mx.array, mx.array]:
+    """Caches of sequences `first`, `first` + 1, ...: each has random rows of its own below its offset and NaN from
+    there on."""
+    out = np.full((2, len(offsets), shape.kv_heads, capacity, shape.head_dim), np.nan, np.float32)
+    for i, offset in enumerate(offsets):
+        rows = np.random.default_rng([11, first + i]).standard_normal((2, offset, *out.shape[2::2]), np.float32)
+        out[:, i, :, :offset] = rows.transpose(0, 2, 1, 3)
+    return mx.array(out[0]), mx.array(out[1])
+
+
+def qkv_rows(shape: AttentionShape, rows: int, seed: int = 0) -> mx.array:
+    return normal(rows, (shape.heads + 2 * shape.kv_heads) * shape.head_dim, seed=seed)
+
+
+def check_rows_alone(attention: Attention, shape: AttentionShape, spans: Spans) -> None:
+    """Rows of several sequences in one call have the bits of each in a call of its own, over its own sequence in a
+    cache of another capacity; and nothing but their keys and values is written."""
+    qkv = qkv_rows(shape, spans.rows)
+    out, keys, values = attention(qkv, *caches(shape, spans.offsets, spans.end + 37), spans, shape)
+    assert np.isfinite(np.array(out)).all()
+    row = 0
+    for sequence, (offset, count) in enumerate(zip(spans.offsets, spans.counts, strict=True)):
+        end = offset + count
+        k, v = caches(shape, (offset,), end + 1, sequence)
+        for i in range(count):
+            alone, k, v = attention(qkv[row : row + 1], k, v, Spans((offset + i,), (1,)), shape)
+            assert same_bits(out[row : row + 1], alone), (sequence, i)
+            row += 1
+        for together, single in ((keys, k), (values, v)):
+            assert same_bits(together[sequence, :, :end], single[0, :, :end]), sequence
+            assert np.isnan(np.array(together[sequence, :, end:])).all(), "spare room was written to"
+
+
+def check_definition(attention: Attention, shape: AttentionShape, spans: Spans, tolerance: float = 2e-6) -> None:
+    """Outputs and new keys and values are within a tolerance of those in double precision."""
+    qkv = qkv_rows(shape, spans.rows, seed=1)
+    given = caches(shape, spans.offsets, spans.end + 3)
+    expected = definition(np.array(qkv), *map(np.array, given), spans, shape)
+    for found, right in zip(attention(qkv, *given, spans, shape), expected, strict=True):
+        np.testing.assert_allclose(np.array(found), right, rtol=1e-5, atol=tolerance)
+
+
+def definition(
+    qkv: np.ndarray, keys: np.ndarray, values: np.ndarray, spans: Spans, shape: AttentionShape
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`kernels.reference.attention` row by row, in double precision."""
+    d, group = shape.head_dim, shape.heads // shape.kv_heads
+    frequency = np.array(shape.inverse_frequency, np.float64)
+    keys, values = keys.astype(np.float64), values.astype(np.float64)
+
+    def rotated(x: np.ndarray, position: int) -> np.ndarray:
+        angle = (np.float32(position) * frequency.astype(np.float32)).astype(np.float64)
+        a, b = np.split(x, 2, axis=-1)
+        return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], axis=-1)
+
+    outputs = np.zeros((0, shape.heads * d))
+    rows = iter(qkv.astype(np.float64).reshape(len(qkv), -1, d))
+    for sequence, (offset, count) in enumerate(zip(spans.offsets, spans.counts, strict=True)):
+        for position in range(offset, offset + count):
+            q, k, v = np.split(next(rows), [shape.heads, shape.heads + shape.kv_heads])
+            keys[sequence, :, position], values[sequence, :, position] = rotated(k, position), v
+            seen, weighed = (np.repeat(a[sequence, :, : position + 1], group, axis=0) for a in (keys, values))
+            scores = np.einsum("hd,hjd->hj", rotated(q, position), seen) / np.sqrt(d)
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            weights /= weights.sum(-1, keepdims=True)
+            outputs = np.concatenate([outputs, np.einsum("hj,hjd->hd", weights, weighed).reshape(1, -1)])
+    return outputs, keys, values
