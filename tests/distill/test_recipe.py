@@ -32,7 +32,8 @@ batch = 4
 [train]
 layers = 1
 hidden = 64
-tokens = 1200
+tokens = 640
+evals = 2
 [evaluate]
 prompts = "prompts.jsonl"
 limit = 2

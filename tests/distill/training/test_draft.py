@@ -1,4 +1,4 @@
-"""Draft models: documents kept apart, saving and loading, faults named."""
+"""Drafts as folders: shapes, saving and loading, faults named."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ import json
 import os
 import subprocess
 import sys
-import tracemalloc
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import TEACHER
 from synthetic import VOCAB, teacher_folder
 
 from distill.training import checkpoint
-from distill.training.cpu import BLOCK, attention
 from distill.training.draft_config import DraftConfig
 from distill.training.drafts import llama
 from distill.training.memory import check_memory, estimate_memory
@@ -35,10 +32,6 @@ def config(teacher: Path) -> DraftConfig:
 
 def provenance() -> dict[str, object]:
     return {"teacher": {"name": "synthetic", "hash": "0" * 64}, "complete": True}
-
-
-def hidden(model: object, tokens: np.ndarray, document: np.ndarray) -> np.ndarray:
-    return np.array(llama.forward(model, mx.array(tokens), mx.array(document)))
 
 
 def test_config_follows_the_teacher(teacher: Path, config: DraftConfig) -> None:
@@ -66,60 +59,6 @@ def test_too_deep_is_refused_with_figures(teacher: Path) -> None:
     assert estimate_memory(deep) > 16 * deep.parameters
     with pytest.raises(UserError, match=r"100000 layers x 576 .* needs about [\d,.]+ GB .* has [\d,.]+ GB"):
         check_memory(deep, 8, 512)
-
-
-def test_same_seed_same_weights(config: DraftConfig) -> None:
-    one, two, other = (llama.named_weights(llama.create(config, seed)) for seed in (1, 1, 2))
-    assert all(np.array_equal(one[name], two[name]) for name in one)
-    assert not np.array_equal(one["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
-
-
-def test_documents_do_not_see_each_other_and_positions_restart(config: DraftConfig) -> None:
-    model = llama.create(config, 0)
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(VOCAB, size=(2, 24)).astype(np.int32)
-    document = np.array([[1] * 9 + [2] * 11 + [0] * 4, [1] * 24], np.int32)
-    before = hidden(model, tokens, document)
-    changed = tokens.copy()
-    changed[0, :9] = (changed[0, :9] + 1) % VOCAB
-    after = hidden(model, changed, document)
-    assert not np.allclose(after[0, :9], before[0, :9], atol=1e-3)
-    assert np.allclose(after[0, 9:], before[0, 9:], atol=1e-6)
-    # The second document has the same states as if it stood alone, so its positions begin at 0.
-    alone = hidden(model, tokens[:1, 9:20], np.ones((1, 11), np.int32))
-    assert np.allclose(alone[0], before[0, 9:20], atol=1e-5)
-    mask, positions = llama.segment_mask(mx.array(document))
-    assert positions[0].tolist() == [*range(9), *range(11), *range(4)]
-    assert mask[0, 0, 12, 8].item() is False
-    # Causal: a later token changes nothing before it.
-    changed = tokens.copy()
-    changed[1, 15] = (changed[1, 15] + 1) % VOCAB
-    assert np.allclose(hidden(model, changed, document)[1, :15], before[1, :15], atol=1e-6)
-
-
-def test_numpy_attention_equals_the_plain_one() -> None:
-    """In value and gradient, over documents shorter and longer than a block of queries."""
-    rng = np.random.default_rng(0)
-    t = 2 * BLOCK + 30
-    document = mx.array([[1] * 40 + [2] * (t - 50) + [0] * 10, [1] * t])
-    q, k, v, given = (mx.array(rng.standard_normal((2, heads, t, 16)).astype(np.float32)) for heads in (4, 2, 2, 4))
-
-    def run(attention: llama.Attention) -> list[np.ndarray]:
-        def total(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-            return (attention(q, k, v, document) * given).sum()
-
-        value, gradients = mx.value_and_grad(total, argnums=(0, 1, 2))(q, k, v)
-        return [np.array(x) for x in (attention(q, k, v, document), value, *gradients)]
-
-    for ours, plain in zip(run(attention), run(llama.masked_attention), strict=True):
-        assert np.allclose(ours, plain, rtol=1e-4, atol=1e-5)
-
-
-def test_forward_equals_mlx_lm(config: DraftConfig) -> None:
-    model = llama.create(config, 3)
-    tokens = mx.array(np.random.default_rng(1).integers(VOCAB, size=(1, 20)))
-    ours = llama.forward(model, tokens, mx.ones((1, 20), dtype=mx.int32)) @ llama.head_weight(model).T
-    assert np.allclose(np.array(ours), np.array(model(tokens)), atol=1e-4)
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
@@ -218,28 +157,3 @@ def _cut(path: Path) -> None:
 def _edit(folder: Path, name: str = "config.json", **changes: object) -> None:
     content = json.loads((folder / name).read_text())
     (folder / name).write_text(json.dumps(content | changes))
-
-
-def test_the_teachers_embedding_is_read_without_a_copy() -> None:
-    """As float32, that of a vocabulary of 128,256 takes 1.3 GB."""
-    tracemalloc.start()
-    embedding = llama.teacher_embedding(TEACHER)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert embedding is not None and embedding.shape == (16384, 576) and embedding.dtype == np.float32
-    assert peak < embedding.nbytes / 2
-    weights = mx.load(str(TEACHER / "model.safetensors"))
-    assert np.array_equal(embedding, np.array(weights["model.embed_tokens.weight"].astype(mx.float32)))
-
-
-def test_embedding_from_the_teacher_keeps_its_geometry() -> None:
-    rng = np.random.default_rng(0)
-    low = rng.standard_normal((500, 12)).astype(np.float32)
-    wide = low @ rng.standard_normal((12, 96)).astype(np.float32)
-    for size in (64, 128):
-        ours = np.array(llama.init_embedding_from(wide, size))
-        assert ours.shape == (500, size)
-        assert np.sqrt((ours**2).mean()) == pytest.approx(size**-0.5, rel=1e-4)
-        cosine = [x @ x.T / np.outer(*[np.linalg.norm(x, axis=1)] * 2) for x in (ours, wide)]
-        assert np.allclose(*cosine, atol=1e-3)  # rank 12: nothing is lost in 64 dimensions
-        assert np.array_equal(ours, np.array(llama.init_embedding_from(wide, size)))
