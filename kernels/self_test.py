@@ -224,7 +224,8 @@ def _compare_steps(candidate: Backend, step: FusedStep, model: _Model, trimmed: 
     for at in range(5):  # over the tokens, then over the choices
         alone.append(step([(tokens + choices)[at]], keys, values, at))
         best = reference.argmax(alone[-1])
-        choices += [int((best if d2t is None else d2t[best]).item())] if at >= 2 else []
+        if at >= 2:
+            choices.append(np.array(best if d2t is None else d2t[best]).item())
     if not _equal(together, mx.concatenate(alone[:3])):
         return OTHER_ROWS
     keys, values = caches()
