@@ -315,7 +315,7 @@ def _portions(spans: Spans, most: int) -> list[tuple[mx.array, int, int]]:
     if spans.rows <= most:
         return [(spans.groups, 0, spans.rows)]
     portions, start, first, rows = [], 0, 0, 0
-    counts = spans.groups[:, 2].tolist()
+    counts = np.array(spans.groups)[:, 2].tolist()
     for i, count in enumerate([*counts, most]):
         if rows + count > most:
             portions.append((spans.groups[start:i], first, rows))
