@@ -2,8 +2,8 @@
 
 Products use the int8 tensor cores; those of 1..8 rows read the weights once for all rows;
 BitLinear equals the reference bit for bit. Attention works in chunks of keys that are combined in order,
-for any number of rows, so that no library plans anew for every length of context. `step.WholeStep` runs a
-whole decoding step as one launch of the same functions.
+for any number of rows and sequences, so that no library plans anew for every length of context. `fused` runs a
+decoding step of a whole model as one launch of the same functions.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import mlx.core as mx
 import numpy as np
 
 from kernels import reference
-from kernels.cuda.launch import float_bits, launch
-from kernels.cuda.step import WholeStep
+from kernels.cuda.fused import CudaFusedStep
+from kernels.cuda.launch import Constants, float_bits, launch
 from kernels.errors import UserError
 from kernels.ops import (
     SMALL_ROWS,
@@ -26,6 +26,7 @@ from kernels.ops import (
     Spans,
     TernaryWeight,
     Weight,
+    check_attention,
     check_product,
 )
 
@@ -156,7 +157,7 @@ def _product(
     m, gate = xq.shape[0], _GATES[epilogue]
     inputs = {"xq": xq, "s": s, "weight": weight.data, "scale": weight.scale}
     inputs["residual"] = s if residual is None else residual
-    constants: dict[str, int | bool | mx.Dtype] = {"KIND": int(isinstance(weight, Int8Weight))}
+    constants: Constants = {"KIND": int(isinstance(weight, Int8Weight))}
     if m <= SMALL_ROWS and (not gate or weight.n % (2 * _TILE) == 0):
         width = weight.n // 2 if gate else weight.n
         threads, tiles = _tuning["threads"], _tuning["tiles"]
@@ -254,67 +255,76 @@ def _rms_norm(x: mx.array, norm: mx.array, eps: float) -> mx.array:
 
 
 def attention(
-    qkv: mx.array, k_cache: mx.array, v_cache: mx.array, offset: int, shape: AttentionShape
+    qkv: mx.array, k_cache: mx.array, v_cache: mx.array, spans: Spans, shape: AttentionShape
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """As `reference.attention`, for any number of rows; unusual head dimensions are left to it."""
-    m, heads, kv_heads, dim = qkv.shape[0], shape.heads, shape.kv_heads, shape.head_dim
-    if dim not in _HEAD_DIMS:
-        return reference.attention(qkv, k_cache, v_cache, offset, shape)
-    model: dict[str, int | bool | mx.Dtype] = {"HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim}
+    """As `reference.attention`, and rows' bits are their own however many there are; unusual head dimensions are left
+    to it."""
+    check_attention(qkv, k_cache, v_cache, spans, shape)
+    m, heads, kv_heads, dim = spans.rows, shape.heads, shape.kv_heads, shape.head_dim
+    if dim not in _HEAD_DIMS or not m:
+        return reference.attention(qkv, k_cache, v_cache, spans, shape)
+    model: Constants = {"HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim}
     queries, keys, values = launch(
         "rope",
-        {"qkv": qkv, "frequency": shape.inverse_frequency, "rows": mx.array([m, offset], mx.int32)},
+        {"qkv": qkv, "frequency": shape.inverse_frequency, "positions": spans.positions},
         {
             "queries": ((m, heads * dim), mx.float32),
-            "keys": ((kv_heads, m, dim), mx.float32),
-            "values": ((kv_heads, m, dim), mx.float32),
+            "keys": ((m, kv_heads, dim), mx.float32),
+            "values": ((m, kv_heads, dim), mx.float32),
         },
         (m, 1, 1),
         _ROW_THREADS,
         model | {"SCALE": float_bits(shape.scale), "THREADS": _ROW_THREADS},
     )
-    k_cache[:, offset : offset + m] = keys
-    v_cache[:, offset : offset + m] = values
-    a_row = 4 * heads * (dim + 2) * -(-(offset + m) // _CHUNK)  # bytes of parts
-    at_once = max(SMALL_ROWS, _PARTS_BYTES // a_row)
-    out = [_attend(queries[i : i + at_once], k_cache, v_cache, offset + i, shape, model) for i in range(0, m, at_once)]
+    reference.write_rows(k_cache, keys, spans)
+    reference.write_rows(v_cache, values, spans)
+    chunks = -(-spans.end // _CHUNK)
+    most = max(SMALL_ROWS, _PARTS_BYTES // (4 * heads * (dim + 2) * chunks))  # rows
+    out: list[mx.array] = []
+    for groups, first, rows in _portions(spans, most):
+        lines = SMALL_ROWS * heads // kv_heads
+        (parts,) = launch(
+            "attend",
+            {
+                "queries": queries,
+                "keys": k_cache,
+                "values": v_cache,
+                "groups": groups,
+                "sizes": _sizes(rows, first, k_cache.shape[2]),
+            },
+            {"parts": ((kv_heads, chunks, rows * heads // kv_heads, dim + 2), mx.float32)},
+            (chunks, kv_heads, len(groups)),
+            _ROW_THREADS,
+            model | {"M": SMALL_ROWS, "THREADS": _ROW_THREADS},
+            shared_memory=4 * (lines * dim + _CHUNK * (2 * dim + 4) + lines * _CHUNK),
+        )
+        (part,) = launch(
+            "combine",
+            {"parts": parts, "positions": spans.positions, "sizes": _sizes(rows, first, chunks)},
+            {"out": ((rows, heads * dim), mx.float32)},
+            (rows, heads, 1),
+            dim,
+            model,
+        )
+        out.append(part)
     return out[0] if len(out) == 1 else mx.concatenate(out), k_cache, v_cache
 
 
-def _attend(
-    queries: mx.array,
-    k_cache: mx.array,
-    v_cache: mx.array,
-    offset: int,
-    shape: AttentionShape,
-    model: dict[str, int | bool | mx.Dtype],
-) -> mx.array:
-    """What queries [m, heads * dim], rotated and scaled, see of caches that hold their own keys and values."""
-    m, heads, kv_heads, dim = queries.shape[0], shape.heads, shape.kv_heads, shape.head_dim
-    group, capacity = heads // kv_heads, k_cache.shape[1]
-    chunks = -(-(offset + m) // _CHUNK)
-    lines = SMALL_ROWS * group
-    parts = launch(
-        "attend",
-        {"queries": queries, "keys": k_cache, "values": v_cache, "rows": mx.array([m, offset, capacity], mx.int32)},
-        {"parts": ((kv_heads, chunks, m * group, dim + 2), mx.float32)},
-        (chunks, kv_heads, -(-m // SMALL_ROWS)),
-        _ROW_THREADS,
-        model | {"M": SMALL_ROWS, "THREADS": _ROW_THREADS},
-        shared_memory=4 * (lines * dim + _CHUNK * (2 * dim + 4) + lines * _CHUNK),
-    )[0]
-    return launch(
-        "combine",
-        {"parts": parts, "rows": mx.array([m, offset, chunks], mx.int32)},
-        {"out": ((m, heads * dim), mx.float32)},
-        (m, heads, 1),
-        dim,
-        model,
-    )[0]
+def _portions(spans: Spans, most: int) -> list[tuple[mx.array, int, int]]:
+    """The groups of spans in portions of at most so many rows: each one's groups, first row and number of rows."""
+    if spans.rows <= most:
+        return [(spans.groups, 0, spans.rows)]
+    portions, start, first, rows = [], 0, 0, 0
+    counts = np.array(spans.groups)[:, 2].tolist()
+    for i, count in enumerate([*counts, most]):
+        if rows + count > most:
+            portions.append((spans.groups[start:i], first, rows))
+            start, first, rows = i, first + rows, 0
+        rows += count
+    return portions
 
 
-attention_batch = reference.attention_batch
 attention_packed = reference.attention_packed
 argmax = reference.argmax
 clock = reference.clock
-whole_step = WholeStep.of
+fused_step = CudaFusedStep.of

@@ -23,7 +23,7 @@ from kernels.errors import UserError
 from kernels.files import replacing
 
 FOLDER = Path(__file__).parent
-HEADERS = ("ptx.cuh", "rows.cuh", "products.cuh", "attention.cuh", "exchange.cuh", "step.cuh")
+HEADERS = ("ptx.cuh", "rows.cuh", "products.cuh", "attention.cuh", "exchange.cuh", "fused_step.cuh")
 TYPES = {  # ptx.cuh defines those that are no words of CUDA C++
     mx.float32: "float",
     mx.bfloat16: "bfloat16",
@@ -33,7 +33,9 @@ TYPES = {  # ptx.cuh defines those that are no words of CUDA C++
     mx.uint32: "uint32_t",
 }
 
-Constants = tuple[tuple[str, int | bool | mx.Dtype], ...]
+Constant = int | bool | mx.Dtype
+ConstantItems = tuple[tuple[str, Constant], ...]
+Constants = dict[str, Constant]  # what a body uses by name
 Parameters = tuple[tuple[str, mx.Dtype], ...]
 
 
@@ -45,7 +47,12 @@ def text(name: str) -> str:
 
 @cache
 def kernel(
-    name: str, inputs: Parameters, outputs: Parameters, constants: Constants, prelude: str, bound: int
+    name: str,
+    inputs: Parameters,
+    outputs: Parameters,
+    constants: ConstantItems,
+    prelude: str,
+    bound: int,
 ) -> tuple[str, bytes]:
     """The symbol and the machine code of the kernel that `kernel_text` writes."""
     symbol, whole = kernel_text(name, inputs, outputs, constants, prelude, bound)
@@ -53,7 +60,12 @@ def kernel(
 
 
 def kernel_text(
-    name: str, inputs: Parameters, outputs: Parameters, constants: Constants, prelude: str, bound: int
+    name: str,
+    inputs: Parameters,
+    outputs: Parameters,
+    constants: ConstantItems,
+    prelude: str,
+    bound: int,
 ) -> tuple[str, str]:
     """The symbol and the text of the kernel whose body is NAME.cu, behind `prelude`.
 
@@ -73,7 +85,7 @@ def kernel_text(
     return symbol, whole(symbol)
 
 
-def _constant(key: str, value: int | bool | mx.Dtype) -> str:
+def _constant(key: str, value: Constant) -> str:
     if isinstance(value, mx.Dtype):
         return f"using {key} = {TYPES[value]};"
     return f"constexpr {'bool' if isinstance(value, bool) else 'int'} {key} = {int(value)};"
@@ -134,7 +146,7 @@ def prepare(
     outputs: Parameters,
     blocks: tuple[int, int, int],
     threads: int,
-    constants: dict[str, int | bool | mx.Dtype],
+    constants: Constants,
     *,
     shared_memory: int = 0,
     prelude: str = "",
@@ -154,7 +166,7 @@ def launch(
     outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]],
     blocks: tuple[int, int, int],
     threads: int,
-    constants: dict[str, int | bool | mx.Dtype],
+    constants: Constants,
     *,
     shared_memory: int = 0,
 ) -> list[mx.array]:

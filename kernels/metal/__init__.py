@@ -27,6 +27,7 @@ from kernels.ops import (
     Spans,
     TernaryWeight,
     Weight,
+    check_attention,
     check_product,
 )
 
@@ -299,48 +300,65 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
 
 
 def attention(
-    qkv: mx.array, k_cache: mx.array, v_cache: mx.array, offset: int, shape: AttentionShape
+    qkv: mx.array, k_cache: mx.array, v_cache: mx.array, spans: Spans, shape: AttentionShape
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """As `reference.attention`, which also takes more than 8 rows and unusual head dimensions."""
-    m, heads, kv_heads, dim = qkv.shape[0], shape.heads, shape.kv_heads, shape.head_dim
-    if m > SMALL_ROWS or dim not in _HEAD_DIMS:
-        return reference.attention(qkv, k_cache, v_cache, offset, shape)
+    """As `reference.attention`, to which unusual head dimensions are left, and sequences with more than 8 rows."""
+    check_attention(qkv, k_cache, v_cache, spans, shape)
+    if spans.longest > SMALL_ROWS:
+        return _attention_with_prefill(qkv, k_cache, v_cache, spans, shape)
+    m, heads, kv_heads, dim = spans.rows, shape.heads, shape.kv_heads, shape.head_dim
+    if dim not in _HEAD_DIMS or not m:
+        return reference.attention(qkv, k_cache, v_cache, spans, shape)
     queries, keys, values = launch(
         "rope",
         {
             "qkv": qkv.astype(mx.float32),
             "frequency": shape.inverse_frequency,
-            "dims": _dims(m, offset, heads, kv_heads, dim, _float_bits(shape.scale)),
+            "positions": spans.positions,
+            "dims": _dims(m, heads, kv_heads, dim, _float_bits(shape.scale)),
         },
         {
             "queries": ((m, heads, dim), mx.float32),
-            "keys": ((kv_heads, m, dim), mx.float32),
-            "values": ((kv_heads, m, dim), mx.float32),
+            "keys": ((m, kv_heads, dim), mx.float32),
+            "values": ((m, kv_heads, dim), mx.float32),
         },
         (_up(m * (heads + 2 * kv_heads) * dim // 2, _ROW_THREADS), 1, 1),
         _ROW_THREADS,
         {},
     )
-    k_cache[:, offset : offset + m] = keys
-    v_cache[:, offset : offset + m] = values
+    reference.write_rows(k_cache, keys, spans)
+    reference.write_rows(v_cache, values, spans)
     group = heads // kv_heads
-    lines, chunks, capacity = m * group, _up(offset + m, _KEYS), k_cache.shape[1]
-    simdgroups = min(8, _up(lines, _LINES))
+    lines, chunks, capacity = m * group, _up(spans.end, _KEYS), k_cache.shape[2]
+    simdgroups = min(8, _up(spans.longest * group, _LINES))  # of a threadgroup, as a sequence's rows need
+    parts_of = _up(spans.longest * group, _LINES * simdgroups)  # threadgroups for them
     tops, totals, parts = launch(
         "attend",
-        {"queries": queries, "keys": k_cache, "values": v_cache, "dims": _dims(m, offset, capacity, chunks, group)},
+        {
+            "queries": queries,
+            "keys": k_cache,
+            "values": v_cache,
+            "groups": spans.groups,
+            "dims": _dims(m, kv_heads, capacity, group),
+        },
         {
             "tops": ((kv_heads, chunks, lines), mx.float32),
             "totals": ((kv_heads, chunks, lines), mx.float32),
             "parts": ((kv_heads, chunks, lines, dim), mx.float32),
         },
-        (chunks, kv_heads, _up(lines, _LINES * simdgroups)),
+        (chunks, kv_heads * parts_of, len(spans.groups)),
         _SIMDGROUP * simdgroups,
         {"DIM": dim, "LINES": _LINES},
     )
     out = launch(
         "combine",
-        {"tops": tops, "totals": totals, "parts": parts, "dims": _dims(m, offset, chunks, group)},
+        {
+            "tops": tops,
+            "totals": totals,
+            "parts": parts,
+            "positions": spans.positions,
+            "dims": _dims(m, chunks, group),
+        },
         {"out": ((m, heads * dim), mx.float32)},
         (heads, m, 1),
         dim,
@@ -349,8 +367,20 @@ def attention(
     return out, k_cache, v_cache
 
 
-attention_batch = reference.attention_batch
+def _attention_with_prefill(
+    qkv: mx.array, k_cache: mx.array, v_cache: mx.array, spans: Spans, shape: AttentionShape
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Sequences with many rows by the reference, then those with few by our kernels, which keep their rows' bits."""
+    many = np.repeat(np.array(spans.counts) > SMALL_ROWS, spans.counts)
+    out = mx.zeros((spans.rows, shape.heads * shape.head_dim))
+    for chosen, attend in ((many, reference.attention), (~many, attention)):
+        counts = tuple(count if (count > SMALL_ROWS) == (chosen is many) else 0 for count in spans.counts)
+        rows = mx.array(np.flatnonzero(chosen).astype(np.int32))
+        out[rows], k_cache, v_cache = attend(qkv[rows], k_cache, v_cache, Spans(spans.offsets, counts), shape)
+    return out, k_cache, v_cache
+
+
 attention_packed = reference.attention_packed
 argmax = reference.argmax
 clock = reference.clock
-whole_step = reference.whole_step
+fused_step = reference.fused_step

@@ -1,17 +1,17 @@
 // Joins the chunks of attend.metal in order, up to the row's own: a threadgroup a row and head, a thread an
 // element of the head.
 //
-// tops, totals: float [kv_heads, chunks, lines]; parts: float [kv_heads, chunks, lines, DIM];
-// dims: m, offset, chunks, group. out: float [m, heads, DIM].
+// tops, totals: float [kv_heads, chunks, lines]; parts: float [kv_heads, chunks, lines, DIM]; positions: int [m];
+// dims: m, chunks, group. out: float [m, heads, DIM].
 
-const int chunks = dims[2];
-const int group = dims[3];
+const int chunks = dims[1];
+const int group = dims[2];
 const int lines = dims[0] * group;
 const int head = threadgroup_position_in_grid.x;
 const int row = threadgroup_position_in_grid.y;
 const int element = thread_index_in_threadgroup;
 const int first = head / group * chunks * lines + row * group + head % group;
-const int seen = (dims[1] + row) / LANES + 1;
+const int seen = positions[row] / LANES + 1;
 
 float top = -INFINITY;
 for (int chunk = 0; chunk < seen; ++chunk) {

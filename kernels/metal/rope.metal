@@ -1,18 +1,17 @@
 // Splits rows into queries, keys and values and rotates queries and keys (rotate-half): a thread a pair.
 //
-// qkv: float [m, (heads + 2 kv_heads) * d]; frequency: float [d / 2]; dims: m, offset, heads, kv_heads, d,
-// bits of the scale of queries. queries: float [m, heads, d], scaled; keys, values: float [kv_heads, m, d].
+// qkv: float [m, (heads + 2 kv_heads) * d]; frequency: float [d / 2]; positions: int [m]; dims: m, heads, kv_heads, d,
+// bits of the scale of queries. queries: float [m, heads, d], scaled; keys, values: float [m, kv_heads, d].
 
-const int m = dims[0];
-const int heads = dims[2];
-const int kv_heads = dims[3];
-const int half_dim = dims[4] / 2;
+const int heads = dims[1];
+const int kv_heads = dims[2];
+const int half_dim = dims[3] / 2;
 const int all_heads = heads + 2 * kv_heads;
 const int index = thread_position_in_grid.x;
 const int pair = index % half_dim;
 const int head = index / half_dim % all_heads;
 const int row = index / half_dim / all_heads;
-if (row >= m) {
+if (row >= dims[0]) {
   return;
 }
 
@@ -20,23 +19,23 @@ const int source = (row * all_heads + head) * 2 * half_dim + pair;
 const float a = qkv[source];
 const float b = qkv[source + half_dim];
 if (head >= heads + kv_heads) {
-  const int target = ((head - heads - kv_heads) * m + row) * 2 * half_dim + pair;
+  const int target = (row * kv_heads + head - heads - kv_heads) * 2 * half_dim + pair;
   values[target] = a;
   values[target + half_dim] = b;
   return;
 }
-const float angle = float(dims[1] + row) * frequency[pair];
+const float angle = float(positions[row]) * frequency[pair];
 const float c = precise::cos(angle);
 const float s = precise::sin(angle);
 const float turned_a = a * c - b * s;
 const float turned_b = b * c + a * s;
 if (head < heads) {
-  const float scale = as_type<float>(dims[5]);
+  const float scale = as_type<float>(dims[4]);
   const int target = (row * heads + head) * 2 * half_dim + pair;
   queries[target] = turned_a * scale;
   queries[target + half_dim] = turned_b * scale;
 } else {
-  const int target = ((head - heads) * m + row) * 2 * half_dim + pair;
+  const int target = (row * kv_heads + head - heads) * 2 * half_dim + pair;
   keys[target] = turned_a;
   keys[target + half_dim] = turned_b;
 }

@@ -110,19 +110,40 @@ def test_a_wrong_result_is_found_though_it_is_the_same_for_all_rows(
     assert fault in (self_test(backend_with(**{operation: wrong})) or "")
 
 
+def forgets(step: Any, tokens: Any, keys: list[mx.array], values: list[mx.array], offset: int) -> mx.array:
+    """Begins with empty caches."""
+    return step(tokens, [0 * k for k in keys], [0 * v for v in values], offset)
+
+
 @pytest.mark.skipif(len(candidates()) == 1, reason="the native kernels are not built here")
-def test_a_wrong_fused_step_is_found() -> None:
+@pytest.mark.parametrize(
+    ("changed", "fault"),
+    [
+        ({"epilogue": "relu2_mul"}, "of int8 layers differs from the reference"),  # where SiLU is asked for
+        ({"call": forgets}, "gives a row other bits among others than alone"),
+        ({"greedy": lambda step, *rest: step.greedy_tokens(*rest[:-1], None)}, "of int8 layers chooses other tokens"),
+    ],
+)
+def test_a_wrong_fused_step_is_found(changed: dict[str, Any], fault: str) -> None:
     from kernels import cpu
 
-    class Forgetful(cpu.CpuFusedStep):
-        """Begins each step with empty caches."""
+    class Wrong(cpu.CpuFusedStep):
+        def __init__(self, **model: Any) -> None:
+            super().__init__(**model | {name: changed[name] for name in changed.keys() & {"epilogue"}})
 
-        def __call__(self, tokens: Any, keys: list[mx.array], values: list[mx.array], offset: int) -> mx.array:
-            return super().__call__(tokens, [0 * k for k in keys], [0 * v for v in values], offset)
+        def __call__(self, *arguments: Any) -> mx.array:
+            if "call" in changed:
+                return changed["call"](super().__call__, *arguments)
+            return super().__call__(*arguments)
+
+        def greedy_tokens(self, *arguments: Any) -> mx.array:
+            if "greedy" in changed:
+                return changed["greedy"](super(), *arguments)
+            return super().greedy_tokens(*arguments)
 
     operations = {name: getattr(cpu, name) for name in dir(cpu) if not name.startswith("__")}
-    faults = dict(operation_faults(SimpleNamespace(**{**operations, "fused_step": Forgetful})))  # type: ignore[arg-type]
-    assert faults.pop("fused step") == "fused step gives a row other bits among others than alone"
+    faults = dict(operation_faults(SimpleNamespace(**{**operations, "fused_step": Wrong})))  # type: ignore[arg-type]
+    assert f"fused step {fault}" in (faults.pop("fused step") or "")
     assert not any(faults.values())
 
 

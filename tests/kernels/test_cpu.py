@@ -522,7 +522,8 @@ def test_a_fused_step_has_the_bits_of_its_operations(model: str, precision: Prec
     transformer = find_model(str(ROOT / "checkpoints" / model), "--draft").load(precision, precision)
     fused = transformer.fused_step
     assert fused is not None
-    for length, m in [(1, 1), (2, 2), (20, 3), (7, 4), (2038, 5), (31, 6), (32, 7), (30, 8)]:
+    cases = [(20, 3), (31, 8), (1, 1), (2, 2), (7, 4), (2038, 5), (31, 6), (32, 7)]
+    for length, m in cases if isa == _native.available_isas()[0] else cases[:2]:
         rng = np.random.default_rng([length, m])
         prompt, tokens = rng.integers(0, 16000, length).tolist(), rng.integers(0, 16000, m).tolist()
         before = transformer.new_cache()

@@ -6,11 +6,21 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from arrays import close, normal, random_ternary, same_bits
+from attention_checks import (
+    FEW,
+    LONG,
+    SEVERAL,
+    attention_shape,
+    caches,
+    check_definition,
+    check_rows_alone,
+    qkv_rows,
+)
 
 from kernels import reference
 from kernels.backends import device_backend
 from kernels.errors import UserError
-from kernels.ops import AttentionShape, Epilogue
+from kernels.ops import Epilogue, Spans
 from kernels.self_test import self_test
 
 if device_backend() != "cuda":
@@ -109,52 +119,49 @@ def test_a_float_product_of_any_width_gets_its_shared_memory() -> None:
 
 
 @pytest.mark.parametrize("heads", [(4, 2, 32), (9, 3, 64), (20, 5, 128)])
-@pytest.mark.parametrize("offset", [0, 1, 24, 31, 32, 250, 2042])
-def test_attention(heads: tuple[int, int, int], offset: int) -> None:
-    h, kv, d = heads
-    shape = AttentionShape(h, kv, d, mx.array(0.5 ** np.arange(d // 2, dtype=np.float32)))
-    qkv, room = normal(8, (h + 2 * kv) * d), offset + 12
-    keys, values = normal(kv, room, d), normal(kv, room, d, seed=1)
-    together, k_new, _ = cuda.attention(qkv, mx.array(keys), mx.array(values), offset, shape)
-    with mx.stream(mx.cpu):
-        expected, k_expected, _ = reference.attention(qkv, mx.array(keys), mx.array(values), offset, shape)
-    assert close(together, expected, 1e-4) and close(k_new, k_expected)
-    for m in range(2, 8):
-        assert same_bits(cuda.attention(qkv[:m], mx.array(keys), mx.array(values), offset, shape)[0], together[:m]), m
-    for i in range(8):
-        out, keys, values = cuda.attention(qkv[i : i + 1], keys, values, offset + i, shape)
-        assert same_bits(out, together[i : i + 1]), i
+@pytest.mark.parametrize("spans", [SEVERAL, LONG, FEW, Spans((40, 0, 2000), (133, 3, 50))])
+def test_attention(heads: tuple[int, int, int], spans: Spans) -> None:
+    check_rows_alone(cuda.attention, attention_shape(*heads), spans)
+    check_definition(cuda.attention, attention_shape(*heads), spans, tolerance=1e-5)
 
 
-def test_a_long_prefill_goes_by_the_same_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = AttentionShape(9, 3, 64, mx.array(0.5 ** np.arange(32, dtype=np.float32)))
-    qkv, keys, values = normal(133, 15 * 64), normal(3, 256, 64), normal(3, 256, 64, seed=1)
-    ours = cuda.attention(qkv, mx.array(keys), mx.array(values), 40, shape)[0]
-    assert close(ours, reference.attention(qkv, mx.array(keys), mx.array(values), 40, shape)[0], 1e-3)
-    monkeypatch.setattr(cuda, "_PARTS_BYTES", 1 << 20)  # in groups of rows
-    assert same_bits(ours, cuda.attention(qkv, mx.array(keys), mx.array(values), 40, shape)[0])
+@pytest.mark.parametrize("offset", [0, 24, 31, 250, 2042])
+def test_any_number_of_rows_of_a_sequence_has_the_bits_of_single_ones(offset: int) -> None:
+    shape = attention_shape(9, 3, 64)
+    qkv = qkv_rows(shape, 8)
+    together = cuda.attention(qkv, *caches(shape, (offset,), offset + 12), Spans((offset,), (8,)), shape)[0]
+    for m in range(1, 8):
+        few = cuda.attention(qkv[:m], *caches(shape, (offset,), offset + 40), Spans((offset,), (m,)), shape)[0]
+        assert same_bits(few, together[:m]), m
+
+
+def test_rows_in_portions_have_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, spans = attention_shape(9, 3, 64), Spans((40, 7, 0), (133, 8, 20))
+    qkv = qkv_rows(shape, spans.rows)
+    ours = cuda.attention(qkv, *caches(shape, spans.offsets, 256), spans, shape)[0]
+    monkeypatch.setattr(cuda, "_PARTS_BYTES", 1 << 20)
+    assert same_bits(ours, cuda.attention(qkv, *caches(shape, spans.offsets, 256), spans, shape)[0])
 
 
 @pytest.mark.parametrize("m", range(1, 9))
 @pytest.mark.parametrize("head", ["float", "int8"])
-def test_the_whole_step_equals_its_rows_alone_by_bits_and_the_single_operations_nearly(head: Precision, m: int) -> None:
+def test_the_fused_step_equals_its_rows_alone_by_bits_and_the_single_operations_nearly(head: Precision, m: int) -> None:
     model = find_teacher(None).load(head)
-    whole = model.whole_step
-    assert whole is not None
+    assert model.fused_step is not None
     rng = np.random.default_rng(m)
     prompt, tokens = rng.integers(0, 16000, 2040).tolist(), rng.integers(0, 16000, m).tolist()
     for length in (1, 20, 29, 300, 2040):
         cache = model.new_cache()
         model.prefill(prompt[:length], cache)
-        together = model.step(tokens, cache)
+        together = model.step(tokens, cache).logits
         cache = model.new_cache()
         model.prefill(prompt[:length], cache)
-        alone = mx.concatenate([model.step([token], cache) for token in tokens])
+        alone = mx.concatenate([model.step([token], cache).logits for token in tokens])
         assert same_bits(together, alone), length
-    model.whole_step = None
+    model.fused_step = None
     cache = model.new_cache()
     model.prefill(prompt, cache)
-    assert close(together, model.step(tokens, cache), 0.05)
+    assert close(together, model.step(tokens, cache).logits, 0.05)
 
 
 @pytest.mark.parametrize("head", ["float", "int8"])
@@ -168,14 +175,14 @@ def test_a_chain_of_steps_chooses_what_single_ones_do(head: Precision) -> None:
             for cache in (chained, single):
                 model.prefill(prompt[:length], cache)
                 cache.reserve(16)
-            chosen = np.array(model.continuation(tokens, chained, 7)).tolist()
+            chosen = np.array(model.greedy_tokens(tokens, chained, 7)).tolist()
             feed, expected = tokens, []
             for _ in range(7):
-                feed = np.array(model.best_tokens(model.step(feed, single)[-1:])).tolist()
+                feed = np.array(model.best_tokens(model.step(feed, single).logits[-1:])).tolist()
                 expected += feed
             assert chosen == expected, (length, tokens)
             # What a chain has left in the caches is what steps leave.
-            assert same_bits(model.step([5], chained), model.step([5], single)), (length, tokens)
+            assert same_bits(model.step([5], chained).logits, model.step([5], single).logits), (length, tokens)
 
 
 def test_many_steps_wait_for_each_other() -> None:
@@ -183,9 +190,9 @@ def test_many_steps_wait_for_each_other() -> None:
     model = find_teacher(None).load()
     tokens = np.random.default_rng(1).integers(0, 16000, 60).tolist()
     cache = model.new_cache()
-    together = model.step(tokens, cache)
+    together = model.step(tokens, cache).logits
     cache = model.new_cache()
-    assert same_bits(together, mx.concatenate([model.step([token], cache) for token in tokens]))
+    assert same_bits(together, mx.concatenate([model.step([token], cache).logits for token in tokens]))
 
 
 def test_unsupported_shapes_are_refused_by_name() -> None:

@@ -6,7 +6,6 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from arrays import close, normal, random_ternary, same_bits
+from attention_checks import FEW, SEVERAL, attention_shape, caches, check_definition, check_rows_alone, qkv_rows
 
 from kernels import cuda, reference
-from kernels.cuda import step
+from kernels.cuda import fused
 from kernels.cuda.launch import FOLDER, kernel, text
-from kernels.ops import AttentionShape, Epilogue, Weight
+from kernels.ops import AttentionShape, Epilogue, Layer, Spans
 from kernels.self_test import CHECKS, operation_faults
 
 if platform.system() != "Linux" or emulation.compiler() is None:
@@ -43,7 +43,7 @@ def emulator(
     session_emulator.seed, session_emulator.multiprocessors, session_emulator.resident = 0, 4, None
     monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", session_emulator.precompiled_cuda_kernel)
     monkeypatch.setattr(LAUNCH, "machine_code", session_emulator.machine_code)
-    monkeypatch.setattr(step, "device_attribute", lambda name: cuda_emulator.attribute(session_emulator, name))
+    monkeypatch.setattr(fused, "device_attribute", lambda name: cuda_emulator.attribute(session_emulator, name))
     kernel.cache_clear()
     with mx.stream(mx.cpu):
         yield session_emulator
@@ -124,35 +124,44 @@ def test_linear_gives_a_row_the_same_bits_alone_and_among_others(kind: str, epil
         assert close(cuda.linear(many, ours, **options), reference.linear(many, theirs, **options), 2e-2)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 32), (5, 1, 128)])
-def test_attention(heads: int, kv_heads: int, dim: int, emulator: cuda_emulator.Emulator) -> None:
-    shape = AttentionShape(heads, kv_heads, dim, mx.array(0.5 ** np.arange(dim // 2, dtype=np.float32)))
-    qkv = normal(11, (heads + 2 * kv_heads) * dim)
-    for offset in (0, 24, 31, 100):
-        keys, values = normal(kv_heads, offset + 15, dim), normal(kv_heads, offset + 15, dim, seed=1)
-        together, k_new, v_new = cuda.attention(qkv, mx.array(keys), mx.array(values), offset, shape)
-        expected, k_expected, v_expected = reference.attention(qkv, mx.array(keys), mx.array(values), offset, shape)
-        assert close(together, expected, 1e-4) and close(k_new, k_expected) and same_bits(v_new, v_expected)
-        emulator.seed += 1
-        for i in (0, 1, 10) if offset else range(11):
-            k_before, v_before = mx.array(k_new), mx.array(v_new)
-            out, _, _ = cuda.attention(qkv[i : i + 1], k_before, v_before, offset + i, shape)
-            assert same_bits(out, together[i : i + 1]), (offset, i)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "d", "spans"),
+    [
+        (4, 2, 32, SEVERAL),
+        (4, 2, 32, Spans((2042, 0, 31), (8, 1, 11))),
+        (3, 1, 64, FEW),
+        (5, 1, 128, Spans((30, 0, 500), (4, 9, 1))),
+    ],
+)
+def test_attention_gives_a_row_the_same_bits_alone_and_among_others(
+    heads: int, kv_heads: int, d: int, spans: Spans, emulator: cuda_emulator.Emulator
+) -> None:
+    emulator.seed = d
+    check_rows_alone(cuda.attention, attention_shape(heads, kv_heads, d), spans)
 
 
-# The whole step
+def test_attention_is_close_to_its_definition(emulator: cuda_emulator.Emulator) -> None:
+    for heads, kv_heads, d in ((4, 2, 32), (5, 1, 128), (2, 1, 16)):
+        check_definition(cuda.attention, attention_shape(heads, kv_heads, d), Spans((0, 101, 3, 24), (9, 2, 0, 20)))
 
 
-@dataclass
-class Layer:
-    qkv: Weight
-    o: Weight
-    gate_up: Weight
-    down: Weight
-    input_norm: mx.array
-    attention_sub_norm: mx.array | None
-    post_norm: mx.array
-    ffn_sub_norm: mx.array | None
+def test_attention_in_portions_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the parts of all rows at once would take too much memory."""
+    shape = attention_shape(4, 2, 32)
+    qkv = qkv_rows(shape, SEVERAL.rows)
+    whole = cuda.attention(qkv, *caches(shape, SEVERAL.offsets, 80), SEVERAL, shape)[0]
+    monkeypatch.setattr(cuda, "_PARTS_BYTES", 1)
+    assert same_bits(cuda.attention(qkv, *caches(shape, SEVERAL.offsets, 80), SEVERAL, shape)[0], whole)
+
+
+def test_rows_that_do_not_fit_the_caches_are_refused() -> None:
+    shape = attention_shape()
+    for spans in (Spans((8, 0), (2, 1)), Spans((0,), (3,)), Spans((0, 0), (2, 2))):
+        with pytest.raises(ValueError, match=r"have no room|are not"):
+            cuda.attention(qkv_rows(shape, 3), *caches(shape, (0, 0), 9), spans, shape)
+
+
+# The fused step
 
 
 class Model:
@@ -186,7 +195,7 @@ class Model:
             pairs = [weights_of(kind, n, k) for n, k in sizes]
             self.layers.append(Layer(*[ours for ours, _ in pairs], *norms))
             self.reference_layers.append(Layer(*[theirs for _, theirs in pairs], *norms))
-        step = cuda.whole_step(
+        step = cuda.fused_step(
             layers=self.layers,
             embedding=self.embedding,
             final_norm=self.final_norm,
@@ -206,7 +215,7 @@ class Model:
             rows = [np.array(normal(*size, seed=seed + 2 * i)) for i in range(len(self.layers))]
             for array in rows:
                 array[:, filled:] = np.nan
-            out.append([mx.array(array) for array in rows])
+            out.append([mx.array(array[None]) for array in rows])
         mx.eval(out)
         return out[0], out[1]
 
@@ -216,14 +225,14 @@ class Model:
         x = self.embedding[mx.array(tokens)].astype(mx.float32)
         for layer, k, v in zip(self.reference_layers, keys, values, strict=True):
             qkv = reference.linear(x, layer.qkv, norm=layer.input_norm, eps=self.eps)
-            a = reference.attention(qkv, k, v, offset, self.shape)[0]
+            a = reference.attention(qkv, k, v, Spans((offset,), (len(tokens),)), self.shape)[0]
             x = reference.linear(a, layer.o, norm=layer.attention_sub_norm, eps=self.eps, residual=x)
             h = reference.linear(x, layer.gate_up, norm=layer.post_norm, eps=self.eps, epilogue=self.epilogue)
             x = reference.linear(h, layer.down, norm=layer.ffn_sub_norm, eps=self.eps, residual=x)
         return reference.linear(x, self.reference_head, norm=self.final_norm, eps=self.eps)
 
     def chosen_one_by_one(
-        self, tokens: list[int], offset: int, count: int, kept: np.ndarray
+        self, tokens: list[int], offset: int, count: int, d2t: np.ndarray
     ) -> tuple[list[int], list[mx.array], list[mx.array]]:
         """Greedy choices, each from a step over the one before, and the caches behind them."""
         keys, values = self.caches(offset)
@@ -231,7 +240,7 @@ class Model:
         for i in range(len(tokens) + count - 1):
             best = int(np.array(mx.argmax(self.step([fed[i]], keys, values, offset + i)[0])))
             if i >= len(tokens) - 1:
-                chosen.append(int(kept[best]))
+                chosen.append(int(d2t[best]))
                 fed.append(chosen[-1])
         return chosen, keys, values
 
@@ -242,7 +251,7 @@ class Model:
 
 
 @pytest.mark.parametrize(("kind", "head", "rows"), [("ternary", "bfloat16", (3, 8)), ("int8", "int8", (2,))])
-def test_the_whole_step_equals_its_rows_alone_by_bits_and_the_reference_nearly(
+def test_the_fused_step_equals_its_rows_alone_by_bits_and_the_reference_nearly(
     kind: str, head: str, rows: tuple[int, ...], emulator: cuda_emulator.Emulator
 ) -> None:
     model = Model(kind, head)
@@ -284,12 +293,12 @@ def test_a_chain_of_steps_equals_single_ones_by_bits(
     emulator.multiprocessors = multiprocessors
     model = Model(kind, head)
     all_ids, shuffled = np.arange(model.vocab), np.random.default_rng(1).permutation(model.vocab)
-    for tokens, offset, count, kept in (([5], 30, 3, all_ids), ([7, 1, 2], 0, 2, shuffled)):
-        expected, *caches_expected = model.chosen_one_by_one(tokens, offset, count, kept)
-        ids = None if kept is all_ids else mx.array(kept, mx.uint32)
+    for tokens, offset, count, d2t in (([5], 30, 3, all_ids), ([7, 1, 2], 0, 2, shuffled)):
+        expected, *caches_expected = model.chosen_one_by_one(tokens, offset, count, d2t)
+        ids = None if d2t is all_ids else mx.array(d2t, mx.uint32)
         for emulator.seed in RANDOM_ORDERS:
             caches = model.caches(offset)
-            assert np.array(model.step.continuation(tokens, *caches, offset, count, ids)).tolist() == expected
+            assert np.array(model.step.greedy_tokens(tokens, *caches, offset, count, ids)).tolist() == expected
             for ours, theirs in zip((*caches[0], *caches[1]), (*caches_expected[0], *caches_expected[1]), strict=True):
                 assert same_bits(ours, theirs)
         emulator.seed = 0
@@ -301,7 +310,7 @@ def test_of_equal_logits_a_chain_chooses_the_lowest_id(emulator: cuda_emulator.E
         zeros = cuda.prepare_dense(mx.zeros((model.vocab, model.hidden), mx.bfloat16))
         model.step.head = zeros
         model.step.fixed[4] = zeros.data
-        assert np.array(model.step.continuation([9], *model.caches(3), 3, 2, None)).tolist() == [0, 0]
+        assert np.array(model.step.greedy_tokens([9], *model.caches(3), 3, 2, None)).tolist() == [0, 0]
 
 
 def test_bits_do_not_depend_on_the_number_of_multiprocessors_nor_on_where_tokens_come_from(
@@ -316,11 +325,11 @@ def test_bits_do_not_depend_on_the_number_of_multiprocessors_nor_on_where_tokens
 
 def test_less_shared_memory_takes_shorter_rings(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = Model("ternary", "int8")
-    there_is = step.device_attribute
+    there_is = fused.device_attribute
     less = {97: 99 * 1024}  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
-    monkeypatch.setattr(step, "device_attribute", lambda name: less.get(name) or there_is(name))
+    monkeypatch.setattr(fused, "device_attribute", lambda name: less.get(name) or there_is(name))
     narrow = Model("ternary", "int8")
-    assert (wide.step.slots, narrow.step.slots) == (step.SLOTS[0], step.SLOTS[1])
+    assert (wide.step.slots, narrow.step.slots) == (fused.SLOTS[0], fused.SLOTS[1])
     assert same_bits(narrow.step([1, 2], *narrow.caches(33), 33), wide.step([1, 2], *wide.caches(33), 33))
 
 
@@ -382,10 +391,10 @@ BROKEN = [
         "that some threads miss",
     ),
     ("exchange.cuh", "lane < 10 && first", "lane < 9 && first", "all wait for each other"),
-    ("step.cu", "  __syncthreads();  // what is written", "  // what is written", "other bits"),
-    ("step.cu", "(which == kOutput ? 1 :", "(which == kOutput ? 0 :", "all wait for each other"),
+    ("fused_step.cu", "  __syncthreads();  // what is written", "  // what is written", "other bits"),
+    ("fused_step.cu", "(which == kOutput ? 1 :", "(which == kOutput ? 0 :", "all wait for each other"),
     (
-        "step.cuh",
+        "fused_step.cuh",
         "tile = item % rows.tiles, m = item / rows.tiles;\n    const int head",
         "m = item % M, tile = item / M;\n    const int head",
         "other bits",

@@ -19,9 +19,19 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from arrays import normal, random_ternary, same_bits
+from attention_checks import (
+    FEW,
+    LONG,
+    SEVERAL,
+    attention_shape,
+    caches,
+    check_definition,
+    check_rows_alone,
+    qkv_rows,
+)
 
 from kernels import metal, reference
-from kernels.ops import AttentionShape, Epilogue, Int8Weight
+from kernels.ops import Epilogue, Int8Weight, Spans
 from kernels.self_test import CHECKS, operation_faults
 
 REAL = mx.metal.is_available() and mx.default_device() == mx.gpu
@@ -307,79 +317,65 @@ def test_no_tuning_changes_bits(monkeypatch: pytest.MonkeyPatch, outputs: int, s
 # Attention
 
 
-def attention_shape(heads: int = 6, kv_heads: int = 2, d: int = 32) -> AttentionShape:
-    frequency = (1e4 ** (-np.arange(0, d, 2) / d)).astype(np.float32)
-    return AttentionShape(heads, kv_heads, d, mx.array(frequency))
-
-
-def caches(shape: AttentionShape, valid: int, capacity: int) -> tuple[mx.array, mx.array]:
-    """Caches with random rows below `valid` and NaN from there on."""
-    rng = np.random.default_rng(11)
-    filled = rng.normal(0, 1, (2, 2100, shape.kv_heads, shape.head_dim)).astype(np.float32)
-    out = np.full((2, shape.kv_heads, capacity, shape.head_dim), np.nan, np.float32)
-    out[:, :, :valid] = filled[:, :valid].transpose(0, 2, 1, 3)
-    return mx.array(out[0]), mx.array(out[1])
-
-
-def qkv_rows(shape: AttentionShape, m: int) -> mx.array:
-    return normal(m, (shape.heads + 2 * shape.kv_heads) * shape.head_dim)
+def on_cpu(*arguments: Any) -> Any:
+    return defined(reference.attention, *arguments)
 
 
 @pytest.mark.parametrize(
-    ("keys", "heads", "kv_heads", "d"),
-    [
-        *[(keys, 6, 2, 32) for keys in (1, 2, 25, 31, 32, 33, 63, 64, 65, 1000, 2050)],
-        (2041, 3, 1, 64),  # a head of the embedded teacher's, and of BitNet-2B's, into the next chunk
-        (2041, 4, 1, 128),
-    ],
+    ("heads", "kv_heads", "d", "spans"),
+    [(6, 2, 32, SEVERAL), (6, 2, 32, LONG), (3, 1, 64, FEW), (9, 1, 128, FEW), (4, 1, 128, Spans((2041,), (8,)))],
 )
 def test_attention_gives_a_row_the_same_bits_alone_and_among_others(
-    keys: int, heads: int, kv_heads: int, d: int
+    heads: int, kv_heads: int, d: int, spans: Spans
 ) -> None:
-    """Row i of a group attends `keys` + i keys; alone, in a cache of another capacity, it is the same."""
-    shape = attention_shape(heads, kv_heads, d)
-    offset = keys - 1
-    qkv = qkv_rows(shape, 8)
-    alone = []
-    k_cache, v_cache = caches(shape, offset, offset + 8)
-    for i in range(8):
-        out, k_cache, v_cache = metal.attention(qkv[i : i + 1], k_cache, v_cache, offset + i, shape)
-        alone.append(out)
-    assert np.isfinite(np.array(mx.concatenate(alone))).all()
-    for m in (2, 3, 4, 5, 6, 7, 8) if keys < 100 else (2, 5, 8):
-        out, k_new, v_new = metal.attention(qkv[:m], *caches(shape, offset, offset + m + 37 * m), offset, shape)
-        assert same_bits(out, mx.concatenate(alone[:m])), m
-        end = offset + m
-        assert same_bits(k_new[:, :end], k_cache[:, :end])
-        assert same_bits(v_new[:, :end], v_cache[:, :end])
-        assert np.isnan(np.array(k_new[:, end:])).all(), "spare room was written to"
+    check_rows_alone(metal.attention, attention_shape(heads, kv_heads, d), spans)
+
+
+def test_any_number_of_rows_of_a_sequence_has_the_bits_of_single_ones() -> None:
+    shape, qkv = attention_shape(), qkv_rows(attention_shape(), 8)
+    for offset in (0, 24, 62):
+        cache, alone = caches(shape, (offset,), offset + 8), []
+        for i in range(8):
+            out, *cache = metal.attention(qkv[i : i + 1], *cache, Spans((offset + i,), (1,)), shape)
+            alone.append(out)
+        for m in range(2, 9):
+            together = metal.attention(qkv[:m], *caches(shape, (offset,), offset + 40), Spans((offset,), (m,)), shape)
+            assert same_bits(together[0], mx.concatenate(alone[:m])), (offset, m)
+
+
+def test_few_rows_beside_a_prefill_have_the_bits_that_they_have_alone() -> None:
+    shape, spans = attention_shape(), Spans((40, 3, 0, 7), (2, 12, 0, 8))
+    qkv = qkv_rows(shape, spans.rows)
+    out, keys, _ = metal.attention(qkv, *caches(shape, spans.offsets, 60), spans, shape)
+    for sequence, rows in ((0, slice(0, 2)), (3, slice(14, 22))):
+        offset, count = spans.offsets[sequence], spans.counts[sequence]
+        cache = caches(shape, (offset,), 60, sequence)
+        alone, k, _ = metal.attention(qkv[rows], *cache, Spans((offset,), (count,)), shape)
+        assert same_bits(out[rows], alone) and same_bits(keys[sequence], k[0])
+    check_definition(metal.attention, shape, spans)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "d"), [(9, 3, 64), (20, 5, 128), (4, 4, 96), (8, 1, 256), (3, 1, 20)])
-@pytest.mark.parametrize(("offset", "m"), [(0, 1), (0, 8), (3, 40), (100, 4), (2045, 5)])
-def test_attention_is_close_to_the_reference(heads: int, kv_heads: int, d: int, offset: int, m: int) -> None:
+def test_attention_is_close_to_its_definition(heads: int, kv_heads: int, d: int) -> None:
     shape = attention_shape(heads, kv_heads, d)
-    qkv = qkv_rows(shape, m)
-    ours = metal.attention(qkv, *caches(shape, offset, offset + m + 3), offset, shape)
-    theirs = defined(reference.attention, qkv, *caches(shape, offset, offset + m + 3), offset, shape)
-    for a, b in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-5, atol=2e-6)
+    check_definition(metal.attention, shape, Spans((0, 100, 9, 0, 305), (1, 4, 0, 8, 5)))
 
 
 def test_large_scores_make_no_infinities() -> None:
     """A key that wins by hundreds: its value is the output, all others weigh nothing."""
-    shape = attention_shape(2, 1, 32)
+    shape, spans = attention_shape(2, 1, 32), Spans((40,), (1,))
     qkv = qkv_rows(shape, 1) * 300
-    out, _, _ = metal.attention(qkv, *caches(shape, 40, 60), 40, shape)
-    expected, _, _ = defined(reference.attention, qkv, *caches(shape, 40, 60), 40, shape)
+    out, _, _ = metal.attention(qkv, *caches(shape, (40,), 60), spans, shape)
+    expected, _, _ = on_cpu(qkv, *caches(shape, (40,), 60), spans, shape)
     np.testing.assert_allclose(np.array(out), np.array(expected), rtol=1e-4, atol=1e-4)
 
 
-def test_a_cache_that_someone_else_holds_is_not_overwritten() -> None:
+@pytest.mark.parametrize("spans", [Spans((5,), (2,)), Spans((5, 1), (1, 2))])
+def test_a_cache_that_someone_else_holds_is_not_overwritten(spans: Spans) -> None:
     shape = attention_shape()
-    k_cache, v_cache = caches(shape, 5, 9)
+    k_cache, v_cache = caches(shape, spans.offsets, 9)
     before = np.array(k_cache).tobytes(), np.array(v_cache).tobytes()
-    mx.eval(*metal.attention(qkv_rows(shape, 2), mx.array(k_cache), mx.array(v_cache), 5, shape))
+    mx.eval(*metal.attention(qkv_rows(shape, spans.rows), mx.array(k_cache), mx.array(v_cache), spans, shape))
     assert (np.array(k_cache).tobytes(), np.array(v_cache).tobytes()) == before
 
 
@@ -398,7 +394,7 @@ def test_the_embedded_teacher_predicts_what_it_does_with_the_reference(monkeypat
         model = find_teacher(None).load()
         cache = model.new_cache()
         starts = np.cumsum((0, *groups)).tolist()
-        parts = [model.step(tokens[a:b], cache) for a, b in itertools.pairwise(starts)]
+        parts = [model.step(tokens[a:b], cache).logits for a, b in itertools.pairwise(starts)]
         logits[name] = np.array(mx.concatenate(parts))
     assert logits["ours"][:9].tobytes() == logits["split"].tobytes()
     assert (logits["ours"].argmax(axis=1) == logits["theirs"].argmax(axis=1)).mean() >= 15 / 16
@@ -428,7 +424,11 @@ def broken(monkeypatch: pytest.MonkeyPatch, name: str, before: str, after: str) 
         ("ternary_large", "sums_of[2][4];", "sums_of[2][4]", "In function"),
         ("ternary_large", "& 3u) - 1", "& 3u)", "bitlinear differs"),
         ("dense_small", "partial[OUTPUTS][M];", "partial[OUTPUTS][M - 1];", "float differs"),
-        ("attend", "offset + line / group + 1", "offset + m", "attention gives a row other bits"),
+        ("attend", "offset + line / group + 1", "offset + lines / group", "attention gives a row other bits"),
+        ("attend", "long(sequence * kv_heads + kv_head)", "long(kv_head)", "attention gives a row other bits"),
+        ("attend", "* group + row * group", "* group", "attention gives a row other bits"),
+        ("rope", "float(positions[row])", "float(positions[0] + row)", "attention gives a row other bits"),
+        ("combine", "positions[row] / LANES", "positions[0] / LANES", "attention gives a row other bits"),
         ("attend", "min(first + l, lines - 1)", "first + l", "outside of a buffer"),
         ("attend", "if (key < seen[l]) {", "if (key < seen[l] - lane) {", "different operations"),
         ("common", "threadgroup_barrier(mem_flags::mem_threadgroup);\n  if", "if", "differs"),
@@ -483,9 +483,9 @@ def every_launch(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
         metal.linear(x, weight)
         metal.linear(x, weight, norm=normal(k), eps=0.5, epilogue="silu_mul", residual=normal(m, n // 2))
         metal.quantize_rows(x)
-    for m, d in itertools.product((1, 8), (32, 64, 128)):
+    for spans, d in itertools.product((Spans((40,), (1,)), Spans((40, 2), (8, 3))), (32, 64, 128)):
         shape = attention_shape(4, 2, d)
-        metal.attention(qkv_rows(shape, m), *caches(shape, 40, 60), 40, shape)
+        metal.attention(qkv_rows(shape, spans.rows), *caches(shape, spans.offsets, 60), spans, shape)
     kernels = {path.stem for path in Path(metal.__file__).parent.glob("*.metal")} - {"common"}
     assert {name for name, *_ in found.values()} == kernels
     return list(found.values())

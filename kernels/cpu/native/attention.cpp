@@ -238,7 +238,7 @@ void attend_spans(const Heads& h, const std::vector<Span>& spans, const Matrix<f
         });
   };
   const auto count = static_cast<int64_t>(tasks.size());
-  const int64_t chunks = shared ? std::min<int64_t>(count, 64 * threads()) : 1;
+  const int64_t chunks = !shared ? 1 : busy == 1 ? count : std::min<int64_t>(count, 8 * threads());
   const Task* all = tasks.data();  // not another thread's own
   parallel_for(static_cast<int>(chunks), [&](int chunk) {
     for (int64_t i = chunk * count / chunks; i < (chunk + 1) * count / chunks; i++) {

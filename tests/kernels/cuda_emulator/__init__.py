@@ -27,7 +27,7 @@ FLAGS = [
     *("-fsanitize=bounds,alignment,signed-integer-overflow,shift", "-fsanitize-undefined-trap-on-error"),
 ]
 GUARD = 1024  # bytes behind dynamic shared memory, as in cuda_emulator.cpp
-# Inputs that the whole step changes in place: its packets and the caches.
+# Inputs that the fused step changes in place: its packets and the caches.
 IN_PLACE = re.compile(r"packets|[kv]\d+")
 
 

@@ -1,16 +1,16 @@
-"""A whole decoding step of 1..8 rows, or a chain of greedy steps, as one launch: see step.cuh for how it works."""
+"""A decoding step of 1..8 rows, or a chain of greedy steps, as one launch: see fused_step.cuh for how it works."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import mlx.core as mx
 
 from kernels.cuda.launch import Launch, float_bits, prepare
 from kernels.cuda.nvrtc import device_attribute
-from kernels.ops import SMALL_ROWS, AttentionShape, DenseWeight, Epilogue, Int8Weight, TernaryWeight, Weight
+from kernels.ops import SMALL_ROWS, AttentionShape, DenseWeight, Epilogue, Int8Weight, Layer, TernaryWeight, Weight
 
 THREADS = 512
 TILE, SPAN = 16, 128  # outputs and inputs, as in products.cuh
@@ -24,29 +24,16 @@ _SHARED_MEMORY = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 _STATIC_SHARED = 12 * 1024  # what a block uses beside the part asked for, and a little room
 
 
-class Layer(Protocol):
-    """A transformer layer's fused weights, as `decode.models.transformer.Layer` has them."""
-
-    qkv: Weight
-    o: Weight
-    gate_up: Weight
-    down: Weight
-    input_norm: mx.array
-    attention_sub_norm: mx.array | None
-    post_norm: mx.array
-    ffn_sub_norm: mx.array | None
-
-
 @dataclass
-class WholeStep:
-    """The step of one model. Make it with `WholeStep.of`, which knows which models it can run."""
+class CudaFusedStep:
+    """kernels.ops.FusedStep of one model. Make it with `CudaFusedStep.of`, which knows which models it can run."""
 
     weights: mx.array  # all layers' matrices, uint32
     floats: mx.array  # all layers' norms and scales, then the final norm
     embedding: mx.array
     head: DenseWeight | Int8Weight
     shape: AttentionShape
-    constants: dict[str, int]  # of step.cu
+    constants: dict[str, int]  # of fused_step.cu
 
     # All launches wait for each other through this. MLX does not know that they write to the caches; and two models'
     # at once, each on a part of the multiprocessors, would wait for the other part for ever.
@@ -73,8 +60,8 @@ class WholeStep:
         shape: AttentionShape,
         epilogue: Epilogue,
         eps: float,
-    ) -> WholeStep | None:
-        """The whole step of a model, or None where its shapes or weights are not those it is written for.
+    ) -> CudaFusedStep | None:
+        """The fused step of a model, or None where its shapes or weights are not those it is written for.
 
         The layers' matrices are copied into one array; let go of the others where memory counts.
         """
@@ -104,7 +91,7 @@ class WholeStep:
             floats += [
                 m.scale for m in (layer.qkv, layer.o, layer.gate_up, layer.down) if not isinstance(m, DenseWeight)
             ]
-        made = WholeStep(
+        made = CudaFusedStep(
             weights=mx.concatenate([m.data for m in matrices]),
             floats=mx.concatenate([*(f.astype(mx.float32) for f in floats), final_norm.astype(mx.float32)]),
             embedding=mx.contiguous(embedding),
@@ -143,7 +130,7 @@ class WholeStep:
                 mx.eval(data)
                 parts[name] = replace(weight, data=data)
                 at += weight.data.size
-            shared.append(replace(layer, **parts))  # type: ignore[type-var]
+            shared.append(replace(layer, **parts))
         return shared
 
     def most_tiles(self) -> dict[str, int]:
@@ -197,30 +184,22 @@ class WholeStep:
     def __call__(
         self, tokens: Sequence[int] | mx.array, keys: list[mx.array], values: list[mx.array], offset: int
     ) -> mx.array:
-        """Logits of m new tokens, float32 [m, vocab]; their keys and values go into the caches in place.
-
-        tokens: m <= 8 ids, or an array of them, uint32; keys, values: a layer's float32 [kv_heads, capacity,
-        head_dim] each, of which nobody else may hold a part, with offset + m <= capacity.
-        """
+        """As the protocol says; new keys and values go into the caches in place."""
         m = len(tokens)
         return self._run(self._prepared(m), (m, self.constants["VOCAB"]), tokens, keys, values, offset)
 
-    def continuation(
+    def greedy_tokens(
         self,
         tokens: Sequence[int],
         keys: list[mx.array],
         values: list[mx.array],
         offset: int,
         count: int,
-        kept: mx.array | None,
+        d2t: mx.array | None,
     ) -> mx.array:
-        """The `count` tokens that follow `tokens` greedily, uint32: a chain of steps, each over the choice before.
-
-        tokens: at most 8 ids; caches as for a step, with room for all tokens and all choices but the last.
-        kept: uint32, the ids that a trimmed head's rows stand for.
-        """
-        launch = self._prepared(1, chain=True, kept=kept is not None)
-        return self._run(launch, (count,), tokens, keys, values, offset, count, kept)
+        """As the protocol says, by a chain of steps in one launch."""
+        launch = self._prepared(1, chain=True, d2t=d2t is not None)
+        return self._run(launch, (count,), tokens, keys, values, offset, count, d2t)
 
     def _run(
         self,
@@ -231,34 +210,36 @@ class WholeStep:
         values: list[mx.array],
         offset: int,
         count: int = 1,
-        kept: mx.array | None = None,
+        d2t: mx.array | None = None,
     ) -> mx.array:
         """The launch's output, of this shape."""
-        given, capacity = len(tokens), keys[0].shape[1]
+        given, (sequences, _, capacity, _) = len(tokens), keys[0].shape
+        if sequences != 1 or not 0 <= offset <= capacity - given - count + 1:
+            raise ValueError(f"caches of {keys[0].shape} do not fit {given} tokens at {offset} and {count} choices")
         self._reserve_packets(capacity)
         number = 1 + self.exchanges % (1 << 30)
         self.exchanges += (given + count - 1) * (2 * len(keys) + 1)
         inputs = [
-            tokens if isinstance(tokens, mx.array) else mx.array(list(tokens), mx.uint32),
+            tokens.astype(mx.uint32) if isinstance(tokens, mx.array) else mx.array(list(tokens), mx.uint32),
             mx.array([offset, capacity, number, given, count], mx.int32),
-            self.no_ids if WholeStep.after is None else WholeStep.after,
-            self.no_ids if kept is None else kept,
+            self.no_ids if CudaFusedStep.after is None else CudaFusedStep.after,
+            self.no_ids if d2t is None else d2t,
             self.packets,
             *self.fixed,
             *keys,
             *values,
         ]
         (out,) = launch(inputs, [shape])
-        WholeStep.after = out
+        CudaFusedStep.after = out
         return out
 
-    def _prepared(self, m: int, chain: bool = False, kept: bool = False) -> Launch:
+    def _prepared(self, m: int, chain: bool = False, d2t: bool = False) -> Launch:
         """The launch of a step of m rows, or of a chain of steps of one row."""
-        if (m, chain, kept) not in self.launches:
-            self.launches[m, chain, kept] = self._prepare(m, chain, kept)
-        return self.launches[m, chain, kept]
+        if (m, chain, d2t) not in self.launches:
+            self.launches[m, chain, d2t] = self._prepare(m, chain, d2t)
+        return self.launches[m, chain, d2t]
 
-    def _prepare(self, m: int, chain: bool, kept: bool) -> Launch:
+    def _prepare(self, m: int, chain: bool, d2t: bool) -> Launch:
         layers = self.constants["LAYERS"]
         caches = [f"{kind}{i}" for kind in "kv" for i in range(layers)]
         prelude = "".join(
@@ -266,9 +247,9 @@ class WholeStep:
             for kind in "kv"
         )
         return prepare(
-            "step",
+            "fused_step",
             (
-                *(("tokens", mx.uint32), ("request", mx.int32), ("after", mx.uint32), ("kept", mx.uint32)),
+                *(("tokens", mx.uint32), ("request", mx.int32), ("after", mx.uint32), ("d2t", mx.uint32)),
                 ("packets", mx.uint32),
                 *zip(FIXED, (array.dtype for array in self.fixed), strict=True),
                 *((name, mx.float32) for name in caches),
@@ -280,7 +261,7 @@ class WholeStep:
                 **self.constants,
                 "M": m,
                 "CHAIN": chain,
-                "KEPT": kept,
+                "D2T": d2t,
                 **self.most_tiles(),
                 "SLOTS": self.slots[self.constants["KIND"]],
                 "HEAD_SLOTS": self.slots[1],

@@ -1,4 +1,4 @@
-// A whole decoding step of 1..8 rows in one launch, or a chain of steps of one row.
+// A decoding step of 1..8 rows of a whole model in one launch, or a chain of steps of one row.
 //
 // One block a multiprocessor stays for the step. A layer is four products, QKV, output, gate and up, and down, with
 // attention behind the first. Between them blocks exchange packets (exchange.cuh): in front of a product the statistics

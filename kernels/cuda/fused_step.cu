@@ -1,11 +1,12 @@
-// The body of the whole step. Constants: M, CHAIN, KEPT, KIND, LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, DIM, SUB_NORM,
+// The body of the fused step. Constants: M, CHAIN, D2T, KIND, LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, DIM, SUB_NORM,
 // RELU2, VOCAB, INT8_HEAD, EPS and SCALE (bits of floats), EMBEDDING and HEAD (types). request: the offset, the caches'
 // capacity, the number of the first exchange, how many tokens are given and how many to be chosen. `k_caches` and
 // `v_caches` are arrays of pointers made by the caller from inputs; the caches and the packets, though inputs, are
 // written in place: nobody else holds them, and the next step waits for `after`.
 //
 // Without CHAIN: one step of M rows; `out` has their logits. With it, steps of one row that follow each other, over the
-// tokens given and then each over the choice of the one before; `out` has the choices, as KEPT ids (decode.models.draft_vocabulary).
+// tokens given and then each over the choice of the one before; `out` has the choices, with D2T as ids of
+// the teacher: of a trimmed head, d2t has those that its rows stand for.
 using Model = ModelShape<KIND, HIDDEN, FFN, HEADS, KV_HEADS, DIM>;
 extern __shared__ __align__(128) uint8_t work[];
 __shared__ Stage stages[kProducts + 1];
@@ -219,7 +220,7 @@ for (int step = 0; step < steps; step++, offset++, number++) {
     }
     if (rows[kStream].tiles) {
       fed = chosen_by_all(block_choices, number, choices);
-      fed = KEPT ? kept[fed] : fed;
+      fed = D2T ? d2t[fed] : fed;
       if (rows[kStream].first == 0 && threadIdx.x == 0 && step >= given - 1) {
         out[step - (given - 1)] = fed;
       }
