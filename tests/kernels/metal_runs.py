@@ -6,38 +6,17 @@ Equality by bits is against the reference on the CPU: a GPU's library may use fe
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import emulation
-import metal_emulator
 import mlx.core as mx
-import pytest
 from arrays import normal, random_ternary
 
 from kernels import metal, reference
 
 REAL = mx.metal.is_available() and mx.default_device() == mx.gpu
 EMULATED = not REAL and platform.system() == "Linux" and emulation.compiler() is not None
-
-
-@pytest.fixture(scope="session")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> metal_emulator.Emulator:
-    return metal_emulator.Emulator(tmp_path_factory.mktemp("metal"))
-
-
-@pytest.fixture
-def launches(emulator: metal_emulator.Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The names of the kernels launched, in order; emulated where there is no Metal."""
-    names: list[str] = []
-    launch: Callable[..., list[mx.array]] = metal.launch if REAL else emulator.launch
-
-    def noted(name: str, *arguments: Any) -> list[mx.array]:
-        names.append(name)
-        return launch(name, *arguments)
-
-    monkeypatch.setattr(metal, "launch", noted)
-    yield names
 
 
 def defined(operation: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

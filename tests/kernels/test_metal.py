@@ -20,7 +20,7 @@ from kernels.self_test import CHECKS, operation_faults
 if not (REAL or EMULATED):
     pytest.skip("no Metal here, and no g++ 12 or newer on Linux to emulate it with", allow_module_level=True)
 
-pytest_plugins = ("metal_runs",)
+pytest_plugins = ("metal_fixtures",)
 pytestmark = pytest.mark.usefixtures("launches")
 
 # Of the embedded teacher: fused QKV, output, fused gate and up, down.

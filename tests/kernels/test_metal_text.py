@@ -23,7 +23,7 @@ from kernels.self_test import operation_faults
 if not EMULATED:
     pytest.skip("about the emulator", allow_module_level=True)
 
-pytest_plugins = ("metal_runs",)
+pytest_plugins = ("metal_fixtures",)
 pytestmark = pytest.mark.usefixtures("launches")
 
 
