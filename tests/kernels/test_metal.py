@@ -273,19 +273,21 @@ def test_layouts_hold_what_they_are_said_to() -> None:
 # A whole model
 
 
-def test_the_embedded_teacher_predicts_what_it_does_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same top-1 at every position, and the same bits whether tokens come one by one or in groups."""
+def test_a_model_predicts_what_it_does_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedded teacher's first layers: the same top-1 at every position, and the same bits whether tokens come one
+    by one or in groups."""
     from decode.models import transformer as decode_model
     from decode.models.checkpoint import find_teacher
 
-    tokens = np.random.default_rng(0).integers(3, 16000, 16).tolist()
+    tokens = np.random.default_rng(0).integers(3, 16000, 12).tolist()
     logits = {}
-    for name, ops, groups in (("ours", metal, (16,)), ("split", metal, (3, 1, 5)), ("theirs", reference, (16,))):
+    for name, ops, groups in (("ours", metal, (12,)), ("split", metal, (3, 1, 5)), ("theirs", reference, (12,))):
         monkeypatch.setattr(decode_model, "backend", lambda ops=ops: ops)
         model = find_teacher(None).load()
+        model.layers = model.layers[:6]
         cache = model.new_cache()
         starts = np.cumsum((0, *groups)).tolist()
         parts = [model.step(tokens[a:b], cache).logits for a, b in itertools.pairwise(starts)]
         logits[name] = np.array(mx.concatenate(parts))
     assert logits["ours"][:9].tobytes() == logits["split"].tobytes()
-    assert (logits["ours"].argmax(axis=1) == logits["theirs"].argmax(axis=1)).mean() >= 15 / 16
+    assert (logits["ours"].argmax(axis=1) == logits["theirs"].argmax(axis=1)).mean() >= 11 / 12
