@@ -4,56 +4,29 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from arrays import normal, random_ternary, same_bits
-from attention_checks import (
-    FEW,
-    LONG,
-    SEVERAL,
-    attention_shape,
-    caches,
-    check_definition,
-    check_rows_alone,
-    qkv_rows,
-)
 
 from kernels import reference
-from kernels.ops import Epilogue, Int8Weight, Spans, TernaryWeight, Weight
+from kernels.ops import Epilogue, Int8Weight, TernaryWeight, Weight
 
 if platform.system() != "Linux":
     pytest.skip("the native CPU backend is built on Linux only", allow_module_level=True)
 
-from decode.models.checkpoint import ROOT, find_model
-from decode.models.transformer import Precision
 from kernels import cpu
 from kernels.cpu import _native
+
+pytest_plugins = ("cpu_fixtures",)
 
 EPILOGUES: list[Epilogue | None] = [None, "relu2_mul", "silu_mul"]
 # Shapes of the embedded teacher (fused QKV, output, fused gate and up, down), and odd ones: less than a
 # tile, no whole tiles or blocks, gates whose halves are no whole tiles.
 SHAPES = [(960, 576), (576, 576), (3072, 576), (576, 1536), (12, 20), (33, 70), (40, 1)]
 ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 64, 130]
-
-
-@pytest.fixture(params=_native.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _native.isa()
-    _native.select_isa(request.param)
-    yield request.param
-    _native.select_isa(before)
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = _native.threads()
-    _native.set_threads(request.param)
-    yield request.param
-    _native.set_threads(before)
 
 
 # BitLinear
@@ -293,99 +266,6 @@ def test_inputs_may_be_slices_transposes_and_broadcasts(isa: str) -> None:
             assert same_bits(cpu.linear(x, w, residual=residual), copied)
 
 
-# Attention
-
-
-@pytest.mark.parametrize(("d", "spans"), [(32, SEVERAL), (32, LONG), (64, FEW), (128, LONG)])
-def test_attention_gives_a_row_the_same_bits_alone_and_among_others(
-    isa: str, threads: int, d: int, spans: Spans
-) -> None:
-    check_rows_alone(cpu.attention, attention_shape(d=d), spans)
-
-
-@pytest.mark.parametrize("keys", [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1000, 2043])
-def test_any_number_of_rows_of_a_sequence_has_the_bits_of_single_ones(isa: str, threads: int, keys: int) -> None:
-    shape = attention_shape()
-    qkv, offset = qkv_rows(shape, 8), keys - 1
-    alone, k_cache, v_cache = [], *caches(shape, (offset,), offset + 8)
-    for i in range(8):
-        out, k_cache, v_cache = cpu.attention(qkv[i : i + 1], k_cache, v_cache, Spans((offset + i,), (1,)), shape)
-        alone.append(out)
-    for m in range(1, 9):
-        together = cpu.attention(qkv[:m], *caches(shape, (offset,), offset + 40), Spans((offset,), (m,)), shape)
-        assert same_bits(together[0], mx.concatenate(alone[:m])), m
-
-
-def test_many_rows_of_several_sequences_have_the_bits_of_each_sequence_alone(isa: str, threads: int) -> None:
-    """A prefill of a batch, and what the others do meanwhile."""
-    shape = attention_shape(9, 3, 64)
-    spans = Spans((0, 70, 5, 300), (90, 1, 0, 33))
-    qkv = qkv_rows(shape, spans.rows)
-    together = cpu.attention(qkv, *caches(shape, spans.offsets, 400), spans, shape)[0]
-    alone, first = [], 0
-    for sequence, (offset, count) in enumerate(zip(spans.offsets, spans.counts, strict=True)):
-        rows, first = qkv[first : first + count], first + count
-        cache = caches(shape, (offset,), 400, sequence)
-        alone.append(cpu.attention(rows, *cache, Spans((offset,), (count,)), shape)[0])
-    assert same_bits(together, mx.concatenate(alone))
-
-
-@pytest.mark.parametrize(("heads", "kv_heads", "d"), [(9, 3, 64), (20, 5, 128), (3, 1, 20), (4, 4, 2)])
-def test_attention_is_close_to_its_definition(isa: str, heads: int, kv_heads: int, d: int) -> None:
-    spans = Spans((0, 1990, 3, 100, 7, 0), (1, 5, 40, 4, 0, 8))
-    check_definition(cpu.attention, attention_shape(heads, kv_heads, d), spans)
-
-
-def test_large_scores_make_no_infinities(isa: str) -> None:
-    """A key that wins by hundreds: its value is the output, all others weigh nothing."""
-    shape, spans = attention_shape(2, 1, 16), Spans((40,), (1,))
-    qkv = qkv_rows(shape, 1) * 300
-    out, _, _ = cpu.attention(qkv, *caches(shape, (40,), 60), spans, shape)
-    expected, _, _ = reference.attention(qkv, *caches(shape, (40,), 60), spans, shape)
-    np.testing.assert_allclose(np.array(out), np.array(expected), rtol=1e-4, atol=1e-4)
-
-
-def test_a_cache_that_someone_else_holds_is_not_overwritten() -> None:
-    shape = attention_shape()
-    k_cache, v_cache = caches(shape, (5, 3), 9)
-    before = np.array(k_cache).tobytes(), np.array(v_cache).tobytes()
-    spans, qkv = Spans((5, 3), (2, 1)), qkv_rows(shape, 3)
-    mx.eval(*cpu.attention(qkv, k_cache, v_cache, spans, shape))
-    mx.eval(*cpu.attention(qkv, k_cache[:, :, :8], v_cache[:, :, :8], spans, shape))
-    assert (np.array(k_cache).tobytes(), np.array(v_cache).tobytes()) == before
-
-
-def test_a_cache_of_our_own_is_updated_in_place() -> None:
-    """Twenty steps over a large cache must not copy it: no second one is ever allocated."""
-    shape = attention_shape(4, 4, 128)
-    k_cache, v_cache = mx.zeros((2, 4, 4096, 128)), mx.zeros((2, 4, 4096, 128))
-    qkv = qkv_rows(shape, 2)
-    mx.eval(k_cache, v_cache, qkv)
-    mx.reset_peak_memory()
-    base = mx.get_active_memory()
-    for step in range(20):
-        out, k_cache, v_cache = cpu.attention(qkv, k_cache, v_cache, Spans((step, 2 * step), (1, 1)), shape)
-        mx.eval(out, k_cache, v_cache)
-    assert mx.get_peak_memory() - base < k_cache.nbytes / 2
-
-
-@pytest.mark.parametrize(
-    ("offsets", "counts", "complaint"),
-    [
-        ((8, 0), (2, 1), "fit the cache"),
-        ((0, 2**31 - 2), (2, 1), "fit the cache"),
-        ((0, 0), (2, 2), "as many rows"),
-        ((0,), (3,), "every sequence"),
-    ],
-)
-def test_rows_that_do_not_fit_the_caches_are_refused(
-    offsets: tuple[int, ...], counts: tuple[int, ...], complaint: str
-) -> None:
-    shape = attention_shape()
-    with pytest.raises(ValueError, match=complaint):
-        cpu.attention(qkv_rows(shape, 3), *caches(shape, (0, 0), 9), Spans(offsets, counts), shape)
-
-
 # Threads, processes, BLAS
 
 
@@ -511,58 +391,3 @@ print(installed)
         assert done.stdout.strip() == "False"
     else:
         assert done.stdout.strip() == "True"
-
-
-# Fused steps
-
-
-@pytest.mark.parametrize("precision", ["float", "int8"])
-@pytest.mark.parametrize("model", ["bitnet-smol-43m", "bitnet-smol-43m-draft"])
-def test_a_fused_step_has_the_bits_of_its_operations(model: str, precision: Precision, isa: str) -> None:
-    transformer = find_model(str(ROOT / "checkpoints" / model), "--draft").load(precision, precision)
-    fused = transformer.fused_step
-    assert fused is not None
-    cases = [(20, 3), (31, 8), (1, 1), (2, 2), (7, 4), (2038, 5), (31, 6), (32, 7)]
-    for length, m in cases if isa == _native.available_isas()[0] else cases[:2]:
-        rng = np.random.default_rng([length, m])
-        prompt, tokens = rng.integers(0, 16000, length).tolist(), rng.integers(0, 16000, m).tolist()
-        before = transformer.new_cache()
-        transformer.prefill(prompt, before)
-        results = []
-        for step in (fused, None):
-            transformer.fused_step = step
-            cache = transformer.new_cache()
-            cache.keys, cache.values, cache.offset = list(before.keys), list(before.values), before.offset
-            logits = [transformer.step(tokens, cache).logits, transformer.step(tokens[:1], cache).logits]
-            assert cache.offset == length + m + 1
-            results.append([*logits, *(a[:, :, : cache.offset] for a in (*cache.keys, *cache.values))])
-        assert all(same_bits(a, b) for a, b in zip(*results, strict=True)), (length, m)
-        transformer.fused_step = fused
-
-
-def test_a_fused_step_leaves_a_cache_that_others_hold_as_it_is() -> None:
-    transformer = find_model(str(ROOT / "checkpoints" / "bitnet-smol-43m-draft"), "--draft").load()
-    cache = transformer.new_cache()
-    transformer.prefill([1, 2, 3], cache)
-    held = list(cache.keys)
-    before = [np.array(keys) for keys in held]
-    mx.eval(transformer.step([4], cache).logits)
-    assert all(np.array_equal(a, b) for a, b in zip(held, before, strict=True))
-    assert not np.array_equal(cache.keys[0], before[0])
-
-
-def test_a_fused_step_refuses_what_does_not_fit() -> None:
-    transformer = find_model(str(ROOT / "checkpoints" / "bitnet-smol-43m-draft"), "--draft").load()
-    step, cache = transformer.fused_step, transformer.new_cache()
-    assert step is not None
-    cache.reserve(4)
-    with pytest.raises(ValueError, match="do not fit"):
-        step([1, 2], cache.keys, cache.values, cache.keys[0].shape[2] - 1)
-    with pytest.raises(ValueError, match="m <= 8"):
-        step([1] * 9, cache.keys, cache.values, 0)
-    with pytest.raises(ValueError, match="two caches"):
-        step([1], cache.keys[:1], cache.values[:1], 0)
-    two = transformer.new_cache(2)
-    two.reserve(4)
-    with pytest.raises(ValueError, match=r"\[1, kv_heads, capacity, d\]"):
-        step([1], two.keys, two.values, 0)

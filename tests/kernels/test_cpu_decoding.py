@@ -1,4 +1,4 @@
-"""What the native CPU backend does for decoding beside products: choices of tokens, their time, chains of steps."""
+"""What the native CPU backend does for decoding beside products: choices of tokens, their time, fused steps."""
 
 import platform
 import time
@@ -15,9 +15,12 @@ from kernels import reference
 if platform.system() != "Linux":
     pytest.skip("the native CPU backend is built on Linux only", allow_module_level=True)
 
-from decode.models.checkpoint import find_model
-from decode.models.transformer import Transformer
+from decode.models.checkpoint import ROOT, find_model
+from decode.models.transformer import Precision, Transformer
 from kernels import cpu
+from kernels.cpu import _native
+
+pytest_plugins = ("cpu_fixtures",)
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 100, 16384])
@@ -108,3 +111,58 @@ def test_greedy_tokens_refuse_what_does_not_fit(draft: Transformer) -> None:
     ):
         with pytest.raises(ValueError, match=complaint):
             step.greedy_tokens(given, cache.keys, cache.values, offset, count, d2t)
+
+
+# Fused steps
+
+
+@pytest.mark.parametrize("precision", ["float", "int8"])
+@pytest.mark.parametrize("model", ["bitnet-smol-43m", "bitnet-smol-43m-draft"])
+def test_a_fused_step_has_the_bits_of_its_operations(model: str, precision: Precision, isa: str) -> None:
+    transformer = find_model(str(ROOT / "checkpoints" / model), "--draft").load(precision, precision)
+    fused = transformer.fused_step
+    assert fused is not None
+    cases = [(20, 3), (31, 8), (1, 1), (2, 2), (7, 4), (2038, 5), (31, 6), (32, 7)]
+    for length, m in cases if isa == _native.available_isas()[0] else cases[:2]:
+        rng = np.random.default_rng([length, m])
+        prompt, tokens = rng.integers(0, 16000, length).tolist(), rng.integers(0, 16000, m).tolist()
+        before = transformer.new_cache()
+        transformer.prefill(prompt, before)
+        results = []
+        for step in (fused, None):
+            transformer.fused_step = step
+            cache = transformer.new_cache()
+            cache.keys, cache.values, cache.offset = list(before.keys), list(before.values), before.offset
+            logits = [transformer.step(tokens, cache).logits, transformer.step(tokens[:1], cache).logits]
+            assert cache.offset == length + m + 1
+            results.append([*logits, *(a[:, :, : cache.offset] for a in (*cache.keys, *cache.values))])
+        assert all(same_bits(a, b) for a, b in zip(*results, strict=True)), (length, m)
+        transformer.fused_step = fused
+
+
+def test_a_fused_step_leaves_a_cache_that_others_hold_as_it_is() -> None:
+    transformer = find_model(str(ROOT / "checkpoints" / "bitnet-smol-43m-draft"), "--draft").load()
+    cache = transformer.new_cache()
+    transformer.prefill([1, 2, 3], cache)
+    held = list(cache.keys)
+    before = [np.array(keys) for keys in held]
+    mx.eval(transformer.step([4], cache).logits)
+    assert all(np.array_equal(a, b) for a, b in zip(held, before, strict=True))
+    assert not np.array_equal(cache.keys[0], before[0])
+
+
+def test_a_fused_step_refuses_what_does_not_fit() -> None:
+    transformer = find_model(str(ROOT / "checkpoints" / "bitnet-smol-43m-draft"), "--draft").load()
+    step, cache = transformer.fused_step, transformer.new_cache()
+    assert step is not None
+    cache.reserve(4)
+    with pytest.raises(ValueError, match="do not fit"):
+        step([1, 2], cache.keys, cache.values, cache.keys[0].shape[2] - 1)
+    with pytest.raises(ValueError, match="m <= 8"):
+        step([1] * 9, cache.keys, cache.values, 0)
+    with pytest.raises(ValueError, match="two caches"):
+        step([1], cache.keys[:1], cache.values[:1], 0)
+    two = transformer.new_cache(2)
+    two.reserve(4)
+    with pytest.raises(ValueError, match=r"\[1, kv_heads, capacity, d\]"):
+        step([1], two.keys, two.values, 0)

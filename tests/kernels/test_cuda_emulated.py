@@ -271,12 +271,16 @@ def test_the_fused_step_equals_its_rows_alone_by_bits_and_the_reference_nearly(
             emulator.seed = 0
 
 
-@pytest.mark.parametrize(("kind", "head"), [("ternary", "int8"), ("int8", "bfloat16")])
-def test_long_rows_and_long_contexts(kind: str, head: str, emulator: cuda_emulator.Emulator) -> None:
+@pytest.mark.parametrize(
+    ("kind", "head", "cases"), [("ternary", "int8", [(3, 2080), (8, 30)]), ("int8", "bfloat16", [(5, 509)])]
+)
+def test_long_rows_and_long_contexts(
+    kind: str, head: str, cases: list[tuple[int, int]], emulator: cuda_emulator.Emulator
+) -> None:
     """More than 256 tiles of a row share packets of statistics, more than 16 chunks are combined in turns."""
     emulator.multiprocessors = 7
     model = Model(kind, head, layers=1, capacity=2112, hidden=128, ffn=4128, heads=(2, 1, 64))
-    for m, offset in ((3, 2080), (8, 30), (5, 509)):
+    for m, offset in cases:
         tokens = list(range(m))
         alone, *_ = model.one_by_one(tokens, offset)
         assert close(alone, model.defined(tokens, offset), 0.05)

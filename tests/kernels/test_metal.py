@@ -1,90 +1,33 @@
-"""The Metal backend: on a Mac its kernels, elsewhere their very text run by metal_emulator.
-
-Equality by bits is against the reference on the CPU: a GPU's library may use fewer bits than float32 has.
-"""
+"""The products of the Metal backend, and a whole model: see metal_runs for what runs them."""
 
 from __future__ import annotations
 
 import itertools
-import platform
-import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import emulation
 import metal_emulator
-import mlx
 import mlx.core as mx
 import numpy as np
 import pytest
 from arrays import normal, random_ternary, same_bits
-from attention_checks import (
-    FEW,
-    LONG,
-    SEVERAL,
-    attention_shape,
-    caches,
-    check_definition,
-    check_rows_alone,
-    qkv_rows,
-)
+from metal_runs import EMULATED, REAL, defined, weights_of
 
 from kernels import metal, reference
-from kernels.ops import Epilogue, Int8Weight, Spans
+from kernels.ops import Epilogue, Int8Weight
 from kernels.self_test import CHECKS, operation_faults
 
-REAL = mx.metal.is_available() and mx.default_device() == mx.gpu
-if not REAL and (platform.system() != "Linux" or emulation.compiler() is None):
+if not (REAL or EMULATED):
     pytest.skip("no Metal here, and no g++ 12 or newer on Linux to emulate it with", allow_module_level=True)
+
+pytest_plugins = ("metal_fixtures",)
+pytestmark = pytest.mark.usefixtures("launches")
 
 # Of the embedded teacher: fused QKV, output, fused gate and up, down.
 TEACHER_SHAPES = [(960, 576), (576, 576), (3072, 576), (576, 1536)]
 BITNET_2B_SHAPES = [(3840, 2560), (2560, 2560), (13824, 2560), (2560, 6912)]
 ODD_SHAPES = [(24, 68), (2, 1), (12, 20), (33, 70), (66, 15), (40, 1056)]
 LARGE_ROWS = [9, 17, 33, 64]
-
-
-@pytest.fixture(scope="session")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> metal_emulator.Emulator:
-    return metal_emulator.Emulator(tmp_path_factory.mktemp("metal"))
-
-
-@pytest.fixture(autouse=True)
-def launches(emulator: metal_emulator.Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The names of the kernels launched, in order; emulated where there is no Metal."""
-    names: list[str] = []
-    launch: Callable[..., list[mx.array]] = metal.launch if REAL else emulator.launch
-
-    def noted(name: str, *arguments: Any) -> list[mx.array]:
-        names.append(name)
-        return launch(name, *arguments)
-
-    monkeypatch.setattr(metal, "launch", noted)
-    yield names
-
-
-emulated = pytest.mark.skipif(REAL, reason="about the emulator")
-
-
-def defined(operation: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """What the reference gives on the CPU."""
-    with mx.stream(mx.cpu):
-        result = operation(*arguments, **options)
-        mx.eval(result)
-    return result
-
-
-def weights_of(kind: str, n: int, k: int) -> tuple[Any, Any]:
-    """Ours and the reference's."""
-    if kind == "ternary":
-        pair = random_ternary(n, k)
-        return metal.prepare_ternary(*pair), reference.prepare_ternary(*pair)
-    data = normal(n, k, seed=3)
-    if kind == "int8":
-        return metal.prepare_int8(data), reference.prepare_int8(data)
-    data = data.astype(getattr(mx, kind))
-    return metal.prepare_dense(data), reference.prepare_dense(data)
 
 
 def extreme_rows(k: int) -> mx.array:
@@ -127,7 +70,7 @@ def test_quantised_rows_behind_a_norm_are_close_to_the_reference() -> None:
     assert same_bits(metal.quantize_rows(x[3:4], norm, 1e-5)[0], q[3:4])
 
 
-@emulated
+@pytest.mark.skipif(REAL, reason="about the emulator")
 @pytest.mark.parametrize("error", [-1, 1])
 def test_quotients_are_right_even_if_those_of_the_gpu_are_an_ulp_off(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: int
@@ -314,247 +257,6 @@ def test_no_tuning_changes_bits(monkeypatch: pytest.MonkeyPatch, outputs: int, s
             assert same_bits(metal.linear(x, ours, **options), defined(reference.linear, x, theirs, **options))
 
 
-# Attention
-
-
-def on_cpu(*arguments: Any) -> Any:
-    return defined(reference.attention, *arguments)
-
-
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "d", "spans"),
-    [(6, 2, 32, SEVERAL), (6, 2, 32, LONG), (3, 1, 64, FEW), (9, 1, 128, FEW), (4, 1, 128, Spans((2041,), (8,)))],
-)
-def test_attention_gives_a_row_the_same_bits_alone_and_among_others(
-    heads: int, kv_heads: int, d: int, spans: Spans
-) -> None:
-    check_rows_alone(metal.attention, attention_shape(heads, kv_heads, d), spans)
-
-
-def test_any_number_of_rows_of_a_sequence_has_the_bits_of_single_ones() -> None:
-    shape, qkv = attention_shape(), qkv_rows(attention_shape(), 8)
-    for offset in (0, 24, 62):
-        cache, alone = caches(shape, (offset,), offset + 8), []
-        for i in range(8):
-            out, *cache = metal.attention(qkv[i : i + 1], *cache, Spans((offset + i,), (1,)), shape)
-            alone.append(out)
-        for m in range(2, 9):
-            together = metal.attention(qkv[:m], *caches(shape, (offset,), offset + 40), Spans((offset,), (m,)), shape)
-            assert same_bits(together[0], mx.concatenate(alone[:m])), (offset, m)
-
-
-def test_few_rows_beside_a_prefill_have_the_bits_that_they_have_alone() -> None:
-    shape, spans = attention_shape(), Spans((40, 3, 0, 7), (2, 12, 0, 8))
-    qkv = qkv_rows(shape, spans.rows)
-    out, keys, _ = metal.attention(qkv, *caches(shape, spans.offsets, 60), spans, shape)
-    for sequence, rows in ((0, slice(0, 2)), (3, slice(14, 22))):
-        offset, count = spans.offsets[sequence], spans.counts[sequence]
-        cache = caches(shape, (offset,), 60, sequence)
-        alone, k, _ = metal.attention(qkv[rows], *cache, Spans((offset,), (count,)), shape)
-        assert same_bits(out[rows], alone) and same_bits(keys[sequence], k[0])
-    check_definition(metal.attention, shape, spans)
-
-
-@pytest.mark.parametrize(("heads", "kv_heads", "d"), [(9, 3, 64), (20, 5, 128), (4, 4, 96), (8, 1, 256), (3, 1, 20)])
-def test_attention_is_close_to_its_definition(heads: int, kv_heads: int, d: int) -> None:
-    shape = attention_shape(heads, kv_heads, d)
-    check_definition(metal.attention, shape, Spans((0, 100, 9, 0, 305), (1, 4, 0, 8, 5)))
-
-
-def test_large_scores_make_no_infinities() -> None:
-    """A key that wins by hundreds: its value is the output, all others weigh nothing."""
-    shape, spans = attention_shape(2, 1, 32), Spans((40,), (1,))
-    qkv = qkv_rows(shape, 1) * 300
-    out, _, _ = metal.attention(qkv, *caches(shape, (40,), 60), spans, shape)
-    expected, _, _ = on_cpu(qkv, *caches(shape, (40,), 60), spans, shape)
-    np.testing.assert_allclose(np.array(out), np.array(expected), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("spans", [Spans((5,), (2,)), Spans((5, 1), (1, 2))])
-def test_a_cache_that_someone_else_holds_is_not_overwritten(spans: Spans) -> None:
-    shape = attention_shape()
-    k_cache, v_cache = caches(shape, spans.offsets, 9)
-    before = np.array(k_cache).tobytes(), np.array(v_cache).tobytes()
-    mx.eval(*metal.attention(qkv_rows(shape, spans.rows), mx.array(k_cache), mx.array(v_cache), spans, shape))
-    assert (np.array(k_cache).tobytes(), np.array(v_cache).tobytes()) == before
-
-
-# A whole model
-
-
-def test_the_embedded_teacher_predicts_what_it_does_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same top-1 at every position, and the same bits whether tokens come one by one or in groups."""
-    from decode.models import transformer as decode_model
-    from decode.models.checkpoint import find_teacher
-
-    tokens = np.random.default_rng(0).integers(3, 16000, 16).tolist()
-    logits = {}
-    for name, ops, groups in (("ours", metal, (16,)), ("split", metal, (3, 1, 5)), ("theirs", reference, (16,))):
-        monkeypatch.setattr(decode_model, "backend", lambda ops=ops: ops)
-        model = find_teacher(None).load()
-        cache = model.new_cache()
-        starts = np.cumsum((0, *groups)).tolist()
-        parts = [model.step(tokens[a:b], cache).logits for a, b in itertools.pairwise(starts)]
-        logits[name] = np.array(mx.concatenate(parts))
-    assert logits["ours"][:9].tobytes() == logits["split"].tobytes()
-    assert (logits["ours"].argmax(axis=1) == logits["theirs"].argmax(axis=1)).mean() >= 15 / 16
-
-
-# What the tests would notice
-
-
-def broken(monkeypatch: pytest.MonkeyPatch, name: str, before: str, after: str) -> None:
-    """Change the text of a kernel."""
-    original = metal.source
-    assert before in original(name)
-    changed = {name: original(name).replace(before, after)}
-    monkeypatch.setattr(metal, "source", lambda asked: changed.get(asked, original(asked)))
-
-
-@emulated
-@pytest.mark.parametrize(
-    ("name", "before", "after", "fault"),
-    [
-        ("product_small", "+ Codes<BITS>::BIAS)", ")", "bitlinear differs"),
-        ("product_small", "block < end", "block < end - 1", "bitlinear differs"),
-        ("quantize_rows", "rint(value * factor)", "float(int(value * factor))", "linear, ternary differs"),
-        ("quantize_rows", "i < stride", "i <= stride", "outside of a buffer"),
-        ("quantize_rows", "values[i] * inverse * norm[i] : values", "values[i] * inverse : values", "ternary differs"),
-        ("quantize_rows", "+ as_type<float>(dims[3])", "", "ternary differs"),
-        ("ternary_large", "sums_of[2][4];", "sums_of[2][4]", "In function"),
-        ("ternary_large", "& 3u) - 1", "& 3u)", "bitlinear differs"),
-        ("dense_small", "partial[OUTPUTS][M];", "partial[OUTPUTS][M - 1];", "float differs"),
-        ("attend", "offset + line / group + 1", "offset + lines / group", "attention gives a row other bits"),
-        ("attend", "long(sequence * kv_heads + kv_head)", "long(kv_head)", "attention gives a row other bits"),
-        ("attend", "* group + row * group", "* group", "attention gives a row other bits"),
-        ("rope", "float(positions[row])", "float(positions[0] + row)", "attention gives a row other bits"),
-        ("combine", "positions[row] / LANES", "positions[0] / LANES", "attention gives a row other bits"),
-        ("attend", "min(first + l, lines - 1)", "first + l", "outside of a buffer"),
-        ("attend", "if (key < seen[l]) {", "if (key < seen[l] - lane) {", "different operations"),
-        ("common", "threadgroup_barrier(mem_flags::mem_threadgroup);\n  if", "if", "differs"),
-    ],
-)
-def test_a_broken_kernel_is_noticed(
-    monkeypatch: pytest.MonkeyPatch, name: str, before: str, after: str, fault: str
-) -> None:
-    broken(monkeypatch, name, before, after)
-    faults = [fault for _, fault in operation_faults(metal) if fault is not None]
-    assert any(fault in found for found in faults), faults
-
-
-@emulated
-@pytest.mark.parametrize(
-    ("declared", "used"),
-    [
-        ("inline float divide(float a, float b) { return a / b; }", "divide(1.0f, 2.0f)"),
-        ("inline int popcount(int a) { return a; }", "popcount(1)"),
-        ("inline float simd_sum(float a) { return a; }", "simd_sum(1.0f)"),
-        ("constant constexpr int level = 3;", "level"),
-        ("inline float log1p(float a) { return a; }", "log1p(1.0f)"),  # MLX's own
-        ("inline double twice(float a) { return 2 * a; }", "twice(1.0f)"),  # Metal has no such type
-    ],
-)
-def test_words_that_metal_or_mlx_have_taken_are_noticed(
-    monkeypatch: pytest.MonkeyPatch, declared: str, used: str
-) -> None:
-    before = "inline float gated("
-    broken(monkeypatch, "common", before, f"{declared}\ninline float user() {{ return {used}; }}\n{before}")
-    with pytest.raises(RuntimeError, match=r"ambiguous|redefinition|poisoned"):
-        metal.rms_norm(normal(1, 8), normal(8), 0.5)
-
-
-Launch = tuple[str, metal.Inputs, metal.Outputs, tuple[int, int, int], int, metal.Template]
-
-
-@pytest.fixture
-def every_launch(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
-    """Of every kernel, with inputs of few elements and of many, for few rows and many: none is run."""
-    found: dict[str, Launch] = {}
-
-    def note(*launch: Any) -> list[mx.array]:
-        name, inputs, outputs, _, _, template = launch
-        found.setdefault(as_mlx_writes_it("kernel", name, inputs, outputs, template), launch)
-        return [mx.zeros(shape, dtype) for shape, dtype in outputs.values()]
-
-    monkeypatch.setattr(metal, "launch", note)
-    kinds = ("ternary", "int8", "bfloat16", "float32")
-    for kind, (n, k), m in itertools.product(kinds, ((2, 1), (24, 68)), (1, 2, 8, 40)):
-        weight, x = weights_of(kind, n, k)[0], normal(m, k)
-        metal.linear(x, weight)
-        metal.linear(x, weight, norm=normal(k), eps=0.5, epilogue="silu_mul", residual=normal(m, n // 2))
-        metal.quantize_rows(x)
-    for spans, d in itertools.product((Spans((40,), (1,)), Spans((40, 2), (8, 3))), (32, 64, 128)):
-        shape = attention_shape(4, 2, d)
-        metal.attention(qkv_rows(shape, spans.rows), *caches(shape, spans.offsets, 60), spans, shape)
-    kernels = {path.stem for path in Path(metal.__file__).parent.glob("*.metal")} - {"common"}
-    assert {name for name, *_ in found.values()} == kernels
-    return list(found.values())
-
-
-def as_mlx_writes_it(
-    called: str, name: str, inputs: metal.Inputs, outputs: metal.Outputs, template: metal.Template
-) -> str:
-    text = metal_emulator.function(called, name, inputs, outputs, template)
-    return text + metal_emulator.instantiation(called, template)
-
-
-@emulated
-def test_the_emulator_writes_kernels_as_mlx_does(
-    every_launch: list[Launch], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """MLX writes a kernel's text without Metal too, when a function with it is exported."""
-    for name, inputs, outputs, grid, threads, template in every_launch:
-        kernel = metal._kernel(name, tuple(inputs), tuple(outputs))
-        options = {
-            "template": list(template.items()),
-            "grid": (grid[0] * threads, *grid[1:]),
-            "threadgroup": (threads, 1, 1),
-            "output_shapes": [shape for shape, _ in outputs.values()],
-            "output_dtypes": [dtype for _, dtype in outputs.values()],
-            "verbose": True,
-        }
-        mx.export_function(
-            str(tmp_path / "one.mlxfn"), lambda *arrays, k=kernel, o=options: k(inputs=arrays, **o), *inputs.values()
-        )
-        written = capfd.readouterr().out.partition("```\n")[2].rpartition("```")[0]
-        written = re.sub(r"custom_kernel_\w+", "kernel", re.sub(r"\[\[.*?\]\]", "", written))
-        ours = metal.source("common") + as_mlx_writes_it("kernel", name, inputs, outputs, template)
-        assert "".join(written.split()) == "".join(ours.replace("[[kernel]]", "").split()), name
-
-
-@emulated
-def test_address_spaces_are_kept_apart(every_launch: list[Launch]) -> None:
-    """A clang knows them, which is not on every machine; a Mac's compiler refuses what mixes them."""
-    clang = metal_emulator.clang()
-    if clang is None:
-        pytest.skip("no clang++ that knows _Float16")
-    text = metal.source("common")
-    for i, (name, inputs, outputs, _, _, template) in enumerate(every_launch):
-        text += as_mlx_writes_it(f"kernel_{i}", name, inputs, outputs, template)
-    assert metal_emulator.complaints(clang, text) == ""
-    for before, after in (
-        ("const auto values = x", "const device float* values = x"),
-        ("group_max(float value, Partial partial", "group_max(float value, float* partial"),
-    ):
-        assert before in text
-        assert "error" in metal_emulator.complaints(clang, text.replace(before, after)), after
-
-
-@emulated
-def test_the_names_that_mlx_takes_are_known() -> None:
-    """Those of the headers that MLX puts before a kernel."""
-    headers = Path(next(iter(mlx.__path__))) / "include/mlx/backend/metal/kernels"
-    known = (metal_emulator.FOLDER / "metal_names.h").read_text()
-    known += (metal_emulator.FOLDER / "metal_emulator.h").read_text()
-    start = r"^(?:typedef \w+|using|struct|#define|(?:inline|METAL_FUNC|static|constexpr)\b[^({=;\n]*?)"
-    declaration = re.compile(start + r"\s(\w+)(?=\s*[({=;\n]|$)", re.MULTILINE)
-    names: set[str] = set()
-    for file in ("utils", "bf16", "bf16_math", "complex", "defines", "logging"):
-        names.update(declaration.findall((headers / f"{file}.h").read_text()))
-    assert len(names) > 25
-    assert [name for name in names - {"int64_t"} if not re.search(rf"\b{name}\b", known)] == []
-
-
 def test_layouts_hold_what_they_are_said_to() -> None:
     """Bits 2i..2i+1 of a word are a ternary weight plus one, bytes of a word an int8 weight plus 128."""
     ternary, scale = random_ternary(9, 20)
@@ -566,3 +268,26 @@ def test_layouts_hold_what_they_are_said_to() -> None:
     ours, theirs = metal.prepare_int8(data), reference.prepare_int8(data)
     assert isinstance(ours, Int8Weight)
     assert (np.array(ours.data).view(np.uint8)[:, :20].astype(int) - 128 == np.array(theirs.data)).all()
+
+
+# A whole model
+
+
+def test_a_model_predicts_what_it_does_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedded teacher's first layers: the same top-1 at every position, and the same bits whether tokens come one
+    by one or in groups."""
+    from decode.models import transformer as decode_model
+    from decode.models.checkpoint import find_teacher
+
+    tokens = np.random.default_rng(0).integers(3, 16000, 12).tolist()
+    logits = {}
+    for name, ops, groups in (("ours", metal, (12,)), ("split", metal, (3, 1, 5)), ("theirs", reference, (12,))):
+        monkeypatch.setattr(decode_model, "backend", lambda ops=ops: ops)
+        model = find_teacher(None).load()
+        model.layers = model.layers[:6]
+        cache = model.new_cache()
+        starts = np.cumsum((0, *groups)).tolist()
+        parts = [model.step(tokens[a:b], cache).logits for a, b in itertools.pairwise(starts)]
+        logits[name] = np.array(mx.concatenate(parts))
+    assert logits["ours"][:9].tobytes() == logits["split"].tobytes()
+    assert (logits["ours"].argmax(axis=1) == logits["theirs"].argmax(axis=1)).mean() >= 11 / 12
