@@ -10,7 +10,7 @@ import pytest
 from conftest import TEACHER, Command, changed_copy
 from synthetic import dataset, teacher_folder
 
-from distill.data.dataset import Replies
+from distill.data.reply_dataset import Replies
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["convert", "--out", "/"], ["--out /: is the current folder or holds it"]),
         (["publish", "--repo", "a/b", "--draft", "/"], ["/draft.json: missing"]),
         (["collect", "--json", "no/x.json"], ["--json no/x.json"]),
+        (["collect", "--replies", "gone"], ["gone: no such dataset folder"]),
+        (["collect", "--replies", "gone", "--tokens", 9], ["--replies gone", "--tokens would decide new ones"]),
         (["collect", "--out", "foreign"], ["foreign", "holds thesis.txt"]),
         (["collect", "--out", "bad.jsonl"], ["bad.jsonl"]),
         (["collect", "--teacher", "spoilt"], ["spoilt", "no positive number"]),
@@ -69,6 +71,8 @@ def test_bad_input_is_one_line(inside: Command, work: Path, options: list[object
 def test_inspect_and_verify(inside: Command, data: Path) -> None:
     inspected = inside("distill", "inspect", data, "--json", "-")
     assert inspected.code == 0 and json.loads(inspected.out)["complete"] is True
+    shown = inside("distill", "inspect", data)
+    assert shown.code == 0 and "logits, complete" in shown.out and "{" not in shown.out
     fine = inside("distill", "verify", data)
     assert (fine.code, fine.err) == (0, "") and "all well" in fine.out
 
@@ -98,7 +102,7 @@ def test_dry_run_writes_nothing(inside: Command, work: Path) -> None:
 
 
 def test_bars_of_replies_end_at_what_was_written(command: Command, work: Path) -> None:
-    """One prompt brings less than the 100 tokens asked of it, and a batch of eight more than the rest."""
+    """One prompt brings less than the 100 tokens asked of it, and some of eight the rest."""
     (work / "one.jsonl").write_text('{"prompt": "Hi"}\n', encoding="utf-8")
     (work / "eight.jsonl").write_text('{"prompt": "Name a colour and an animal."}\n' * 8, encoding="utf-8")
     sources = ("--source", "one.jsonl", "--source", "eight.jsonl", "--tokens", 200)
@@ -106,16 +110,21 @@ def test_bars_of_replies_end_at_what_was_written(command: Command, work: Path) -
     assert done.code == 0, done.err
     bars = [line for line in done.err.replace("\r", "\n").splitlines() if line.startswith("teacher replies")]
     ends = [match for line in bars if (match := re.search(r"100%.* (\d+)\.?\d*/(\d+)\.?\d* \[", line))]
-    for source, (low, high) in enumerate(((0, 100), (200, 700))):
-        written = sum(entry.tokens for entry in Replies.open(work / "bars" / f"replies-{source}").shards)
-        assert low < written < high
-        assert any(int(end[1]) == int(end[2]) == written for end in ends), bars
+    (replies,) = work.glob("replies-*")
+    written = [sum(len(e.tokens) for e in Replies.open(replies) if e.source == source) for source in (0, 1)]
+    assert written[0] < 100 and sum(written) == 200
+    # The first is answered to its end; of the second's replies, those that were not needed are not kept.
+    assert any(int(end[1]) == int(end[2]) == written[0] for end in ends), bars
+    assert any(int(end[1]) == int(end[2]) >= written[1] for end in ends), bars
 
 
 def test_help(inside: Command) -> None:
     for options, words in (
         ([], ("collect", "inspect", "verify", "train", "evaluate", "run")),
-        (["collect"], ("--source", "--no-reply", "--exclude", "--tokens", "--seq-len", "--dry-run", "default: 512")),
+        (
+            ["collect"],
+            ("--source", "--no-reply", "--exclude", "--tokens", "--seq-len", "--dry-run", "--replies", "default: 512"),
+        ),
         (["evaluate"], ("--draft", "--prompts", "--limit", "--k", "--max-tokens", "--head", "--out")),
         (["run"], ("RECIPE", "--from", "--dry-run")),
         (["train"], ("--layers", "--hidden", "--loss", "--tokens", "--bits")),
