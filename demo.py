@@ -2,6 +2,7 @@
 
     distill run demo  as recipes/demo.toml says: the teacher answers prompts and reads texts of data/, its logits become
                       shards, a small draft learns from them and is evaluated on held-out prompts
+    distill evaluate  the shipped draft on the same prompts, so that `decode spec` takes the faster one from then on
     decode spec       the teacher decodes with that draft, and with the shipped one
 
 It runs the commands a user would, and shows each. Everything it makes is in runs/demo. A finished
@@ -33,7 +34,7 @@ def main() -> int:
     os.chdir(ROOT)
     began = time.perf_counter()
     if RESULTS.exists():
-        for folder in (OUT / "dataset", DRAFT, *OUT.glob("replies-*")):
+        for folder in (OUT / "dataset", DRAFT, OUT / "shipped", *OUT.glob("replies-*")):
             shutil.rmtree(folder, ignore_errors=True)
         RESULTS.unlink()  # last: while it is there, what is left is cleared
     OUT.mkdir(parents=True, exist_ok=True)
@@ -48,6 +49,9 @@ def main() -> int:
         well = run("distill", "run", "demo")
         drafts["trained just now"] = DRAFT
     if complete(SHIPPED):
+        if drafts:
+            same = ("--limit", 1, "--max-tokens", 64)  # as recipes/demo.toml has them
+            well &= run("distill", "evaluate", "--draft", SHIPPED, *same, "--out", OUT / "shipped")
         drafts["shipped"] = SHIPPED
     reports = {}
     for name, folder in drafts.items():

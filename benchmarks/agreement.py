@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from decode.engine import generate
+from decode.engine import Request, generate
 from decode.models.checkpoint import find_teacher
 from decode.models.transformer import Transformer
 from decode.prompts import read_prompts
@@ -31,7 +31,7 @@ def replies(model: Transformer, tokenizer: Tokenizer, prompts: Path, positions: 
     for prompt in read_prompts(prompts):
         tokens = tokenizer.encode_prompt(prompt)
         room = max(1, positions - len(tokens))
-        said = generate(model, tokens, max_tokens=room, end_tokens=tokenizer.end_tokens)
+        said = generate(model, Request(tokens, room, tokenizer.end_tokens))
         whole = tokens + [token for step in said for token in step.tokens]
         if len(whole) >= positions:
             rows.append(whole[:positions])

@@ -9,12 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from decode.metal import capture, check_trace
-from decode.models.checkpoint import ROOT, Checkpoint, find_draft, find_teacher
+from decode.models.checkpoint import ROOT, find_teacher
+from decode.models.drafts import find_draft
 from decode.models.transformer import Precision
 from decode.options import SeedOption, TeacherOption
 from decode.prompts import gather_prompts
 from decode.sampling import Sampling
-from decode.session import Output, Session
+from decode.session import Completion, Session
 from kernels import UserError
 from kernels.console import JsonOption, QuietOption, check_json_target, run, say, text_sink, write_json
 
@@ -100,7 +101,7 @@ def spec(
         typer.Option(
             "--draft",
             metavar="PATH|REPO",
-            help="Draft model. Default: the newest one trained for this teacher under runs/, else the shipped one.",
+            help="Draft model. Default: the fastest one by `distill evaluate` on this device, else the shipped one.",
         ),
     ] = None,
     k: Annotated[int, typer.Option("--k", help="Tokens drafted before each verification.")] = 3,
@@ -133,10 +134,10 @@ def spec(
     check_trace(trace)
     texts = gather_prompts(prompt, prompts, SAMPLES)
     teacher_checkpoint = find_teacher(teacher)
-    draft_checkpoint: Checkpoint = find_draft(draft, teacher_checkpoint)
+    chosen = find_draft(draft, teacher_checkpoint)
     session = Session(
         teacher_checkpoint,
-        draft_checkpoint,
+        chosen.draft,
         k=k,
         max_tokens=max_tokens,
         sampling=sampling,
@@ -144,7 +145,7 @@ def spec(
         seed=seed,
         head=head.precision,
     )
-    say(quiet)(f"draft: {draft_checkpoint.folder}")
+    say(quiet)(f"draft: {chosen.draft.folder} ({chosen.reason})")
     report = _answer_all(session, texts, compare=compare, json_file=json_file, quiet=quiet, trace=trace)
     if compare and not report.get("identical", True):  # samples are not compared
         raise typer.Exit(1)
@@ -252,8 +253,8 @@ def _answer_all(
     def show(text: str) -> None:
         print(text, end="", file=sink, flush=True)
 
-    outputs: list[Output] = []
-    baselines: list[Output] = []
+    outputs: list[Completion] = []
+    baselines: list[Completion] = []
     with capture(trace):  # after warming up: what compiles once is not what to look at
         for index, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
             if len(prompts) > 1:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from decode.system import unsupported
+from kernels.errors import first_line
 
 if TYPE_CHECKING:
     from decode.models.transformer import Transformer

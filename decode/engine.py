@@ -1,185 +1,132 @@
-"""Draft-then-verify generation. Knows token ids only; one loop serves plain and speculative.
+"""Plain decoding and draft-then-verify decoding. Knows token ids only.
 
-A round: the drafter proposes up to k tokens; the teacher computes the last token and all
-proposals in one pass over its weights; the longest prefix it agrees with is emitted, and one token
-of its own. Without a drafter a round is one step of plain decoding. The teacher's rows have the
-same bits alone or together, so greedy output never depends on the drafter.
+A round of draft-then-verify: the drafter proposes up to k tokens; the teacher computes the last token and all proposals
+in one pass over its weights; the longest prefix that it agrees with is emitted, and one token of its own. The teacher's
+rows have the same bits alone or together, so greedy output never depends on the drafter.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
 
+from decode.drafters import Drafter, Proposal
+from decode.metrics import Round
 from decode.models.cache import KVCache
 from decode.models.transformer import Transformer
-from decode.sampling import Sampling, accept, draw
+from decode.sampling import Sampling, accept
+from decode.timing import ComputedAt
 
 
 @dataclass(frozen=True)
-class Round:
-    """What one verification emitted; times in seconds of wall clock.
+class Request:
+    """What is asked for: a reply to `prompt` (at least one id).
 
-    drafted counts only proposals that could have been emitted: none behind an end token, none
-    past the limit. draft_seconds end when the proposals are computed; a greedy verification is queued by then.
+    It ends behind an end token, with max_tokens tokens, or where the teacher's context ends.
     """
 
-    tokens: list[int]
-    drafted: int
-    accepted: int
-    draft_seconds: float
-    verify_seconds: float
-    prefill_seconds: float = 0.0  # of the whole prompt; in the first round only
+    prompt: list[int]
+    max_tokens: int
+    end_tokens: frozenset[int] = frozenset()
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int = 0
 
 
-class ModelDrafter:
-    """A draft model with a cache of its own, proposing one token after another."""
+def generate(teacher: Transformer, request: Request, drafter: Drafter | None = None, k: int = 0) -> Iterator[Round]:
+    """Compute the prompt, now, and return the rounds of the reply, each computed when it is asked for.
 
-    def __init__(self, model: Transformer, sampling: Sampling, end_tokens: frozenset[int], seed: int) -> None:
-        self.model = model
-        self.sampling = sampling
-        self.end_tokens = end_tokens
-        self.seed = seed
-
-    def start(self, prompt: list[int]) -> None:
-        self.cache = self.model.new_cache()
-        self.rng = np.random.default_rng([self.seed, 1])
-        self.model.prefill(prompt[:-1], self.cache)
-
-    def propose(self, sequence: list[int], k: int) -> mx.array:
-        """The k tokens that follow greedily, uint32, still being computed: some of them may be behind an end token."""
-        return self.model.greedy_tokens(sequence[self.cache.offset :], self.cache, k)
-
-    def sample(self, sequence: list[int], k: int) -> tuple[list[int], np.ndarray]:
-        """Up to k tokens, none behind an end token, and the distributions that they were drawn from, [k, vocab]."""
-        feed = sequence[self.cache.offset :]
-        drafted: list[int] = []
-        distributions: list[np.ndarray] = []
-        while len(drafted) < k:
-            logits = np.array(self.model.step(feed, self.cache).logits[-1:])
-            q = self.model.over_vocabulary(self.sampling.probabilities(logits)[0])
-            token = draw(q, self.rng)
-            drafted.append(token)
-            distributions.append(q)
-            feed = [token]
-            if token in self.end_tokens:
-                break
-        return drafted, np.array(distributions)
-
-    def confirm(self, sequence: list[int], accepted: int) -> None:
-        """Drop rejected proposals: `sequence` is the text before them, of which `accepted` stay."""
-        self.cache.offset = min(self.cache.offset, len(sequence) + accepted)
-
-
-def generate(
-    teacher: Transformer,
-    prompt: list[int],
-    *,
-    max_tokens: int,
-    end_tokens: frozenset[int],
-    drafter: ModelDrafter | None = None,
-    k: int = 0,
-    sampling: Sampling | None = None,
-    seed: int = 0,
-) -> Iterator[Round]:
-    """Generate after `prompt` (at least one id), a round at a time.
-
-    Stops behind an end token, at max_tokens, or where the teacher's context ends.
+    k: most proposals a round. Without a drafter a round is one step of plain decoding.
     """
-    sampling = sampling or Sampling()
-    rng = np.random.default_rng([seed, 0])
-    started = time.perf_counter()
+    prompt = request.prompt
+    room = min(request.max_tokens, teacher.context - len(prompt))
     cache = teacher.new_cache()
-    teacher.prefill(prompt[:-1], cache)
-    if drafter is not None:
-        drafter.start(prompt)
-        k = min(k, drafter.model.context - 1)
-    sequence = list(prompt)
-    room = min(max_tokens, teacher.context - len(prompt))
-    prefill_seconds = time.perf_counter() - started
-    # Plain decoding's next token, where its step runs before the one before is known.
-    queues = drafter is None and sampling.greedy and teacher.async_decode
-    queued: mx.array | None = None
+    hidden = teacher.prefill(prompt[:-1], cache, drafter.taps if drafter else ())
+    if drafter is None:
+        return plain(teacher, cache, request, room)
+    drafter.start(prompt, hidden)
+    return speculative(teacher, cache, request, room, drafter, k)
 
+
+def plain(teacher: Transformer, cache: KVCache, request: Request, room: int) -> Iterator[Round]:
+    """A token a step, at most `room`, behind a cache that holds all of the prompt but its last token.
+
+    Where the device works asynchronously, a greedy step is queued before the token that it reads is known here.
+    """
+    rng = np.random.default_rng([request.seed, 0])
+    greedy = request.sampling.greedy
+    last: list[int] | mx.array = request.prompt[-1:]
+    queued: mx.array | None = None
     while room > 0:
-        began = proposed = time.perf_counter()
-        drafted: list[int] = []
-        # The last token of all is always the teacher's own, so a proposal for it would be wasted.
-        wanted = min(k, room - 1)
-        fits = drafter is not None and wanted > 0 and len(sequence) + wanted <= drafter.model.context
-        proposer = drafter if fits else None
-        if not sampling.greedy:
-            q = np.empty(0)
-            if proposer is not None:
-                drafted, q = proposer.sample(sequence, wanted)
-                proposed = time.perf_counter()
-            logits = np.array(teacher.step([sequence[-1], *drafted], cache).logits)
-            accepted, chosen = accept(drafted, q, sampling.probabilities(logits), rng)
-            emitted = [*drafted[:accepted], chosen]
-        elif proposer is not None:
-            proposals, own, proposed = _propose_and_verify(teacher, proposer, sequence, wanted, cache)
-            drafted = _upto_end(proposals, end_tokens)
-            accepted = next((i for i, drawn in enumerate(drafted) if drawn != own[i]), len(drafted))
-            emitted = [*drafted[:accepted], own[accepted]]
+        if greedy:
+            own = _next_token(teacher, last, cache) if queued is None else queued
+            queued = _next_token(teacher, own, cache) if teacher.async_decode and room > 1 else None
+            tokens = np.array(own).tolist()
         else:
-            token = queued
-            if token is None:
-                cache.reserve(2)  # both steps' rows, as a drafter's
-                token = teacher.best_tokens(teacher.step(sequence[-1:], cache).logits)
-            queued = None
-            if queues and room > 1:
-                queued = teacher.best_tokens(teacher.step(token, cache).logits)
-                mx.async_eval(queued)
-            accepted, emitted = 0, np.array(token).tolist()
-        emitted = _upto_end(emitted, end_tokens)
-        ended = emitted[-1] in end_tokens
-        counted = min(len(drafted), len(emitted)) if ended else len(drafted)
-        accepted = min(accepted, len(emitted))
-        cache.offset = len(sequence) + len(emitted) - (queued is None)
-        if drafter is not None:
-            drafter.confirm(sequence, accepted)
-        sequence += emitted
-        room -= len(emitted)
-        done = time.perf_counter()
-        yield Round(emitted, counted, accepted, proposed - began, done - proposed, prefill_seconds)
-        prefill_seconds = 0.0
+            p = request.sampling.probabilities(np.array(teacher.step(last, cache).logits))
+            tokens = [accept([], None, p, rng)[1]]
+        last, room = tokens, room - 1
+        yield Round(tokens)
+        if tokens[0] in request.end_tokens:
+            return
+
+
+def _next_token(teacher: Transformer, last: list[int] | mx.array, cache: KVCache) -> mx.array:
+    """The teacher's choice behind one token, uint32 [1], being computed."""
+    own = teacher.best_tokens(teacher.step(last, cache).logits)
+    mx.async_eval(own)
+    return own
+
+
+def speculative(
+    teacher: Transformer, cache: KVCache, request: Request, room: int, drafter: Drafter, k: int
+) -> Iterator[Round]:
+    """Rounds of at most k proposals, together at most `room` tokens, behind a cache as for `plain`."""
+    rng = np.random.default_rng([request.seed, 0])
+    sequence = list(request.prompt)
+    k = min(k, drafter.context - 1)
+    while room > 0:
+        wanted = min(k, room - 1)  # the last token of all is always the teacher's own
+        fits = wanted > 0 and len(sequence) + wanted <= drafter.context
+        proposal = drafter.propose(sequence, wanted) if fits else Proposal([])
+        computed = ComputedAt(teacher.ops, proposal.tokens) if len(proposal.tokens) else None
+        # Queued before the proposals are known here, so that the device need not wait for that.
+        feed = mx.concatenate([mx.array(sequence[-1:], mx.uint32), mx.array(proposal.tokens, mx.uint32)])
+        output = teacher.step(feed, cache, drafter.taps)
+        if request.sampling.greedy:
+            own = teacher.best_tokens(output.logits)
+            mx.async_eval(own)
+            if computed is not None:
+                computed.before(own)
+            choices = np.array(own).tolist()
+            drafted = upto_end(np.array(proposal.tokens, np.int64).tolist(), request.end_tokens)
+            accepted = next((i for i, token in enumerate(drafted) if token != choices[i]), len(drafted))
+            chosen = choices[accepted]
+        else:
+            drafted = upto_end(np.array(proposal.tokens, np.int64).tolist(), request.end_tokens)
+            p = request.sampling.probabilities(np.array(output.logits[: len(drafted) + 1]))
+            accepted, chosen = accept(drafted, proposal.q, p, rng)
+        tokens = upto_end([*drafted[:accepted], chosen], request.end_tokens)
+        ended = tokens[-1] in request.end_tokens
+        accepted = min(accepted, len(tokens))
+        cache.offset = len(sequence) + accepted
+        drafter.accept(sequence, accepted, {i: rows[: accepted + 1] for i, rows in output.hidden.items()})
+        sequence += tokens
+        room -= len(tokens)
+        yield Round(tokens, min(len(drafted), len(tokens)) if ended else len(drafted), accepted, computed)
         if ended:
             return
 
 
-def _propose_and_verify(
-    teacher: Transformer, drafter: ModelDrafter, sequence: list[int], k: int, cache: KVCache
-) -> tuple[list[int], list[int], float]:
-    """k proposals, the teacher's k + 1 choices, and when (`time.perf_counter`) the proposals had been computed.
-
-    Verification is queued before the host knows the proposals, so that the device need not wait for it.
-    """
-    proposals = drafter.propose(sequence, k)
-    clock = teacher.ops.clock(proposals)
-    mx.async_eval(proposals if clock is None else clock)
-    feed = mx.concatenate([mx.array(sequence[-1:], mx.uint32), proposals])
-    own = teacher.best_tokens(teacher.step(feed, cache).logits)
-    mx.async_eval(own)
-    if clock is None:
-        mx.eval(proposals)
-        proposed = time.perf_counter()
-    else:  # a host without an idle core would learn of the proposals late
-        mx.eval(own)
-        proposed = 1e-9 * int(np.array(clock))
-    return np.array(proposals).tolist(), np.array(own).tolist(), proposed
-
-
-def _upto_end(tokens: list[int], end_tokens: frozenset[int]) -> list[int]:
+def upto_end(tokens: list[int], end_tokens: frozenset[int]) -> list[int]:
     """The tokens without those behind an end token."""
     return tokens[: next((i + 1 for i, token in enumerate(tokens) if token in end_tokens), None)]
 
 
-def margin_at(teacher: Transformer, prompt: list[int], tokens: list[int]) -> float:
-    """Gap between the two highest logits after prompt + tokens: how close a choice was."""
+def logit_margin(teacher: Transformer, prompt: list[int], tokens: list[int]) -> float:
+    """Gap between the two highest logits behind prompt + tokens: how close a choice was."""
     sequence = prompt + tokens
     cache = teacher.new_cache()
     teacher.prefill(prompt[:-1], cache)

@@ -1,4 +1,4 @@
-"""The figures of a run, under the names that README explains."""
+"""The figures of a run, under the names that docs/commands.md explains."""
 
 from __future__ import annotations
 
@@ -6,14 +6,29 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from decode.engine import Round
+from decode.timing import ComputedAt
 
+VERSION = 1  # of what the figures mean: those of other versions are not compared with ours
 SHORT = 16  # tokens: what is shorter may well be said three times over, as in a refrain
 
 
+@dataclass(frozen=True)
+class Round:
+    """What one pass of the teacher emitted: proposals that it accepted, then a token of its own; none behind an end.
+
+    drafted: proposals that could have been emitted, so none behind an end token; accepted: of these. computed: when the
+    proposals had been computed, where there were any.
+    """
+
+    tokens: list[int]
+    drafted: int = 0
+    accepted: int = 0
+    computed: ComputedAt | None = None
+
+
 @dataclass
-class Tally:
-    """Counts and times over rounds, of one output or of many."""
+class Metrics:
+    """Counts and times (seconds of wall clock) over rounds, of one output or of many."""
 
     tokens: int = 0
     rounds: int = 0
@@ -24,7 +39,8 @@ class Tally:
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
 
-    def add(self, step: Round) -> None:
+    def add(self, step: Round, began: float, done: float) -> None:
+        """Count a round. began, done: when it was asked for and when it came, as its `computed` has time."""
         self.tokens += len(step.tokens)
         self.rounds += 1
         self.drafted += step.drafted
@@ -32,11 +48,11 @@ class Tally:
         self.accepted_at += [0] * (step.drafted - len(self.accepted_at))
         for i in range(step.accepted):
             self.accepted_at[i] += 1
-        self.prefill_seconds += step.prefill_seconds
-        self.draft_seconds += step.draft_seconds
-        self.verify_seconds += step.verify_seconds
+        proposed = began if step.computed is None else step.computed.seconds
+        self.draft_seconds += proposed - began
+        self.verify_seconds += done - proposed
 
-    def merge(self, other: Tally) -> None:
+    def merge(self, other: Metrics) -> None:
         for name in (
             "tokens",
             "rounds",
@@ -52,14 +68,14 @@ class Tally:
             self.accepted_at[i] += count
 
     @classmethod
-    def of(cls, tallies: Iterable[Tally]) -> Tally:
+    def of(cls, parts: Iterable[Metrics]) -> Metrics:
         """Many as one."""
         total = cls()
-        for tally in tallies:
-            total.merge(tally)
+        for part in parts:
+            total.merge(part)
         return total
 
-    def speedup(self, plain: Tally) -> float:
+    def speedup(self, plain: Metrics) -> float:
         """Over plain decoding of the same prompts."""
         return self.tok_per_s / plain.tok_per_s if plain.tok_per_s else 0.0
 

@@ -57,15 +57,15 @@ def draw(p: np.ndarray, rng: np.random.Generator) -> int:
     return int(min(np.searchsorted(np.cumsum(p), rng.random() * p.sum(), side="right"), len(p) - 1))
 
 
-def accept(drafted: list[int], q: np.ndarray, p: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
+def accept(drafted: list[int], q: np.ndarray | None, p: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
     """Rejection sampling over one round.
 
-    drafted: k tokens; q: the draft's distributions, float64 [k, vocab]; p: the teacher's, float64
-    [k + 1, vocab]. Returns how many are accepted, and the teacher's own token that follows them.
+    drafted: k tokens; q: the draft's distributions, float64 [k, vocab], None where each is its one token; p: the
+    teacher's, float64 [k + 1, vocab]. Returns how many are accepted, and the teacher's own token that follows them.
     """
     for i, token in enumerate(drafted):
-        if rng.random() * q[i, token] >= p[i, token]:
-            residual = np.maximum(p[i] - q[i], 0)
+        if rng.random() * (1.0 if q is None else q[i, token]) >= p[i, token]:
+            residual = np.where(np.arange(len(p[i])) == token, 0.0, p[i]) if q is None else np.maximum(p[i] - q[i], 0)
             # p == q leaves no residual; rounding can bring us here all the same.
             return i, draw(residual if residual.sum() > 0 else p[i], rng)
     return len(drafted), draw(p[len(drafted)], rng)

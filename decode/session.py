@@ -11,13 +11,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from decode.engine import ModelDrafter, generate, margin_at
+from decode.drafters import Drafter
+from decode.drafters.model import ModelDrafter
+from decode.engine import Request, generate, logit_margin
 from decode.metal import limit_memory
-from decode.metrics import Tally, is_looping
+from decode.metrics import VERSION, Metrics, is_looping
 from decode.models.checkpoint import Checkpoint, check_same_tokenizer
 from decode.models.transformer import Precision, Transformer
 from decode.prompts import Prompt
 from decode.sampling import Sampling
+from decode.timing import timed
 from decode.tokenizer import Tokenizer
 from kernels import UserError, backend, reference
 from kernels.device import device_name, versions
@@ -31,13 +34,13 @@ Show = Callable[[str], None]
 
 
 @dataclass
-class Output:
+class Completion:
     """One answered prompt."""
 
     prompt: Prompt
     prompt_ids: list[int]
     tokens: list[int] = field(default_factory=list)
-    tally: Tally = field(default_factory=Tally)
+    metrics: Metrics = field(default_factory=Metrics)
     finish_reason: str = "length"
 
 
@@ -122,26 +125,19 @@ class Session:
         speculative: bool,
         show: Show | None = None,
         limit: int | None = None,
-    ) -> Output:
+    ) -> Completion:
         """Generate one reply, handing text to `show` as it comes."""
-        output = Output(prompt, prompt_ids)
-        drafter = None
-        seed = self.seed + index
-        if speculative and self.draft is not None:
-            drafter = ModelDrafter(self.draft, self.sampling, self.tokenizer.end_tokens, seed)
-        streamer = self.tokenizer.streamer()
-        rounds = generate(
-            self.teacher,
-            prompt_ids,
-            max_tokens=limit or self.max_tokens,
-            end_tokens=self.tokenizer.end_tokens,
-            drafter=drafter,
-            k=self.k,
-            sampling=self.sampling,
-            seed=seed,
+        output = Completion(prompt, prompt_ids)
+        request = Request(
+            prompt_ids, limit or self.max_tokens, self.tokenizer.end_tokens, self.sampling, self.seed + index
         )
-        for step in rounds:
-            output.tally.add(step)
+        drafter = self._drafter(request) if speculative else None
+        streamer = self.tokenizer.streamer()
+        began = time.perf_counter()
+        rounds = generate(self.teacher, request, drafter, self.k)
+        output.metrics.prefill_seconds = time.perf_counter() - began
+        for step, asked, came in timed(rounds):
+            output.metrics.add(step, asked, came)
             output.tokens += step.tokens
             if show is not None:
                 show(streamer.push(step.tokens))
@@ -151,9 +147,15 @@ class Session:
             output.finish_reason = "stop"
         return output
 
-    def report(self, outputs: list[Output], baselines: list[Output]) -> dict[str, Any]:
-        """The JSON object of `decode plain` and `decode spec`, as README explains it."""
-        total = Tally.of(output.tally for output in outputs)
+    def _drafter(self, request: Request) -> Drafter | None:
+        """What drafts one reply; None without a draft."""
+        if self.draft is None:
+            return None
+        return ModelDrafter(self.draft, request.sampling, request.end_tokens, request.seed)
+
+    def report(self, outputs: list[Completion], baselines: list[Completion]) -> dict[str, Any]:
+        """The JSON object of `decode plain` and `decode spec`, as docs/commands.md explains it."""
+        total = Metrics.of(output.metrics for output in outputs)
         speculative = self.draft is not None
         entries = [self._entry(output, speculative) for output in outputs]
         report: dict[str, Any] = {
@@ -173,11 +175,12 @@ class Session:
             "backend": backend().NAME,
             "device": device_name(),
             "versions": versions(),
+            "metrics_version": VERSION,
             "date": time.strftime("%Y-%m-%d"),
             "outputs": entries,
         }
         if baselines:
-            plain = Tally.of(baseline.tally for baseline in baselines)
+            plain = Metrics.of(baseline.metrics for baseline in baselines)
             report["baseline_tok_per_s"] = plain.tok_per_s
             report["speedup"] = total.speedup(plain)
             report["verify_ratio"] = self.verify_ratio
@@ -187,7 +190,7 @@ class Session:
                 report["identical"] = all(entry["identical"] for entry in entries)
         return report
 
-    def _entry(self, output: Output, speculative: bool) -> dict[str, Any]:
+    def _entry(self, output: Completion, speculative: bool) -> dict[str, Any]:
         entry: dict[str, Any] = {
             "id": output.prompt.id,
             "category": output.prompt.category,
@@ -196,21 +199,21 @@ class Session:
             "text": self.tokenizer.decode(output.tokens),
             "finish_reason": output.finish_reason,
             "looping": is_looping(output.tokens),
-            **output.tally.times(),
+            **output.metrics.times(),
         }
         if speculative:
             for name in ("rounds", "drafted", "accepted"):
-                entry[name] = getattr(output.tally, name)
+                entry[name] = getattr(output.metrics, name)
         return entry
 
-    def _comparison(self, output: Output, baseline: Output) -> dict[str, Any]:
+    def _comparison(self, output: Completion, baseline: Completion) -> dict[str, Any]:
         same = output.tokens == baseline.tokens
         result: dict[str, Any] = {"identical": same}
         if not same:
             pairs = zip(output.tokens, baseline.tokens, strict=False)
             at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(output.tokens), len(baseline.tokens)))
             result["first_difference"] = at
-            result["logit_margin"] = margin_at(self.teacher, output.prompt_ids, baseline.tokens[:at])
+            result["logit_margin"] = logit_margin(self.teacher, output.prompt_ids, baseline.tokens[:at])
         return result
 
     @cached_property

@@ -31,7 +31,7 @@ app = typer.Typer(
 )
 
 
-class Stage(StrEnum):
+class StageName(StrEnum):
     """What `--from` takes."""
 
     collect = "collect"
@@ -176,9 +176,8 @@ def train(
 
     Ctrl-C leaves a usable draft; the same command goes on where it stopped, and trains nothing where it has finished.
     """
-    from hashlib import sha256
-
     from distill.data.shards import newest_dataset
+    from distill.training.run import default_folder
     from distill.training.run import train as run_training
     from kernels import backend
 
@@ -191,18 +190,15 @@ def train(
                 f"no complete dataset for {checkpoint.name} under {RUNS}/; run `distill collect` or give --data"
             )
         say(quiet)(f"data: {data}")
-    if out is None:
-        name = repr((sorted(settings.record().items()), str(data.resolve()), checkpoint.weights_hash))
-        digest = sha256(name.encode()).hexdigest()[:8]
-        out = RUNS / f"draft-{Path(checkpoint.name).name}-{settings.layers}x{settings.hidden}-{digest}"
+    out = out or default_folder(settings, data, checkpoint.name, checkpoint.weights_hash)
     backend()  # hooks a fast BLAS into MLX on Linux CPUs
     try:
         with awake():
             summary = run_training(data, checkpoint.folder, out, settings, quiet=quiet)
     except KeyboardInterrupt as error:
         raise Interrupted(str(error)) from None
-    facts = {name: str(value) if isinstance(value, Path) else value for name, value in vars(summary).items()}
-    write_json(json_file, {"teacher": checkpoint.name, "data": str(data), **facts, "settings": settings.record()})
+    figures = {name: str(value) if isinstance(value, Path) else value for name, value in vars(summary).items()}
+    write_json(json_file, {"teacher": checkpoint.name, "data": str(data), **figures, "settings": settings.record()})
     trimmed = summary.vocabulary
     if trimmed is not None:
         share = f"{trimmed['coverage']:.1%} of the dataset's targets"
@@ -222,8 +218,8 @@ app.command()(evaluate)
 def run_recipe(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or the name of one in recipes/.")],
     start: Annotated[
-        Stage, typer.Option("--from", help="Begin with this stage; what those before it made is taken as it is.")
-    ] = Stage.collect,
+        StageName, typer.Option("--from", help="Begin with this stage; what those before it made is taken as it is.")
+    ] = StageName.collect,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Predict disk, memory and time on Macs; write nothing."),
@@ -241,9 +237,9 @@ def run_recipe(
 
     check_json_target(json_file)
     plan = read_recipe(find_recipe(recipe))
-    facts = {"recipe": str(plan.path), "sha256": plan.sha256, "teacher": plan.teacher, "dry_run": dry_run}
+    result = {"recipe": str(plan.path), "sha256": plan.sha256, "teacher": plan.teacher, "dry_run": dry_run}
     if dry_run:
-        _predict(plan, facts, json_file, quiet)
+        _predict(plan, result, json_file, quiet)
         return
     bars = Bars(quiet)
     try:
@@ -251,7 +247,7 @@ def run_recipe(
             records = Pipeline(plan, find_teacher(plan.teacher), quiet, bars, bars.close).run(start.value)
     except KeyboardInterrupt as error:
         raise Interrupted(str(error) or "what is done is kept; the same command goes on from there") from None
-    write_json(json_file, facts | {"stages": records})
+    write_json(json_file, result | {"stages": records})
     report = records[-1]["report"]
     say(quiet)(
         f"{plan.draft}: acceptance rate {report['acceptance_rate']:.3f}, {report['mean_acceptance_length']:.2f} tokens"
@@ -261,7 +257,7 @@ def run_recipe(
         raise typer.Exit(1)
 
 
-def _predict(recipe: Recipe, facts: dict[str, Any], json_file: str | None, quiet: bool) -> None:
+def _predict(recipe: Recipe, result: dict[str, Any], json_file: str | None, quiet: bool) -> None:
     from distill.predict import predict, report, size, table, teacher_bytes, teacher_config
 
     config, why = teacher_config(recipe.teacher)
@@ -270,7 +266,7 @@ def _predict(recipe: Recipe, facts: dict[str, Any], json_file: str | None, quiet
         say(quiet)(f"{why}\nwithout its config.json only the dataset's size can be told, at 128 bytes a token")
     folders = (recipe.dataset, recipe.draft, recipe.evaluation)
     stages = [{**work, "folder": str(folder)} for work, folder in zip(report(works), folders, strict=True)]
-    write_json(json_file, facts | {"stages": stages})
+    write_json(json_file, result | {"stages": stages})
     if json_file != "-" and not quiet:
         if config is not None:
             print(f" teacher  {recipe.teacher or 'the embedded one'}: {size(teacher_bytes(config))} of weights")

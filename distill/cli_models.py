@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from decode.keep_awake import awake
-from decode.models.checkpoint import RUNS, find_draft, find_teacher
+from decode.models.checkpoint import RUNS, find_teacher
+from decode.models.drafts import find_draft, newest_draft
 from decode.options import TeacherOption
 from distill.release.settings import EvaluateSettings
 from distill.settings import takes_settings
@@ -51,7 +52,8 @@ def evaluate(
 
     check_json_target(json_file)
     teacher_checkpoint = find_teacher(teacher)
-    draft_checkpoint = find_draft(draft, teacher_checkpoint)
+    newest = newest_draft(teacher_checkpoint) if draft is None else None
+    draft_checkpoint = find_draft(str(newest) if newest else draft, teacher_checkpoint).draft
     folder = out or default_folder(draft_checkpoint)
     try:
         with awake():
@@ -91,14 +93,14 @@ def convert(
     Reads packed weights with scales to multiply by or to divide by (the Falcon models), float master weights
     (Microsoft's -bf16, 1bitLLM) and what `mlx_lm.convert` made of a BitNet.
     """
-    from distill.release.convert import check_out
+    from distill.release.convert import check_converted_folder
     from distill.release.convert import convert as run_conversion
 
     check_json_target(json_file)
     began = time.perf_counter()
     checkpoint = find_teacher(teacher)
     out = out or RUNS / f"{Path(checkpoint.name).name}-packed"
-    check_out(out, checkpoint.folder)
+    check_converted_folder(out, checkpoint.folder)
     bar = progress(sum(array.nbytes for array in checkpoint.arrays().values()), "convert", "B", quiet)
     try:
         converted = run_conversion(checkpoint, out, bar.update)
@@ -106,8 +108,8 @@ def convert(
         raise Interrupted(f"nothing was written to {out}") from None
     finally:
         bar.close()
-    facts = {"teacher": checkpoint.name, "out": str(out), **vars(converted), "seconds": time.perf_counter() - began}
-    write_json(json_file, facts)
+    result = {"teacher": checkpoint.name, "out": str(out), **vars(converted), "seconds": time.perf_counter() - began}
+    write_json(json_file, result)
     files = f"{converted.files} file{'s' if converted.files > 1 else ''}"
     size = f"{converted.tensors} tensors in {files}, {converted.bytes / 1e6:.1f} MB"
     say(quiet)(f"{out}: {size} (was {converted.family})")

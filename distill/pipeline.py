@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,16 @@ from distill.data.collect import Collector, Plan, plan_collection
 from distill.data.manifest import MANIFEST
 from distill.data.reply_pass import Progress
 from distill.data.shards import Dataset
-from distill.recipe import KEPT, STAGES, Recipe
-from distill.release.evaluate import evaluate, fingerprint, finished, select
-from distill.training import draft
-from distill.training.draft_config import DraftConfig, check_memory
+from distill.recipe import RECIPE_FILE, STAGES, Recipe
+from distill.release.evaluate import evaluate, fingerprint, finished_report, select
+from distill.training.checkpoint import check_draft_folder
+from distill.training.draft_config import DraftConfig
+from distill.training.memory import check_memory
 from distill.training.run import train
-from distill.training.settings import TrainSettings
+from distill.training.state import difference
 from kernels.console import say
 from kernels.errors import UserError
-from kernels.files import read_json, write_atomic
+from kernels.files import read_json, sha256, write_atomic
 
 OTHERWISE = "give the recipe another `out`, or delete it"
 
@@ -47,7 +48,7 @@ class Stage:
     folder: Path
     done: Callable[[], bool]
     run: Callable[[], None]
-    facts: Callable[[], dict[str, Any]]
+    figures: Callable[[], dict[str, Any]]
 
 
 class Pipeline:
@@ -60,9 +61,9 @@ class Pipeline:
         self.recipe, self.teacher, self.quiet = recipe, teacher, quiet
         self.progress, self.collected = progress, collected
         self.stages = {
-            "collect": Stage(recipe.dataset, self._collected, self._collect, self._collect_facts),
-            "train": Stage(recipe.draft, self._trained, self._train, self._train_facts),
-            "evaluate": Stage(recipe.evaluation, self._evaluated, self._evaluate, self._evaluate_facts),
+            "collect": Stage(recipe.dataset, self._collected, self._collect, self._collect_figures),
+            "train": Stage(recipe.draft, self._trained, self._train, self._train_figures),
+            "evaluate": Stage(recipe.evaluation, self._evaluated, self._evaluate, self._evaluate_figures),
         }
 
     def run(self, start: str = STAGES[0]) -> list[dict[str, Any]]:
@@ -81,12 +82,12 @@ class Pipeline:
             note(f"{number} {name}: {stage.folder}{' (done before)' if skipped else ''}")
             if not skipped:
                 stage.run()
-                settle()
+                free_memory()
             if name == "train":
                 self._keep_recipe()
             seconds = time.perf_counter() - began
             records.append(
-                {"stage": name, "folder": str(stage.folder), "skipped": skipped, "seconds": seconds, **stage.facts()}
+                {"stage": name, "folder": str(stage.folder), "skipped": skipped, "seconds": seconds, **stage.figures()}
             )
         return records
 
@@ -106,7 +107,7 @@ class Pipeline:
         if not trained:
             hidden = int(self.teacher.config["hidden_size"]) if training.teacher_embedding else 0
             check_memory(config, training.batch, recipe.collect.seq_len, hidden)
-            draft.check_out(recipe.draft)
+            check_draft_folder(recipe.draft)
 
     # --- collect
 
@@ -155,14 +156,14 @@ class Pipeline:
         for remark in collector.remarks(dataset):
             say(self.quiet)(remark)
 
-    def _collect_facts(self) -> dict[str, Any]:
+    def _collect_figures(self) -> dict[str, Any]:
         dataset = Dataset.open(self.recipe.dataset)
         return {"tokens": dataset.tokens, "bytes": sum(entry.bytes for entry in dataset.shards)}
 
     # --- train
 
     def _trained(self) -> bool:
-        folder, wanted = self.recipe.draft, asdict(self.recipe.train)
+        folder = self.recipe.draft
         if not (folder / "draft.json").is_file():
             return False
         about = read_json(folder / "draft.json")
@@ -170,18 +171,14 @@ class Pipeline:
             return False
         try:
             training = about["training"]
-            begun, data = asdict(TrainSettings()) | training["settings"], training["data"]["sha256"]
+            begun, data = training["settings"], training["data"]["sha256"]
             same_teacher = about["teacher"]["hash"] == self.teacher.weights_hash
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder / 'draft.json'}: is damaged (no {error})") from None
-        for name, value in wanted.items():
-            if begun[name] != value:
-                raise UserError(
-                    f"{folder}: holds a finished draft that was trained with {name} = {begun[name]}, not {value};"
-                    f" {OTHERWISE}"
-                )
+        if text := difference(begun, self.recipe.train.record()):
+            raise UserError(f"{folder}: holds a finished draft that was trained with {text}; {OTHERWISE}")
         manifest = self.recipe.dataset / MANIFEST
-        if not same_teacher or (manifest.is_file() and self._complete() and draft.sha256(manifest) != data):
+        if not same_teacher or (manifest.is_file() and self._complete() and sha256(manifest) != data):
             what = "on other data" if same_teacher else "for another teacher"
             raise UserError(f"{folder}: holds a finished draft that was trained {what}; {OTHERWISE}")
         return True
@@ -192,7 +189,7 @@ class Pipeline:
     def _train(self) -> None:
         train(self.recipe.dataset, self.teacher.folder, self.recipe.draft, self.recipe.train, quiet=self.quiet)
 
-    def _train_facts(self) -> dict[str, Any]:
+    def _train_figures(self) -> dict[str, Any]:
         training = read_json(self.recipe.draft / "draft.json")["training"]
         return {name: training[name] for name in ("tokens", "held_out_loss", "agreement", "expected_acceptance")}
 
@@ -201,8 +198,8 @@ class Pipeline:
         folder, recipe = self.recipe.draft, self.recipe
         about = read_json(folder / "draft.json")
         known = {"name": recipe.name, "sha256": recipe.sha256}
-        if about.get("recipe") != known or not (folder / KEPT).is_file():
-            write_atomic(folder / KEPT, recipe.content)
+        if about.get("recipe") != known or not (folder / RECIPE_FILE).is_file():
+            write_atomic(folder / RECIPE_FILE, recipe.content)
             write_atomic(folder / "draft.json", (json.dumps(about | {"recipe": known}, indent=2) + "\n").encode())
 
     # --- evaluate
@@ -217,7 +214,7 @@ class Pipeline:
         return report is not None and bool(report["identical"])
 
     def _finished(self) -> dict[str, Any] | None:
-        return finished(self.recipe.evaluation, fingerprint(self.recipe.evaluate, self.teacher, self._draft))
+        return finished_report(self.recipe.evaluation, fingerprint(self.recipe.evaluate, self.teacher, self._draft))
 
     def _evaluate(self) -> None:
         recipe = self.recipe
@@ -225,31 +222,26 @@ class Pipeline:
         if not report["complete"]:
             raise KeyboardInterrupt(f"{report['prompts']} prompts are done; the same command goes on from there")
 
-    def _evaluate_facts(self) -> dict[str, Any]:
+    def _evaluate_figures(self) -> dict[str, Any]:
         report = self._finished()
         assert report is not None
         return {"report": {name: value for name, value in report.items() if name != "outputs"}}
 
 
-def settle() -> None:
+def free_memory() -> None:
     """Free what a stage left, now, with Ctrl-C held meanwhile.
 
     Models go with their reference cycles, which takes a while, and Python prints and forgets a KeyboardInterrupt that
     is raised in a callback of the garbage collection.
     """
-    if threading.current_thread() is not threading.main_thread():  # only there are signals handled
-        _free()
-        return
     pressed: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    main = threading.current_thread() is threading.main_thread()  # only there are signals handled
+    handler = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number)) if main else None
     try:
-        _free()
+        gc.collect()
+        mx.clear_cache()
     finally:
-        signal.signal(signal.SIGINT, handler)
+        if main:
+            signal.signal(signal.SIGINT, handler)
     if pressed:
         raise KeyboardInterrupt
-
-
-def _free() -> None:
-    gc.collect()
-    mx.clear_cache()

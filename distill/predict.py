@@ -20,7 +20,8 @@ from distill.data.scoring import bytes_per_token
 from distill.data.sources import read_source
 from distill.recipe import Recipe
 from distill.release.evaluate import select
-from distill.training.draft_config import DraftConfig, estimate_memory
+from distill.training.draft_config import DraftConfig
+from distill.training.memory import estimate_memory
 
 MOST_BYTES = 128  # a token, where the vocabulary is not known
 
@@ -117,9 +118,7 @@ def predict(recipe: Recipe, config: dict[str, Any] | None) -> list[Work]:
     teacher = Shape.of(config, f"config.json of {recipe.teacher}")
     recipe.check_for(config)
     train = recipe.train
-    shape = DraftConfig.for_config(
-        config, f"config.json of {recipe.teacher}", train.layers, train.hidden, kept=train.vocab
-    )
+    shape = DraftConfig.for_config(config, f"config.json of {recipe.teacher}", train.layers, train.hidden, train.vocab)
     return [
         _collect(recipe, teacher),
         _train(recipe, teacher, shape),
@@ -157,9 +156,8 @@ def _train(recipe: Recipe, teacher: Shape, shape: DraftConfig) -> Work:
     rows, seq_len = settings.batch, recipe.collect.seq_len
     steps = -(-settings.tokens // (rows * seq_len))
     layers = shape.parameters - shape.vocab_size * shape.hidden
-    kept = shape.kept or shape.vocab_size
     attention = 4 * shape.layers * shape.hidden * seq_len / 2
-    operations = 3 * (2 * (layers + kept * shape.hidden) + attention) * settings.tokens
+    operations = 3 * (2 * (layers + shape.head_size * shape.hidden) + attention) * settings.tokens
     optimizer = 28.0 * shape.parameters * steps
     # While it runs there are also its state, the weights and two moments, and the best weights.
     disk = shape.parameters * ((settings.bits or 16) / 8 + 16)

@@ -23,7 +23,7 @@ from distill.training.settings import TrainSettings
 from kernels.errors import UserError
 
 RECIPES = ROOT / "recipes"
-KEPT = "recipe.toml"  # the copy beside a draft
+RECIPE_FILE = "recipe.toml"  # the copy beside a draft
 STAGES = ("collect", "train", "evaluate")
 SETTINGS: dict[str, type[Settings]] = {"collect": CollectSettings, "train": TrainSettings, "evaluate": EvaluateSettings}
 TOP = ("teacher", "out", *STAGES)

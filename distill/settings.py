@@ -34,15 +34,17 @@ def option(
     choices: tuple[Any, ...] = (),
     show_default: bool = True,
     recipe_only: bool = False,
+    added: bool = False,
 ) -> Any:
     """A field of a settings class, and all that is to be said of it.
 
     flag: the option, if it is not the field's name; without its dashes it is the recipe's key. low, high: the least and
     the largest value; above: a value that it must exceed (each element's, of a tuple). show_default: whether `--help`
     shows it; otherwise the help says it, and an option that is not given is left to `Settings.from_options`.
-    recipe_only: recipes may set it, the command line does not have it.
+    recipe_only: recipes may set it, the command line does not have it. added: it came after a release; at its default
+    it does not count in the names of folders (`Settings.naming`), so that what an older version began there is found.
     """
-    about = Option(help, flag, metavar, low, high, above, choices, show_default, recipe_only)
+    about = Option(help, flag, metavar, low, high, above, choices, show_default, recipe_only, added)
     return field(default=default, metadata={"option": about})
 
 
@@ -59,6 +61,7 @@ class Option:
     choices: tuple[Any, ...]
     show_default: bool
     recipe_only: bool
+    added: bool
 
 
 @dataclass(frozen=True)
@@ -122,10 +125,18 @@ class Setting:
                 raise UserError(f"{self.flag} {part}: must be {allowed}")
 
     def words(self, value: Any) -> list[str]:
-        """The option with a value, as it is typed; nothing for None and for a switch at its default."""
-        if self.kind is bool:
-            return [] if value == self.default else [self.flag if value else f"--no-{self.flag.removeprefix('--')}"]
+        """The option with a value, as it is typed; nothing for None and for a switch at its default. TypeError where
+        a record has something else."""
         parts = value or () if self.many else () if value is None else (value,)
+        for part in parts:
+            if not _is(part, self.kind):
+                raise TypeError(f"{self.name} is {part!r}")
+        if self.kind is bool:
+            return (
+                []
+                if value in (None, self.default)
+                else [self.flag if value else f"--no-{self.flag.removeprefix('--')}"]
+            )
         return [word for part in parts for word in (self.flag, f"{part}".removesuffix(".0"))]
 
 
@@ -165,6 +176,12 @@ class Settings:
         assert not isinstance(self, type)
         values: dict[str, Any] = asdict(self)  # type: ignore[call-overload]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def naming(self) -> dict[str, Any]:
+        """The part of the record that a default folder is named after."""
+        as_before = {one.name: one.default for one in self.schema() if one.option.added}
+        record = self.record().items()
+        return {name: value for name, value in record if name not in as_before or value != as_before[name]}
 
     @classmethod
     def with_defaults(cls, record: Mapping[str, Any]) -> dict[str, Any]:

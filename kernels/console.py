@@ -120,10 +120,9 @@ def write_json(target: str | None, value: dict[str, Any]) -> None:
                 temporary.write_text(text, encoding="utf-8")
         else:  # a pipe or device is written where it is
             path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--json {target}: cannot be written: {error.strerror}") from error
-    except UserError as error:
-        raise UserError(f"--json {target}: {error}") from error
+    except (OSError, UserError) as error:
+        cause = error.__cause__ or error
+        raise UserError(f"--json {target}: cannot be written: {getattr(cause, 'strerror', cause)}") from error
 
 
 def check_json_target(target: str | None) -> None:

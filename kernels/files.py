@@ -33,6 +33,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_json_lines(path: Path) -> list[Any]:
+    """The values of a file that has one a line; a line that a kill cut short is left out."""
+    values = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            values.append(json.loads(line))
+        except ValueError:
+            continue
+    return values
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file's content."""
     with path.open("rb") as file:

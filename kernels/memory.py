@@ -39,7 +39,8 @@ def _group_limits(groups: Path = GROUPS, mounted: Path = MOUNTED) -> list[int]:
 
 
 def check_fits(need: float, what: str, advice: str) -> None:
-    """UserError where `need` bytes are more than there are. what: that needs them; advice: what to do about it."""
+    """UserError where `need` bytes are more than there are. what: needs them, {} for how many; advice: what to do."""
     have = memory_bytes()
     if need > have:
-        raise UserError(f"{what} {need / 1e9:,.1f} GB, and this machine has {have / 1e9:,.1f} GB: {advice}")
+        size = f"{need / 1e9:,.1f} GB"
+        raise UserError(f"{what.format(size)}, and this machine has {have / 1e9:,.1f} GB: {advice}")

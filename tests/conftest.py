@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -78,15 +79,38 @@ def command(work: Path) -> Command:
     return run
 
 
+@pytest.fixture
+def inside(work: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Commands in this process, which start in no time: for what asks nothing of signals, the network or streams."""
+    from huggingface_hub import constants
+
+    def run(program: str, *options: object, cwd: Path | None = None) -> Result:
+        main = importlib.import_module(f"{program}.cli").main
+        with monkeypatch.context() as patch:
+            patch.chdir(cwd or work)
+            patch.setattr(sys, "argv", [program, *map(str, options)])
+            patch.setattr(constants, "HF_HUB_OFFLINE", True)
+            patch.setenv("COLUMNS", "120")
+            patch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+            capfd.readouterr()
+            with pytest.raises(SystemExit) as ended:
+                main()
+        out, err = capfd.readouterr()
+        return Result(int(ended.value.code or 0), out, err)
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def weak_draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random draft for the embedded teacher: almost nothing it proposes is accepted."""
-    from distill.training import draft
+    from distill.training import checkpoint
     from distill.training.draft_config import DraftConfig
+    from distill.training.drafts import llama
 
     folder = tmp_path_factory.mktemp("drafts") / "weak"
     config = DraftConfig.for_teacher(TEACHER, layers=1, hidden=64)
-    draft.save(folder, draft.create(config, seed=0), config, TEACHER, {"complete": True})
+    checkpoint.save(folder, llama.create(config, seed=0), config, TEACHER, {"complete": True})
     return folder
 
 

@@ -37,10 +37,12 @@ class KVCache:
         self.offsets = [value]
 
     def reserve(self, rows: int) -> None:
-        """Make room for `rows` more rows in every sequence."""
+        """Make room for `rows` more rows in every sequence. Growing waits for steps that are queued."""
         sequences, heads, capacity, dim = self.keys[0].shape
         missing = max(self.offsets) + rows - capacity
         if missing > 0:
+            if capacity:  # fused steps on GPUs write to caches in place, which MLX does not know of
+                mx.synchronize()
             room = mx.zeros((sequences, heads, -(-missing // CACHE_STEP) * CACHE_STEP, dim))
             self.keys = [mx.concatenate([keys, room], axis=2) for keys in self.keys]
             self.values = [mx.concatenate([values, room], axis=2) for values in self.values]

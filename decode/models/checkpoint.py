@@ -135,45 +135,6 @@ def find_teacher(name: str | None) -> Checkpoint:
     return checkpoint
 
 
-def find_draft(name: str | None, teacher: Checkpoint) -> Checkpoint:
-    """A draft by path or Hub name; else the newest complete one for this teacher, else the shipped one."""
-    if name is not None:
-        draft = find_model(name, "--draft")
-    else:
-        folder = newest_draft(teacher) or shipped_draft(teacher)
-        if folder is None:
-            raise UserError(f"no draft for {teacher.name} under {RUNS}/ or checkpoints/; train one or give --draft")
-        draft = find_model(str(folder), "--draft")
-    return draft
-
-
-def newest_draft(teacher: Checkpoint) -> Path | None:
-    """The newest folder under runs/ whose draft.json says it is complete and for this teacher."""
-    folders = [path.parent for path in drafts_under(RUNS) if _made_for(path, teacher)]
-    return max(folders, key=lambda folder: (folder / "draft.json").stat().st_mtime, default=None)
-
-
-def drafts_under(runs: Path) -> Iterator[Path]:
-    """The draft.json of every draft under a folder, but those that a process killed while it saved one left hidden."""
-    for path in runs.glob("**/draft.json"):
-        if not any(part.startswith(".") for part in path.relative_to(runs).parts):
-            yield path
-
-
-def shipped_draft(teacher: Checkpoint) -> Path | None:
-    folders = sorted((ROOT / "checkpoints").glob("*/draft.json"))
-    return next((path.parent for path in folders if _made_for(path, teacher)), None)
-
-
-def _made_for(draft_json: Path, teacher: Checkpoint) -> bool:
-    try:
-        draft = json.loads(draft_json.read_text())
-    except (OSError, ValueError):
-        return False
-    made_for = draft.get("teacher") if isinstance(draft, dict) and draft.get("complete") else None
-    return isinstance(made_for, dict) and made_for.get("hash") == teacher.weights_hash
-
-
 def find_model(name: str, option: str) -> Checkpoint:
     """Resolve a path or a Hub name (`owner/name[@revision]`) to a checked model folder."""
     folder = Path(os.path.expanduser(name))  # noqa: PTH111  (Path.expanduser raises for an unknown ~user)

@@ -31,7 +31,7 @@ from distill.data.scoring import Scorer, bytes_per_token
 from distill.data.settings import OF_REPLIES, OF_SCORES, CollectSettings
 from distill.data.shards import Dataset, ShardWriter
 from distill.data.sources import Skipped, at_commit, fingerprint, is_hub, load_excluded, read_source
-from distill.training.draft import check_tokenizer
+from distill.training.checkpoint import check_tokenizer
 from kernels import UserError
 from kernels.files import sha256
 

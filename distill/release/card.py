@@ -11,16 +11,15 @@ from typing import Any
 
 from decode.models.checkpoint import DEFAULT_TEACHER
 from distill.data.settings import CollectSettings
-from distill.recipe import KEPT
+from distill.recipe import RECIPE_FILE
 from distill.training.draft_config import DraftConfig
-from distill.training.plots import read_log
 from distill.training.settings import TrainSettings
 from kernels import UserError
-from kernels.files import read_json
+from kernels.files import read_json, read_json_lines
 
 EVALUATION = "evaluation.json"
 CURVES = "curves.png"
-Facts = dict[str, Any]
+Metadata = dict[str, Any]
 
 # What a card takes from draft.json, outer parts first; each may be absent.
 PARTS: dict[str, type] = {
@@ -49,14 +48,14 @@ class Subject:
     """
 
     repo: str
-    about: Facts
+    about: Metadata
     config: DraftConfig
-    description: Facts
-    evaluation: Facts
-    log: list[Facts]
+    description: Metadata
+    evaluation: Metadata
+    log: list[Metadata]
     curves: bool
     recipe: str
-    licence: Facts = field(default_factory=dict)
+    licence: Metadata = field(default_factory=dict)
     base_model: str | None = None
 
     @classmethod
@@ -68,14 +67,14 @@ class Subject:
             config = DraftConfig.from_json(description)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{folder / 'config.json'}: not a Llama's ({error})") from error
-        log = read_log(folder / "log.jsonl") if (folder / "log.jsonl").is_file() else []
+        log = read_json_lines(folder / "log.jsonl") if (folder / "log.jsonl").is_file() else []
         for line in log:
             if not isinstance(line, dict):
                 raise UserError(f"{folder / 'log.jsonl'}: is damaged (holds {line!r}, not an object)")
         try:
-            recipe = (folder / KEPT).read_text(encoding="utf-8") if (folder / KEPT).is_file() else ""
+            recipe = (folder / RECIPE_FILE).read_text(encoding="utf-8") if (folder / RECIPE_FILE).is_file() else ""
         except UnicodeDecodeError as error:
-            raise UserError(f"{folder / KEPT}: is not valid UTF-8 (byte {error.start})") from error
+            raise UserError(f"{folder / RECIPE_FILE}: is not valid UTF-8 (byte {error.start})") from error
         evaluation = read_json(folder / EVALUATION) if (folder / EVALUATION).is_file() else {}
         return cls(repo, about, config, description, evaluation, log, (folder / CURVES).is_file(), recipe)
 
@@ -112,7 +111,7 @@ class Subject:
         return quantization.get("bits") if isinstance(quantization, dict) else None
 
 
-def _check_parts(about: Facts, path: Path) -> None:
+def _check_parts(about: Metadata, path: Path) -> None:
     """Refuse a draft.json whose parts are of other kinds than those that `distill train` writes."""
     for name, kind in PARTS.items():
         value: Any = about
@@ -130,12 +129,12 @@ def model_card(subject: Subject) -> str:
 
 
 def _front_matter(subject: Subject) -> str:
-    values: Facts = dict(subject.licence)
+    values: Metadata = dict(subject.licence)
     if subject.base_model:
         # Of the Hub's four relations (adapter, merge, quantized, finetune) the only one that is not plainly wrong.
         values |= {"base_model": subject.base_model, "base_model_relation": "finetune"}
     # The Hub shows how to load what a library is named for; stock mlx-lm cannot load a trimmed head.
-    values["library_name"] = "mlx" if subject.config.kept is None else "bitdraft"
+    values["library_name"] = "mlx" if subject.config.draft_vocab_size is None else "bitdraft"
     values["pipeline_tag"] = "text-generation"
     values["tags"] = ["bitdraft", "draft-model", "speculative-decoding", "knowledge-distillation", "bitnet"]
     # JSON values are YAML too, and quote whatever needs it.
@@ -145,13 +144,13 @@ def _front_matter(subject: Subject) -> str:
 def _opening(subject: Subject) -> str:
     c, name = subject.config, _cell(subject.get("teacher", "name") or "an unnamed teacher")
     teacher = f"[{subject.base_model}](https://huggingface.co/{subject.base_model})" if subject.base_model else name
-    kept = "" if c.kept is None else f", of which its head proposes {c.kept:,}"
+    trimmed = "" if c.draft_vocab_size is None else f", of which its head proposes {c.draft_vocab_size:,}"
     stored = f"{subject.bits} bits" if subject.bits else "bfloat16"
     text = (
         f"# {subject.repo.split('/')[-1]}\n\n"
         f"A draft model for {teacher}: it proposes tokens, the teacher verifies them in one pass, and the text is"
         f" the teacher's own. {c.layers} Llama layer{'s' if c.layers > 1 else ''}, hidden {c.hidden},"
-        f" {c.parameters / 1e6:.2f} M parameters in {stored}, the teacher's vocabulary of {c.vocab_size:,}{kept}."
+        f" {c.parameters / 1e6:.2f} M parameters in {stored}, the teacher's vocabulary of {c.vocab_size:,}{trimmed}."
         " Made with bitdraft."
     )
     if subject.about.get("complete") is not True:
@@ -163,7 +162,7 @@ def _use(subject: Subject) -> str:
     repo = subject.repo
     command = shlex.join(["decode", "spec", *subject.option, "--draft", repo, "--compare"])
     text = "## Use\n\nWith bitdraft, whose greedy output is the teacher's token for token:\n\n" + _code(command, "sh")
-    if subject.config.kept is not None:
+    if subject.config.draft_vocab_size is not None:
         return text + "\n\nmlx-lm and transformers cannot load it: its head is trimmed, and they know no such model."
     text += "\n\nWith mlx-lm, on a Mac:\n\n" + _code(
         f"mlx_lm.generate --model {shlex.quote(subject.teacher)} --draft-model {repo} --num-draft-tokens 3 \\\n"
@@ -301,7 +300,7 @@ def _data(subject: Subject) -> str:
 def _again(subject: Subject) -> str:
     """The recipe, or the commands that make the same draft, as far as draft.json knows their options."""
     if subject.recipe:
-        text = f"## Making it again\n\n`distill run {KEPT}`, with the recipe that made it:\n\n"
+        text = f"## Making it again\n\n`distill run {RECIPE_FILE}`, with the recipe that made it:\n\n"
         return text + _code(subject.recipe.strip(), "toml")
     data, training = subject.get("training", "data", "settings"), subject.get("training", "settings")
     if not (isinstance(data, dict) and isinstance(training, dict) and data.get("sources")):
@@ -380,7 +379,7 @@ def _number(value: Any, digits: int = 2) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
 
 
-def _positions(found: Facts) -> str:
+def _positions(found: Metadata) -> str:
     shares = found.get("acceptance_per_position")
     return " ".join(_number(share) for share in shares) if isinstance(shares, list) else ""
 

@@ -51,7 +51,7 @@ class Converted:
     bytes: int
 
 
-def check_out(folder: Path, source: Path) -> None:
+def check_converted_folder(folder: Path, source: Path) -> None:
     """Refuse a folder that holds anything but an earlier conversion, or that is the original."""
     if holds_current(folder):
         raise UserError(f"--out {folder.resolve()}: is the current folder or holds it; give it a folder of its own")
@@ -85,7 +85,7 @@ def convert(
     """
     folder = folder.absolute()
     limit_memory()
-    check_out(folder, checkpoint.folder)
+    check_converted_folder(folder, checkpoint.folder)
     _check_copied(checkpoint.folder)
     try:
         with replacing_folder(folder) as temporary:

@@ -13,22 +13,23 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from decode.metrics import Tally, is_looping
+from decode.metrics import Metrics, is_looping
 from decode.models.checkpoint import RUNS, Checkpoint
 from decode.prompts import Prompt, read_prompts
-from decode.session import Output, Session
+from decode.session import Completion, Session
+from distill.release.plots import acceptance_by_category, acceptance_by_position
 from distill.release.settings import EvaluateSettings
-from distill.training.plots import acceptance_by_category, acceptance_by_position, read_log
 from kernels import UserError, backend
 from kernels.console import progress, say
 from kernels.device import device_name, versions
-from kernels.files import sha256, write_atomic
+from kernels.files import read_json_lines, sha256, write_atomic
 
 REPORT, TABLE, UNFINISHED = "evaluation.json", "evaluation.md", "evaluation-unfinished.jsonl"
 CATEGORY_PLOT, POSITION_PLOT = "evaluation-categories.png", "evaluation-positions.png"
 NO_CATEGORY = "uncategorised"
+FORMAT = 2  # of what an evaluation measures and keeps; what an older version began is not taken up
 
-Pair = tuple[Output, Output]  # of one prompt: speculative, plain
+Pair = tuple[Completion, Completion]  # of one prompt: speculative, plain
 
 
 def select(settings: EvaluateSettings) -> list[Prompt]:
@@ -42,8 +43,13 @@ def select(settings: EvaluateSettings) -> list[Prompt]:
 
 
 def fingerprint(settings: EvaluateSettings, teacher: Checkpoint, draft: Checkpoint) -> dict[str, Any]:
-    """What two evaluations have in common that measure the same; files count by their content."""
-    hashes = {"teacher": teacher.weights_hash, "draft": draft.weights_hash, "prompts": sha256(Path(settings.prompts))}
+    """What two evaluations have in common that measure the same in the same way; files count by their content."""
+    hashes = {
+        "format": FORMAT,
+        "teacher": teacher.weights_hash,
+        "draft": draft.weights_hash,
+        "prompts": sha256(Path(settings.prompts)),
+    }
     return settings.record() | hashes
 
 
@@ -54,13 +60,13 @@ def default_folder(draft: Checkpoint) -> Path:
     return RUNS / f"evaluation-{Path(draft.name).name}"
 
 
-def finished(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The report in a folder, if it is a whole one of this evaluation."""
+def finished_report(folder: Path, of: dict[str, Any]) -> dict[str, Any] | None:
+    """The report in a folder, if it is a whole one of the evaluation with this fingerprint."""
     try:
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    whole = isinstance(report, dict) and report.get("complete") is True and report.get("identity") == identity
+    whole = isinstance(report, dict) and report.get("complete") is True and report.get("identity") == of
     return report if whole else None
 
 
@@ -74,7 +80,7 @@ def evaluate(
     """
     settings.check()
     prompts = select(settings)
-    identity = fingerprint(settings, teacher, draft)
+    measured = fingerprint(settings, teacher, draft)
     session = Session(
         teacher,
         draft,
@@ -89,8 +95,8 @@ def evaluate(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
-    kept = Unfinished(out / UNFINISHED, {"identity": identity, **here})
-    pairs = kept.read(prompts, encoded)
+    unfinished = Unfinished(out / UNFINISHED, {"identity": measured, **here})
+    pairs = unfinished.read(prompts, encoded)
     note = say(quiet)
     note(f"draft: {draft.folder}")
     if pairs:
@@ -99,13 +105,13 @@ def evaluate(
     try:
         if len(pairs) < len(prompts):
             session.warm_up()
-        total, plain = tallies(pairs)
+        total, plain = totals(pairs)
         for index in range(len(pairs), len(prompts)):
             pair = _answer(session, prompts[index], encoded[index], index)
-            kept.add(pair)
+            unfinished.add(pair)
             pairs.append(pair)
-            total.merge(pair[0].tally)
-            plain.merge(pair[1].tally)
+            total.merge(pair[0].metrics)
+            plain.merge(pair[1].metrics)
             bar.set_postfix(acceptance=f"{total.acceptance_rate:.3f}", speedup=f"{total.speedup(plain):.2f}")
             bar.update()
     except KeyboardInterrupt:
@@ -113,10 +119,10 @@ def evaluate(
             raise KeyboardInterrupt("before the first prompt was done") from None
     finally:
         bar.close()
-    report = _report(session, pairs, settings, identity, complete=len(pairs) == len(prompts))
+    report = _report(session, pairs, settings, measured, complete=len(pairs) == len(prompts))
     _write(out, report)
     if report["complete"]:
-        kept.path.unlink(missing_ok=True)
+        unfinished.path.unlink(missing_ok=True)
     return report
 
 
@@ -131,14 +137,14 @@ def category_of(prompt: Prompt) -> str:
     return prompt.category or NO_CATEGORY
 
 
-def tallies(pairs: Sequence[Pair]) -> tuple[Tally, Tally]:
+def totals(pairs: Sequence[Pair]) -> tuple[Metrics, Metrics]:
     """Of all prompts together: speculative, plain."""
-    return Tally.of(output.tally for output, _ in pairs), Tally.of(baseline.tally for _, baseline in pairs)
+    return Metrics.of(output.metrics for output, _ in pairs), Metrics.of(baseline.metrics for _, baseline in pairs)
 
 
 def figures(pairs: Sequence[Pair]) -> dict[str, Any]:
     """The metrics of decode.metrics over some prompts; zero where there are none."""
-    total, plain = tallies(pairs)
+    total, plain = totals(pairs)
     return {
         "prompts": len(pairs),
         "tokens": total.tokens,
@@ -156,7 +162,7 @@ def without_looping(pairs: Sequence[Pair]) -> list[Pair]:
 
 
 def _report(
-    session: Session, pairs: list[Pair], settings: EvaluateSettings, identity: dict[str, Any], complete: bool
+    session: Session, pairs: list[Pair], settings: EvaluateSettings, measured: dict[str, Any], complete: bool
 ) -> dict[str, Any]:
     outputs, baselines = ([pair[i] for pair in pairs] for i in range(2))
     report = session.report(outputs, baselines)
@@ -169,7 +175,7 @@ def _report(
         **report,
         "prompts_file": Path(settings.prompts).name,
         "limit": settings.limit,
-        "identity": identity,
+        "identity": measured,
         "without_looping": figures(without_looping(pairs)),
         "categories": [
             {"category": name, **figures(group), "without_looping": figures(without_looping(group))}
@@ -180,22 +186,26 @@ def _report(
 
 
 class Unfinished:
-    """The prompts that an evaluation has done so far: a first line that says which, then one line a prompt."""
+    """The prompts that an evaluation has done so far: a first line that says which evaluation on which machine, then
+    one line a prompt."""
 
-    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
-        self.path, self.identity = path, identity
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        self.path, self.header = path, header
 
     def read(self, prompts: list[Prompt], encoded: list[list[int]]) -> list[Pair]:
-        """What an earlier run of the same evaluation on the same machine has done; else a file begun anew."""
-        lines: list[Any] = read_log(self.path) if self.path.is_file() else []
+        """What an earlier run of the same evaluation on the same machine has done; else a file begun anew. UserError
+        where an older version began it."""
+        lines: list[Any] = read_json_lines(self.path) if self.path.is_file() else []
         pairs: list[Pair] = []
-        if lines and lines[0] == self.identity:
+        if lines and _format(lines[0]) != FORMAT:
+            raise UserError(f"{self.path}: was begun by another version of bitdraft; delete it to begin anew")
+        if lines and lines[0] == self.header:
             try:
                 for (spec, plain), prompt, ids in zip(lines[1:], prompts, encoded, strict=False):
-                    pairs.append((_output(spec, prompt, ids), _output(plain, prompt, ids)))
+                    pairs.append((_completion(spec, prompt, ids), _completion(plain, prompt, ids)))
             except (KeyError, TypeError, ValueError):
                 pass  # from here on, prompts are answered anew
-        whole = "".join(json.dumps(line) + "\n" for line in [self.identity, *map(_lines, pairs)])
+        whole = "".join(json.dumps(line) + "\n" for line in [self.header, *map(_lines, pairs)])
         write_atomic(self.path, whole.encode())  # without a last line that a kill cut short
         return pairs
 
@@ -204,16 +214,22 @@ class Unfinished:
             file.write(json.dumps(_lines(pair)) + "\n")
 
 
+def _format(header: Any) -> Any:
+    """The format that the first line of an unfinished evaluation names; None where it names none."""
+    measured = header.get("identity") if isinstance(header, dict) else None
+    return measured.get("format") if isinstance(measured, dict) else None
+
+
 def _lines(pair: Pair) -> list[dict[str, Any]]:
     return [
-        {"tokens": output.tokens, "tally": asdict(output.tally), "finish_reason": output.finish_reason}
+        {"tokens": output.tokens, "metrics": asdict(output.metrics), "finish_reason": output.finish_reason}
         for output in pair
     ]
 
 
-def _output(line: dict[str, Any], prompt: Prompt, ids: list[int]) -> Output:
-    tally = Tally(**{field.name: line["tally"][field.name] for field in fields(Tally)})
-    return Output(prompt, ids, [int(token) for token in line["tokens"]], tally, str(line["finish_reason"]))
+def _completion(line: dict[str, Any], prompt: Prompt, ids: list[int]) -> Completion:
+    metrics = Metrics(**{field.name: line["metrics"][field.name] for field in fields(Metrics)})
+    return Completion(prompt, ids, [int(token) for token in line["tokens"]], metrics, str(line["finish_reason"]))
 
 
 def _write(out: Path, report: dict[str, Any]) -> None:

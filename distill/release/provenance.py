@@ -20,24 +20,24 @@ ORIGIN_KEYS = ("repo", "revision", *LICENCE_KEYS)
 SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]{40})")
 
 
-def teacher_facts(folder: Path, settings: Settings) -> dict[str, Any]:
+def teacher_metadata(folder: Path, settings: Settings) -> dict[str, Any]:
     """The teacher of a dataset: name and hash; where the folder holds that very teacher, its `origin` too."""
-    facts: dict[str, Any] = {"name": settings.teacher_name, "hash": settings.teacher_hash}
+    metadata: dict[str, Any] = {"name": settings.teacher_name, "hash": settings.teacher_hash}
     if Checkpoint(folder, folder.name, {}).weights_hash != settings.teacher_hash:
-        return facts
-    return facts | origin(folder)
+        return metadata
+    return metadata | origin(folder)
 
 
 def origin(folder: Path) -> dict[str, str]:
     """Where the model in a folder comes from: `repo` and `revision` on the Hub and the licence of its model card, as
     far as they are known. Of a conversion: those of what was converted, and its hash as `converted_from`."""
     original = _converted_from(folder)
-    facts = {key: original[key] for key in ORIGIN_KEYS if isinstance(original.get(key), str)}
+    found = {key: original[key] for key in ORIGIN_KEYS if isinstance(original.get(key), str)}
     if isinstance(original.get("hash"), str):
-        facts["converted_from"] = original["hash"]
-    elif found := SNAPSHOT.search(folder.absolute().as_posix()):
-        facts |= {"repo": f"{found['owner']}/{found['name']}", "revision": found["revision"]}
-    return facts if facts.keys() & LICENCE_KEYS else facts | licence_of(folder)
+        found["converted_from"] = original["hash"]
+    elif snapshot := SNAPSHOT.search(folder.absolute().as_posix()):
+        found |= {"repo": f"{snapshot['owner']}/{snapshot['name']}", "revision": snapshot["revision"]}
+    return found if found.keys() & LICENCE_KEYS else found | licence_of(folder)
 
 
 def _converted_from(folder: Path) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def licence_of(folder: Path) -> dict[str, str]:
     return {key: metadata[key] for key in LICENCE_KEYS if isinstance(metadata.get(key), str)}
 
 
-def data_facts(settings: Settings) -> dict[str, Any]:
+def dataset_metadata(settings: Settings) -> dict[str, Any]:
     """How a dataset was collected: its manifest's settings, without what draft.json says elsewhere."""
     elsewhere = {"teacher", "tokenizer_hash"}
     return {key: value for key, value in settings.values.items() if key not in elsewhere}

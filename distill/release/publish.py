@@ -11,19 +11,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from decode.models.checkpoint import CARD, drafts_under, find_model
+from decode.models.checkpoint import CARD, find_model
+from decode.models.drafts import drafts_under
 from decode.models.hub import LOG_IN, chain, explain, server_message, status
-from distill.recipe import KEPT
-from distill.release.card import CURVES, EVALUATION, Facts, Subject, model_card
+from distill.recipe import RECIPE_FILE
+from distill.release.card import CURVES, EVALUATION, Metadata, Subject, model_card
 from distill.release.provenance import LICENCE_KEYS, licence_of
-from distill.training.draft import FORMAT, OPTIONAL_FILES, TOKENIZER_FILES, WEIGHTS, check_files
+from distill.training.checkpoint import FORMAT, OPTIONAL_FILES, TOKENIZER_FILES, WEIGHTS, check_files
 from kernels import UserError
 from kernels.errors import first_line
 from kernels.files import read_json, recover_folder, sha256
 
 DRAFT = "draft.json"
 REQUIRED = ("config.json", DRAFT, WEIGHTS, *TOKENIZER_FILES)
-FILES = (*REQUIRED, *OPTIONAL_FILES, EVALUATION, KEPT, "log.jsonl", CURVES, "LICENSE")
+FILES = (*REQUIRED, *OPTIONAL_FILES, EVALUATION, RECIPE_FILE, "log.jsonl", CURVES, "LICENSE")
 # What makes a model of a repository, by suffix: of other formats too, for a card of ours would replace that model's.
 MODEL_FILES = (".json", ".safetensors", ".jinja", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".h5", ".npz")
 
@@ -36,8 +37,8 @@ class Package:
     folder: Path
     files: dict[str, Path]
     card: str
-    licence: Facts
-    teacher: Facts
+    licence: Metadata
+    teacher: Metadata
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each file, the card first."""
@@ -118,19 +119,19 @@ def prepare(
     return Package(repo, folder, files, card, terms, teacher)
 
 
-def _check_links(folder: Path, files: dict[str, Path], about: Facts) -> None:
+def _check_links(folder: Path, files: dict[str, Path], about: Metadata) -> None:
     """What nobody vouches for by its hash is a file of the folder's own, not a link to who knows what."""
     for name in sorted(files.keys() - about.get("files", {}).keys() - {DRAFT}):  # draft.json was read, and is one
         if not files[name].resolve().is_relative_to(folder.resolve()):
             raise UserError(f"{files[name]}: is a link out of its folder; put a copy there, or delete it")
 
 
-def _check_recipe(folder: Path, about: Facts) -> None:
+def _check_recipe(folder: Path, about: Metadata) -> None:
     """The recipe beside a draft is the one that made it."""
-    kept, recipe = folder / KEPT, about.get("recipe")
-    if kept.is_file() and (not isinstance(recipe, dict) or recipe.get("sha256") != sha256(kept)):
+    path, recipe = folder / RECIPE_FILE, about.get("recipe")
+    if path.is_file() and (not isinstance(recipe, dict) or recipe.get("sha256") != sha256(path)):
         raise UserError(
-            f"{kept}: is not the recipe that draft.json names; `distill run` keeps the right one, or delete it"
+            f"{path}: is not the recipe that draft.json names; `distill run` keeps the right one, or delete it"
         )
 
 
@@ -154,7 +155,7 @@ def _check_evaluation(folder: Path, subject: Subject, draft: str, force: bool) -
         )
 
 
-def hub_name(teacher: Facts) -> str | None:
+def hub_name(teacher: Metadata) -> str | None:
     """The owner/name of a teacher that came from the Hub."""
     name = str(teacher.get("repo") or teacher.get("name") or "").partition("@")[0]
     return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
@@ -229,8 +230,7 @@ def _stale(api: Any, package: Package, there: list[str], commit: str, force: boo
         return []
     if not same and not force:
         raise UserError(f"{repo}: holds {holds}; choose another --repo, or replace it with --force")
-    kept = {CARD, *package.files}
-    stale = (name for name in there if name not in kept)
+    stale = (name for name in there if name not in {CARD, *package.files})
     return [name for name in stale if name in FILES or (not same and name.lower().endswith(MODEL_FILES))]
 
 

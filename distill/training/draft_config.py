@@ -1,25 +1,19 @@
-"""The shape of a draft model, and whether this machine can train it."""
+"""The shape of a draft model."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import mlx.core as mx
 
 from decode.models import draft_vocabulary
 from decode.models.dimensions import DRAFT_HEAD_DIM, Shape
 from kernels.errors import UserError
 from kernels.files import read_json
-from kernels.memory import check_fits
 
 # Weights that share a scale, by bits: 4-bit codes need the finer groups; both divide every matrix (their widths are
 # multiples of 64).
 GROUP_SIZE = {4: 32, 8: 64}
-LOGIT_BYTES = 256 << 20  # of logits that training computes at a time on a GPU
-ACTIVATIONS = 83  # numbers a position that a layer's backward pass keeps, in widths of the draft
-SCORES = 6  # the same in rows of attention scores, where they are computed whole
 
 
 @dataclass(frozen=True)
@@ -39,17 +33,19 @@ class DraftConfig:
     tied: bool = True
     bos: int | None = None
     eos: int | list[int] | None = None
-    kept: int | None = None  # tokens that the head has, where it is trimmed (decode.models.draft_vocabulary)
+    draft_vocab_size: int | None = None  # tokens that the head has, where it is trimmed (draft_vocabulary)
 
     @classmethod
-    def for_teacher(cls, teacher_folder: Path, layers: int, hidden: int, kept: int | None = None) -> DraftConfig:
-        """A draft of `layers` x `hidden` for the teacher in a folder, its head of `kept` tokens or of all."""
+    def for_teacher(
+        cls, teacher_folder: Path, layers: int, hidden: int, draft_vocab_size: int | None = None
+    ) -> DraftConfig:
+        """A draft of `layers` x `hidden` for the teacher in a folder, its head of `draft_vocab_size` tokens or all."""
         path = teacher_folder / "config.json"
-        return cls.for_config(read_json(path), str(path), layers, hidden, kept)
+        return cls.for_config(read_json(path), str(path), layers, hidden, draft_vocab_size)
 
     @classmethod
     def for_config(
-        cls, teacher: dict[str, Any], name: str, layers: int, hidden: int, kept: int | None = None
+        cls, teacher: dict[str, Any], name: str, layers: int, hidden: int, draft_vocab_size: int | None = None
     ) -> DraftConfig:
         """The same for a teacher of which only the content of config.json is known; name: the file's, for errors."""
         check_size(layers, hidden)
@@ -71,7 +67,7 @@ class DraftConfig:
                 eps=float(teacher["rms_norm_eps"]),
                 bos=teacher.get("bos_token_id"),
                 eos=teacher.get("eos_token_id"),
-                kept=kept,
+                draft_vocab_size=draft_vocab_size,
             )
         except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
             raise UserError(f"{name}: no usable {error}") from error
@@ -97,8 +93,9 @@ class DraftConfig:
             "mlp_bias": False,
             "torch_dtype": "bfloat16",
         }
-        if self.kept is not None:
-            config |= {"architectures": [], "model_type": draft_vocabulary.MODEL_TYPE, draft_vocabulary.SIZE: self.kept}
+        if self.draft_vocab_size is not None:
+            trimmed = {"model_type": draft_vocabulary.MODEL_TYPE, draft_vocabulary.SIZE: self.draft_vocab_size}
+            config |= {"architectures": []} | trimmed
         return config | {
             key: value for key, value in (("bos_token_id", self.bos), ("eos_token_id", self.eos)) if value is not None
         }
@@ -108,6 +105,7 @@ class DraftConfig:
         """The inverse of `to_json`; KeyError, TypeError or ValueError where it is no Llama."""
         if config.get("model_type") not in ("llama", draft_vocabulary.MODEL_TYPE):
             raise ValueError(f"model_type is {config.get('model_type')!r}, not 'llama'")
+        trimmed = config["model_type"] == draft_vocabulary.MODEL_TYPE
         heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
         return cls(
             layers=int(config["num_hidden_layers"]),
@@ -123,8 +121,22 @@ class DraftConfig:
             tied=bool(config.get("tie_word_embeddings", True)),
             bos=config.get("bos_token_id"),
             eos=config.get("eos_token_id"),
-            kept=int(config[draft_vocabulary.SIZE]) if config["model_type"] == draft_vocabulary.MODEL_TYPE else None,
+            draft_vocab_size=int(config[draft_vocabulary.SIZE]) if trimmed else None,
         )
+
+    def record(self) -> dict[str, Any]:
+        """The shape as draft.json keeps it."""
+        return {"kept" if name == "draft_vocab_size" else name: value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> DraftConfig:
+        """The inverse of `record`; TypeError where it is none."""
+        return cls(**{"draft_vocab_size" if name == "kept" else name: value for name, value in record.items()})
+
+    @property
+    def head_size(self) -> int:
+        """How many tokens the draft can propose."""
+        return self.draft_vocab_size or self.vocab_size
 
     @property
     def parameters(self) -> int:
@@ -140,52 +152,3 @@ def check_size(layers: int, hidden: int) -> None:
         raise UserError(f"--layers {layers}: must be at least 1")
     if hidden < DRAFT_HEAD_DIM or hidden % DRAFT_HEAD_DIM:
         raise UserError(f"--hidden {hidden}: must be a multiple of {DRAFT_HEAD_DIM} (one attention head each)")
-
-
-def load_tensors(path: Path) -> dict[str, mx.array]:
-    """The arrays of a safetensors file, read when used; UserError naming a file that is damaged."""
-    try:
-        arrays = mx.load(str(path))
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a readable safetensors file ({reason})") from error
-    assert isinstance(arrays, dict)
-    return arrays
-
-
-def estimate_memory(
-    config: DraftConfig,
-    batch: int = 8,
-    seq_len: int = 512,
-    *,
-    gpu: bool = True,
-    narrow: bool = True,
-    teacher_hidden: int = 0,
-) -> int:
-    """Bytes that training holds at its peak.
-
-    gpu: on a GPU, where work runs ahead of what is freed; narrow: it computes in bfloat16 there; teacher_hidden: width
-    of the teacher's embedding if the draft's starts from it. An estimate: what is counted for sure are weights,
-    gradients and moments; the rest was fitted to drafts of widths 256 and 768 on CPUs, whose resident memory beside
-    that of Python is met within an eighth, and to one of 6 layers x 768 with BitNet-2B's vocabulary on an H100.
-    """
-    tokens, embedding = batch * seq_len, 4 * config.vocab_size * config.hidden
-    kept = 4 * config.parameters * 4  # weights, two moments, and the best weights so far
-    step = 4 * config.parameters * 4  # their gradients, and what replaces weights and moments
-    activations = tokens * config.layers * ACTIVATIONS * config.hidden
-    start = kept // 4 + 2 * embedding + 6 * config.vocab_size * teacher_hidden  # as stored, and as float32
-    if gpu:
-        activations += tokens * config.layers * SCORES * config.heads * seq_len
-        logits = min(LOGIT_BYTES, 4 * tokens * (config.kept or config.vocab_size))
-        peak = kept + step + activations * (2 if narrow else 4) + 4 * embedding + 8 * logits
-    else:  # activations are gone before weights are replaced
-        peak = kept + max(4 * activations + 3 * embedding, step + embedding)
-    return max(start, peak)
-
-
-def check_memory(config: DraftConfig, batch: int, seq_len: int, teacher_hidden: int = 0) -> None:
-    """Refuse, before anything is allocated, what would not fit."""
-    gpu = mx.default_device() == mx.Device(mx.gpu)
-    need = estimate_memory(config, batch, seq_len, gpu=gpu, teacher_hidden=teacher_hidden)
-    size = f"{config.layers} layers x {config.hidden} ({config.parameters / 1e6:,.0f} M parameters)"
-    check_fits(need, f"training a draft of {size} needs about", "choose fewer --layers, a smaller --hidden or --batch")

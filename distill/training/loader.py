@@ -22,7 +22,7 @@ from kernels.errors import UserError
 
 Row = tuple[int, int]  # (shard, row in it)
 WINDOW_BYTES = 128 << 20  # decoded shards that are shuffled together; two windows are held at once
-KEEP_BYTES = 512 << 20  # a decoded dataset up to this size is kept for the next pass
+IN_MEMORY_BYTES = 512 << 20  # a decoded dataset up to this size stays for the next pass
 HELD_OUT_SHARDS = 16  # held-out rows are read before the first step: from few shards
 PARTS = 8  # trained positions are padded to eighths of a batch: few shapes, little waste
 
@@ -31,12 +31,12 @@ PARTS = 8  # trained positions are padded to eighths of a batch: few shapes, lit
 class Batch:
     """What one step needs. Only trained positions carry targets: m of them, padded with weight 0.
 
-    tokens, document: int32 [b, t]; positions: int32 [m] into b * t, None where m = b * t; top_ids:
+    tokens, segments: int32 [b, t]; positions: int32 [m] into b * t, None where m = b * t; top_ids:
     int32 [m, k]; top_logprobs: float32 [m, k]; lse_one, lse, weights: float32 [m].
     """
 
     tokens: np.ndarray
-    document: np.ndarray
+    segments: np.ndarray
     positions: np.ndarray | None
     top_ids: np.ndarray
     top_logprobs: np.ndarray
@@ -52,7 +52,7 @@ class Batch:
 def assemble(rows: list[tuple[Block, int]], temperature_index: int) -> Batch:
     """A batch of the given rows of decoded blocks."""
     tokens = np.stack([block.tokens[i] for block, i in rows])
-    document = np.stack([block.segments[i] for block, i in rows]).astype(np.int32)
+    segments = np.stack([block.segments[i] for block, i in rows]).astype(np.int32)
     t = tokens.shape[1]
     trained = [np.flatnonzero(block.loss_mask[i] & (block.segments[i] > 0)) for block, i in rows]
     count, n = sum(map(len, trained)), tokens.size
@@ -74,10 +74,10 @@ def assemble(rows: list[tuple[Block, int]], temperature_index: int) -> Batch:
         lse_one[part], lse[part] = block.lse[i][where, 0], block.lse[i][where, temperature_index]
         at += len(where)
     everywhere = count == n
-    return Batch(tokens, document, None if everywhere else positions, top_ids, top_logprobs, lse_one, lse, weights)
+    return Batch(tokens, segments, None if everywhere else positions, top_ids, top_logprobs, lse_one, lse, weights)
 
 
-class Feed:
+class DataLoader:
     """A dataset split into held-out and training rows, and its batches in order."""
 
     def __init__(
@@ -100,7 +100,7 @@ class Feed:
         self.rows = sum(map(len, self.train))
         self.batch = min(batch, self.rows)
         per_row = dataset.settings.seq_len * (9 + 8 * dataset.settings.k + 4 * len(temperatures))
-        self.keep = sum(rows) * per_row <= KEEP_BYTES
+        self.in_memory = sum(rows) * per_row <= IN_MEMORY_BYTES
         self.window = max(1, WINDOW_BYTES // (max(rows) * per_row))
 
     def held_out_batches(self) -> list[Batch]:
@@ -181,7 +181,7 @@ class Feed:
                         yield assemble(held, self.temperature_index)
                         held = []
                 skip = 0
-                if not self.keep:
+                if not self.in_memory:
                     wanted = {shard for shard, _ in following}
                     blocks = {shard: block for shard, block in blocks.items() if shard in wanted}
                 window = following
@@ -193,7 +193,7 @@ class Feed:
             yield from self.windows(epoch)
             epoch += 1
 
-    def describe(self) -> dict[str, Any]:
+    def row_counts(self) -> dict[str, Any]:
         """For logs: rows trained on and held out."""
         return {"train_rows": self.rows, "held_out_rows": len(self.held_out), "batch": self.batch}
 

@@ -75,13 +75,13 @@ def bucket_loss(name: str) -> BucketLoss:
     return LOSSES[name]
 
 
-def head_ids(kept: np.ndarray | None, vocab_size: int) -> mx.array:
+def head_rows(d2t: np.ndarray | None, vocab_size: int) -> mx.array:
     """int32 [vocab_size]: the head's row of each token id, -1 for ids a trimmed head lacks.
 
-    kept: the ids that the head has, ascending; None for all.
+    d2t: the ids that the head has rows for, ascending; None for all.
     """
     rows = np.full(vocab_size, -1, np.int32)
-    ids = np.arange(vocab_size) if kept is None else kept
+    ids = np.arange(vocab_size) if d2t is None else d2t
     rows[ids] = np.arange(len(ids))
     return mx.array(rows)
 
@@ -94,16 +94,16 @@ def tail_bucket_kl(
     lse: mx.array,
     mask: mx.array,
     temperature: float = 1.0,
-    kept: np.ndarray | None = None,
+    d2t: np.ndarray | None = None,
     vocab_size: int | None = None,
 ) -> mx.array:
     """The definition: mean over masked positions of the KL with a tail bucket.
 
-    logits: float32 [n, v] of the draft (v = len(kept) with a trimmed head); top_ids: int32 [n, k];
+    logits: float32 [n, v] of the draft (v = len(d2t) with a trimmed head); top_ids: int32 [n, k];
     top_logprobs, lse_one, lse: as for `teacher_buckets`; mask: bool [n]; vocab_size: the
-    teacher's, where `kept` is given. Returns a float32 scalar, nats a position.
+    teacher's, where `d2t` is given. Returns a float32 scalar, nats a position.
     """
-    rows = head_ids(kept, vocab_size or logits.shape[-1])[top_ids]
+    rows = head_rows(d2t, vocab_size or logits.shape[-1])[top_ids]
     p = teacher_buckets(top_logprobs, lse_one, lse, rows >= 0, temperature)
     return reference_loss("kl", logits / temperature, rows, p, mask.astype(mx.float32))
 

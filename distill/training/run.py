@@ -8,6 +8,7 @@ same command says what came out.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import signal
@@ -16,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +26,27 @@ import numpy as np
 from tqdm import tqdm
 
 from decode.metal import limit_memory
-from decode.models.checkpoint import Checkpoint, tokenizer_hash
+from decode.models.checkpoint import RUNS, Checkpoint, tokenizer_hash
 from distill.data.manifest import MANIFEST
 from distill.data.shards import Dataset
-from distill.release.provenance import data_facts, made_with, origin, teacher_facts
-from distill.training import cpu, draft
+from distill.release.provenance import dataset_metadata, made_with, origin, teacher_metadata
+from distill.training import cpu
+from distill.training.checkpoint import check_draft_folder, check_files, check_tokenizer, rounded, save
 from distill.training.cpu import CpuHead
-from distill.training.draft_config import DraftConfig, check_memory
-from distill.training.loader import Feed
+from distill.training.draft_config import DraftConfig
+from distill.training.drafts import llama
+from distill.training.loader import DataLoader
 from distill.training.losses import FusedHead
-from distill.training.plots import read_log, training_curves
+from distill.training.memory import check_memory
+from distill.training.optimizer import learning_rate
+from distill.training.plots import training_curves
 from distill.training.settings import TrainSettings
 from distill.training.state import State, difference
-from distill.training.step import Step, TrimmedHead, learning_rate, measure
-from distill.training.vocabulary import Vocabulary, choose
+from distill.training.step import Step, TrimmedHead, measure
+from distill.training.vocabulary import DraftVocabulary, select_draft_vocabulary
 from kernels.console import say
 from kernels.errors import UserError
-from kernels.files import read_json
+from kernels.files import read_json, read_json_lines, sha256
 
 DRAW_SECONDS = 20.0  # a picture takes part of a second
 READ_EVERY = 20  # most steps that run before the host looks at their losses
@@ -86,14 +91,14 @@ def train(
     """
     data, teacher_folder, out = Path(data), Path(teacher_folder), Path(out)
     dataset = Dataset.open(data)
-    settings.check()
-    draft.check_tokenizer(teacher_folder)
+    settings.check(dataset.settings.vocab_size)
+    check_tokenizer(teacher_folder)
     other = other_teacher(dataset, teacher_folder)
-    draft.check_out(out)
-    identity = asdict(settings) | {"data": draft.sha256(data / MANIFEST)}
+    check_draft_folder(out)
+    fingerprint = settings.record() | {"data": sha256(data / MANIFEST)}
     if other is not None:
-        identity["teacher"] = other["hash"]
-    if (summary := finished(out, identity)) is not None:
+        fingerprint["teacher"] = other["hash"]
+    if (summary := finished_run(out, fingerprint)) is not None:
         return summary
     if other is not None:
         name = dataset.settings.teacher_name
@@ -104,9 +109,9 @@ def train(
     if mx.default_device() == mx.Device(mx.cpu):
         fast_blas()
     limit_memory()
-    vocabulary = None if settings.vocab is None else choose(dataset, settings.vocab, teacher_folder)
-    kept = None if vocabulary is None else len(vocabulary.kept)
-    config = DraftConfig.for_teacher(teacher_folder, settings.layers, settings.hidden, kept)
+    vocabulary = None if settings.vocab is None else select_draft_vocabulary(dataset, settings.vocab, teacher_folder)
+    size = None if vocabulary is None else len(vocabulary.d2t)
+    config = DraftConfig.for_teacher(teacher_folder, settings.layers, settings.hidden, size)
     if config.vocab_size != dataset.settings.vocab_size:
         raise UserError(
             f"{data}: has a vocabulary of {dataset.settings.vocab_size},"
@@ -114,9 +119,18 @@ def train(
         )
     teacher_hidden = int(read_json(teacher_folder / "config.json")["hidden_size"]) if settings.teacher_embedding else 0
     check_memory(config, settings.batch, dataset.settings.seq_len, teacher_hidden)
-    feed = Feed(dataset, settings.temperature, settings.batch, settings.seed, settings.eval_share, settings.eval_rows)
-    state = State.open(out / "state", identity)
-    return _Run(feed, teacher_folder, other, out, settings, config, state, vocabulary, progress, quiet).go()
+    loader = DataLoader(
+        dataset, settings.temperature, settings.batch, settings.seed, settings.eval_share, settings.eval_rows
+    )
+    state = State.open(out / "state", fingerprint)
+    return _Run(loader, teacher_folder, other, out, settings, config, state, vocabulary, progress, quiet).go()
+
+
+def default_folder(settings: TrainSettings, data: Path, teacher: str, teacher_hash: str) -> Path:
+    """Where a draft goes that was given no folder: the same command finds it again. teacher: its name."""
+    name = repr((sorted(settings.naming().items()), str(data.resolve()), teacher_hash))
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return RUNS / f"draft-{Path(teacher).name}-{settings.layers}x{settings.hidden}-{digest}"
 
 
 def fast_blas() -> None:
@@ -144,7 +158,7 @@ def other_teacher(dataset: Dataset, teacher_folder: Path) -> dict[str, Any] | No
     return {"name": teacher.name, "hash": teacher.weights_hash} | origin(teacher_folder)
 
 
-def finished(out: Path, identity: dict[str, Any]) -> Summary | None:
+def finished_run(out: Path, fingerprint: dict[str, Any]) -> Summary | None:
     """What an earlier run with the same settings, data and teacher has finished in a folder; None if nothing is.
 
     UserError where the finished draft there is another's, or damaged.
@@ -155,18 +169,18 @@ def finished(out: Path, identity: dict[str, Any]) -> Summary | None:
         return None
     try:
         training = about["training"]
-        begun = asdict(TrainSettings()) | training["settings"] | {"data": training["data"]["sha256"]}
+        begun = training["settings"] | {"data": training["data"]["sha256"]}
         if "started_from" in training:
             begun["teacher"] = training["started_from"]["hash"]
-        parameters = DraftConfig(**about["config"]).parameters
+        parameters = DraftConfig.from_record(about["config"]).parameters
         figures = {name: training[name] for name in ("steps", "tokens", "best_step", *MEASURED)}
     except (KeyError, TypeError):
         raise UserError(f"{out}: holds a finished draft of another make; give another --out or delete it") from None
-    if text := difference(begun, identity):
+    if text := difference(begun, fingerprint):
         raise UserError(f"{out}: holds a finished draft that was trained with {text}; give another --out or delete it")
-    draft.check_files(out, about)
+    check_files(out, about)
     log = out / "log.jsonl"
-    lines = read_log(log) if log.is_file() else []
+    lines = read_json_lines(log) if log.is_file() else []
     best = [line for line in lines if (line.get("kind"), line.get("step")) == ("eval", figures["best_step"])]
     return Summary(
         out=out,
@@ -187,27 +201,27 @@ class _Run:
 
     def __init__(
         self,
-        feed: Feed,
+        loader: DataLoader,
         teacher_folder: Path,
         other: dict[str, Any] | None,
         out: Path,
         settings: TrainSettings,
         config: DraftConfig,
         state: State,
-        vocabulary: Vocabulary | None,
+        vocabulary: DraftVocabulary | None,
         progress: Progress | None,
         quiet: bool,
     ) -> None:
-        """other: the teacher in teacher_folder, where it is not the one whose logits the feed holds."""
-        self.feed, self.teacher_folder, self.other, self.out = feed, teacher_folder, other, out
+        """other: the teacher in teacher_folder, where it is not the one whose logits the loader reads."""
+        self.loader, self.teacher_folder, self.other, self.out = loader, teacher_folder, other, out
         self.settings, self.config, self.state = settings, config, state
         self.vocabulary, self.progress, self.quiet = vocabulary, progress, quiet
-        self.step_tokens = feed.batch * feed.dataset.settings.seq_len
+        self.step_tokens = loader.batch * loader.dataset.settings.seq_len
         self.steps = math.ceil(settings.tokens / self.step_tokens)
         self.every = max(1, math.ceil(self.steps / settings.evals))
         on_gpu = mx.default_device() == mx.Device(mx.gpu)
         narrow = settings.dtype == "bfloat16" or (settings.dtype == "auto" and on_gpu)
-        self.model = draft.build(config)
+        self.model = llama.build(config)
         plain = on_gpu or narrow
         head_type = FusedHead if plain else CpuHead
         self.head = head_type(
@@ -219,20 +233,20 @@ class _Run:
             weight_decay=settings.weight_decay,
             clip=settings.clip,
             dtype=mx.bfloat16 if narrow else mx.float32,
-            attention=draft.masked_attention if plain else cpu.attention,
-            trimmed=None if vocabulary is None else TrimmedHead(vocabulary.kept, vocabulary.size),
+            attention=llama.masked_attention if plain else cpu.attention,
+            trimmed=None if vocabulary is None else TrimmedHead(vocabulary.d2t, vocabulary.size),
         )
         self.log = out / "log.jsonl"
         self.seconds = 0.0
         self.drawn = -math.inf
 
     def go(self) -> Summary:
-        self.held_out = self.feed.held_out_batches()
+        self.held_out = self.loader.held_out_batches()
         first = self._restore()
         state, begun = self.state, time.perf_counter()
         with (
             _interruptible() as interrupted,
-            closing(self.feed.batches(first)) as batches,
+            closing(self.loader.batches(first)) as batches,
             tqdm(
                 total=self.steps * self.step_tokens,
                 initial=first * self.step_tokens,
@@ -245,19 +259,19 @@ class _Run:
             ) as bar,
         ):
             pending: list[mx.array] = []
-            patience, read_at = 1, begun
+            sync_interval, read_at = 1, begun
             for number in range(first, self.steps):
                 rate = learning_rate(number, self.steps, self.settings.lr, self.settings.warmup)
                 pending.append(self.step(state.tensors, next(batches), number + 1, rate))
                 done = number + 1
                 due = done % self.every == 0 or done == self.steps
-                if len(pending) < patience and not due and not interrupted.is_set():
+                if len(pending) < sync_interval and not due and not interrupted.is_set():
                     continue
                 figures = np.array(mx.stack(pending))  # waits for the steps
                 now = time.perf_counter()
                 speed = len(pending) * self.step_tokens / (now - read_at)
                 # About two readings a second: often enough for the eye, rare enough for a GPU.
-                patience = min(READ_EVERY, max(1, round(0.5 * speed / self.step_tokens)))
+                sync_interval = min(READ_EVERY, max(1, round(0.5 * speed / self.step_tokens)))
                 bar.update(len(pending) * self.step_tokens)
                 self._note_steps(done, rate, figures, speed, bar)
                 pending, read_at = [], now
@@ -273,23 +287,23 @@ class _Run:
     def _restore(self) -> int:
         """Weights from the state, or fresh ones; returns the number of steps already done."""
         self._write(self.log.touch)
-        kept = []
+        lines = []
         if self.state.step:
-            kept = [
+            lines = [
                 line for line in self.log.read_text(encoding="utf-8").splitlines() if _step_of(line) <= self.state.step
             ]
             self.state.read()
         else:
             embedding = None
             if self.settings.teacher_embedding:
-                teacher = draft.teacher_embedding(self.teacher_folder)
+                teacher = llama.teacher_embedding(self.teacher_folder)
                 if teacher is not None and len(teacher) == self.config.vocab_size:
-                    embedding = draft.init_embedding_from(teacher, self.config.hidden, self.settings.seed)
-            model = draft.create(self.config, self.settings.seed, embedding)
-            self.state.begin(draft.named_weights(model))
-        text = "".join(line + "\n" for line in kept)
+                    embedding = llama.init_embedding_from(teacher, self.config.hidden, self.settings.seed)
+            model = llama.create(self.config, self.settings.seed, embedding)
+            self.state.begin(llama.named_weights(model))
+        text = "".join(line + "\n" for line in lines)
         self._write(lambda: self.log.write_text(text, encoding="utf-8"))
-        self._line({"kind": "start", "step": self.state.step, "steps": self.steps} | self.feed.describe())
+        self._line({"kind": "start", "step": self.state.step, "steps": self.steps} | self.loader.row_counts())
         return self.state.step
 
     def _note_steps(self, done: int, rate: float, figures: np.ndarray, speed: float, bar: tqdm) -> None:
@@ -329,7 +343,7 @@ class _Run:
         self.drawn = time.perf_counter()
 
         c = self.config
-        title = f"{c.layers} x {c.hidden} draft for {self.feed.dataset.settings.teacher_name}"
+        title = f"{c.layers} x {c.hidden} draft for {self.loader.dataset.settings.teacher_name}"
         self._write(lambda: training_curves(self.log, self.out / "curves.png", title))
 
     def _line(self, line: dict[str, Any]) -> None:
@@ -363,23 +377,23 @@ class _Run:
         """Write the best weights as a draft; returns how it does on the held-out rows as saved."""
         best = self.state.best_weights
         assert best is not None
-        as_saved = draft.rounded(best, self.settings.bits)
+        as_saved = rounded(best, self.settings.bits)
         figures = self._measure(as_saved)
         self.model.load_weights(list(best.items()))
-        source = self.feed.dataset.settings
-        draft.save(
+        source = self.loader.dataset.settings
+        save(
             self.out,
             self.model,
             self.config,
             self.teacher_folder,
             {
                 "complete": complete,
-                "teacher": teacher_facts(self.teacher_folder, source),
+                "teacher": teacher_metadata(self.teacher_folder, source),
                 "tokenizer_hash": source.tokenizer_hash,
                 "training": {
-                    "settings": asdict(self.settings),
-                    "data": {"sha256": self.state.identity["data"], "tokens": self.feed.dataset.tokens}
-                    | {"settings": data_facts(source)},
+                    "settings": self.settings.record(),
+                    "data": {"sha256": self.state.fingerprint["data"], "tokens": self.loader.dataset.tokens}
+                    | {"settings": dataset_metadata(source)},
                     "steps": steps,
                     "tokens": steps * self.step_tokens,
                     "best_step": self.state.best_step,
@@ -389,10 +403,10 @@ class _Run:
                 | ({} if self.other is None else {"started_from": self.other}),
                 "made_with": made_with(),
             }
-            | ({} if self.vocabulary is None else {"vocabulary": self.vocabulary.facts()}),
+            | ({} if self.vocabulary is None else {"vocabulary": self.vocabulary.metadata()}),
             self.settings.bits,
-            carry=("log.jsonl", "curves.png") if complete else ("log.jsonl", "curves.png", "state"),
-            kept=None if self.vocabulary is None else self.vocabulary.kept,
+            preserve=("log.jsonl", "curves.png") if complete else ("log.jsonl", "curves.png", "state"),
+            d2t=None if self.vocabulary is None else self.vocabulary.d2t,
         )
         return figures
 
@@ -410,7 +424,7 @@ class _Run:
             held_out_loss_float=self.state.best_loss,
             log=self.log,
             plot=self.out / "curves.png",
-            vocabulary=None if self.vocabulary is None else self.vocabulary.facts(),
+            vocabulary=None if self.vocabulary is None else self.vocabulary.metadata(),
             **figures,
         )
 

@@ -44,8 +44,8 @@ class TrainSettings(Settings):
     )
     teacher_embedding: bool = option(True, "Start the embedding from the teacher's.", recipe_only=True)
 
-    def check(self) -> None:
-        """UserError naming the first option that cannot be."""
+    def check(self, vocab_size: int | None = None) -> None:
+        """UserError naming the first option that cannot be; vocab_size: the teacher's, which bounds a trimmed head."""
         bucket_loss(self.loss)
         check_size(self.layers, self.hidden)
-        self.check_bounds()
+        self.check_bounds(vocab=vocab_size and vocab_size - 1)

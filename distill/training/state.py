@@ -8,11 +8,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from distill.training.draft_config import load_tensors
+from distill.training.settings import TrainSettings
+from distill.training.tensors import Tensors, load_tensors, save_tensors
 from kernels.errors import UserError
-from kernels.files import read_json, replacing, write_atomic
+from kernels.files import read_json, write_atomic
 
-Tensors = dict[str, mx.array]
 RUN = "run.json"
 
 
@@ -20,25 +20,25 @@ class State:
     """Weights, AdamW's moments, the best weights so far, and the step they belong to.
 
     `run.json` names the tensor files it belongs with and is replaced last, so a kill at any
-    instant leaves the state before or after. identity: settings, data and, where it is not that of
-    the data, the teacher; a run goes on only with equal ones. Randomness needs no saving: data
+    instant leaves the state before or after. fingerprint: settings, data and, where it is not that of
+    the data, the teacher; a run goes on only with an equal one. Randomness needs no saving: data
     order is a function of seed and step.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        self.folder, self.identity = folder, identity
+    def __init__(self, folder: Path, fingerprint: dict[str, Any]) -> None:
+        self.folder, self.fingerprint = folder, fingerprint
         self.step, self.best_step = 0, 0
         self.best_loss: float | None = None
         self.best_weights: Tensors | None = None
         self.tensors: dict[str, Tensors] = {}
 
     @classmethod
-    def open(cls, folder: Path, identity: dict[str, Any]) -> State:
+    def open(cls, folder: Path, fingerprint: dict[str, Any]) -> State:
         """The state in a folder, or a new one. UserError where it is of another run."""
-        state = cls(folder, identity)
+        state = cls(folder, fingerprint)
         if (folder / RUN).is_file():
             run = read_json(folder / RUN)
-            if text := difference(run.get("identity", {}), identity):
+            if text := difference(run.get("identity"), fingerprint):
                 raise UserError(
                     f"{folder.parent}: an unfinished run was begun there with {text}; give another --out or delete it"
                 )
@@ -84,15 +84,15 @@ class State:
         """Write the state after `step` steps."""
         self.step = step
         whole = {f"{part}:{name}": array for part, group in self.tensors.items() for name, array in group.items()}
-        kept = {RUN}
+        current = {RUN}
         for kind, number, tensors in (("step", step, whole), ("best", self.best_step, self.best_weights)):
             path = self._file(kind, number)
-            kept.add(path.name)
+            current.add(path.name)
             if tensors is not None and not (kind == "best" and path.exists()):
-                _save_tensors(path, tensors)
+                save_tensors(path, tensors)
         self._write_run()
         for path in self.folder.iterdir():
-            if path.name not in kept:
+            if path.name not in current:
                 path.unlink()
 
     def _file(self, kind: str, step: int) -> Path:
@@ -106,7 +106,7 @@ class State:
 
     def _write_run(self) -> None:
         run = {
-            "identity": self.identity,
+            "identity": self.fingerprint,
             "step": self.step,
             "best_step": self.best_step,
             "best_loss": self.best_loss,
@@ -114,18 +114,14 @@ class State:
         write_atomic(self.folder / RUN, (json.dumps(run, indent=1) + "\n").encode())
 
 
-def difference(begun: dict[str, Any], identity: dict[str, Any]) -> str | None:
-    """What an earlier run had that this one has not, in words; None where both make the same draft."""
-    for name in sorted(identity.keys() | begun.keys()):
-        was, now = begun.get(name), identity.get(name)
+def difference(begun: Any, fingerprint: dict[str, Any]) -> str | None:
+    """What an earlier run had that this one has not, in words; None where both make the same draft.
+
+    begun: the fingerprint of that run, perhaps of an older version: settings it does not know had today's defaults.
+    """
+    begun = TrainSettings.with_defaults(begun if isinstance(begun, dict) else {})
+    for name in sorted(fingerprint.keys() | begun.keys()):
+        was, now = begun.get(name), fingerprint.get(name)
         if was != now:
             return {"data": "other data", "teacher": "another --teacher"}.get(name, f"{name} = {was}, not {now}")
     return None
-
-
-def _save_tensors(path: Path, tensors: Tensors) -> None:
-    try:
-        with replacing(path) as temporary:
-            mx.save_safetensors(str(temporary), tensors)
-    except RuntimeError as error:  # MLX's, of a file it cannot write
-        raise UserError(f"{path.parent}: cannot be written ({error})") from error

@@ -21,27 +21,27 @@ from kernels.files import read_json
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """The head's tokens. kept: int32, ascending ids; size: of the whole vocabulary; coverage: the share of a
-    dataset's targets that are kept."""
+class DraftVocabulary:
+    """The tokens of a trimmed head. d2t: int32, their ids, ascending; size: of the whole vocabulary; coverage: the
+    share of a dataset's targets that are among them."""
 
-    kept: np.ndarray
+    d2t: np.ndarray
     size: int
     coverage: float
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """For draft.json and logs."""
-        return {"kept": len(self.kept), "size": self.size, "coverage": self.coverage}
+        return {"kept": len(self.d2t), "size": self.size, "coverage": self.coverage}
 
 
-def choose(dataset: Dataset, n: int, teacher_folder: Path) -> Vocabulary:
+def select_draft_vocabulary(dataset: Dataset, n: int, teacher_folder: Path) -> DraftVocabulary:
     """The n tokens that are targets most often, and all special tokens beside them."""
     size = dataset.settings.vocab_size
     if not 1 <= n < size:
         raise UserError(f"--vocab {n}: must be 1 to {size - 1}; without it the head has all {size} tokens")
     counts = target_counts(dataset)
-    kept = most_frequent(counts, n, special_tokens(teacher_folder, size))
-    return Vocabulary(kept, size, float(counts[kept].sum() / max(1, counts.sum())))
+    d2t = most_frequent(counts, n, special_tokens(teacher_folder, size))
+    return DraftVocabulary(d2t, size, float(counts[d2t].sum() / max(1, counts.sum())))
 
 
 def target_counts(dataset: Dataset) -> np.ndarray:

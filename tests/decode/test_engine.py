@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, SHIPPED, TEACHER, environment
 
-from decode.engine import ModelDrafter, Round, generate, margin_at
-from decode.metrics import Tally
+from decode.drafters import Hidden, Proposal
+from decode.drafters.model import ModelDrafter
+from decode.drafters.ngram import NgramDrafter
+from decode.engine import Request, generate, logit_margin
+from decode.metrics import Metrics, Round
 from decode.models.cache import KVCache
 from decode.models.checkpoint import find_model, find_teacher
 from decode.models.transformer import Forward, Precision, Transformer
@@ -63,20 +66,9 @@ def speak(
     sampling: Sampling | None = None,
     seed: int = 0,
 ) -> list[Round]:
-    sampling = sampling or Sampling()
-    drafter = ModelDrafter(draft, sampling, end_tokens, seed) if draft else None
-    return list(
-        generate(
-            teacher,
-            prompt,
-            max_tokens=max_tokens,
-            end_tokens=end_tokens,
-            drafter=drafter,
-            k=k,
-            sampling=sampling,
-            seed=seed,
-        )
-    )
+    request = Request(prompt, max_tokens, end_tokens, sampling or Sampling(), seed)
+    drafter = ModelDrafter(draft, request.sampling, end_tokens, seed) if draft else None
+    return list(generate(teacher, request, drafter, k))
 
 
 def said(rounds: list[Round]) -> list[int]:
@@ -86,21 +78,40 @@ def said(rounds: list[Round]) -> list[int]:
 class Oracle:
     """A drafter that knows the reply, and errs at chosen places of it."""
 
-    def __init__(self, teacher: Transformer, prompt: list[int], reply: list[int], wrong: set[int]) -> None:
-        self.model, self.prompt, self.wrong = teacher, len(prompt), wrong
+    context = 1 << 20
+    taps: tuple[int, ...] = ()
+
+    def __init__(self, prompt: list[int], reply: list[int], wrong: set[int]) -> None:
+        self.prompt = len(prompt)
         self.reply = [token + 1 if i in wrong else token for i, token in enumerate(reply)]
-        self.asked: list[int] = []
 
-    def start(self, prompt: list[int]) -> None:
-        self.truth = prompt
-
-    def propose(self, sequence: list[int], k: int) -> mx.array:
-        at = len(sequence) - self.prompt
-        self.asked.append(k)
-        return mx.array(self.reply[at : at + k], mx.uint32)
-
-    def confirm(self, sequence: list[int], accepted: int) -> None:
+    def start(self, prompt: list[int], hidden: Hidden) -> None:
         pass
+
+    def propose(self, sequence: list[int], k: int) -> Proposal:
+        at = len(sequence) - self.prompt
+        return Proposal(mx.array(self.reply[at : at + k], mx.uint32))
+
+    def accept(self, sequence: list[int], accepted: int, hidden: Hidden) -> None:
+        pass
+
+
+class Reader(Oracle):
+    """One that also keeps what it is given of the teacher's states, row by row."""
+
+    def __init__(self, prompt: list[int], reply: list[int], wrong: set[int], taps: tuple[int, ...]) -> None:
+        super().__init__(prompt, reply, wrong)
+        self.taps = taps
+        self.read: dict[int, list[mx.array]] = {}
+
+    def start(self, prompt: list[int], hidden: Hidden) -> None:
+        self.read = {layer: [hidden[layer]] for layer in self.taps}
+        assert all(len(rows[0]) == len(prompt) - 1 for rows in self.read.values())
+
+    def accept(self, sequence: list[int], accepted: int, hidden: Hidden) -> None:
+        for layer in self.taps:
+            assert len(hidden[layer]) == accepted + 1
+            self.read[layer].append(hidden[layer])
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 6, 7, 8, 12])
@@ -146,26 +157,50 @@ def test_partly_right_drafts_change_nothing(teacher: Transformer, prompts: list[
     """Rounds that accept some and reject others are where a cache rewound wrongly shows."""
     plain = said(speak(teacher, prompts[0], max_tokens=60))
     wrong = set(np.random.default_rng(k).choice(60, 15, replace=False).tolist())
-    oracle = Oracle(teacher, prompts[0], plain, wrong)
-    rounds = list(
-        generate(teacher, prompts[0], max_tokens=60, end_tokens=NEVER, drafter=oracle, k=k)  # type: ignore[arg-type]
-    )
+    oracle = Oracle(prompts[0], plain, wrong)
+    rounds = list(generate(teacher, Request(prompts[0], 60), oracle, k))
     assert said(rounds) == plain
     assert 0 < sum(r.accepted for r in rounds) < sum(r.drafted for r in rounds)
     for step in rounds:
         assert len(step.tokens) == step.accepted + 1 and step.accepted <= step.drafted <= k
 
 
+@pytest.mark.parametrize("k", [1, 4, 9])
+def test_a_drafter_reads_the_states_of_what_is_kept(teacher: Transformer, prompts: list[list[int]], k: int) -> None:
+    """Of every token but the last, each once, and the bits of a plain run."""
+    prompt = prompts[0]
+    plain = said(speak(teacher, prompt))
+    taps = (2, len(teacher.layers) - 1)
+    drafter = Reader(prompt, plain, {3, 9, 10, 20}, taps)
+    assert said(list(generate(teacher, Request(prompt, 40), drafter, k))) == plain
+    cache = teacher.new_cache()
+    expected = teacher.prefill(prompt[:-1], cache, taps)
+    steps = [teacher.step([token], cache, taps).hidden for token in [prompt[-1], *plain[:-1]]]
+    for layer in taps:
+        found = mx.concatenate(drafter.read[layer])
+        rows = mx.concatenate([expected[layer], *(step[layer] for step in steps)])
+        assert mx.array_equal(found, rows[: len(found)]).item() and len(found) == len(rows)
+
+
+def test_lookup_in_the_text_changes_nothing(teacher: Transformer, prompts: list[list[int]]) -> None:
+    repeated = prompts[3] + prompts[0] + prompts[0]
+    for prompt in (*prompts, repeated):
+        rounds = list(generate(teacher, Request(prompt, 60), NgramDrafter(), 4))
+        assert said(rounds) == said(speak(teacher, prompt, max_tokens=60))
+        assert len(rounds) > 1 and all(step.drafted <= 4 for step in rounds)
+    assert sum(step.accepted for step in rounds) > 0  # the reply says again what the prompt said twice
+
+
 def test_the_teacher_as_its_own_draft_accepts_everything(teacher: Transformer, prompts: list[list[int]]) -> None:
     for k, prompt in zip((1, 3, 8, 12), prompts, strict=True):
-        tally = Tally()
+        metrics = Metrics()
         rounds = speak(teacher, prompt, teacher, k=k, max_tokens=50)
         for step in rounds:
-            tally.add(step)
-        assert tally.acceptance_rate == 1.0 and tally.drafted > 0
+            metrics.add(step, 0.0, 0.0)
+        assert metrics.acceptance_rate == 1.0 and metrics.drafted > 0
         # Full rounds emit k + 1 tokens; nothing is drafted for the place of the very last token.
         assert [len(step.tokens) for step in rounds[:-1]] == [k + 1] * (len(rounds) - 1)
-        assert tally.tokens == 50 and tally.accepted == 50 - len(rounds)
+        assert metrics.tokens == 50 and metrics.accepted == 50 - len(rounds)
 
 
 def test_the_teacher_as_its_own_draft_when_sampling(teacher: Transformer, prompts: list[list[int]]) -> None:
@@ -179,10 +214,10 @@ def test_reference_kernels_are_lossless_too() -> None:
 import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 from pathlib import Path
 from decode.models.checkpoint import find_model, find_teacher
-from decode.engine import ModelDrafter, generate
+from decode.drafters.model import ModelDrafter
+from decode.engine import Request, generate
 from decode.tokenizer import Tokenizer
 from decode.prompts import make_prompt
-from decode.sampling import Sampling
 from kernels import backend
 assert backend().NAME == "reference"
 teacher = find_teacher(None).load()
@@ -192,11 +227,11 @@ accepted = drafted = 0
 def say(text, drafter):
     global accepted, drafted
     prompt = tokenizer.encode_text(text)
-    rounds = list(generate(teacher, prompt, max_tokens=10, end_tokens=frozenset(), drafter=drafter, k=4))
+    rounds = list(generate(teacher, Request(prompt, 10), drafter, 4))
     accepted, drafted = accepted + sum(r.accepted for r in rounds), drafted + sum(r.drafted for r in rounds)
     return [token for step in rounds for token in step.tokens]
 for text in {TEXTS[:3]!r}:
-    assert say(text, ModelDrafter(draft, Sampling(), frozenset(), 0)) == say(text, None)
+    assert say(text, ModelDrafter(draft)) == say(text, None)
 assert 0 < accepted < drafted
 print("same")
 """
@@ -220,44 +255,32 @@ def test_end_token_stops_and_nothing_behind_it_counts(teacher: Transformer, prom
 
     # A drafter that goes on behind the end: the round's proposals there count in neither number.
     for k in (at, at + 1, at + 6):
-        rounds = list(
-            generate(
-                teacher,
-                prompt,
-                max_tokens=40,
-                end_tokens=ends,
-                drafter=Oracle(teacher, prompt, plain, set()),  # type: ignore[arg-type]
-                k=k,
-            )
-        )
+        rounds = list(generate(teacher, Request(prompt, 40, ends), Oracle(prompt, plain, set()), k))
         assert said(rounds) == plain[: at + 1]
         assert sum(r.drafted for r in rounds) == sum(r.accepted for r in rounds) == min(k, at + 1)
 
     # The end token as the teacher's correction: the wrong proposal before it was drafted, those behind were not.
-    oracle = Oracle(teacher, prompt, plain, {at})
-    rounds = list(generate(teacher, prompt, max_tokens=40, end_tokens=ends, drafter=oracle, k=at + 6))  # type: ignore[arg-type]
+    rounds = list(generate(teacher, Request(prompt, 40, ends), Oracle(prompt, plain, {at}), at + 6))
     assert said(rounds) == plain[: at + 1]
     assert (rounds[0].drafted, rounds[0].accepted) == (at + 1, at)
 
 
 def test_a_draft_that_samples_stops_at_an_end_token(teacher: Transformer, prompts: list[list[int]]) -> None:
-    drafter = ModelDrafter(teacher, Sampling(temperature=1.0), NEVER, 0)
-    drafter.start(prompts[0])
-    drafted, _ = drafter.sample(list(prompts[0]), 9)
-    assert len(drafted) == 9
+    drafter = ModelDrafter(teacher, Sampling(temperature=1.0))
+    drafter.start(prompts[0], {})
+    drafted = drafter.propose(list(prompts[0]), 9).tokens
+    assert isinstance(drafted, list) and len(drafted) == 9
     end = drafted[4]
-    drafter = ModelDrafter(teacher, Sampling(temperature=1.0), frozenset({end}), 0)
-    drafter.start(prompts[0])
-    assert drafter.sample(list(prompts[0]), 9)[0] == drafted[: drafted.index(end) + 1]
+    drafter = ModelDrafter(teacher, Sampling(temperature=1.0), frozenset({end}))
+    drafter.start(prompts[0], {})
+    assert drafter.propose(list(prompts[0]), 9).tokens == drafted[: drafted.index(end) + 1]
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 3, 5, 8])
 def test_max_tokens_is_never_exceeded(teacher: Transformer, prompts: list[list[int]], max_tokens: int) -> None:
     plain = said(speak(teacher, prompts[0], max_tokens=max_tokens))
-    oracle = Oracle(teacher, prompts[0], said(speak(teacher, prompts[0])), set())
-    rounds = list(
-        generate(teacher, prompts[0], max_tokens=max_tokens, end_tokens=NEVER, drafter=oracle, k=4)  # type: ignore[arg-type]
-    )
+    oracle = Oracle(prompts[0], said(speak(teacher, prompts[0])), set())
+    rounds = list(generate(teacher, Request(prompts[0], max_tokens), oracle, 4))
     assert said(rounds) == plain and len(plain) == max_tokens
     # The last token of all is the teacher's own: a proposal for it could not have been emitted.
     assert sum(r.drafted for r in rounds) == sum(r.accepted for r in rounds) == max_tokens - len(rounds)
@@ -286,7 +309,7 @@ def test_a_draft_with_a_shorter_context_falls_silent(
 
 def junk(cache_arrays: list[mx.array], offset: int) -> list[mx.array]:
     """Arrays whose rows from `offset` on are finite nonsense, as a rewind leaves them."""
-    return [mx.concatenate([a[:, :, :offset], mx.full(a[:, :, offset:].shape, 1e4)], axis=2) for a in cache_arrays]
+    return [mx.concatenate([a[..., :offset, :], mx.full(a[..., offset:, :].shape, 1e4)], axis=-2) for a in cache_arrays]
 
 
 @pytest.fixture(scope="module")
@@ -338,7 +361,7 @@ def test_a_teacher_drafts_for_itself_with_its_own_head(head: Precision) -> None:
     for text in TEXTS:
         prompt = make_prompt(text, "1")
         output = session.answer(prompt, session.encode([prompt])[0], 0, speculative=True)
-        assert output.tally.drafted == output.tally.accepted > 0
+        assert output.metrics.drafted == output.metrics.accepted > 0
 
 
 def test_int8_layers_are_close_to_float_ones(
@@ -361,7 +384,7 @@ def test_margin(teacher: Transformer, prompts: list[list[int]]) -> None:
     cache = teacher.new_cache()
     teacher.prefill(prompts[0][:-1], cache)
     logits = np.sort(np.array(teacher.step([prompts[0][-1], *plain[:2]], cache).logits)[-1])
-    assert margin_at(teacher, prompts[0], plain[:2]) == pytest.approx(logits[-1] - logits[-2])
+    assert logit_margin(teacher, prompts[0], plain[:2]) == pytest.approx(logits[-1] - logits[-2])
 
 
 def test_sampling_follows_the_seed(teacher: Transformer, weak: Transformer, prompts: list[list[int]]) -> None:
@@ -423,10 +446,10 @@ def test_warming_up_leaves_no_number_of_rows_to_the_timings(
     taken: set[tuple[int, int]] = set()  # models and rows
     step = Transformer.step
 
-    def noted(model: Transformer, tokens: list[int], cache: KVCache) -> Forward:
+    def noted(model: Transformer, tokens: list[int], cache: KVCache, taps: tuple[int, ...] = ()) -> Forward:
         groups = range(0, len(tokens), SMALL_ROWS)
         taken.update((id(model), len(tokens[start : start + SMALL_ROWS])) for start in groups)
-        return step(model, tokens, cache)
+        return step(model, tokens, cache, taps)
 
     monkeypatch.setattr(Transformer, "step", noted)
     for draft in (weak_draft, TEACHER):

@@ -22,7 +22,11 @@ trap 'echo > "{folder}/interrupted"; exit 0' INT
 while kill -0 "$3" 2>/dev/null; do sleep 0.05; done
 echo > "{folder}/ended"
 """
-MAC = "from types import SimpleNamespace; from decode import awake; awake.sys = SimpleNamespace(platform='darwin')\n"
+MAC = """
+from types import SimpleNamespace
+from decode import keep_awake
+keep_awake.sys = SimpleNamespace(platform='darwin')
+"""
 
 
 @pytest.fixture
@@ -52,7 +56,7 @@ def wait_for(file: Path) -> None:
 def test_it_lasts_as_long_as_the_work(folder: Path) -> None:
     work = f"""{MAC}
 import os, pathlib, time
-with awake.awake():
+with keep_awake.awake():
     while not pathlib.Path("started").exists(): time.sleep(0.01)
     assert not pathlib.Path("ended").exists()
     print(os.getpid())
@@ -71,7 +75,7 @@ def test_ctrl_c_is_not_for_it_and_a_kill_ends_it(folder: Path, number: int) -> N
 import signal, sys, time
 if {number} == signal.SIGINT:  # as training does: the step is ended, the state saved
     signal.signal(signal.SIGINT, lambda *_: time.sleep(0.5) or sys.exit(0))
-with awake.awake():
+with keep_awake.awake():
     time.sleep(60)
 """
     process = start(work, folder)
@@ -83,7 +87,7 @@ with awake.awake():
 
 
 def test_an_error_of_the_work_is_passed_on_and_ends_it(folder: Path) -> None:
-    process = start(f"{MAC}\nwith awake.awake():\n    raise ValueError('mine')", folder)
+    process = start(f"{MAC}\nwith keep_awake.awake():\n    raise ValueError('mine')", folder)
     assert "mine" in process.communicate(timeout=30)[1] and process.returncode == 1
 
 
@@ -97,7 +101,7 @@ def test_elsewhere_nothing_is_started(folder: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_mac_without_it_works_too(folder: Path) -> None:
     (folder / "bin" / "caffeinate").write_bytes(b"\x00")  # nothing that can be run
-    process = start(f"{MAC}\nwith awake.awake():\n    print('done')", folder)
+    process = start(f"{MAC}\nwith keep_awake.awake():\n    print('done')", folder)
     assert process.communicate(timeout=30) == ("done\n", "") and process.returncode == 0
 
 

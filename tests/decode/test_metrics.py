@@ -2,40 +2,49 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 
-from decode.engine import Round
-from decode.metrics import Tally, is_looping
+from decode.metrics import Metrics, Round, is_looping
 
 
-def rounds() -> list[Round]:
+@dataclass(frozen=True)
+class At:
+    """When proposals had been computed."""
+
+    seconds: float
+
+
+def rounds() -> list[tuple[Round, float, float]]:
+    """Rounds, when each was asked for and when it came."""
     return [
-        Round([1, 2, 3, 4], 3, 3, 0.1, 0.2, 5.0),
-        Round([5], 3, 0, 0.1, 0.2),
-        Round([6, 7], 2, 1, 0.1, 0.2),
-        Round([8], 0, 0, 0.0, 0.1),
+        (Round([1, 2, 3, 4], 3, 3, At(10.1)), 10.0, 10.3),  # type: ignore[arg-type]
+        (Round([5], 3, 0, At(11.1)), 11.0, 11.3),  # type: ignore[arg-type]
+        (Round([6, 7], 2, 1, At(12.1)), 12.0, 12.3),  # type: ignore[arg-type]
+        (Round([8]), 13.0, 13.1),
     ]
 
 
 def test_figures() -> None:
-    tally = Tally()
+    metrics = Metrics(prefill_seconds=5.0)
     for step in rounds():
-        tally.add(step)
-    assert (tally.tokens, tally.rounds, tally.drafted, tally.accepted) == (8, 4, 8, 4)
-    assert tally.acceptance_rate == 0.5
-    assert tally.mean_acceptance_length == 2.0 == tally.tokens / tally.rounds
-    assert tally.acceptance_per_position == [0.5, 0.25, 0.25]
-    assert tally.times() == pytest.approx(
+        metrics.add(*step)
+    assert (metrics.tokens, metrics.rounds, metrics.drafted, metrics.accepted) == (8, 4, 8, 4)
+    assert metrics.acceptance_rate == 0.5
+    assert metrics.mean_acceptance_length == 2.0 == metrics.tokens / metrics.rounds
+    assert metrics.acceptance_per_position == [0.5, 0.25, 0.25]
+    assert metrics.times() == pytest.approx(
         {"prefill_seconds": 5.0, "decode_seconds": 1.0, "draft_seconds": 0.3, "verify_seconds": 0.7}
     )
-    assert tally.tok_per_s == pytest.approx(8.0)  # the prefill is not in it
+    assert metrics.tok_per_s == pytest.approx(8.0)  # the prefill is not in it
 
 
 def test_merging_equals_adding() -> None:
-    whole, first, second = Tally(), Tally(), Tally()
+    whole, first, second = Metrics(), Metrics(), Metrics()
     for i, step in enumerate(rounds()):
-        whole.add(step)
-        (second if i < 2 else first).add(step)
+        whole.add(*step)
+        (second if i < 2 else first).add(*step)
     first.merge(second)
     assert first.acceptance() == whole.acceptance()
     assert first.times() == pytest.approx(whole.times())
@@ -43,9 +52,9 @@ def test_merging_equals_adding() -> None:
 
 
 def test_nothing_done() -> None:
-    tally = Tally()
-    assert tally.tok_per_s == tally.acceptance_rate == tally.mean_acceptance_length == 0.0
-    assert tally.acceptance_per_position == []
+    metrics = Metrics()
+    assert metrics.tok_per_s == metrics.acceptance_rate == metrics.mean_acceptance_length == 0.0
+    assert metrics.acceptance_per_position == []
 
 
 @pytest.mark.parametrize(

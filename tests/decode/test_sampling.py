@@ -13,7 +13,7 @@ from kernels import UserError
 
 VOCAB = 6
 DRAWS = 20_000
-Accept = Callable[[list[int], np.ndarray, np.ndarray, np.random.Generator], tuple[int, int]]
+Accept = Callable[[list[int], np.ndarray | None, np.ndarray, np.random.Generator], tuple[int, int]]
 
 
 def distributions(seed: int, rows: int) -> np.ndarray:
@@ -49,27 +49,47 @@ def surprise(accept_round: Accept, k: int = 2) -> float:
     return chi_square(counts.ravel(), expected.ravel())
 
 
-def without_residual(drafted: list[int], q: np.ndarray, p: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
+def surprise_of_lookup(accept_round: Accept) -> float:
+    """The same for one token where the proposal, always the likeliest, was chosen without chance."""
+    rng = np.random.default_rng(7)
+    p = distributions(1, 2)
+    proposed = int(p[0].argmax())
+    counts = np.zeros(VOCAB)
+    for _ in range(DRAWS):
+        n, own = accept_round([proposed], None, p, rng)
+        counts[proposed if n else own] += 1
+    return chi_square(counts, DRAWS * p[0])
+
+
+def without_residual(
+    drafted: list[int], q: np.ndarray | None, p: np.ndarray, rng: np.random.Generator
+) -> tuple[int, int]:
     for i, token in enumerate(drafted):
-        if rng.random() * q[i, token] >= p[i, token]:
+        if rng.random() * (1.0 if q is None else q[i, token]) >= p[i, token]:
             return i, draw(p[i], rng)
     return len(drafted), draw(p[len(drafted)], rng)
 
 
-def without_ratio(drafted: list[int], q: np.ndarray, p: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
+def without_ratio(drafted: list[int], q: np.ndarray | None, p: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
     for i, token in enumerate(drafted):
         if rng.random() >= p[i, token]:
             return i, draw(np.maximum(p[i] - q[i], 0), rng)
     return len(drafted), draw(p[len(drafted)], rng)
 
 
-def credulous(drafted: list[int], q: np.ndarray, p: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
+def credulous(drafted: list[int], q: np.ndarray | None, p: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
     return len(drafted), draw(p[len(drafted)], rng)
 
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_output_has_the_teachers_distribution(k: int) -> None:
     assert surprise(accept, k) < 4
+
+
+def test_a_proposal_chosen_without_chance_keeps_the_distribution_too() -> None:
+    assert surprise_of_lookup(accept) < 4
+    assert surprise_of_lookup(without_residual) > 20
+    assert surprise_of_lookup(credulous) > 20
 
 
 @pytest.mark.parametrize("broken", [without_residual, without_ratio, credulous])

@@ -1,4 +1,4 @@
-"""`distill` as its users meet it: a process, its output, its exit code."""
+"""`distill` as its users meet it: its output and its exit code."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["train"], ["distill collect", "--data"]),
     ],
 )
-def test_bad_input_is_one_line(command: Command, work: Path, options: list[object], named: list[str]) -> None:
+def test_bad_input_is_one_line(inside: Command, work: Path, options: list[object], named: list[str]) -> None:
     if not (work / "foreign").exists():
         import mlx.core as mx
 
@@ -64,34 +64,34 @@ def test_bad_input_is_one_line(command: Command, work: Path, options: list[objec
         (work / "foreign").mkdir()
         (work / "foreign" / "thesis.txt").write_text("years of work")
     before = sorted(work.rglob("*"))
-    command("distill", *options).refused("distill", *named)
+    inside("distill", *options).refused("distill", *named)
     assert sorted(work.rglob("*")) == before
 
 
-def test_inspect_and_verify(command: Command, data: Path) -> None:
-    inspected = command("distill", "inspect", data, "--json", "-")
+def test_inspect_and_verify(inside: Command, data: Path) -> None:
+    inspected = inside("distill", "inspect", data, "--json", "-")
     assert inspected.code == 0 and json.loads(inspected.out)["complete"] is True
-    shown = command("distill", "inspect", data)
+    shown = inside("distill", "inspect", data)
     assert shown.code == 0 and "logits, complete" in shown.out and "{" not in shown.out
-    fine = command("distill", "verify", data)
+    fine = inside("distill", "verify", data)
     assert (fine.code, fine.err) == (0, "") and "all well" in fine.out
 
     shard = sorted(data.glob("shard-*"))[1]
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    wrong = command("distill", "verify", data, "--json", "-")
+    wrong = inside("distill", "verify", data, "--json", "-")
     assert wrong.code == 1  # a check that failed
     report = json.loads(wrong.out)
     assert report["ok"] is False and report["problems"][0]["file"] == shard.name
-    told = command("distill", "verify", data)
+    told = inside("distill", "verify", data)
     assert told.code == 1 and str(shard) in told.out
 
 
-def test_dry_run_writes_nothing(command: Command, work: Path) -> None:
+def test_dry_run_writes_nothing(inside: Command, work: Path) -> None:
     (work / "one.txt").write_text("It was a bright cold day in April. " * 50)
     before = sorted(work.rglob("*"))
-    done = command(
+    done = inside(
         "distill", "collect", "--source", "one.txt", "--dry-run", "--tokens", 5000, "--seq-len", 64, "--json", "-"
     )  # fmt: skip
     assert done.code == 0 and sorted(work.rglob("*")) == before
@@ -118,7 +118,7 @@ def test_bars_of_replies_end_at_what_was_written(command: Command, work: Path) -
     assert any(int(end[1]) == int(end[2]) >= written[1] for end in ends), bars
 
 
-def test_help(command: Command) -> None:
+def test_help(inside: Command) -> None:
     for options, words in (
         ([], ("collect", "inspect", "verify", "train", "evaluate", "run")),
         (["collect"], ("--source", "--no-reply", "--exclude", "--tokens", "--dry-run", "--replies", "default: 512")),
@@ -126,7 +126,7 @@ def test_help(command: Command) -> None:
         (["run"], ("RECIPE", "--from", "--dry-run")),
         (["train"], ("--layers", "--hidden", "--loss", "--tokens", "--bits")),
     ):
-        done = command("distill", *options, "--help")
+        done = inside("distill", *options, "--help")
         assert done.code == 0 and done.err == "" and "Usage: distill" in done.out
         for word in words:
             assert word in done.out, word

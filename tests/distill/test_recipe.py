@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TEACHER, Command, arguments, environment
 
-from distill.pipeline import settle
+from distill.pipeline import free_memory
 from distill.predict import MACS, predict, table, teacher_bytes
 from distill.recipe import RECIPES, find_recipe, keys, read_recipe
-from distill.training.draft_config import DraftConfig, estimate_memory
+from distill.training.draft_config import DraftConfig
+from distill.training.memory import estimate_memory
 from kernels import UserError
 
 TINY = """# Kept with the draft, comments and all.
@@ -31,7 +32,8 @@ batch = 4
 [train]
 layers = 1
 hidden = 64
-tokens = 1200
+tokens = 640
+evals = 2
 [evaluate]
 prompts = "prompts.jsonl"
 limit = 2
@@ -156,7 +158,7 @@ def test_predictions_are_bytes_and_operations() -> None:
     assert evaluate.parts[0][0] == pytest.approx(2 * 384 * 128 * 1.18e9, rel=0.02)
 
 
-def test_run(tmp_path: Path) -> None:
+def test_run(inside: Command, tmp_path: Path) -> None:
     """The three stages, once; stopped and taken up; what was made under other settings stays."""
     lines = [{"prompt": f"Tell me about the number {i}.", "category": "ab"[i % 2]} for i in range(60)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -164,11 +166,8 @@ def test_run(tmp_path: Path) -> None:
     out = tmp_path / "runs" / "tiny"
 
     def run(*options: object) -> tuple[int, str, str]:
-        done = subprocess.run(
-            arguments("distill", "run", "tiny.toml", *options),
-            cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240,
-        )  # fmt: skip
-        return done.returncode, done.stdout, done.stderr
+        done = inside("distill", "run", "tiny.toml", *options, cwd=tmp_path)
+        return done.code, done.out, done.err
 
     dry = run("--dry-run", "--json", "-")
     assert dry[0] == 0 and json.loads(dry[1])["stages"][0]["folder"] == "runs/tiny/dataset"
@@ -249,21 +248,21 @@ def test_ctrl_c_while_a_stage_is_freed_counts() -> None:
     alive = weakref.ref(model, lambda _: signal.raise_signal(signal.SIGINT))
     del model
     with pytest.raises(KeyboardInterrupt):
-        settle()
+        free_memory()
     assert alive() is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_dry_run_without_the_teacher(command: Command, work: Path) -> None:
+def test_dry_run_without_the_teacher(inside: Command, work: Path) -> None:
     """What needs no teacher is told all the same, and nothing is fetched or written."""
     before = sorted(work.rglob("*"))
-    done = command("distill", "run", RECIPES / "demo.toml", "--dry-run")
+    done = inside("distill", "run", RECIPES / "demo.toml", "--dry-run")
     assert done.code == 0 and "90,000 tokens" in done.out and "None was measured on a Mac" in done.out
     (work / "far.toml").write_text('teacher = "owner/not-there"\n[collect]\ntokens = 1_000_000\n')
-    far = command("distill", "run", "far.toml", "--dry-run", "--json", "-")
+    far = inside("distill", "run", "far.toml", "--dry-run", "--json", "-")
     assert far.code == 0 and "owner/not-there" in far.err
     stages = json.loads(far.out)["stages"]
     assert stages[0]["disk_bytes"] == 128e6 and stages[0]["memory_bytes"] is None
     assert stages[0]["macs"][0]["seconds"] is None
     (work / "far.toml").unlink()
-    command("distill", "run", "nope").refused("distill", "nope: no such recipe", "demo")
+    inside("distill", "run", "nope").refused("distill", "nope: no such recipe", "demo")
     assert sorted(work.rglob("*")) == before

@@ -30,6 +30,7 @@ class Example(Shared):
     mode: str = option("fast", "Mode.", choices=("fast", "slow"))
     reply: bool = option(True, "Reply.")
     secret: float = option(0.1, "Secret.", low=0, high=1, recipe_only=True)
+    late: int = option(3, "Came in a later version.", added=True)
 
 
 def settings_of(*words: str) -> Example:
@@ -107,3 +108,9 @@ def test_records_of_older_versions_get_the_defaults() -> None:
     assert Example.with_defaults({"seed": 3, "files": ["x"], "gone": 1}) == Example(seed=3, files=("x",)).record() | {
         "gone": 1
     }
+
+
+def test_a_new_setting_at_its_default_does_not_change_the_names_of_folders() -> None:
+    old, new = Example(), Example(late=4)
+    assert "late" not in old.naming() and old.naming() == {n: v for n, v in old.record().items() if n != "late"}
+    assert new.naming() == old.naming() | {"late": 4}

@@ -195,14 +195,14 @@ def test_speculation_changes_nothing_where_some_kernels_are_replaced_with_one_wa
 spoil("attention", cpu.attention)
 spoil("bitlinear", lambda x, *rest: cpu.int8_linear(x, *rest))
 from decode.models.checkpoint import find_model
-from decode.engine import ModelDrafter, generate
-from decode.sampling import Sampling
+from decode.drafters.model import ModelDrafter
+from decode.engine import Request, generate
 teacher = find_model({str(TEACHER)!r}, "--teacher").load("int8")
 draft = find_model({str(SHIPPED)!r}, "--draft").load()
 def say(drafter):
-    rounds = list(generate(teacher, [5, 6, 7], max_tokens=8, end_tokens=frozenset(), drafter=drafter, k=3))
+    rounds = list(generate(teacher, Request([5, 6, 7], 8), drafter, 3))
     return [token for step in rounds for token in step.tokens]
-assert say(ModelDrafter(draft, Sampling(), frozenset(), 0)) == say(None)
+assert say(ModelDrafter(draft)) == say(None)
 """
     done = shell(SPOIL + script + SHOW, BITDRAFT_KERNELS="")
     assert done.stdout == "cpu\n", done.stderr

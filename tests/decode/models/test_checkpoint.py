@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +13,7 @@ import numpy as np
 import pytest
 from conftest import TEACHER, changed_copy
 
-from decode.models import checkpoint
-from decode.models.checkpoint import check_same_tokenizer, find_draft, find_model, find_teacher
+from decode.models.checkpoint import check_same_tokenizer, find_model, find_teacher
 from kernels import UserError
 from kernels.ops import TernaryWeight
 
@@ -259,34 +257,7 @@ def test_same_tokenizer_in_another_layout(tmp_path: Path) -> None:
     check_same_tokenizer(find_teacher(None), find_model(str(folder), "--draft"))
 
 
-# --- which draft
-
-
-def test_the_newest_complete_draft_of_this_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    teacher = find_teacher(None)
-    monkeypatch.setattr(checkpoint, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(checkpoint, "ROOT", tmp_path)
-    with pytest.raises(UserError, match="train one or give --draft"):
-        find_draft(None, teacher)
-    mine = {"complete": True, "teacher": {"hash": teacher.weights_hash}}
-    facts: dict[str, object] = {
-        "a-old": mine,
-        "b-new": mine,
-        "c-begun": {**mine, "complete": False},
-        "d-other": {"complete": True, "teacher": {"hash": "0" * 64}},
-        "e-odd": {"complete": True, "teacher": "me"},
-        "f-list": [],
-        ".b-new.replaced": mine,
-        ".c-begun.1234.tmp": mine,
-    }
-    for age, (name, fact) in enumerate(facts.items()):
-        folder = changed_copy(TEACHER, tmp_path / "runs" / "deep" / name, draft__json=json.dumps(fact).encode())
-        os.utime(folder / "draft.json", (age, age))
-    assert find_draft(None, teacher).folder.name == "b-new"
-    changed_copy(TEACHER, tmp_path / "checkpoints" / "shipped", draft__json=json.dumps(mine).encode())
-    assert find_draft(None, teacher).folder.name == "b-new"
-    monkeypatch.setattr(checkpoint, "RUNS", tmp_path / "elsewhere")
-    assert find_draft(None, teacher).folder.name == "shipped"
+# --- names
 
 
 def test_names_that_are_neither_folders_nor_on_the_hub(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from conftest import SHIPPED, TEACHER, trimmed_copy
 
-from decode.engine import ModelDrafter, generate
+from decode.drafters.model import ModelDrafter
+from decode.engine import Request, generate
 from decode.models.checkpoint import find_model, find_teacher
 from decode.models.transformer import Transformer
 from decode.prompts import make_prompt
@@ -18,7 +19,6 @@ from decode.session import Session
 from decode.tokenizer import Tokenizer
 
 VOCAB = 16_384
-NEVER: frozenset[int] = frozenset()
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +60,9 @@ def test_its_logits_are_those_of_the_whole_head(trimmed: Transformer, kept: np.n
 def test_greedy_speculation_changes_nothing(
     teacher: Transformer, trimmed: Transformer, kept: np.ndarray, prompt: list[int]
 ) -> None:
-    drafter = ModelDrafter(trimmed, Sampling(), NEVER, 0)
-    plain = [t for r in generate(teacher, prompt, max_tokens=60, end_tokens=NEVER) for t in r.tokens]
-    rounds = list(generate(teacher, prompt, max_tokens=60, end_tokens=NEVER, drafter=drafter, k=3))
+    request = Request(prompt, 60)
+    plain = [t for r in generate(teacher, request) for t in r.tokens]
+    rounds = list(generate(teacher, request, ModelDrafter(trimmed), 3))
     assert [t for r in rounds for t in r.tokens] == plain
     # Rows taken for ids would hardly ever be right.
     assert sum(r.accepted for r in rounds) > 0.2 * sum(r.drafted for r in rounds)
@@ -72,9 +72,11 @@ def test_greedy_speculation_changes_nothing(
 def test_what_it_samples_from_is_zero_outside_its_tokens(
     trimmed: Transformer, kept: np.ndarray, prompt: list[int], options: dict[str, float]
 ) -> None:
-    drafter = ModelDrafter(trimmed, Sampling(temperature=1.0, **options), NEVER, 0)  # type: ignore[arg-type]
-    drafter.start(prompt)
-    drafted, q = drafter.sample(prompt, 8)
+    drafter = ModelDrafter(trimmed, Sampling(temperature=1.0, **options))  # type: ignore[arg-type]
+    drafter.start(prompt, {})
+    proposal = drafter.propose(prompt, 8)
+    drafted, q = proposal.tokens, proposal.q
+    assert isinstance(drafted, list) and q is not None
     assert q.shape == (8, VOCAB) and np.allclose(q.sum(axis=1), 1)
     assert not np.delete(q, kept, axis=1).any()
     assert set(drafted) <= set(kept.tolist()) and (q[np.arange(8), drafted] > 0).all()
@@ -93,12 +95,8 @@ def test_sampling_with_it_keeps_the_teachers_distribution(
     n = 300
     hits = 0
     for seed in range(n):
-        drafter = ModelDrafter(trimmed, sampling, NEVER, seed)
-        first = next(
-            generate(
-                teacher, prompt, max_tokens=2, end_tokens=NEVER, drafter=drafter, k=1, sampling=sampling, seed=seed
-            )
-        )
+        request = Request(prompt, 2, sampling=sampling, seed=seed)
+        first = next(generate(teacher, request, ModelDrafter(trimmed, sampling, seed=seed), 1))
         hits += first.tokens[0] not in kept
     assert abs(hits - n * outside) < 4 * np.sqrt(n * outside * (1 - outside))
 

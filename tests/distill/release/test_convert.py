@@ -17,7 +17,7 @@ from safetensors import safe_open
 from decode.models.checkpoint import find_teacher
 from distill.data.manifest import Settings
 from distill.release.convert import convert
-from distill.release.provenance import origin, teacher_facts
+from distill.release.provenance import origin, teacher_metadata
 from kernels import UserError
 
 IDS = np.random.default_rng(0).integers(0, small.VOCAB, 12).tolist()
@@ -104,9 +104,9 @@ def test_large_ones_are_cut_into_files(tmp_path: Path) -> None:
     np.testing.assert_array_equal(logits(tmp_path / "out"), logits(original))
 
 
-def test_command(tmp_path: Path, command: Command) -> None:
+def test_command(tmp_path: Path, inside: Command) -> None:
     original, out = small.one_bit_llm(tmp_path / "original"), tmp_path / "out"
-    done = command("distill", "convert", "--teacher", original, "--out", out, "--json", "-")
+    done = inside("distill", "convert", "--teacher", original, "--out", out, "--json", "-")
     assert done.code == 0, done.err
     facts = json.loads(done.out)
     assert (facts["teacher"], facts["out"], facts["family"], facts["files"]) == ("original", str(out), "1bitLLM", 1)
@@ -120,7 +120,7 @@ def test_command(tmp_path: Path, command: Command) -> None:
     foreign = tmp_path / "thesis"
     foreign.mkdir()
     (foreign / "chapter1.tex").write_text("important")
-    refused = command("distill", "convert", "--teacher", original, "--out", foreign)
+    refused = inside("distill", "convert", "--teacher", original, "--out", foreign)
     refused.refused("distill", f"--out {foreign}: holds chapter1.tex")
     assert (foreign / "chapter1.tex").read_text() == "important"
     with pytest.raises(UserError, match="original: is the checkpoint that is read"):
@@ -139,7 +139,7 @@ def test_where_it_comes_from_is_kept(tmp_path: Path) -> None:
     convert(original, tmp_path / "out", lambda _: None)
     teacher = find_teacher(str(tmp_path / "out"))
     named = {"teacher": {"name": "out", "hash": teacher.weights_hash}, "tokenizer_hash": teacher.tokenizer_hash}
-    facts = teacher_facts(teacher.folder, Settings(named | {"vocab_size": small.VOCAB}))
+    facts = teacher_metadata(teacher.folder, Settings(named | {"vocab_size": small.VOCAB}))
     assert facts == {"name": "out", "hash": teacher.weights_hash, "converted_from": original.weights_hash} | known
     (tmp_path / "out" / "converted.json").write_text("{")
     assert origin(tmp_path / "out") == {}

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 from conftest import Command, arguments, environment
 
-from decode.metrics import Tally
+from decode.metrics import Metrics
 from decode.models.checkpoint import find_model, find_teacher
 from decode.prompts import Prompt
-from decode.session import Output, Session
-from distill.release.evaluate import EvaluateSettings, evaluate, figures, without_looping
+from decode.session import Completion, Session
+from distill.release.evaluate import evaluate, figures, without_looping
+from distill.release.settings import EvaluateSettings
+from kernels import UserError
 
 SHIPPED = Path(__file__).resolve().parents[3] / "checkpoints" / "bitnet-smol-43m-draft"
 LENGTH = 20
@@ -36,16 +38,16 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_evaluation_counts_what_decoding_counts(command: Command, work: Path, prompts: Path, tmp_path: Path) -> None:
+def test_evaluation_counts_what_decoding_counts(inside: Command, work: Path, prompts: Path, tmp_path: Path) -> None:
     """The totals are those of `decode spec` on the same prompts, and the categories add up to them."""
     draft = work / "runs" / "mine"
     shutil.copytree(SHIPPED, draft)  # under runs/: the results go beside it
     options = ("--draft", "runs/mine", "--prompts", prompts, "--max-tokens", LENGTH)
-    done = command("distill", "evaluate", *options, "--json", "-")
+    done = inside("distill", "evaluate", *options, "--json", "-")
     assert done.code == 0, done.err
     report = json.loads(done.out)
     assert report == json.loads((draft / "evaluation.json").read_text(encoding="utf-8"))
-    decoded = command("decode", "spec", *options, "--compare", "-q", "--json", tmp_path / "spec.json")
+    decoded = inside("decode", "spec", *options, "--compare", "-q", "--json", tmp_path / "spec.json")
     assert decoded.code == 0, decoded.err
     spec = json.loads((tmp_path / "spec.json").read_text(encoding="utf-8"))
     counts = ("prompts", "tokens", "rounds", "drafted", "accepted", "acceptance_rate", "acceptance_per_position")
@@ -79,7 +81,7 @@ def test_both_ways_take_turns_in_being_first(
     order: list[tuple[str, bool]] = []
     answer = Session.answer
 
-    def noted(session: Session, prompt: Prompt, *others: Any, speculative: bool, **options: Any) -> Output:
+    def noted(session: Session, prompt: Prompt, *others: Any, speculative: bool, **options: Any) -> Completion:
         order.append((prompt.id, speculative))
         return answer(session, prompt, *others, speculative=speculative, **options)
 
@@ -91,11 +93,11 @@ def test_both_ways_take_turns_in_being_first(
 
 
 def test_looping_replies_are_set_apart() -> None:
-    def pair(tokens: list[int], drafted: int, accepted: int, seconds: float) -> tuple[Output, Output]:
-        spec = Tally(len(tokens), 4, drafted, accepted, [accepted], 0.0, 0.0, seconds)
-        plain = Tally(len(tokens), len(tokens), verify_seconds=2 * seconds)
+    def pair(tokens: list[int], drafted: int, accepted: int, seconds: float) -> tuple[Completion, Completion]:
+        spec = Metrics(len(tokens), 4, drafted, accepted, [accepted], 0.0, 0.0, seconds)
+        plain = Metrics(len(tokens), len(tokens), verify_seconds=2 * seconds)
         prompt = Prompt([{"role": "user", "content": "a"}], "1")
-        return Output(prompt, [1], tokens, spec), Output(prompt, [1], tokens, plain)
+        return Completion(prompt, [1], tokens, spec), Completion(prompt, [1], tokens, plain)
 
     loop, fine = pair([7] * 12, 12, 12, 0.5), pair(list(range(12)), 10, 4, 1.0)
     both = figures([loop, fine])
@@ -107,10 +109,10 @@ def test_looping_replies_are_set_apart() -> None:
 
 
 def test_interrupted_it_goes_on_and_tells_a_difference(
-    command: Command, work: Path, weak_draft: Path, prompts: Path, tmp_path: Path
+    inside: Command, work: Path, weak_draft: Path, prompts: Path, tmp_path: Path
 ) -> None:
     out, unfinished = tmp_path / "out", tmp_path / "out" / "evaluation-unfinished.jsonl"
-    options = ("evaluate", "--draft", weak_draft, "--prompts", prompts, "--max-tokens", 200, "--out", out)
+    options = ("evaluate", "--draft", weak_draft, "--prompts", prompts, "--max-tokens", 48, "--out", out)
     process = subprocess.Popen(
         arguments("distill", *options), cwd=work, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -129,7 +131,7 @@ def test_interrupted_it_goes_on_and_tells_a_difference(
     spec, plain = json.loads(lines[2])
     plain["tokens"][1] += 1
     unfinished.write_text("\n".join([*lines[:2], json.dumps([spec, plain]), *lines[3:]]) + '\n{"cut sho')
-    rest = command("distill", *options, "-q", "--json", "-")
+    rest = inside("distill", *options, "-q", "--json", "-")
     assert rest.code == 1, rest.err
     whole = json.loads(rest.out)
     assert whole["complete"] is True and whole["prompts"] == 6 and whole["identical"] is False
@@ -141,10 +143,22 @@ def test_interrupted_it_goes_on_and_tells_a_difference(
 
     # Other settings begin anew: one prompt of each category, shorter, and nothing of what was kept before.
     unfinished.write_text("\n".join(lines) + "\n")
-    short = command("distill", *options[:-4], "--max-tokens", 4, "--limit", 1, "--out", out, "-q", "--json", "-")
+    short = inside("distill", *options[:-4], "--max-tokens", 4, "--limit", 1, "--out", out, "-q", "--json", "-")
     assert short.code == 0, short.err
     assert [o["id"] for o in json.loads(short.out)["outputs"]] == ["p0", "p1", "p2"]
     assert all(len(o["token_ids"]) <= 4 for o in json.loads(short.out)["outputs"])
+
+
+def test_what_an_older_version_began_is_not_taken_up(weak_draft: Path, prompts: Path, tmp_path: Path) -> None:
+    """Its first line has no format; what it measured does not mix with what this version measures."""
+    unfinished = tmp_path / "evaluation-unfinished.jsonl"
+    identity = {"prompts": "0" * 64, "k": 3, "max_tokens": 4, "head": "bf16", "limit": None, "seed": 0}
+    text = json.dumps({"identity": identity, "backend": "cpu"}) + "\n[]\n"
+    unfinished.write_text(text)
+    models = find_teacher(None), find_model(str(weak_draft), "--draft")
+    with pytest.raises(UserError, match=r"evaluation-unfinished\.jsonl: was begun by another version .* begin anew"):
+        evaluate(*models, EvaluateSettings(prompts=str(prompts), max_tokens=4), tmp_path, quiet=True)
+    assert unfinished.read_text() == text
 
 
 @pytest.mark.parametrize(
@@ -158,9 +172,9 @@ def test_interrupted_it_goes_on_and_tells_a_difference(
     ],
 )
 def test_bad_input_is_one_line(
-    command: Command, work: Path, weak_draft: Path, options: list[object], named: list[str]
+    inside: Command, work: Path, weak_draft: Path, options: list[object], named: list[str]
 ) -> None:
     (work / "taken").write_text("a file")
     before = sorted(work.rglob("*"))
-    command("distill", "evaluate", "--draft", weak_draft, *options).refused("distill", *named)
+    inside("distill", "evaluate", "--draft", weak_draft, *options).refused("distill", *named)
     assert sorted(work.rglob("*")) == before

@@ -19,11 +19,12 @@ from conftest import SHIPPED, TEACHER, Command, arguments, changed_copy, environ
 from loopback_hub import Hub
 
 from decode.models.checkpoint import find_model, find_teacher
-from distill.recipe import KEPT
+from distill.recipe import RECIPE_FILE
 from distill.release.card import EVALUATION
 from distill.release.publish import prepare
-from distill.training import draft
+from distill.training import checkpoint
 from distill.training.draft_config import DraftConfig
+from distill.training.drafts import llama
 from kernels import UserError
 
 REPO = "alice/small-draft"
@@ -56,7 +57,7 @@ def make_draft(folder: Path, teacher: dict[str, Any] | None = None, bits: int | 
         },
         "made_with": {"device": "a device", "commit": "f00d", "versions": {"mlx": "1.2.3"}},
     }
-    draft.save(folder, draft.create(config, seed=0), config, TEACHER, provenance | about, bits)
+    checkpoint.save(folder, llama.create(config, seed=0), config, TEACHER, provenance | about, bits)
     lines = [{"kind": "eval", "step": i, "tokens": i * 64, "held_out_loss": 1.5 / i} for i in (1, 2)]
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "curves.png").write_bytes(b"\x89PNG\r\n" + bytes(3000))
@@ -78,7 +79,7 @@ def evaluated(folder: Path, **found: Any) -> Path:
 
 def with_recipe(folder: Path, text: str) -> Path:
     """A draft with the recipe that made it, as `distill run` leaves one."""
-    (folder / KEPT).write_text(text)
+    (folder / RECIPE_FILE).write_text(text)
     named = {"name": "mine", "sha256": hashlib.sha256(text.encode()).hexdigest()}
     about = json.loads((folder / "draft.json").read_text())
     (folder / "draft.json").write_text(json.dumps(about | {"recipe": named}))
@@ -114,7 +115,7 @@ def snapshot(home: Path, name: str) -> dict[str, bytes]:
 # --- without a network
 
 
-def test_dry_run_lists_and_prints(command: Command, small: Path, tmp_path: Path) -> None:
+def test_dry_run_lists_and_prints(command: Command, inside: Command, small: Path, tmp_path: Path) -> None:
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_TOKEN": "", "HF_HUB_OFFLINE": "0"}
     options = ("--draft", small, "--repo", REPO, "--dry-run")
     shown = command("distill", "publish", *options, **nowhere)
@@ -124,14 +125,14 @@ def test_dry_run_lists_and_prints(command: Command, small: Path, tmp_path: Path)
     assert sizes.keys() == UPLOADED
     assert all(sizes[name] == len(content) for name, content in local_files(small).items())
     assert sizes["README.md"] == len(card.encode())
-    result = json.loads(command("distill", "publish", *options, "--json", "-", **nowhere).out)
+    result = json.loads(inside("distill", "publish", *options, "--json", "-").out)
     assert result["card"] == card and result["dry_run"] and result["bytes"] == sum(sizes.values())
     assert {entry["name"] for entry in result["files"]} == UPLOADED
 
 
-def test_the_newest_finished_draft_is_published(command: Command, small: Path, tmp_path: Path) -> None:
+def test_the_newest_finished_draft_is_published(inside: Command, small: Path, tmp_path: Path) -> None:
     run = ("distill", "publish", "--repo", REPO, "--dry-run", "--json", "-")
-    command(*run, cwd=tmp_path).refused("distill", "no finished draft under runs/")
+    inside(*run, cwd=tmp_path).refused("distill", "no finished draft under runs/")
     about = json.loads((small / "draft.json").read_text())
     facts = {"old": about, "new": about, ".new.replaced": about, "begun": {**about, "complete": False}}
     for age, (name, fact) in enumerate(facts.items()):
@@ -139,7 +140,7 @@ def test_the_newest_finished_draft_is_published(command: Command, small: Path, t
         shutil.copytree(small, folder)
         (folder / "draft.json").write_text(json.dumps(fact))
         os.utime(folder / "draft.json", (age, age))
-    assert json.loads(command(*run, cwd=tmp_path).out)["draft"] == "runs/new"
+    assert json.loads(inside(*run, cwd=tmp_path).out)["draft"] == "runs/new"
 
 
 def metadata(card: str, tmp_path: Path) -> dict[str, Any]:
@@ -222,10 +223,10 @@ def test_card_of_a_recipe_and_an_evaluation_that_was_stopped(tmp_path: Path) -> 
 def test_card_of_a_trimmed_draft_and_an_unknown_licence(tmp_path: Path) -> None:
     import numpy as np
 
-    config = dataclasses.replace(DraftConfig.for_teacher(TEACHER, layers=1, hidden=64), kept=100)
-    model = draft.create(dataclasses.replace(config, kept=None), seed=0)
+    config = dataclasses.replace(DraftConfig.for_teacher(TEACHER, layers=1, hidden=64), draft_vocab_size=100)
+    model = llama.create(dataclasses.replace(config, draft_vocab_size=None), seed=0)
     folder, kept = tmp_path / "d", np.arange(100, dtype=np.int32)
-    draft.save(folder, model, config, TEACHER, {"complete": True, "teacher": {"name": "x", "hash": "0"}}, kept=kept)
+    checkpoint.save(folder, model, config, TEACHER, {"complete": True, "teacher": {"name": "x", "hash": "0"}}, d2t=kept)
     card = prepare(folder, REPO).card
     facts = metadata(card, tmp_path)
     assert facts["library_name"] == "bitdraft" and "license" not in facts
@@ -281,7 +282,7 @@ def test_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
     assert "LICENSE" in prepare(folder, REPO).files
 
 
-def test_what_distill_evaluate_finds_is_published(command: Command, tmp_path: Path) -> None:
+def test_what_distill_evaluate_finds_is_published(inside: Command, tmp_path: Path) -> None:
     """The two commands on the shipped draft: one's evaluation.json is what the other reads."""
     folder = tmp_path / "runs" / "mine"
     shutil.copytree(SHIPPED, folder)
@@ -289,10 +290,10 @@ def test_what_distill_evaluate_finds_is_published(command: Command, tmp_path: Pa
     lines = [{"prompt": "Why is the sky blue?", "category": name} for name in ("chat", "code", "code")]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     options = ("--prompts", "p.jsonl", "--limit", 1, "--max-tokens", 8, "-q")
-    done = command("distill", "evaluate", "--draft", folder, *options, cwd=tmp_path)
+    done = inside("distill", "evaluate", "--draft", folder, *options, cwd=tmp_path)
     assert done.code == 0, done.err
     report = json.loads((folder / EVALUATION).read_text())
-    shown = command("distill", "publish", "--draft", folder, "--repo", REPO, "--dry-run", "--json", "-", cwd=tmp_path)
+    shown = inside("distill", "publish", "--draft", folder, "--repo", REPO, "--dry-run", "--json", "-", cwd=tmp_path)
     assert shown.code == 0, shown.err
     result = json.loads(shown.out)
     assert EVALUATION in {entry["name"] for entry in result["files"]}
@@ -339,8 +340,8 @@ def test_what_belongs_to_another_draft_is_not_published(tmp_path: Path) -> None:
         prepare(folder, REPO)
     assert "| outputs identical to plain decoding | 1 of 2 |" in prepare(folder, REPO, force=True).card
     (folder / EVALUATION).unlink()
-    (folder / KEPT).write_text("[train]\nlr = 0.004\n")
-    with pytest.raises(UserError, match=f"{KEPT}: is not the recipe that draft.json names"):
+    (folder / RECIPE_FILE).write_text("[train]\nlr = 0.004\n")
+    with pytest.raises(UserError, match=f"{RECIPE_FILE}: is not the recipe that draft.json names"):
         prepare(folder, REPO, force=True)
 
 
@@ -427,7 +428,7 @@ def test_again_sends_nothing_and_changes_nothing(command: Command, hub: Hub, sma
     repository.commit({**repository.files, "chat_template.jinja": b"old", "picture.jpg": b"theirs"})
     after = evaluated(with_recipe(make_draft(tmp_path / "after", bits=4), "[train]\nbits = 4\n"), prompts=3)
     assert publish(command, hub, after, "--private").code == 0
-    for name in (EVALUATION, KEPT):
+    for name in (EVALUATION, RECIPE_FILE):
         assert repository.files[name] == (after / name).read_bytes()
     assert repository.private and "chat_template.jinja" not in repository.files
     assert repository.files["picture.jpg"] == b"theirs"

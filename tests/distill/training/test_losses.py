@@ -11,7 +11,7 @@ from distill.training.losses import (
     LOSSES,
     FusedHead,
     bucket_loss,
-    head_ids,
+    head_rows,
     reference_loss,
     tail_bucket_kl,
     teacher_buckets,
@@ -141,7 +141,7 @@ def test_fused_equals_reference(name: str, kept: np.ndarray | str | None, how: s
     weight = mx.array((0.5 * rng.standard_normal((size, H))).astype(np.float32))
     weights = mx.array((rng.random(N) < 0.6).astype(np.float32))
     ids, top, lse_one, lse = as_mlx(known)
-    rows = head_ids(kept, V)[ids]
+    rows = head_rows(kept, V)[ids]
     p = teacher_buckets(top, lse_one, lse, rows >= 0, temperature)
 
     def plain(hidden: mx.array, weight: mx.array) -> mx.array:

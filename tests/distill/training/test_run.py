@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -17,14 +21,17 @@ import pytest
 from synthetic import SEQ_LEN, VOCAB, block, dataset, teacher_folder
 
 from distill.data.shards import Dataset
-from distill.training import draft
+from distill.training import checkpoint
 from distill.training.draft_config import DraftConfig
-from distill.training.loader import Feed, assemble, held_out_rows
+from distill.training.drafts import llama
+from distill.training.loader import DataLoader, assemble, held_out_rows
 from distill.training.losses import FusedHead
-from distill.training.plots import read_log
-from distill.training.run import TrainSettings, train
-from distill.training.step import Step, learning_rate
+from distill.training.optimizer import learning_rate
+from distill.training.run import default_folder, train
+from distill.training.settings import TrainSettings
+from distill.training.step import Step
 from kernels.errors import UserError
+from kernels.files import read_json_lines
 
 HERE = Path(__file__).parent
 SMALL = TrainSettings(layers=1, hidden=64, tokens=20_000, batch=4, lr=5e-3, evals=5)
@@ -48,7 +55,7 @@ def whole(made: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def weights(folder: Path) -> dict[str, np.ndarray]:
-    found = draft.named_weights(draft.load(folder).model)
+    found = llama.named_weights(checkpoint.load(folder).model)
     return {name: np.array(w.astype(mx.float32)) for name, w in found.items()}
 
 
@@ -58,7 +65,7 @@ def same(one: Path, two: Path) -> bool:
 
 
 def evals(folder: Path) -> list[dict[str, float]]:
-    return [line for line in read_log(folder / "log.jsonl") if line["kind"] == "eval"]
+    return [line for line in read_json_lines(folder / "log.jsonl") if line["kind"] == "eval"]
 
 
 def test_learns_and_leaves_a_draft(made: tuple[Path, Path], whole: Path) -> None:
@@ -75,7 +82,7 @@ def test_learns_and_leaves_a_draft(made: tuple[Path, Path], whole: Path) -> None
     collected = about["training"]["data"]["settings"]
     assert collected["k"] == 8 and collected["temperatures"] == [1.0, 0.7] and "teacher" not in collected
     assert about["made_with"]["device"] and about["made_with"]["versions"]["python"]
-    steps = [line for line in read_log(whole / "log.jsonl") if line["kind"] == "step"]
+    steps = [line for line in read_json_lines(whole / "log.jsonl") if line["kind"] == "step"]
     assert {"step", "tokens", "loss", "agreement", "lr", "grad_norm", "tok_per_s"} <= steps[0].keys()
 
 
@@ -132,7 +139,7 @@ def test_other_losses_learn_too(made: tuple[Path, Path], tmp_path: Path, loss: s
 
 def start(made: tuple[Path, Path], out: Path) -> subprocess.Popen[str]:
     program = (
-        "from distill.training.run import *\nfrom pathlib import Path\nimport sys\n"
+        "from pathlib import Path\nfrom distill.training.run import *\nfrom distill.training.settings import *\n"
         f"train(Path({str(made[0])!r}), Path({str(made[1])!r}), Path({str(out)!r}), {SMALL!r}, quiet=True)"
     )
     return subprocess.Popen(
@@ -170,6 +177,89 @@ def test_killed_and_resumed_ends_with_the_same_bits(made: tuple[Path, Path], who
     assert [[e[k] for k in keep] for e in evals(out)] == [[e[k] for k in keep] for e in evals(whole)]
 
 
+class Stopped(Exception):
+    """Raised in a run's progress, which ends it as a kill would."""
+
+
+@pytest.fixture(scope="module")
+def begun(made: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that ended behind its second evaluation, before the state of that was saved."""
+    out = tmp_path_factory.mktemp("runs") / "begun"
+    seen: list[int] = []
+
+    def stop(line: dict[str, Any]) -> None:
+        if line["kind"] == "eval":
+            seen.append(line["step"])
+            if len(seen) == 2:
+                raise Stopped
+
+    with pytest.raises(Stopped):
+        train(*made, out, SMALL, stop, quiet=True)
+    return out
+
+
+def resumed(made: tuple[Path, Path], begun: Path, out: Path, fingerprint: dict[str, Any], whole: bool = False) -> Path:
+    """A copy of the run, its state with another fingerprint, taken up; whole: trained to its end."""
+    shutil.copytree(begun, out)
+    path = out / "state" / "run.json"
+    run = json.loads(path.read_text())
+    path.write_text(json.dumps(run | {"identity": fingerprint}))
+
+    def stop(line: dict[str, Any]) -> None:
+        assert line["kind"] != "start" or line["step"] == run["step"] > 0
+        if not whole:
+            raise Stopped
+
+    with nullcontext() if whole else pytest.raises(Stopped):
+        train(*made, out, SMALL, stop, quiet=True)
+    return out
+
+
+def test_runs_of_older_versions_go_on(made: tuple[Path, Path], begun: Path, whole: Path, tmp_path: Path) -> None:
+    first = {  # as bitdraft 0.1.0 wrote it
+        "layers": 1, "hidden": 64, "vocab": None, "loss": "kl", "temperature": 1.0, "tokens": 20_000, "batch": 4,
+        "lr": 5e-3, "warmup": 0.05, "weight_decay": 0.1, "clip": 1.0, "seed": 0, "eval_share": 0.02, "eval_rows": 64,
+        "evals": 5, "bits": None, "dtype": "auto", "teacher_embedding": True,
+        "data": hashlib.sha256((made[0] / "manifest.json").read_bytes()).hexdigest(),
+    }  # fmt: skip
+    assert same(resumed(made, begun, tmp_path / "first", first, whole=True), whole)
+    # One that knew fewer settings did what their defaults do; what was set otherwise is another run.
+    older = {name: value for name, value in first.items() if name not in ("dtype", "teacher_embedding")}
+    resumed(made, begun, tmp_path / "older", older)
+    for number, (change, named) in enumerate(
+        (
+            ({"clip": 0.5}, r"begun there with clip = 0\.5, not 1\.0"),
+            ({"unheard_of": 3}, "begun there with unheard_of = 3, not None"),
+            ({"data": "0" * 64}, "begun there with other data"),
+        )
+    ):
+        with pytest.raises(UserError, match=named):
+            resumed(made, begun, tmp_path / f"other-{number}", older | change)
+
+
+def test_the_default_folder_is_the_one_of_older_versions() -> None:
+    """0.1.0 hashed this very text; a setting that came later must not change it."""
+    text = (
+        "([('batch', 4), ('bits', None), ('clip', 1.0), ('dtype', 'auto'), ('eval_rows', 64), ('eval_share', 0.02),"
+        " ('evals', 5), ('hidden', 64), ('layers', 1), ('loss', 'kl'), ('lr', 0.005), ('seed', 0),"
+        " ('teacher_embedding', True), ('temperature', 1.0), ('tokens', 20000), ('vocab', None), ('warmup', 0.05),"
+        " ('weight_decay', 0.1)], '/somewhere/data', 'abc')"
+    )
+    expected = f"draft-bitnet-1x64-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    assert default_folder(SMALL, Path("/somewhere/data"), "maker/bitnet", "abc").name == expected
+
+
+def test_drafts_of_older_versions_are_finished(made: tuple[Path, Path], whole: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(whole, tmp_path / "draft")
+    path = out / "draft.json"
+    about = json.loads(path.read_text())
+    del about["training"]["settings"]["dtype"]
+    path.write_text(json.dumps(about))
+    assert train(*made, out, SMALL, quiet=True).done_before
+    with pytest.raises(UserError, match="trained with dtype = auto, not float32"):
+        train(*made, out, dataclasses.replace(SMALL, dtype="float32"), quiet=True)
+
+
 def test_interrupted_leaves_a_usable_draft_and_goes_on(made: tuple[Path, Path], whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "interrupted"
     process = start(made, out)
@@ -177,7 +267,7 @@ def test_interrupted_leaves_a_usable_draft_and_goes_on(made: tuple[Path, Path], 
     process.send_signal(signal.SIGINT)
     errors = process.communicate(timeout=60)[1]
     assert "KeyboardInterrupt: stopped after step" in errors
-    stopped = draft.load(out)
+    stopped = checkpoint.load(out)
     assert stopped.provenance["complete"] is False
     assert (out / "state").is_dir()
     train(*made, out, SMALL, quiet=True)
@@ -188,8 +278,8 @@ def test_interrupted_leaves_a_usable_draft_and_goes_on(made: tuple[Path, Path], 
 def test_untrained_positions_and_other_documents_have_no_gradient(made: tuple[Path, Path]) -> None:
     """Only trained positions count: what the teacher says elsewhere, and padding, change nothing."""
     config = DraftConfig.for_teacher(made[1], 1, 64)
-    model = draft.create(config, 0)
-    start_weights = draft.named_weights(model)
+    model = llama.create(config, 0)
+    start_weights = llama.named_weights(model)
     plain = block(4, seed=9)
     rubbish = np.random.default_rng(0).integers(VOCAB, size=plain.tokens.shape).astype(np.int32)
     off = ~plain.loss_mask
@@ -215,23 +305,23 @@ def test_untrained_positions_and_other_documents_have_no_gradient(made: tuple[Pa
 
 def test_order_is_a_function_of_seed_and_batch_number(made: tuple[Path, Path]) -> None:
     data = Dataset.open(made[0])
-    feeds = [Feed(data, 1.0, 4, seed, 0.1, 64) for seed in (0, 0, 1)]
+    loaders = [DataLoader(data, 1.0, 4, seed, 0.1, 64) for seed in (0, 0, 1)]
 
-    def tokens(feed: Feed, first: int, count: int) -> list[bytes]:
-        batches = feed.batches(first)
+    def tokens(loader: DataLoader, first: int, count: int) -> list[bytes]:
+        batches = loader.batches(first)
         found = [next(batches).tokens.tobytes() for _ in range(count)]
         batches.close()
         return found
 
-    whole_order = tokens(feeds[0], 0, 30)
-    assert tokens(feeds[1], 17, 13) == whole_order[17:]
-    assert tokens(feeds[2], 0, 30) != whole_order
+    whole_order = tokens(loaders[0], 0, 30)
+    assert tokens(loaders[1], 17, 13) == whole_order[17:]
+    assert tokens(loaders[2], 0, 30) != whole_order
     # Each pass sees each training row once, and never a held-out one.
     for epoch in (0, 1):
-        rows = [row for window in feeds[0].windows(epoch) for row in window]
-        assert len(rows) == len(set(rows)) == feeds[0].rows
-        assert not set(rows) & set(feeds[0].held_out)
-        assert len(rows) + len(feeds[0].held_out) == sum(shard.rows for shard in data.shards)
+        rows = [row for window in loaders[0].windows(epoch) for row in window]
+        assert len(rows) == len(set(rows)) == loaders[0].rows
+        assert not set(rows) & set(loaders[0].held_out)
+        assert len(rows) + len(loaders[0].held_out) == sum(shard.rows for shard in data.shards)
 
 
 @pytest.mark.parametrize("rows", [[2], [1, 1], [100], [7] * 50, [0, 5, 0], [1000, 3]])

@@ -13,11 +13,13 @@ from synthetic import VOCAB, dataset, teacher_folder
 
 from decode.models.checkpoint import find_model
 from distill.data.shards import Dataset
-from distill.training import draft
-from distill.training.loader import Feed
+from distill.training import checkpoint
+from distill.training.drafts import llama
+from distill.training.loader import DataLoader
 from distill.training.losses import tail_bucket_kl
-from distill.training.run import Summary, TrainSettings, train
-from distill.training.vocabulary import choose, most_frequent, special_tokens, target_counts
+from distill.training.run import Summary, train
+from distill.training.settings import TrainSettings
+from distill.training.vocabulary import most_frequent, select_draft_vocabulary, special_tokens, target_counts
 from kernels.errors import UserError
 
 SETTINGS = TrainSettings(layers=1, hidden=64, vocab=60, tokens=20_000, batch=4, lr=5e-3, evals=5)
@@ -72,7 +74,7 @@ def test_special_tokens_are_never_trimmed(made: tuple[Path, Path], tmp_path: Pat
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"eos_token_id": [7, 8], "bos_token_id": 9}))
     assert special_tokens(other, VOCAB) == {2, 7, 8, 9, 90}
-    assert {2, 7, 8, 9, 90} <= set(choose(Dataset.open(data), 1, other).kept.tolist())
+    assert {2, 7, 8, 9, 90} <= set(select_draft_vocabulary(Dataset.open(data), 1, other).d2t.tolist())
 
 
 def test_a_trimmed_head_learns(made: tuple[Path, Path], trained: tuple[Summary, list[dict[str, float]]]) -> None:
@@ -91,26 +93,26 @@ def test_a_trimmed_head_learns(made: tuple[Path, Path], trained: tuple[Summary, 
     about = json.loads((summary.out / "draft.json").read_text())
     assert about["vocabulary"] == summary.vocabulary and about["training"]["settings"]["vocab"] == 60
     assert about["config"]["kept"] == len(kept) and about["config"]["vocab_size"] == VOCAB
-    again = draft.load(summary.out)
-    assert again.kept is not None and np.array_equal(again.kept, kept)
+    again = checkpoint.load(summary.out)
+    assert again.d2t is not None and np.array_equal(again.d2t, kept)
     assert again.model.model.embed_tokens.weight.shape == (VOCAB, 64)  # the input knows every token
 
 
 def test_its_loss_is_the_one_defined(made: tuple[Path, Path], trained: tuple[Summary, list[dict[str, float]]]) -> None:
     """What training reports of the saved draft, against the formula over the trimmed vocabulary."""
     summary, _ = trained
-    saved = draft.load(summary.out)
+    saved = checkpoint.load(summary.out)
     saved.model.set_dtype(mx.float32)
-    feed = Feed(Dataset.open(made[0]), 1.0, SETTINGS.batch, 0, SETTINGS.eval_share, SETTINGS.eval_rows)
+    loader = DataLoader(Dataset.open(made[0]), 1.0, SETTINGS.batch, 0, SETTINGS.eval_share, SETTINGS.eval_rows)
     loss = count = 0.0
-    for batch in feed.held_out_batches():
-        hidden = draft.forward(saved.model, mx.array(batch.tokens), mx.array(batch.segments)).reshape(-1, 64)
+    for batch in loader.held_out_batches():
+        hidden = llama.forward(saved.model, mx.array(batch.tokens), mx.array(batch.segments)).reshape(-1, 64)
         hidden = hidden if batch.positions is None else hidden[mx.array(batch.positions)]
-        assert saved.kept is not None
-        logits = hidden @ draft.head_weight(saved.model, mx.array(saved.kept)).T
+        assert saved.d2t is not None
+        logits = hidden @ llama.head_weight(saved.model, mx.array(saved.d2t)).T
         known = [mx.array(x) for x in (batch.top_ids, batch.top_logprobs, batch.lse_one, batch.lse, batch.weights > 0)]
         here = float(batch.weights.sum())
-        loss += here * tail_bucket_kl(logits, *known, kept=saved.kept, vocab_size=VOCAB).item()
+        loss += here * tail_bucket_kl(logits, *known, d2t=saved.d2t, vocab_size=VOCAB).item()
         count += here
     assert loss / count == pytest.approx(summary.held_out_loss, rel=1e-3)
 
@@ -125,17 +127,17 @@ def test_impossible_sizes_are_refused(made: tuple[Path, Path], tmp_path: Path, n
 def test_decode_computes_with_it(
     trained: tuple[Summary, list[dict[str, float]]], made: tuple[Path, Path], tmp_path: Path, bits: int | None
 ) -> None:
-    saved = draft.load(trained[0].out)
+    saved = checkpoint.load(trained[0].out)
     out = tmp_path / "draft"
-    draft.save(out, saved.model, saved.config, made[1], {"complete": True}, bits, kept=saved.kept)
+    checkpoint.save(out, saved.model, saved.config, made[1], {"complete": True}, bits, d2t=saved.d2t)
     model = find_model(str(out), "--draft").load()
-    assert saved.kept is not None and model.d2t is not None and np.array_equal(model.d2t, saved.kept)
-    saved.model.load_weights(list(draft.rounded(draft.named_weights(saved.model), bits).items()))
+    assert saved.d2t is not None and model.d2t is not None and np.array_equal(model.d2t, saved.d2t)
+    saved.model.load_weights(list(checkpoint.rounded(llama.named_weights(saved.model), bits).items()))
     tokens = np.arange(3, 20) * 5 % VOCAB
-    hidden = draft.forward(saved.model, mx.array(tokens[None]), mx.ones((1, len(tokens)), mx.int32))[0]
-    expected = hidden @ draft.head_weight(saved.model, mx.array(saved.kept)).T
+    hidden = llama.forward(saved.model, mx.array(tokens[None]), mx.ones((1, len(tokens)), mx.int32))[0]
+    expected = hidden @ llama.head_weight(saved.model, mx.array(saved.d2t)).T
     found = model.step(tokens, model.new_cache()).logits
-    assert found.shape == (len(tokens), len(saved.kept))
+    assert found.shape == (len(tokens), len(saved.d2t))
     # Decoding takes dequantised weights as bfloat16.
     assert np.allclose(np.array(found), np.array(expected), rtol=1e-3, atol=1e-3 if bits is None else 0.04)
 
@@ -166,16 +168,16 @@ def test_a_damaged_list_of_tokens_is_named(
     kept: mx.array | None,
     message: str,
 ) -> None:
-    saved, out = draft.load(trained[0].out), tmp_path / "draft"
-    config = dataclasses.replace(saved.config, kept=60)
-    draft.save(out, saved.model, config, made[1], {}, kept=np.arange(60))
+    saved, out = checkpoint.load(trained[0].out), tmp_path / "draft"
+    config = dataclasses.replace(saved.config, draft_vocab_size=60)
+    checkpoint.save(out, saved.model, config, made[1], {}, d2t=np.arange(60))
     (out / "draft.json").unlink()
     path = out / "model.safetensors"
     weights = dict(mx.load(str(path)))  # type: ignore[arg-type]
     weights.pop("kept")
     mx.save_safetensors(str(path), weights | ({} if kept is None else {"kept": kept}), {"format": "mlx"})
     with pytest.raises(UserError, match=message):
-        draft.load(out)
+        checkpoint.load(out)
     with pytest.raises(UserError, match=message) as caught:
         find_model(str(out), "--draft").load()
     assert str(out) in str(caught.value)

@@ -1,0 +1,187 @@
+"""A draft as a folder: in the layout of mlx-lm, so that a stock `mlx_lm.load` can read it unless its head is trimmed
+(decode.models.draft_vocabulary), written whole or not at all, and checked when it is read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map
+
+from decode.models.draft_vocabulary import check_kept
+from decode.tokenizer import copy_tokenizer_file
+from distill.training.draft_config import GROUP_SIZE, DraftConfig
+from distill.training.drafts.llama import build, named_weights
+from distill.training.tensors import load_tensors
+from kernels.errors import UserError
+from kernels.files import holds_current, link_or_copy, read_json, recover_folder, replacing_folder, sha256
+
+FORMAT = "bitdraft-draft-1"
+WEIGHTS = "model.safetensors"
+D2T = "kept"  # the tensor of the draft vocabulary's ids, as files call it
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+OPTIONAL_FILES = ("generation_config.json", "chat_template.jinja", "special_tokens_map.json")
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A loaded draft: mlx-lm's module, its shape, the content of draft.json ({} if none), and d2t, the ids of the
+    teacher's that a trimmed head has rows for (int32, ascending; None for all)."""
+
+    model: nn.Module
+    config: DraftConfig
+    provenance: dict[str, Any]
+    d2t: np.ndarray | None = None
+
+
+def check_tokenizer(teacher_folder: Path) -> None:
+    """UserError where a teacher lacks the files that its draft needs: better before hours of work than after."""
+    for name in TOKENIZER_FILES:
+        if not (teacher_folder / name).is_file():
+            raise UserError(f"{teacher_folder / name}: not there, and a draft needs its teacher's tokenizer")
+
+
+def check_draft_folder(folder: Path) -> None:
+    """Refuse a folder that holds something else than a draft of ours, or cannot be written."""
+    if holds_current(folder):
+        raise UserError(f"{folder.resolve()}: is the current folder or holds it; a draft needs a folder of its own")
+    recover_folder(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file, not a folder for a draft")
+    if folder.is_dir() and (names := {p.name for p in folder.iterdir()} - {"state", "log.jsonl", "curves.png"}):
+        try:
+            ours = read_json(folder / "draft.json").get("format") == FORMAT
+        except UserError:
+            ours = False
+        if not ours:
+            raise UserError(f"{folder}: holds {sorted(names)[0]} and is no draft of bitdraft's: not overwritten")
+    above = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: cannot be written (no permission in {above})")
+
+
+def save(
+    folder: Path,
+    model: nn.Module,
+    config: DraftConfig,
+    teacher_folder: Path,
+    provenance: dict[str, Any],
+    quantize_bits: int | None = None,
+    preserve: Iterable[str] = (),
+    d2t: np.ndarray | None = None,
+) -> None:
+    """Write a draft in one go: a temporary folder beside, then a rename.
+
+    quantize_bits: None (bfloat16), 4 or 8; provenance: what draft.json says beside format and file
+    hashes; preserve: names in the folder replaced that move on into the new one; d2t: the ids that a
+    trimmed head has rows for, as many as `config.draft_vocab_size` says.
+    """
+    if quantize_bits is not None and quantize_bits not in GROUP_SIZE:
+        raise UserError(f"--bits {quantize_bits}: 4, 8 or none")
+    folder = folder.absolute()
+    check_draft_folder(folder)
+    check_tokenizer(teacher_folder)
+    try:
+        with replacing_folder(folder) as temporary:
+            saved = build(config)
+            saved.update(tree_map(lambda w: w.astype(mx.bfloat16), model.parameters()))
+            description = config.to_json()
+            if quantize_bits is not None:
+                group = GROUP_SIZE[quantize_bits]
+                nn.quantize(saved, group_size=group, bits=quantize_bits)
+                description["quantization"] = {"group_size": group, "bits": quantize_bits}
+            tensors = named_weights(saved) | ({} if d2t is None else {D2T: mx.array(d2t, mx.int32)})
+            mx.save_safetensors(str(temporary / WEIGHTS), tensors, {"format": "mlx"})
+            (temporary / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+            for name in TOKENIZER_FILES + OPTIONAL_FILES:
+                source = teacher_folder / name
+                if source.is_file():
+                    copy_tokenizer_file(source, temporary / name)
+            hashes = {p.name: sha256(p) for p in sorted(temporary.iterdir())}
+            about = {"format": FORMAT, **provenance, "config": config.record(), "files": hashes}
+            (temporary / "draft.json").write_text(json.dumps(about, indent=2, default=str) + "\n")
+            for name in preserve:
+                link_or_copy(folder / name, temporary / name)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write the draft ({error.strerror or error})") from error
+
+
+def rounded(weights: dict[str, mx.array], bits: int | None) -> dict[str, mx.array]:
+    """Float32 weights as `save` would round them: what a saved draft computes with."""
+    result = {}
+    for name, weight in weights.items():
+        narrow = weight.astype(mx.bfloat16)
+        if bits is not None and weight.ndim > 1:
+            group = GROUP_SIZE[bits]
+            codes, scales, biases = mx.quantize(narrow, group_size=group, bits=bits)
+            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+            narrow = mx.dequantize(codes, scales, biases, group_size=group, bits=bits)
+        result[name] = narrow.astype(mx.float32)
+    return result
+
+
+def check_files(folder: Path, provenance: dict[str, Any]) -> None:
+    """UserError where a file that draft.json lists is not there or not the same, or is not the draft's own."""
+    files = provenance.get("files", {})
+    if not isinstance(files, dict):
+        raise UserError(f"{folder / 'draft.json'}: is damaged (`files` does not list names and hashes)")
+    for name, digest in files.items():
+        if Path(name).name != name:
+            raise UserError(f"{folder / 'draft.json'}: names a file outside its folder: {name!r}")
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path}: not there; the draft is incomplete")
+        if sha256(path) != digest:
+            raise UserError(f"{path}: differs from what draft.json lists; cut short or changed")
+
+
+def load(folder: Path) -> Draft:
+    """Read a draft back, checking that all of it is there.
+
+    The module is ready to call like any of mlx-lm's; a quantised one stays quantised.
+    """
+    folder = Path(folder).absolute()
+    recover_folder(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such draft")
+    description = read_json(folder / "config.json")
+    try:
+        config = DraftConfig.from_json(description)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / 'config.json'}: not a Llama's ({error})") from error
+    provenance = read_json(folder / "draft.json") if (folder / "draft.json").is_file() else {}
+    check_files(folder, provenance)
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise UserError(f"{path}: not there; the draft is incomplete")
+    weights = load_tensors(path)
+    model = build(config)
+    if quantization := description.get("quantization"):
+        nn.quantize(
+            model,
+            group_size=quantization["group_size"],
+            bits=quantization["bits"],
+            class_predicate=lambda p, m: hasattr(m, "to_quantized") and f"{p}.scales" in weights,
+        )
+    expected = {name: array.shape for name, array in named_weights(model).items()}
+    if config.draft_vocab_size is not None:
+        expected[D2T] = (config.draft_vocab_size,)
+    for name in sorted(expected.keys() | weights.keys()):
+        found = weights[name].shape if name in weights else None
+        if expected.get(name) != found:
+            raise UserError(f"{path}: {name} is {found}, config.json asks for {expected.get(name)}")
+    ids = weights.pop(D2T, None)
+    try:
+        d2t = None if ids is None else check_kept(ids, config.vocab_size)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    model.load_weights(list(weights.items()))
+    mx.eval(model.parameters())
+    return Draft(model, config, provenance, d2t)

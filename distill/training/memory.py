@@ -1,0 +1,51 @@
+"""Whether this machine can train a draft of some shape."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from distill.training.draft_config import DraftConfig
+from kernels.memory import check_fits
+
+LOGIT_BYTES = 256 << 20  # of logits that training computes at a time on a GPU
+ACTIVATIONS = 83  # numbers a position that a layer's backward pass keeps, in widths of the draft
+SCORES = 6  # the same in rows of attention scores, where they are computed whole
+
+
+def estimate_memory(
+    config: DraftConfig,
+    batch: int = 8,
+    seq_len: int = 512,
+    *,
+    gpu: bool = True,
+    narrow: bool = True,
+    teacher_hidden: int = 0,
+) -> int:
+    """Bytes that training holds at its peak.
+
+    gpu: on a GPU, where work runs ahead of what is freed; narrow: it computes in bfloat16 there; teacher_hidden: width
+    of the teacher's embedding if the draft's starts from it. An estimate: what is counted for sure are weights,
+    gradients and moments; the rest was fitted to drafts of widths 256 and 768 on CPUs, whose resident memory beside
+    that of Python is met within an eighth, and to one of 6 layers x 768 with BitNet-2B's vocabulary on an H100.
+    """
+    tokens, embedding = batch * seq_len, 4 * config.vocab_size * config.hidden
+    resident = 4 * config.parameters * 4  # weights, two moments, and the best weights so far
+    step = 4 * config.parameters * 4  # their gradients, and what replaces weights and moments
+    activations = tokens * config.layers * ACTIVATIONS * config.hidden
+    start = resident // 4 + 2 * embedding + 6 * config.vocab_size * teacher_hidden  # as stored, and as float32
+    if gpu:
+        activations += tokens * config.layers * SCORES * config.heads * seq_len
+        logits = min(LOGIT_BYTES, 4 * tokens * config.head_size)
+        peak = resident + step + activations * (2 if narrow else 4) + 4 * embedding + 8 * logits
+    else:  # activations are gone before weights are replaced
+        peak = resident + max(4 * activations + 3 * embedding, step + embedding)
+    return max(start, peak)
+
+
+def check_memory(config: DraftConfig, batch: int, seq_len: int, teacher_hidden: int = 0) -> None:
+    """Refuse, before anything is allocated, what would not fit."""
+    gpu = mx.default_device() == mx.Device(mx.gpu)
+    need = estimate_memory(config, batch, seq_len, gpu=gpu, teacher_hidden=teacher_hidden)
+    size = f"{config.layers} layers x {config.hidden} ({config.parameters / 1e6:,.0f} M parameters)"
+    advice = "choose fewer --layers, a smaller --hidden or --batch"
+    check_fits(need, f"a draft of {size} needs about {{}} to train", advice)

@@ -1,0 +1,31 @@
+"""Arrays in safetensors files, with plain errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+
+from kernels.errors import UserError, first_line
+from kernels.files import replacing
+
+Tensors = dict[str, mx.array]
+
+
+def load_tensors(path: Path) -> Tensors:
+    """The arrays of a safetensors file, read when used; UserError naming a file that is damaged."""
+    try:
+        arrays = mx.load(str(path))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
+    assert isinstance(arrays, dict)
+    return arrays
+
+
+def save_tensors(path: Path, tensors: Tensors) -> None:
+    """Write a safetensors file, wholly or not at all."""
+    try:
+        with replacing(path) as temporary:
+            mx.save_safetensors(str(temporary), tensors)
+    except RuntimeError as error:  # MLX's, of a file it cannot write
+        raise UserError(f"{path.parent}: cannot be written ({error})") from error
