@@ -533,7 +533,7 @@ print(installed)
 
 
 @pytest.mark.parametrize("precision", ["float", "int8"])
-@pytest.mark.parametrize("model", ["bitnet-smol-43m", "bitnet-smol-43m-draft"])
+@pytest.mark.parametrize("model", ["bitnet-smol-116m", "bitnet-smol-116m-draft"])
 def test_a_whole_step_has_the_bits_of_its_operations(model: str, precision: Precision, isa: str) -> None:
     transformer = find_model(str(ROOT / "checkpoints" / model), "--draft").load(precision, precision)
     whole = transformer.whole_step
@@ -556,7 +556,7 @@ def test_a_whole_step_has_the_bits_of_its_operations(model: str, precision: Prec
 
 
 def test_a_whole_step_leaves_a_cache_that_others_hold_as_it_is() -> None:
-    transformer = find_model(str(ROOT / "checkpoints" / "bitnet-smol-43m-draft"), "--draft").load()
+    transformer = find_model(str(ROOT / "checkpoints" / "bitnet-smol-116m-draft"), "--draft").load()
     cache = transformer.new_cache()
     transformer.prefill([1, 2, 3], cache)
     held = list(cache.keys)
@@ -567,7 +567,7 @@ def test_a_whole_step_leaves_a_cache_that_others_hold_as_it_is() -> None:
 
 
 def test_a_whole_step_refuses_what_does_not_fit() -> None:
-    transformer = find_model(str(ROOT / "checkpoints" / "bitnet-smol-43m-draft"), "--draft").load()
+    transformer = find_model(str(ROOT / "checkpoints" / "bitnet-smol-116m-draft"), "--draft").load()
     step, cache = transformer.whole_step, transformer.new_cache()
     assert step is not None
     cache.reserve(4)

@@ -19,7 +19,7 @@ from decode.prompts import Prompt
 from decode.session import Output, Session
 from distill.release.evaluate import EvaluateSettings, evaluate, figures, without_looping
 
-SHIPPED = Path(__file__).resolve().parents[3] / "checkpoints" / "bitnet-smol-43m-draft"
+SHIPPED = Path(__file__).resolve().parents[3] / "checkpoints" / "bitnet-smol-116m-draft"
 LENGTH = 20
 
 
