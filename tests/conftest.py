@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TEACHER = ROOT / "checkpoints" / "bitnet-smol-43m"
-SHIPPED = ROOT / "checkpoints" / "bitnet-smol-43m-draft"
+TEACHER = ROOT / "checkpoints" / "bitnet-smol-116m"
+SHIPPED = ROOT / "checkpoints" / "bitnet-smol-116m-draft"
 
 Command = Callable[..., "Result"]
 

@@ -25,7 +25,7 @@ from kernels.errors import first_line
 from kernels.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-DEFAULT_TEACHER = ROOT / "checkpoints" / "bitnet-smol-43m"
+DEFAULT_TEACHER = ROOT / "checkpoints" / "bitnet-smol-116m"
 RUNS = Path("runs")
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")  # of config.json, always there
 OTHER_SIZES = (

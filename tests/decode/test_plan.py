@@ -16,7 +16,7 @@ from decode.models.dimensions import Shape
 from decode.plan import DRAFTS, Costs, break_even, draft_bytes, make_plan, teacher_bytes, tokens_per_verification
 from kernels.ops import DenseWeight, TernaryWeight
 
-DRAFT = ROOT / "checkpoints" / "bitnet-smol-43m-draft"
+DRAFT = ROOT / "checkpoints" / "bitnet-smol-116m-draft"
 LINEARS_2B = [(3840, 2560), (2560, 2560), (13824, 2560), (2560, 6912)]
 BITNET_2B = {
     "num_hidden_layers": 30, "hidden_size": 2560, "num_attention_heads": 20, "num_key_value_heads": 5,

@@ -102,8 +102,8 @@ def test_defaults_are_those_of_the_commands(tmp_path: Path) -> None:
 
 def test_the_shipped_draft_has_its_recipe() -> None:
     """Every setting that its draft.json names is the recipe's."""
-    recipe = read_recipe(find_recipe("bitnet-smol-43m-draft"))
-    about = json.loads((ROOT / "checkpoints" / "bitnet-smol-43m-draft" / "draft.json").read_text())
+    recipe = read_recipe(find_recipe("bitnet-smol-116m-draft"))
+    about = json.loads((ROOT / "checkpoints" / "bitnet-smol-116m-draft" / "draft.json").read_text())
     for name, value in about["training"]["settings"].items():
         assert getattr(recipe.train, name) == value, name
     assert recipe.collect.tokens == about["training"]["data"]["tokens"]

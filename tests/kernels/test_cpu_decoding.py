@@ -117,7 +117,7 @@ def test_greedy_tokens_refuse_what_does_not_fit(draft: Transformer) -> None:
 
 
 @pytest.mark.parametrize("precision", ["float", "int8"])
-@pytest.mark.parametrize("model", ["bitnet-smol-43m", "bitnet-smol-43m-draft"])
+@pytest.mark.parametrize("model", ["bitnet-smol-116m", "bitnet-smol-116m-draft"])
 def test_a_fused_step_has_the_bits_of_its_operations(model: str, precision: Precision, isa: str) -> None:
     transformer = find_model(str(ROOT / "checkpoints" / model), "--draft").load(precision, precision)
     fused = transformer.fused_step
@@ -141,7 +141,7 @@ def test_a_fused_step_has_the_bits_of_its_operations(model: str, precision: Prec
 
 
 def test_a_fused_step_leaves_a_cache_that_others_hold_as_it_is() -> None:
-    transformer = find_model(str(ROOT / "checkpoints" / "bitnet-smol-43m-draft"), "--draft").load()
+    transformer = find_model(str(ROOT / "checkpoints" / "bitnet-smol-116m-draft"), "--draft").load()
     cache = transformer.new_cache()
     transformer.prefill([1, 2, 3], cache)
     held = list(cache.keys)
@@ -152,7 +152,7 @@ def test_a_fused_step_leaves_a_cache_that_others_hold_as_it_is() -> None:
 
 
 def test_a_fused_step_refuses_what_does_not_fit() -> None:
-    transformer = find_model(str(ROOT / "checkpoints" / "bitnet-smol-43m-draft"), "--draft").load()
+    transformer = find_model(str(ROOT / "checkpoints" / "bitnet-smol-116m-draft"), "--draft").load()
     step, cache = transformer.fused_step, transformer.new_cache()
     assert step is not None
     cache.reserve(4)

@@ -21,7 +21,7 @@ from distill.release.evaluate import evaluate, figures, without_looping
 from distill.release.settings import EvaluateSettings
 from kernels import UserError
 
-SHIPPED = Path(__file__).resolve().parents[3] / "checkpoints" / "bitnet-smol-43m-draft"
+SHIPPED = Path(__file__).resolve().parents[3] / "checkpoints" / "bitnet-smol-116m-draft"
 LENGTH = 20
 
 

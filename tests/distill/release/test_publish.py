@@ -161,7 +161,7 @@ def test_card(small: Path, tmp_path: Path) -> None:
     for part in (
         f"decode spec --draft {REPO} --compare",
         f"--draft-model {REPO}",
-        f'load("checkpoints/bitnet-smol-43m"), load("{REPO}")',
+        f'load("checkpoints/bitnet-smol-116m"), load("{REPO}")',
         "Not evaluated.",
         "| a\\|b.jsonl | file | `" + "ab" * 32,
         "| eval.jsonl | file |",
