@@ -43,7 +43,7 @@ may have died of the rheumatism, or may have taken base contagion from the taint
 Dedlock family have communicated something exclusive, even to the levelling process of dying, by dying of their own
 family gout.""".replace("\n", " ")
 # Perplexity of TEXT's second half by the teacher with these weights (sha256), on the reference kernels.
-EXPECTED = {"15261f0dc379653125fa267dd48f62b010b54cc286c9d20778ef6d1296861ce2": 65.89}
+EXPECTED = {"64073cca7e03b512cbce6aa87155622d14d8a1a4665166013581b98f26e08449": 34.31}
 MARGIN = 0.05  # relative: other kernels sum in another order, and roundings of activations to int8 flip
 ROOM = 2_000_000_000  # bytes free that a dataset and a draft should find, or a downloaded teacher
 BACKENDS = ("mlx-metal", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")  # MLX's packages; one of them is there

@@ -176,7 +176,7 @@ def _evaluate(recipe: Recipe, teacher: Shape, shape: DraftConfig, prompts: int) 
     tokens = 2 * prompts * recipe.evaluate.max_tokens
     moved = tokens * (read_bytes(teacher) + teacher.cache_bytes(1) * recipe.evaluate.max_tokens / 2)
     # While a model is loaded its ternary weights are there up to three times: as in the file, as the kernels read them,
-    # and put together for kernels of a whole step. A draft is read in bfloat16 and rounded to int8.
+    # and put together for kernels of a fused step. A draft is read in bfloat16 and rounded to int8.
     memory = read_bytes(teacher) + 2 * teacher.weights / 4 + 5 * shape.parameters
     return Work("evaluate", _evaluation(recipe, prompts), 0, memory, ((moved, 0.0),))
 

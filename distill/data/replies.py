@@ -48,7 +48,8 @@ def generate_replies(
         for i in range(start, min(start + CHECK_EVERY, max_reply)):
             logits = teacher.forward(tokens[:, None], cache).logits
             tokens = sample_tokens(logits, temperature[active], uniform[active, i])
-            mx.async_eval(tokens, cache.keys, cache.values)
+            # On a CPU a step queued behind one that still runs would copy the whole cache.
+            (mx.async_eval if teacher.async_decode else mx.eval)(tokens, cache.keys, cache.values)
             chosen.append(tokens)
         for row, (reply, fresh) in enumerate(zip(active, np.array(mx.stack(chosen, axis=1)).tolist(), strict=True)):
             if not writing[row]:

@@ -286,8 +286,8 @@ def _data(subject: Subject) -> str:
         ("tokens a row", _number(settings.get("seq_len"))),
     ]
     if (reply := settings.get("reply")) is not None:
-        heat = ", ".join(f"{t:g}" for t in settings.get("reply_temperatures") or [])
-        rows.append(("prompts", f"answered by the teacher, at temperature {heat}" if reply else "not answered"))
+        temperatures = ", ".join(f"{t:g}" for t in settings.get("reply_temperatures") or [])
+        rows.append(("prompts", f"answered by the teacher, at temperature {temperatures}" if reply else "not answered"))
     text = "## Data\n\n" + _table(("", ""), rows)
     for title, key in (("source", "sources"), ("held out: no prompt of", "exclude")):
         entries = [entry for entry in settings.get(key) or [] if isinstance(entry, dict)]
