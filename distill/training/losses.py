@@ -16,14 +16,13 @@ Letters: n positions, h hidden size, v vocabulary of the head, k teacher ids.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from kernels.errors import UserError
 
-LossName = Literal["kl", "ce", "tv"]
 BucketLoss = Callable[[mx.array, mx.array], mx.array]
 
 
