@@ -13,7 +13,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from decode.metrics import Metrics, is_looping
+from decode.metrics import VERSION, Metrics, is_looping
 from decode.models.checkpoint import RUNS, Checkpoint
 from decode.prompts import Prompt, read_prompts
 from decode.session import Completion, Session
@@ -27,7 +27,6 @@ from kernels.files import read_json_lines, sha256, write_atomic
 REPORT, TABLE, UNFINISHED = "evaluation.json", "evaluation.md", "evaluation-unfinished.jsonl"
 CATEGORY_PLOT, POSITION_PLOT = "evaluation-categories.png", "evaluation-positions.png"
 NO_CATEGORY = "uncategorised"
-FORMAT = 2  # of what an evaluation measures and keeps; what an older version began is not taken up
 
 Pair = tuple[Completion, Completion]  # of one prompt: speculative, plain
 
@@ -45,7 +44,7 @@ def select(settings: EvaluateSettings) -> list[Prompt]:
 def fingerprint(settings: EvaluateSettings, teacher: Checkpoint, draft: Checkpoint) -> dict[str, Any]:
     """What two evaluations have in common that measure the same in the same way; files count by their content."""
     hashes = {
-        "format": FORMAT,
+        "metrics_version": VERSION,
         "teacher": teacher.weights_hash,
         "draft": draft.weights_hash,
         "prompts": sha256(Path(settings.prompts)),
@@ -197,7 +196,7 @@ class Unfinished:
         where an older version began it."""
         lines: list[Any] = read_json_lines(self.path) if self.path.is_file() else []
         pairs: list[Pair] = []
-        if lines and _format(lines[0]) != FORMAT:
+        if lines and _version(lines[0]) != VERSION:
             raise UserError(f"{self.path}: was begun by another version of bitdraft; delete it to begin anew")
         if lines and lines[0] == self.header:
             try:
@@ -214,10 +213,10 @@ class Unfinished:
             file.write(json.dumps(_lines(pair)) + "\n")
 
 
-def _format(header: Any) -> Any:
-    """The format that the first line of an unfinished evaluation names; None where it names none."""
+def _version(header: Any) -> Any:
+    """The version of the metrics that the first line of an unfinished evaluation names, if any."""
     measured = header.get("identity") if isinstance(header, dict) else None
-    return measured.get("format") if isinstance(measured, dict) else None
+    return measured.get("metrics_version") if isinstance(measured, dict) else None
 
 
 def _lines(pair: Pair) -> list[dict[str, Any]]:

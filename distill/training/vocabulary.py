@@ -48,8 +48,8 @@ def target_counts(dataset: Dataset) -> np.ndarray:
     """How often each token follows a trained position of its document, int64 [vocab_size]."""
     counts = np.zeros(dataset.settings.vocab_size, np.int64)
     for i in range(len(dataset.shards)):
-        tokens, trained, document = dataset.read_text(i)
-        targets = trained[:, :-1] & (document[:, :-1] > 0) & (document[:, :-1] == document[:, 1:])
+        tokens, trained, segments = dataset.read_text(i)
+        targets = trained[:, :-1] & (segments[:, :-1] > 0) & (segments[:, :-1] == segments[:, 1:])
         counts += np.bincount(tokens[:, 1:][targets], minlength=len(counts))
     return counts
 

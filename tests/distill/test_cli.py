@@ -121,7 +121,10 @@ def test_bars_of_replies_end_at_what_was_written(command: Command, work: Path) -
 def test_help(inside: Command) -> None:
     for options, words in (
         ([], ("collect", "inspect", "verify", "train", "evaluate", "run")),
-        (["collect"], ("--source", "--no-reply", "--exclude", "--tokens", "--dry-run", "--replies", "default: 512")),
+        (
+            ["collect"],
+            ("--source", "--no-reply", "--exclude", "--tokens", "--seq-len", "--dry-run", "--replies", "default: 512"),
+        ),
         (["evaluate"], ("--draft", "--prompts", "--limit", "--k", "--max-tokens", "--head", "--out")),
         (["run"], ("RECIPE", "--from", "--dry-run")),
         (["train"], ("--layers", "--hidden", "--loss", "--tokens", "--bits")),
