@@ -114,6 +114,20 @@ def weak_draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def small_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first layers of the embedded teacher: enough for what asks nothing of its words."""
+    layers = 4
+    folder = tmp_path_factory.mktemp("teachers") / "small"
+    config = json.loads((TEACHER / "config.json").read_text()) | {"num_hidden_layers": layers}
+    changed_copy(TEACHER, folder, config__json=json.dumps(config).encode(), model__safetensors=None)
+    weights: dict[str, mx.array] = mx.load(str(TEACHER / "model.safetensors"))  # type: ignore[assignment]
+    later = tuple(f"model.layers.{i}." for i in range(layers, 100))
+    kept = {name: array for name, array in weights.items() if not name.startswith(later)}
+    mx.save_safetensors(str(folder / "model.safetensors"), kept, {"format": "mlx"})
+    return folder
+
+
 def changed_copy(source: Path, target: Path, **replaced: bytes | None) -> Path:
     """A model folder of links to another's files; `name__ext=content` replaces or (None) leaves out a file."""
     target.mkdir(parents=True)

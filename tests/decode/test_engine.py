@@ -36,8 +36,8 @@ NEVER: frozenset[int] = frozenset()
 
 
 @pytest.fixture(scope="module")
-def teacher() -> Transformer:
-    return find_teacher(None).load()
+def teacher(small_teacher: Path) -> Transformer:
+    return find_teacher(str(small_teacher)).load()
 
 
 @pytest.fixture(scope="module")
@@ -313,8 +313,8 @@ def junk(cache_arrays: list[mx.array], offset: int) -> list[mx.array]:
 
 
 @pytest.fixture(scope="module")
-def int8_teacher() -> Transformer:
-    return find_teacher(None).load("int8")
+def int8_teacher(small_teacher: Path) -> Transformer:
+    return find_teacher(str(small_teacher)).load("int8")
 
 
 @pytest.fixture(scope="module")
@@ -397,8 +397,8 @@ def test_sampling_follows_the_seed(teacher: Transformer, weak: Transformer, prom
 
 
 @pytest.fixture(scope="module")
-def session(weak_draft: Path) -> Session:
-    return Session(find_teacher(None), find_model(str(weak_draft), "--draft"), k=3, max_tokens=24)
+def session(weak_draft: Path, small_teacher: Path) -> Session:
+    return Session(find_teacher(str(small_teacher)), find_model(str(weak_draft), "--draft"), k=3, max_tokens=24)
 
 
 def test_report(session: Session) -> None:
