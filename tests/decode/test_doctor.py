@@ -66,12 +66,12 @@ def test_json_alone_and_quiet(command: Command) -> None:
 
 
 @pytest.mark.skipif(not NATIVE, reason="the native CPU kernels do not run here")
-def test_a_wrong_kernel_is_found(work: Path) -> None:
+def test_a_wrong_kernel_is_found(work: Path, small_teacher: Path) -> None:
     spoil = (
         "import mlx.core as mx; from kernels import cpu; right = cpu.bitlinear\n"
         "cpu.bitlinear = lambda *args: right(*args) + mx.array(1e-3)"
     )
-    done = spoiled(spoil, work, "--json", "-")
+    done = spoiled(spoil, work, "--teacher", small_teacher, "--json", "-")
     assert done.code == 1
     found = statuses(done)
     assert found["self-test bitlinear"] == "FAILED" and found["backend"] == "warning"
@@ -79,8 +79,8 @@ def test_a_wrong_kernel_is_found(work: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the native kernels are looked for on Linux only")
-def test_without_the_extension_it_says_how_to_build_it(work: Path) -> None:
-    done = spoiled("import sys; sys.modules['kernels.cpu._native'] = None", work)
+def test_without_the_extension_it_says_how_to_build_it(work: Path, small_teacher: Path) -> None:
+    done = spoiled("import sys; sys.modules['kernels.cpu._native'] = None", work, "--teacher", small_teacher)
     assert done.code == 0, done.out + done.err
     line = next(line for line in done.out.splitlines() if " backend " in line)
     assert line.startswith("warning") and "pip install" in line

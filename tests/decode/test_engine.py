@@ -208,7 +208,7 @@ def test_the_teacher_as_its_own_draft_when_sampling(teacher: Transformer, prompt
     assert sum(r.accepted for r in rounds) == sum(r.drafted for r in rounds) > 0
 
 
-def test_reference_kernels_are_lossless_too() -> None:
+def test_reference_kernels_are_lossless_too(small_teacher: Path) -> None:
     """In a process of its own, as the backend is chosen once."""
     script = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
@@ -220,19 +220,17 @@ from decode.tokenizer import Tokenizer
 from decode.prompts import make_prompt
 from kernels import backend
 assert backend().NAME == "reference"
-teacher = find_teacher(None).load()
+teacher = find_teacher({str(small_teacher)!r}).load()
 draft = find_model({str(SHIPPED)!r}, "--draft").load()
 tokenizer = Tokenizer(Path({str(TEACHER)!r}))
-accepted = drafted = 0
-def say(text, drafter):
-    global accepted, drafted
+def say(text, drafter=None):
     prompt = tokenizer.encode_text(text)
     rounds = list(generate(teacher, Request(prompt, 10), drafter, 4))
-    accepted, drafted = accepted + sum(r.accepted for r in rounds), drafted + sum(r.drafted for r in rounds)
-    return [token for step in rounds for token in step.tokens]
+    return [token for step in rounds for token in step.tokens], [step.accepted for step in rounds]
 for text in {TEXTS[:3]!r}:
-    assert say(text, ModelDrafter(draft)) == say(text, None)
-assert 0 < accepted < drafted
+    plain = say(text)[0]
+    assert say(text, ModelDrafter(draft))[0] == plain
+    assert say(text, ModelDrafter(teacher)) == (plain, [4, 4])
 print("same")
 """
     done = subprocess.run(
@@ -355,9 +353,10 @@ def test_an_int8_head_speaks_for_itself(
 
 
 @pytest.mark.parametrize("head", ["float", "int8"])
-def test_a_teacher_drafts_for_itself_with_its_own_head(head: Precision) -> None:
+def test_a_teacher_drafts_for_itself_with_its_own_head(head: Precision, small_teacher: Path) -> None:
     """However other drafts are rounded, every one of its proposals is accepted."""
-    session = Session(find_teacher(None), find_model(str(TEACHER), "--draft"), k=3, max_tokens=64, head=head)
+    folder = str(small_teacher)
+    session = Session(find_teacher(folder), find_model(folder, "--draft"), k=3, max_tokens=64, head=head)
     for text in TEXTS:
         prompt = make_prompt(text, "1")
         output = session.answer(prompt, session.encode([prompt])[0], 0, speculative=True)
@@ -440,7 +439,7 @@ def test_finish_reason_and_streamed_text(session: Session, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("k", [3, 12])
 def test_warming_up_leaves_no_number_of_rows_to_the_timings(
-    weak_draft: Path, prompts: list[list[int]], k: int, monkeypatch: pytest.MonkeyPatch
+    weak_draft: Path, small_teacher: Path, prompts: list[list[int]], k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """GPUs compile a kernel for each: also for the few rows with which a reply ends."""
     taken: set[tuple[int, int]] = set()  # models and rows
@@ -452,8 +451,8 @@ def test_warming_up_leaves_no_number_of_rows_to_the_timings(
         return step(model, tokens, cache, taps)
 
     monkeypatch.setattr(Transformer, "step", noted)
-    for draft in (weak_draft, TEACHER):
-        session = Session(find_teacher(None), find_model(str(draft), "--draft"), k=k)
+    for draft in (weak_draft, small_teacher):
+        session = Session(find_teacher(str(small_teacher)), find_model(str(draft), "--draft"), k=k)
         session.warm_up()
         warm = set(taken)
         for limit in range(1, 20):

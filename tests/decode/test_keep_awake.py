@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TEACHER, arguments, environment
+from conftest import arguments, environment
 
 from decode.keep_awake import awake
 
@@ -105,11 +105,30 @@ def test_a_mac_without_it_works_too(folder: Path) -> None:
     assert process.communicate(timeout=30) == ("done\n", "") and process.returncode == 0
 
 
-def test_collecting_and_training_stay_awake(folder: Path) -> None:
+def test_collecting_and_training_stay_awake(folder: Path, small_teacher: Path) -> None:
     (folder / "text.txt").write_text("The sea was calm and the gulls cried over it. " * 60, encoding="utf-8")
     for name, options in (
-        ("collect", ("--source", "text.txt", "--tokens", 300, "--seq-len", 64, "--teacher", TEACHER, "--out", "data")),
-        ("train", ("--data", "data", "--tokens", 128, "--layers", 1, "--hidden", 64, "--out", "draft")),
+        (
+            "collect",
+            ("--source", "text.txt", "--tokens", 300, "--seq-len", 64, "--teacher", small_teacher, "--out", "data"),
+        ),
+        (
+            "train",
+            (
+                "--teacher",
+                small_teacher,
+                "--data",
+                "data",
+                "--tokens",
+                128,
+                "--layers",
+                1,
+                "--hidden",
+                64,
+                "--out",
+                "draft",
+            ),
+        ),
     ):
         process = start(MAC + arguments("distill")[2], folder, name, *options, "--quiet")
         err = process.communicate(timeout=60)[1]

@@ -28,8 +28,8 @@ def shape_of(folder: Path) -> Shape:
     return Shape.of(json.loads((folder / "config.json").read_text()), "here")
 
 
-def planned(command: Command, *options: object) -> dict[str, Any]:
-    done = command("decode", "plan", *options, "--json", "-")
+def planned(inside: Command, *options: object) -> dict[str, Any]:
+    done = inside("decode", "plan", *options, "--json", "-")
     assert done.code == 0, done.err
     value: dict[str, Any] = json.loads(done.out)
     return value
@@ -60,23 +60,23 @@ def test_a_drafts_bytes_are_those_of_the_loaded_model(folder: Path, bits: int) -
     assert read["total"] == sum(size for part, size in read.items() if part != "total")
 
 
-def test_bitnet_2b(command: Command, tmp_path: Path) -> None:
+def test_bitnet_2b(inside: Command, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(BITNET_2B))
     shape = Shape.of(BITNET_2B, "here")
     assert shape.weights == 30 * sum(n * k for n, k in LINEARS_2B)
-    plan = planned(command, "--teacher", tmp_path, "--chip", "M5", "--context", 0)
+    plan = planned(inside, "--teacher", tmp_path, "--chip", "M5", "--context", 0)
     read = plan["bytes_per_token"]
     assert read["total"] == pytest.approx(1.18e9, rel=0.01) and read["head"] == 2 * 128256 * 2560
     assert read["ternary"] == pytest.approx(521e6, rel=0.01)
     assert plan["plain_tok_per_s"] == pytest.approx(130, rel=0.01)  # 1.18 GB a token at 153 GB/s
-    assert planned(command, "--teacher", tmp_path / "config.json", "--chip", "m5", "--head", "int8", "--context", 0)[
+    assert planned(inside, "--teacher", tmp_path / "config.json", "--chip", "m5", "--head", "int8", "--context", 0)[
         "plain_tok_per_s"
     ] == pytest.approx(180, rel=0.01)
 
 
-def test_predictions_of_a_draft(command: Command) -> None:
+def test_predictions_of_a_draft(inside: Command) -> None:
     plan = planned(
-        command, "--draft", DRAFT / "config.json", "--bandwidth", 50, "--acceptance", 0.7, "--verify-ratio", 1.3
+        inside, "--draft", DRAFT / "config.json", "--bandwidth", 50, "--acceptance", 0.7, "--verify-ratio", 1.3
     )
     assert [entry["k"] for entry in plan["predictions"]] == list(range(1, 9))
     cost = plan["draft_bytes_per_token"]["total"] / plan["bytes_per_token"]["total"]
@@ -86,7 +86,7 @@ def test_predictions_of_a_draft(command: Command) -> None:
     assert third["tok_per_s"] == pytest.approx(plan["plain_tok_per_s"] * third["speedup"])
     best = max(plan["predictions"], key=lambda entry: entry["speedup"])
     assert plan["best_k"] == {"0.7": best["k"]}
-    alone = planned(command, "--bandwidth", 50, "--acceptance", 0.7, "--verify-ratio", 1.3)
+    alone = planned(inside, "--bandwidth", 50, "--acceptance", 0.7, "--verify-ratio", 1.3)
     assert plan["best_draft"] == alone["best_draft"] and set(plan["best_draft"]) == {"0.7"}
     even = plan["break_even_acceptance"]
     assert Costs(cost, 1.3).best_speedup(even) == pytest.approx(1, abs=1e-6)
@@ -120,11 +120,11 @@ def test_without_a_draft_sizes_are_compared() -> None:
         assert (fastest["k"], fastest["speedup"]) == (k, size["speedup"][acceptance])
 
 
-def test_what_does_not_pay_is_never_best(command: Command) -> None:
-    plan = planned(command, "--bandwidth", 50, "--acceptance", 0)
+def test_what_does_not_pay_is_never_best(inside: Command) -> None:
+    plan = planned(inside, "--bandwidth", 50, "--acceptance", 0)
     assert plan["best_draft"] == {"0": None} and plan["predictions"] == []
     assert plan["drafts"] and all(size["speedup"]["0"] < 1 for size in plan["drafts"])
-    assert "none pays at a = 0" in command("decode", "plan", "--bandwidth", 50, "--acceptance", 0).out
+    assert "none pays at a = 0" in inside("decode", "plan", "--bandwidth", 50, "--acceptance", 0).out
 
 
 def test_sizes_are_those_that_training_makes() -> None:
@@ -137,11 +137,11 @@ def test_sizes_are_those_that_training_makes() -> None:
         )
 
 
-def test_for_readers(command: Command) -> None:
-    done = command("decode", "plan", "--chip", "Apple M4 Pro", "--draft", DRAFT)
+def test_for_readers(inside: Command) -> None:
+    done = inside("decode", "plan", "--chip", "Apple M4 Pro", "--draft", DRAFT)
     assert done.code == 0 and "273 GB/s (M4 Pro, as published)" in done.out and "not measured" in done.out
-    for text in (done.out, command("decode", "plan", "--chip", "m1").out):
-        assert "read for a token" in text and "plain decoding at most" in text and "best draft size: 1 x 256" in text
+    for text in (done.out, inside("decode", "plan", "--chip", "m1").out):
+        assert "read for a token" in text and "plain decoding at most" in text and "best draft size: 2 x 256" in text
         assert len(re.findall(r"^  [1-8] +\d+ \(", text, re.MULTILINE)) == 8  # a row of tok/s for each k
 
 
@@ -188,9 +188,9 @@ def test_the_tables_of_the_docs() -> None:
         assert row == [f"{size['layers']} x {size['hidden']}", f"{size['vocab']:,}", megabytes, even, *speedups]
 
 
-def test_bad_input(command: Command, tmp_path: Path) -> None:
+def test_bad_input(inside: Command, tmp_path: Path) -> None:
     def refused(*options: object, parts: tuple[str, ...]) -> None:
-        command("decode", "plan", *options).refused("decode", *parts)
+        inside("decode", "plan", *options).refused("decode", *parts)
 
     refused("--chip", "M4 Prro", parts=("--chip M4 Prro", "did you mean M4 Pro?"))
     refused("--chip", "M1", "--bandwidth", 10, parts=("--chip M1", "--bandwidth"))

@@ -65,7 +65,7 @@ def test_greedy_speculation_changes_nothing(
     rounds = list(generate(teacher, request, ModelDrafter(trimmed), 3))
     assert [t for r in rounds for t in r.tokens] == plain
     # Rows taken for ids would hardly ever be right.
-    assert sum(r.accepted for r in rounds) > 0.2 * sum(r.drafted for r in rounds)
+    assert sum(r.accepted for r in rounds) > 0.1 * sum(r.drafted for r in rounds)
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 20}, {"top_p": 0.8}])
@@ -83,9 +83,10 @@ def test_what_it_samples_from_is_zero_outside_its_tokens(
 
 
 def test_sampling_with_it_keeps_the_teachers_distribution(
-    teacher: Transformer, trimmed: Transformer, kept: np.ndarray, prompt: list[int]
+    small_teacher: Path, trimmed: Transformer, kept: np.ndarray, prompt: list[int]
 ) -> None:
     """Tokens that the draft cannot propose come as often as the teacher alone would say them."""
+    teacher = find_teacher(str(small_teacher)).load()
     sampling = Sampling(temperature=1.5)
     cache = teacher.new_cache()
     teacher.prefill(prompt[:-1], cache)

@@ -16,8 +16,8 @@ LENGTHS = [1, 20, 7, 40]
 
 
 @pytest.fixture(scope="module")
-def teacher() -> Transformer:
-    return find_teacher(None).load("int8")
+def teacher(small_teacher: Path) -> Transformer:
+    return find_teacher(str(small_teacher)).load("int8")
 
 
 @pytest.fixture(scope="module", params=["teacher", "draft"])
