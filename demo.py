@@ -60,7 +60,7 @@ def main() -> int:
         well &= run("decode", "spec", "--draft", folder, "--prompts", PROMPTS, "--compare", "--json", report)
         reports[name] = json.loads(report.read_text(encoding="utf-8"))
 
-    rows = {name: facts(report) for name, report in reports.items()}
+    rows = {name: figures(report) for name, report in reports.items()}
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     any_report = next(iter(reports.values()))
     minutes, seconds = divmod(round(time.perf_counter() - began), 60)
@@ -110,7 +110,7 @@ def run(command: str, *arguments: object) -> bool:
     return code == 0
 
 
-def facts(report: dict[str, Any]) -> dict[str, Any]:
+def figures(report: dict[str, Any]) -> dict[str, Any]:
     """What the table shows of one `decode spec --compare --json`."""
     return {
         "acceptance rate": report["acceptance_rate"],

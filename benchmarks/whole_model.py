@@ -32,13 +32,14 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from benchmarks.standin import BITNET_2B, random_codes
-from decode.engine import ModelDrafter, generate
+from decode.drafters.model import ModelDrafter
+from decode.engine import Request, generate
 from decode.models.cache import KVCache
 from decode.models.checkpoint import find_teacher
-from decode.models.dimensions import Shape
+from decode.models.dimensions import Dimensions
 from decode.models.transformer import Transformer
 from decode.plan import Costs, draft_bytes, teacher_bytes, tokens_per_verification
-from decode.sampling import Sampling
+from decode.timing import timed
 from kernels import BitLinear, swap_bitlinear
 from kernels.backends import device_backend
 from kernels.bandwidth import Bandwidth, CpuReader, GpuReader
@@ -75,7 +76,7 @@ def random_bitnet(config: dict[str, Any], seed: int = 0) -> Any:
 def random_draft(teacher: Transformer, size: str) -> Transformer:
     """A draft of `LAYERSxHIDDEN` for a teacher, with random weights, as it decodes: all int8."""
     layers, hidden = (int(part) for part in size.split("x"))
-    shape = Shape.of_draft(
+    shape = Dimensions.of_draft(
         layers, hidden, kv_ratio=teacher.shape.kv_heads / teacher.shape.heads, vocab=teacher.vocab_size
     )
     config = {
@@ -141,17 +142,16 @@ def step_of(model: Transformer, cache: KVCache, tokens: list[int], offset: int) 
 def generated(model: Transformer, prompt: list[int], queued: bool) -> float:
     """Tokens a second of plain decoding by the engine, with steps queued ahead or not."""
     usual, model.async_decode = model.async_decode, queued
-    rounds = list(generate(model, prompt, max_tokens=GENERATED + 1, end_tokens=frozenset()))
+    rounds = list(timed(generate(model, Request(prompt, GENERATED + 1))))
     model.async_decode = usual
-    return GENERATED / sum(step.verify_seconds for step in rounds[1:])
+    return GENERATED / sum(came - asked for _, asked, came in rounds[1:])
 
 
 def round_seconds(model: Transformer, draft: Transformer, prompt: list[int], k: int) -> float:
     """Median time of a round of the engine that drafts and verifies k tokens, of which random weights accept next to
     none."""
-    drafter = ModelDrafter(draft, Sampling(), frozenset(), 0)
-    rounds = generate(model, prompt, max_tokens=GENERATED, end_tokens=frozenset(), drafter=drafter, k=k)
-    times = [step.draft_seconds + step.verify_seconds for step in rounds if step.drafted == k]
+    rounds = timed(generate(model, Request(prompt, GENERATED), ModelDrafter(draft), k))
+    times = [came - asked for found, asked, came in rounds if found.drafted == k]
     return statistics.median(times[WARM_UP:])
 
 
@@ -238,7 +238,7 @@ def summary(
     rows = [int(m) for m in options.rows.split(",")]
     plain = seconds[str(rows[0])]
     read = teacher_bytes(
-        Shape.of(model.config, options.model), "int8" if options.head == "int8" else "bf16", options.context
+        Dimensions.of(model.config, options.model), "int8" if options.head == "int8" else "bf16", options.context
     )
     report: dict[str, Any] = {
         "model": options.model,
@@ -258,7 +258,9 @@ def summary(
         report["times_stock"] = seconds["stock"] / plain
     if draft is not None:
         cost = seconds["draft"] / plain
-        predicted = Costs(draft_bytes(Shape.of(draft.config, "the draft"), options.context)["total"] / read["total"])
+        predicted = Costs(
+            draft_bytes(Dimensions.of(draft.config, "the draft"), options.context)["total"] / read["total"]
+        )
         report["draft"] = {
             "size": options.draft,
             "cost": cost,

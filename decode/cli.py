@@ -13,7 +13,7 @@ from decode.models.checkpoint import ROOT, find_teacher
 from decode.models.drafts import find_draft
 from decode.models.transformer import Precision
 from decode.options import SeedOption, TeacherOption
-from decode.prompts import gather_prompts
+from decode.prompts import Prompt, gather_prompts
 from decode.sampling import Sampling
 from decode.session import Completion, Session
 from kernels import UserError
@@ -39,8 +39,8 @@ class HeadChoice(StrEnum):
 
 SAMPLES = ROOT / "data" / "prompts-sample.jsonl"
 
-Prompt = Annotated[str | None, typer.Option("--prompt", help="One prompt.")]
-Prompts = Annotated[
+PromptOption = Annotated[str | None, typer.Option("--prompt", help="One prompt.")]
+PromptsOption = Annotated[
     Path | None,
     typer.Option("--prompts", metavar="FILE", help="JSONL with `prompt` or `messages` a line, or plain text lines."),
 ]
@@ -66,8 +66,8 @@ TraceOption = Annotated[
 @app.command()
 def plain(
     teacher: TeacherOption = None,
-    prompt: Prompt = None,
-    prompts: Prompts = None,
+    prompt: PromptOption = None,
+    prompts: PromptsOption = None,
     raw: Raw = False,
     max_tokens: MaxTokens = 128,
     temperature: Temperature = 0.0,
@@ -105,8 +105,8 @@ def spec(
         ),
     ] = None,
     k: Annotated[int, typer.Option("--k", help="Tokens drafted before each verification.")] = 3,
-    prompt: Prompt = None,
-    prompts: Prompts = None,
+    prompt: PromptOption = None,
+    prompts: PromptsOption = None,
     raw: Raw = False,
     max_tokens: MaxTokens = 128,
     temperature: Temperature = 0.0,
@@ -184,8 +184,8 @@ def plan(
     ceilings, not measurements.
     """
     from decode.chips import BANDWIDTH, find_chip, this_chip
-    from decode.models.dimensions import Shape
-    from decode.plan import ACCEPTANCES, check_teacher, describe, find_config, make_plan
+    from decode.models.dimensions import Dimensions
+    from decode.plan import ACCEPTANCES, check_teacher, find_config, make_plan, table
 
     check_json_target(json_file)
     if bandwidth is None:
@@ -195,11 +195,11 @@ def plan(
         raise UserError(f"--chip {chip}: --bandwidth is given too; give one of them")
     teacher_name, config = find_config(teacher, "--teacher")
     check_teacher(config, f"--teacher {teacher_name}")
-    teacher_shape, draft_shape = Shape.of(config, f"--teacher {teacher_name}"), None
+    teacher_shape, draft_shape = Dimensions.of(config, f"--teacher {teacher_name}"), None
     if draft is not None:
         draft, config = find_config(draft, "--draft")
-        draft_shape = Shape.of(config, f"--draft {draft}")
-    facts = make_plan(
+        draft_shape = Dimensions.of(config, f"--draft {draft}")
+    plan_ = make_plan(
         teacher_shape,
         draft_shape,
         bandwidth=bandwidth,
@@ -208,10 +208,10 @@ def plan(
         context=context,
         verify_ratio=verify_ratio,
     )
-    report = {"teacher": teacher_name, "draft": draft, "chip": chip, **facts}
+    report = {"teacher": teacher_name, "draft": draft, "chip": chip, **plan_}
     write_json(json_file, report)
     if json_file != "-" and not quiet:
-        print(describe(report))
+        print(table(report))
 
 
 @app.command()
@@ -229,15 +229,15 @@ def doctor(
         checks.append(check)
         if json_file != "-" and not quiet:
             print(check.line(), flush=True)
-    facts = report(checks)
-    write_json(json_file, facts)
-    if not facts["ok"]:
+    found = report(checks)
+    write_json(json_file, found)
+    if not found["ok"]:
         raise typer.Exit(1)
 
 
 def _answer_all(
     session: Session,
-    prompts: list[Any],
+    prompts: list[Prompt],
     *,
     compare: bool,
     json_file: str | None,
@@ -259,11 +259,11 @@ def _answer_all(
         for index, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
             if len(prompts) > 1:
                 note(f"\n[{index + 1}/{len(prompts)}] {prompt.title}")
-            order = [True, False] if index % 2 else [False, True]
-            for turn in order if compare else [speculative]:
-                shown = show if turn is speculative and not (quiet and json_file == "-") else None
-                output = session.answer(prompt, ids, index, speculative=turn, show=shown)
-                (outputs if turn is speculative else baselines).append(output)
+            order = [True, False] if index % 2 else [False, True]  # so that a machine that slows down slows both
+            for way in order if compare else [speculative]:
+                shown = show if way is speculative and not (quiet and json_file == "-") else None
+                output = session.answer(prompt, ids, index, speculative=way, show=shown)
+                (outputs if way is speculative else baselines).append(output)
             if not (quiet and json_file == "-"):
                 show("\n")
     report = session.report(outputs, baselines)

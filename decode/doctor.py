@@ -189,21 +189,21 @@ def _name_clash() -> Iterator[Check]:
 def _kernels() -> Iterator[Check]:
     from kernels import info
 
-    facts = info.describe()
-    yield Check("device", "ok", f"{facts['device']} ({facts['runs_on']})")
-    asked = "asked for by BITDRAFT_KERNELS" if facts["forced"] else f"made for {facts['runs_on']}"
-    if facts["reason"]:
-        yield Check("backend", "warning", f"{facts['backend']}, slow, since {facts['reason']}")
+    found = info.kernel_info()
+    yield Check("device", "ok", f"{found['device']} ({found['runs_on']})")
+    asked = "asked for by BITDRAFT_KERNELS" if found["forced"] else f"made for {found['runs_on']}"
+    if found["reason"]:
+        yield Check("backend", "warning", f"{found['backend']}, slow, since {found['reason']}")
     else:
-        yield Check("backend", "ok", f"{facts['backend']}, {asked}")
-    if facts["cpu"]:
-        yield Check("processor", "ok", f"{facts['cpu']['instruction_set']}, {facts['cpu']['threads']} threads")
+        yield Check("backend", "ok", f"{found['backend']}, {asked}")
+    if found["cpu"]:
+        yield Check("processor", "ok", f"{found['cpu']['instruction_set']}, {found['cpu']['threads']} threads")
     elif sys.platform == "darwin":
         yield Check("processor", "ok", _chip())
-    for operation, fault in facts["self_test"].items():
+    for operation, fault in found["self_test"].items():
         name = f"self-test {operation}"
-        yield Check(name, "FAILED" if fault else "ok", f"{facts['tested']} kernels" + (f": {fault}" if fault else ""))
-    settings = ", ".join(f"{name} {value}" for name, value in facts["tuning"]["settings"].items())
+        yield Check(name, "FAILED" if fault else "ok", f"{found['tested']} kernels" + (f": {fault}" if fault else ""))
+    settings = ", ".join(f"{name} {value}" for name, value in found["tuning"]["settings"].items())
     yield Check("tuning", "ok", settings or "none stored for this device (python -m kernels tune)")
 
 

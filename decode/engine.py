@@ -38,11 +38,14 @@ class Request:
 def generate(teacher: Transformer, request: Request, drafter: Drafter | None = None, k: int = 0) -> Iterator[Round]:
     """Compute the prompt, now, and return the rounds of the reply, each computed when it is asked for.
 
-    k: most proposals a round. Without a drafter a round is one step of plain decoding.
+    k: most proposals a round. Without a drafter a round is one step of plain decoding. Raises ValueError for a drafter
+    that reads states where they come with other bits than plain decoding has (`FusedStep.EXACT`).
     """
     prompt = request.prompt
     room = min(request.max_tokens, teacher.context - len(prompt))
     cache = teacher.new_cache()
+    if drafter and drafter.taps and teacher.fused_step and not teacher.fused_step.EXACT:
+        raise ValueError("this backend's fused step hands out no states, and has other bits than the steps that do")
     hidden = teacher.prefill(prompt[:-1], cache, drafter.taps if drafter else ())
     if drafter is None:
         return plain(teacher, cache, request, room)
@@ -96,18 +99,17 @@ def speculative(
         # Queued before the proposals are known here, so that the device need not wait for that.
         feed = mx.concatenate([mx.array(sequence[-1:], mx.uint32), mx.array(proposal.tokens, mx.uint32)])
         output = teacher.step(feed, cache, drafter.taps)
+        own = teacher.best_tokens(output.logits) if request.sampling.greedy else output.logits
+        mx.async_eval(own)
+        if computed is not None:
+            computed.before(own)
+        drafted = upto_end(np.array(proposal.tokens, np.int64).tolist(), request.end_tokens)
         if request.sampling.greedy:
-            own = teacher.best_tokens(output.logits)
-            mx.async_eval(own)
-            if computed is not None:
-                computed.before(own)
             choices = np.array(own).tolist()
-            drafted = upto_end(np.array(proposal.tokens, np.int64).tolist(), request.end_tokens)
             accepted = next((i for i, token in enumerate(drafted) if token != choices[i]), len(drafted))
             chosen = choices[accepted]
         else:
-            drafted = upto_end(np.array(proposal.tokens, np.int64).tolist(), request.end_tokens)
-            p = request.sampling.probabilities(np.array(output.logits[: len(drafted) + 1]))
+            p = request.sampling.probabilities(np.array(own[: len(drafted) + 1]))
             accepted, chosen = accept(drafted, proposal.q, p, rng)
         tokens = upto_end([*drafted[:accepted], chosen], request.end_tokens)
         ended = tokens[-1] in request.end_tokens

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def awake() -> Iterator[None]:
+def keep_awake() -> Iterator[None]:
     """Hold off a Mac's idle sleep inside the block; nothing on other systems, or without `caffeinate`.
 
     The display may still sleep, and a closed lid still puts a laptop to sleep.

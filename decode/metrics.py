@@ -39,16 +39,16 @@ class Metrics:
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
 
-    def add(self, step: Round, began: float, done: float) -> None:
+    def add(self, found: Round, began: float, done: float) -> None:
         """Count a round. began, done: when it was asked for and when it came, as its `computed` has time."""
-        self.tokens += len(step.tokens)
+        self.tokens += len(found.tokens)
         self.rounds += 1
-        self.drafted += step.drafted
-        self.accepted += step.accepted
-        self.accepted_at += [0] * (step.drafted - len(self.accepted_at))
-        for i in range(step.accepted):
+        self.drafted += found.drafted
+        self.accepted += found.accepted
+        self.accepted_at += [0] * (found.drafted - len(self.accepted_at))
+        for i in range(found.accepted):
             self.accepted_at[i] += 1
-        proposed = began if step.computed is None else step.computed.seconds
+        proposed = began if found.computed is None else found.computed.seconds
         self.draft_seconds += proposed - began
         self.verify_seconds += done - proposed
 

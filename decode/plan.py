@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from decode.models import formats
 from decode.models.checkpoint import embedded_teacher
-from decode.models.dimensions import Shape
+from decode.models.dimensions import Dimensions
 from decode.models.hub import fetch_by_name
 from kernels import UserError
 from kernels.files import read_json
@@ -67,7 +67,7 @@ def break_even(costs: Costs) -> float | None:
     return high
 
 
-def teacher_bytes(shape: Shape, head: Literal["bf16", "int8"], context: int) -> dict[str, int]:
+def teacher_bytes(shape: Dimensions, head: Literal["bf16", "int8"], context: int) -> dict[str, int]:
     """Bytes that a BitNet teacher reads for a token, by part and in total.
 
     Ternary weights take two bits; a scale of an output is float32, and so are keys and values.
@@ -81,7 +81,7 @@ def teacher_bytes(shape: Shape, head: Literal["bf16", "int8"], context: int) -> 
     )
 
 
-def draft_bytes(shape: Shape, context: int) -> dict[str, int]:
+def draft_bytes(shape: Dimensions, context: int) -> dict[str, int]:
     """The same of a draft. When it decodes, its matrices are int8, and ternary where they are in its checkpoint."""
     return _total(
         layers=shape.weights * shape.layer_bits // 8 + 4 * shape.outputs,
@@ -96,8 +96,8 @@ def _total(**parts: int) -> dict[str, int]:
 
 
 def make_plan(
-    teacher: Shape,
-    draft: Shape | None,
+    teacher: Dimensions,
+    draft: Dimensions | None,
     *,
     bandwidth: float,
     acceptances: Sequence[float] = ACCEPTANCES,
@@ -158,13 +158,13 @@ def _prediction(costs: Costs, plain: float, acceptance: float, k: int) -> dict[s
 
 
 def _sizes(
-    teacher: Shape, read: int, context: int, verify_ratio: float, acceptances: Sequence[float]
+    teacher: Dimensions, read: int, context: int, verify_ratio: float, acceptances: Sequence[float]
 ) -> list[dict[str, Any]]:
     """Drafts of several sizes, each with the whole head and with a quarter of it, as far as they can pay."""
     sizes = []
     for layers, hidden in DRAFTS:
         for rows in (teacher.vocab, teacher.vocab // 4):
-            shape = Shape.of_draft(layers, hidden, kv_ratio=teacher.kv_ratio, vocab=teacher.vocab, head_rows=rows)
+            shape = Dimensions.of_draft(layers, hidden, kv_ratio=teacher.kv_ratio, vocab=teacher.vocab, head_rows=rows)
             drafted = draft_bytes(shape, context)
             costs = Costs(drafted["total"] / read, verify_ratio)
             if costs.draft >= 1:
@@ -232,7 +232,7 @@ def find_config(name: str | None, option: str) -> tuple[str, dict[str, Any]]:
     return name, read_json(fetch_by_name(name, option, "file or folder", fetch))
 
 
-def describe(plan: dict[str, Any]) -> str:
+def table(plan: dict[str, Any]) -> str:
     """The plan for a reader. `chip`, where the plan has it, is named."""
     chip = f" ({plan['chip']}, as published)" if plan.get("chip") else ""
     lines = [

@@ -136,11 +136,11 @@ class Session:
         began = time.perf_counter()
         rounds = generate(self.teacher, request, drafter, self.k)
         output.metrics.prefill_seconds = time.perf_counter() - began
-        for step, asked, came in timed(rounds):
-            output.metrics.add(step, asked, came)
-            output.tokens += step.tokens
+        for found, asked, came in timed(rounds):
+            output.metrics.add(found, asked, came)
+            output.tokens += found.tokens
             if show is not None:
-                show(streamer.push(step.tokens))
+                show(streamer.push(found.tokens))
         if show is not None:
             show(streamer.finish())
         if output.tokens and output.tokens[-1] in self.tokenizer.end_tokens:

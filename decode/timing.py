@@ -9,7 +9,7 @@ from typing import TypeVar
 import mlx.core as mx
 import numpy as np
 
-from kernels.backends import Backend
+from kernels.ops import Backend
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 from tqdm import tqdm
 
-from decode.keep_awake import awake
+from decode.keep_awake import keep_awake
 from decode.models.checkpoint import RUNS, find_teacher
 from decode.options import TeacherOption
 from distill.cli_models import convert, evaluate, publish
@@ -95,7 +95,7 @@ def collect(
         )
     if not dry_run:
         try:
-            with awake():
+            with keep_awake():
                 dataset = collector.run()
         except KeyboardInterrupt:
             raise Interrupted("finished shards are kept; the same command goes on from there") from None
@@ -193,7 +193,7 @@ def train(
     out = out or default_folder(settings, data, checkpoint.name, checkpoint.weights_hash)
     backend()  # hooks a fast BLAS into MLX on Linux CPUs
     try:
-        with awake():
+        with keep_awake():
             summary = run_training(data, checkpoint.folder, out, settings, quiet=quiet)
     except KeyboardInterrupt as error:
         raise Interrupted(str(error)) from None
@@ -243,7 +243,7 @@ def run_recipe(
         return
     bars = Bars(quiet)
     try:
-        with awake():
+        with keep_awake():
             records = Pipeline(plan, find_teacher(plan.teacher), quiet, bars, bars.close).run(start.value)
     except KeyboardInterrupt as error:
         raise Interrupted(str(error) or "what is done is kept; the same command goes on from there") from None

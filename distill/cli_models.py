@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from decode.keep_awake import awake
+from decode.keep_awake import keep_awake
 from decode.models.checkpoint import RUNS, find_teacher
 from decode.models.drafts import find_draft, newest_draft
 from decode.options import TeacherOption
@@ -56,7 +56,7 @@ def evaluate(
     draft_checkpoint = find_draft(str(newest) if newest else draft, teacher_checkpoint).draft
     folder = out or default_folder(draft_checkpoint)
     try:
-        with awake():
+        with keep_awake():
             report = run_evaluation(teacher_checkpoint, draft_checkpoint, settings, folder, quiet)
     except KeyboardInterrupt as error:
         raise Interrupted(str(error)) from None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from decode.chips import BANDWIDTH
-from decode.models.dimensions import Shape
+from decode.models.dimensions import Dimensions
 from decode.models.hub import NotFound
 from decode.plan import find_config
 from distill.data.prompts import wants_reply
@@ -78,12 +78,12 @@ class Work:
         return self.memory is None or self.memory < mac.memory * 1e9 * 2 / 3
 
 
-def read_bytes(teacher: Shape) -> float:
+def read_bytes(teacher: Dimensions) -> float:
     """Bytes of a BitNet teacher's weights, on disk, in memory and read for a token: two bits each, and its head."""
     return teacher.weights / 4 + 2 * teacher.head_weights
 
 
-def operations(teacher: Shape, context: float) -> float:
+def operations(teacher: Dimensions, context: float) -> float:
     """Floating-point operations of a token that sees `context` others."""
     attention = 4 * teacher.layers * teacher.heads * teacher.head_dim * context
     return 2 * (teacher.weights + teacher.head_weights) + attention
@@ -115,7 +115,7 @@ def predict(recipe: Recipe, config: dict[str, Any] | None) -> list[Work]:
             Work("train", _training(recipe), None, None, None),
             Work("evaluate", _evaluation(recipe, prompts), None, None, None),
         ]
-    teacher = Shape.of(config, f"config.json of {recipe.teacher}")
+    teacher = Dimensions.of(config, f"config.json of {recipe.teacher}")
     recipe.check_for(config)
     train = recipe.train
     shape = DraftConfig.for_config(config, f"config.json of {recipe.teacher}", train.layers, train.hidden, train.vocab)
@@ -126,7 +126,7 @@ def predict(recipe: Recipe, config: dict[str, Any] | None) -> list[Work]:
     ]
 
 
-def _collect(recipe: Recipe, teacher: Shape) -> Work:
+def _collect(recipe: Recipe, teacher: Dimensions) -> Work:
     """Replies are written in batches, their prompts counted like them, then everything is scored once."""
     settings = recipe.collect
     context = settings.seq_len / 2
@@ -149,7 +149,7 @@ def _collect(recipe: Recipe, teacher: Shape) -> Work:
     return Work("collect", _collection(recipe), disk, memory, (reply, score))
 
 
-def _train(recipe: Recipe, teacher: Shape, shape: DraftConfig) -> Work:
+def _train(recipe: Recipe, teacher: Dimensions, shape: DraftConfig) -> Work:
     """Forward and backward are three times the forward's operations; AdamW reads four numbers a parameter and
     writes three, in float32."""
     settings = recipe.train
@@ -171,7 +171,7 @@ def _train(recipe: Recipe, teacher: Shape, shape: DraftConfig) -> Work:
     return Work("train", _training(recipe), disk, memory, ((0.0, operations), (optimizer, 0.0)))
 
 
-def _evaluate(recipe: Recipe, teacher: Shape, shape: DraftConfig, prompts: int) -> Work:
+def _evaluate(recipe: Recipe, teacher: Dimensions, shape: DraftConfig, prompts: int) -> Work:
     """Plain decoding of every prompt to the last token, and as much again for the speculative one."""
     tokens = 2 * prompts * recipe.evaluate.max_tokens
     moved = tokens * (read_bytes(teacher) + teacher.cache_bytes(1) * recipe.evaluate.max_tokens / 2)
@@ -197,7 +197,7 @@ def _evaluation(recipe: Recipe, prompts: int) -> str:
 
 def teacher_bytes(config: dict[str, Any]) -> float:
     """Bytes of a teacher's weights, on disk as in memory."""
-    return read_bytes(Shape.of(config, "config.json"))
+    return read_bytes(Dimensions.of(config, "config.json"))
 
 
 def report(works: list[Work]) -> list[dict[str, Any]]:

@@ -115,10 +115,10 @@ def tune(
 def info(json_file: JsonOption = None, quiet: QuietOption = False) -> None:
     """Say which backend runs here and why, and test its operations."""
     check_json_target(json_file)
-    facts = information.describe()
-    write_json(json_file, facts)
+    found = information.kernel_info()
+    write_json(json_file, found)
     if json_file != "-" and not quiet:
-        print("\n".join(information.lines(facts)))
+        print("\n".join(information.lines(found)))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from kernels.ops import Backend
 from kernels.self_test import operation_faults
 
 
-def describe() -> dict[str, Any]:
+def kernel_info() -> dict[str, Any]:
     """backend, reason (why it is the reference, in whole or in part, where nobody asked for that, else None),
     runs_on, device, versions; instruction_sets and threads of the native CPU kernels, else None; self_test:
     operation -> None or its fault; tuning: its file and what applies here.
@@ -54,19 +54,19 @@ def _processor(chosen: Backend) -> dict[str, Any] | None:
     }
 
 
-def lines(facts: dict[str, Any]) -> list[str]:
+def lines(found: dict[str, Any]) -> list[str]:
     """For a reader."""
-    asked = "asked for by BITDRAFT_KERNELS" if facts["forced"] else f"made for {facts['runs_on']}"
+    asked = "asked for by BITDRAFT_KERNELS" if found["forced"] else f"made for {found['runs_on']}"
     text = [
-        f"backend    {facts['backend']}: {facts['reason'] or asked}",
-        f"device     {facts['device']} ({facts['runs_on']})",
-        "versions   " + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
+        f"backend    {found['backend']}: {found['reason'] or asked}",
+        f"device     {found['device']} ({found['runs_on']})",
+        "versions   " + ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
     ]
-    if facts["cpu"]:
-        sets = ", ".join(facts["cpu"]["instruction_sets"])
-        text.append(f"processor  {facts['cpu']['instruction_set']} of {sets}; {facts['cpu']['threads']} threads")
-    for operation, fault in facts["self_test"].items():
-        text.append(f"self-test  {facts['tested']} {operation}: {fault or 'ok'}")
-    settings = ", ".join(f"{name} {value}" for name, value in facts["tuning"]["settings"].items())
-    text.append(f"tuning     {settings or 'none'} ({facts['tuning']['file']})")
+    if found["cpu"]:
+        sets = ", ".join(found["cpu"]["instruction_sets"])
+        text.append(f"processor  {found['cpu']['instruction_set']} of {sets}; {found['cpu']['threads']} threads")
+    for operation, fault in found["self_test"].items():
+        text.append(f"self-test  {found['tested']} {operation}: {fault or 'ok'}")
+    settings = ", ".join(f"{name} {value}" for name, value in found["tuning"]["settings"].items())
+    text.append(f"tuning     {settings or 'none'} ({found['tuning']['file']})")
     return text

@@ -173,8 +173,11 @@ def check_attention(qkv: mx.array, k_cache: mx.array, v_cache: mx.array, spans: 
 
 
 class FusedStep(Protocol):
-    """A model's decoding step of 1..SMALL_ROWS tokens of one sequence as one operation, with the bits of the single
-    ones where those are a backend's own."""
+    """A model's decoding step of 1..SMALL_ROWS tokens of one sequence as one operation."""
+
+    # Whether its logits have the bits of the backend's single operations, not only of its own rows alone: without that
+    # a drafter that reads states, which only those give, would be verified by another teacher than plain decoding's.
+    EXACT: bool
 
     def __call__(
         self, tokens: Sequence[int] | mx.array, keys: list[mx.array], values: list[mx.array], offset: int

@@ -22,6 +22,7 @@ import mlx.core as mx
 import numpy as np
 
 from kernels import reference
+from kernels.errors import first_line
 from kernels.ops import SMALL_ROWS, AttentionShape, Backend, Epilogue, FusedStep, Layer, Spans, Weight
 
 TOLERANCE = 1e-5  # of the largest value: float32 sums in another order
@@ -52,7 +53,7 @@ def operation_faults(candidate: Backend) -> Iterator[tuple[str, str | None]]:
             what = check(candidate, np.random.default_rng(0))
             fault = None if what is None else f"{name} {what}"
         except Exception as error:  # a compiler's complaint about a kernel has no type of its own
-            fault = f"{name}: {(str(error).strip() or type(error).__name__).splitlines()[0][:200]}"
+            fault = f"{name}: {first_line(error)[:200]}"
         yield name, fault
 
 

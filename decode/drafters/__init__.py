@@ -49,7 +49,7 @@ class Drafter(Protocol):
         ...
 
     def propose(self, sequence: list[int], k: int) -> Proposal:
-        """Up to k tokens, at least 1, that may follow `sequence`: the prompt and all that was emitted behind it."""
+        """Up to k tokens (k at least 1), perhaps none, that may follow `sequence`: the prompt and what was emitted."""
         ...
 
     def accept(self, sequence: list[int], accepted: int, hidden: Hidden) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 from decode.drafters import Hidden, Proposal
 from decode.models.transformer import Transformer
 from decode.sampling import Sampling, draw
+from kernels.ops import SMALL_ROWS
 
 
 class ModelDrafter:
@@ -39,6 +40,9 @@ class ModelDrafter:
         """Greedily k tokens, still being computed, some of them perhaps behind an end token; sampling, up to k and none
         behind one."""
         unseen = sequence[self.cache.offset :]
+        if len(unseen) > SMALL_ROWS:  # it was not asked for a while
+            self.model.prefill(unseen[:-1], self.cache)
+            unseen = unseen[-1:]
         if self.sampling.greedy:
             return Proposal(self.model.greedy_tokens(unseen, self.cache, k))
         drafted: list[int] = []

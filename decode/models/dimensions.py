@@ -13,7 +13,7 @@ DRAFT_HEAD_DIM = 64
 
 
 @dataclass(frozen=True)
-class Shape:
+class Dimensions:
     """What decides how many bytes a model reads for a token."""
 
     layers: int
@@ -27,7 +27,7 @@ class Shape:
     layer_bits: int = 8  # of a weight of the layers when it decodes: 2 in a BitNet, else int8
 
     @classmethod
-    def of(cls, config: dict[str, Any], where: str) -> Shape:
+    def of(cls, config: dict[str, Any], where: str) -> Dimensions:
         """From the config.json of a teacher or a draft; UserError, naming `where` and the key that is no size."""
         try:
             heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
@@ -49,7 +49,9 @@ class Shape:
             raise UserError(f"{where}: {error}") from None
 
     @classmethod
-    def of_draft(cls, layers: int, hidden: int, *, kv_ratio: float, vocab: int, head_rows: int | None = None) -> Shape:
+    def of_draft(
+        cls, layers: int, hidden: int, *, kv_ratio: float, vocab: int, head_rows: int | None = None
+    ) -> Dimensions:
         """The draft that `distill train --layers --hidden --vocab` makes.
 
         hidden: a multiple of 64; kv_ratio: the teacher's key/value heads over its heads.

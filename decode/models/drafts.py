@@ -98,7 +98,8 @@ def _made_for(draft_json: Path, teacher: Checkpoint) -> bool:
 
 def _evaluations(runs: Path, drafts: list[Path]) -> Iterator[dict[str, Any]]:
     """The complete evaluations under `runs`, or beside a draft, that this version's metrics made on this device."""
-    here = {"device": device_name(), "backend": backend().NAME, "metrics_version": VERSION, "complete": True}
+    here = {"device": device_name(), "backend": backend().NAME, "metrics_version": VERSION}
+    here |= {"complete": True, "identical": True}
     paths = dict.fromkeys([*runs.glob(f"**/{EVALUATION}"), *(draft / EVALUATION for draft in drafts)])
     for path in paths:
         try:

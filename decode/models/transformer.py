@@ -163,18 +163,6 @@ class Transformer:
         ids = tokens if isinstance(tokens, mx.array) else np.asarray(tokens, np.int32)
         rows = ids.shape[-1]
         cache.reserve(rows)
-        if (
-            self.fused_step is not None
-            and isinstance(cache, KVCache)
-            and not taps
-            and len(cache.offsets) == 1
-            and rows <= SMALL_ROWS
-        ):
-            flat = ids.reshape(-1)
-            given = flat if isinstance(flat, mx.array) else flat.tolist()
-            logits = self.fused_step(given, cache.keys, cache.values, cache.offset)
-            cache.advance(rows)
-            return Forward({}, lambda: logits)
         x = self.embedding[mx.array(ids).reshape(-1)].astype(mx.float32)
         linear, eps = self.ops.linear, self.eps
         hidden = {}
@@ -192,14 +180,24 @@ class Transformer:
     def step(self, tokens: Tokens, cache: KVCache, taps: Sequence[int] = ()) -> Forward:
         """The lossless path: a few new tokens of one sequence, each with the bits that it has alone.
 
-        As `forward`, but more than SMALL_ROWS tokens are run in groups of so many.
+        As `forward`, but more than SMALL_ROWS tokens are run in groups of so many, and through the fused step where
+        there is one. That hands out no states: with taps the layers run one by one, on CPUs with the same bits.
         """
         cache.reserve(len(tokens))
-        groups = [self.forward(tokens[i : i + SMALL_ROWS], cache, taps) for i in range(0, len(tokens), SMALL_ROWS)]
+        groups = [self._few(tokens[i : i + SMALL_ROWS], cache, taps) for i in range(0, len(tokens), SMALL_ROWS)]
         if len(groups) == 1:
             return groups[0]
         hidden = {tap: mx.concatenate([group.hidden[tap] for group in groups]) for tap in taps}
         return Forward(hidden, lambda: mx.concatenate([group.logits for group in groups]))
+
+    def _few(self, tokens: Tokens, cache: KVCache, taps: Sequence[int]) -> Forward:
+        """At most SMALL_ROWS tokens of one sequence."""
+        if self.fused_step is None or taps:
+            return self.forward(tokens, cache, taps)
+        ids = tokens if isinstance(tokens, mx.array) else np.asarray(tokens, np.int32).tolist()
+        logits = self.fused_step(ids, cache.keys, cache.values, cache.offset)
+        cache.advance(len(tokens))
+        return Forward({}, lambda: logits)
 
     def prefill(self, tokens: Tokens, cache: KVCache, taps: Sequence[int] = ()) -> dict[int, mx.array]:
         """Put a prompt of one sequence into the cache, and return its tapped states, float32 [m, hidden] a layer.
@@ -221,7 +219,6 @@ class Transformer:
 
         tokens: at most SMALL_ROWS ids of one sequence. The cache moves on by all of them and all choices but the last.
         """
-        # A cache that grew between two steps would be copied without waiting for the first to write to it.
         rows = len(tokens) + count - 1
         cache.reserve(rows)
         if self.fused_step is not None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from decode.metal import limit_memory
 from decode.models.checkpoint import RUNS, Checkpoint
-from decode.models.dimensions import Shape
+from decode.models.dimensions import Dimensions
 from decode.models.transformer import Transformer
 from decode.tokenizer import Tokenizer
 from distill.data.manifest import MANIFEST, Manifest, ScoredFrom, Settings, folder_name
@@ -260,7 +260,7 @@ class Collector:
         ]
 
     def _reply_pass(self) -> ReplyPass:
-        shape = Shape.of(self.plan.teacher.config, str(self.plan.teacher.folder))
+        shape = Dimensions.of(self.plan.teacher.config, str(self.plan.teacher.folder))
         return ReplyPass(self.model, self.tokenizer, shape, self.settings, self.progress)
 
     def _scorer(self) -> Scorer:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from decode.models.dimensions import Shape
+from decode.models.dimensions import Dimensions
 from decode.models.transformer import Transformer
 from decode.tokenizer import Tokenizer
 from distill.data.packing import MIN_SEGMENT, cut, segment
@@ -89,7 +89,12 @@ class ReplyPass:
     """Fills a reply dataset, going on where an earlier run stopped."""
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, shape: Shape, settings: CollectSettings, progress: Progress
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        shape: Dimensions,
+        settings: CollectSettings,
+        progress: Progress,
     ) -> None:
         self.model, self.tokenizer, self.shape = model, tokenizer, shape
         self.settings, self.progress = settings, progress

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from decode.models import draft_vocabulary
-from decode.models.dimensions import DRAFT_HEAD_DIM, Shape
+from decode.models.dimensions import DRAFT_HEAD_DIM, Dimensions
 from kernels.errors import UserError
 from kernels.files import read_json
 
@@ -53,7 +53,7 @@ class DraftConfig:
             rope = teacher.get("rope_parameters") or {}  # where transformers 5 writes it
             teacher_heads = int(teacher["num_attention_heads"])
             ratio = int(teacher.get("num_key_value_heads") or teacher_heads) / teacher_heads
-            shape = Shape.of_draft(layers, hidden, kv_ratio=ratio, vocab=int(teacher["vocab_size"]))
+            shape = Dimensions.of_draft(layers, hidden, kv_ratio=ratio, vocab=int(teacher["vocab_size"]))
             return cls(
                 layers=layers,
                 hidden=hidden,

@@ -35,6 +35,7 @@ class CudaFusedStep:
     shape: AttentionShape
     constants: dict[str, int]  # of fused_step.cu
 
+    EXACT: ClassVar[bool] = False  # sums are in another order than those of the single kernels
     # All launches wait for each other through this. MLX does not know that they write to the caches; and two models'
     # at once, each on a part of the multiprocessors, would wait for the other part for ever.
     after: ClassVar[mx.array | None] = None

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import arguments, environment
 
-from decode.keep_awake import awake
+from decode.keep_awake import keep_awake
 
 # Ends as the real one does: told to, or when the process it was given does.
 CAFFEINATE = """#!/bin/sh
@@ -56,7 +56,7 @@ def wait_for(file: Path) -> None:
 def test_it_lasts_as_long_as_the_work(folder: Path) -> None:
     work = f"""{MAC}
 import os, pathlib, time
-with keep_awake.awake():
+with keep_awake.keep_awake():
     while not pathlib.Path("started").exists(): time.sleep(0.01)
     assert not pathlib.Path("ended").exists()
     print(os.getpid())
@@ -75,7 +75,7 @@ def test_ctrl_c_is_not_for_it_and_a_kill_ends_it(folder: Path, number: int) -> N
 import signal, sys, time
 if {number} == signal.SIGINT:  # as training does: the step is ended, the state saved
     signal.signal(signal.SIGINT, lambda *_: time.sleep(0.5) or sys.exit(0))
-with keep_awake.awake():
+with keep_awake.keep_awake():
     time.sleep(60)
 """
     process = start(work, folder)
@@ -87,31 +87,28 @@ with keep_awake.awake():
 
 
 def test_an_error_of_the_work_is_passed_on_and_ends_it(folder: Path) -> None:
-    process = start(f"{MAC}\nwith keep_awake.awake():\n    raise ValueError('mine')", folder)
+    process = start(f"{MAC}\nwith keep_awake.keep_awake():\n    raise ValueError('mine')", folder)
     assert "mine" in process.communicate(timeout=30)[1] and process.returncode == 1
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="macOS has it")
 def test_elsewhere_nothing_is_started(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(folder / "bin"), prepend=":")
-    with awake():
+    with keep_awake():
         time.sleep(0.2)
     assert not (folder / "started").exists()
 
 
 def test_a_mac_without_it_works_too(folder: Path) -> None:
     (folder / "bin" / "caffeinate").write_bytes(b"\x00")  # nothing that can be run
-    process = start(f"{MAC}\nwith keep_awake.awake():\n    print('done')", folder)
+    process = start(f"{MAC}\nwith keep_awake.keep_awake():\n    print('done')", folder)
     assert process.communicate(timeout=30) == ("done\n", "") and process.returncode == 0
 
 
 def test_collecting_and_training_stay_awake(folder: Path, small_teacher: Path) -> None:
     (folder / "text.txt").write_text("The sea was calm and the gulls cried over it. " * 60, encoding="utf-8")
     for name, options in (
-        (
-            "collect",
-            ("--source", "text.txt", "--tokens", 300, "--seq-len", 64, "--teacher", small_teacher, "--out", "data"),
-        ),
+        ("collect", ("--source", "text.txt", "--tokens", 300, "--seq-len", 64, "--out", "data")),
         (
             "train",
             (
@@ -130,7 +127,7 @@ def test_collecting_and_training_stay_awake(folder: Path, small_teacher: Path) -
             ),
         ),
     ):
-        process = start(MAC + arguments("distill")[2], folder, name, *options, "--quiet")
+        process = start(MAC + arguments("distill")[2], folder, name, *options, "--teacher", small_teacher, "--quiet")
         err = process.communicate(timeout=60)[1]
         assert process.returncode == 0, err
         assert (folder / "started").exists() and (folder / "ended").exists()

@@ -12,7 +12,7 @@ from conftest import ROOT, TEACHER, Command
 
 from decode.chips import APPLE, chip_of
 from decode.models.checkpoint import find_model
-from decode.models.dimensions import Shape
+from decode.models.dimensions import Dimensions
 from decode.plan import DRAFTS, Costs, break_even, draft_bytes, make_plan, teacher_bytes, tokens_per_verification
 from kernels.ops import DenseWeight, TernaryWeight
 
@@ -24,8 +24,8 @@ BITNET_2B = {
 }  # fmt: skip
 
 
-def shape_of(folder: Path) -> Shape:
-    return Shape.of(json.loads((folder / "config.json").read_text()), "here")
+def shape_of(folder: Path) -> Dimensions:
+    return Dimensions.of(json.loads((folder / "config.json").read_text()), "here")
 
 
 def planned(inside: Command, *options: object) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def test_a_drafts_bytes_are_those_of_the_loaded_model(folder: Path, bits: int) -
 
 def test_bitnet_2b(inside: Command, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(BITNET_2B))
-    shape = Shape.of(BITNET_2B, "here")
+    shape = Dimensions.of(BITNET_2B, "here")
     assert shape.weights == 30 * sum(n * k for n, k in LINEARS_2B)
     plan = planned(inside, "--teacher", tmp_path, "--chip", "M5", "--context", 0)
     read = plan["bytes_per_token"]
@@ -99,7 +99,7 @@ def test_a_draft_as_costly_as_its_teacher_never_pays() -> None:
 
 
 def test_without_a_draft_sizes_are_compared() -> None:
-    plan = make_plan(Shape.of(BITNET_2B, "here"), None, bandwidth=273, acceptances=(0.6, 0.8))
+    plan = make_plan(Dimensions.of(BITNET_2B, "here"), None, bandwidth=273, acceptances=(0.6, 0.8))
     by_size = {(size["layers"], size["hidden"], size["vocab"]): size for size in plan["drafts"]}
     whole, trimmed = by_size[6, 768, 128256], by_size[6, 768, 32064]
     assert trimmed["bytes_per_token"]["head"] < whole["bytes_per_token"]["head"] / 3.9
@@ -107,7 +107,7 @@ def test_without_a_draft_sizes_are_compared() -> None:
     for acceptance, best in plan["best_draft"].items():
         free = Costs(0.0).best_speedup(float(acceptance))
         kept = by_size[best["layers"], best["hidden"], best["vocab"]]["speedup"][acceptance] / free
-        larger = [s for s in plan["drafts"] if s["layer_parameters"] > Shape.of_draft(
+        larger = [s for s in plan["drafts"] if s["layer_parameters"] > Dimensions.of_draft(
             best["layers"], best["hidden"], kv_ratio=0.25, vocab=128256).weights]  # fmt: skip
         assert kept >= 0.8 and all(s["speedup"][acceptance] < 0.8 * free for s in larger)
     assert {entry["acceptance"] for entry in plan["predictions"]} == {0.6, 0.8}
@@ -132,7 +132,7 @@ def test_sizes_are_those_that_training_makes() -> None:
 
     for layers, hidden in ((2, 256), (6, 768)):
         config = DraftConfig.for_teacher(TEACHER, layers, hidden)
-        assert Shape.of(config.to_json(), "here") == Shape.of_draft(
+        assert Dimensions.of(config.to_json(), "here") == Dimensions.of_draft(
             layers, hidden, kv_ratio=shape_of(TEACHER).kv_ratio, vocab=16384
         )
 
@@ -160,7 +160,10 @@ def test_devices_by_the_names_of_their_drivers() -> None:
 def test_the_tables_of_the_docs() -> None:
     """docs/plan.md, row by row, from the program."""
     text = (ROOT / "docs" / "plan.md").read_text()
-    teacher, draft = Shape.of(BITNET_2B, "here"), Shape.of_draft(6, 768, kv_ratio=0.25, vocab=128256, head_rows=32064)
+    teacher, draft = (
+        Dimensions.of(BITNET_2B, "here"),
+        Dimensions.of_draft(6, 768, kv_ratio=0.25, vocab=128256, head_rows=32064),
+    )
 
     def cells(line: str) -> list[str]:
         return [cell.strip() for cell in line.strip("| ").split("|")]
@@ -203,7 +206,7 @@ def test_bad_input(inside: Command, tmp_path: Path) -> None:
     refused("--bandwidth", 50, "--context", -1, parts=("--context -1",))
     refused("--bandwidth", 50, "--teacher", tmp_path / "none", parts=("--teacher", "no such file"))
     refused("--bandwidth", 50, "--teacher", "~nobody-here", parts=("--teacher ~nobody-here", "no such file"))
-    refused("--bandwidth", 50, "--teacher", "maker/none", parts=("--teacher maker/none", "HF_HUB_OFFLINE"))
+    refused("--bandwidth", 50, "--teacher", "maker/none", parts=("--teacher maker/none", "never downloaded"))
     refused("--bandwidth", 50, "--teacher", DRAFT, parts=("--teacher", "not a BitNet", "'llama'"))
     refused("--bandwidth", 50, "--teacher", tmp_path, parts=("config.json: missing",))
     (tmp_path / "config.json").write_text(json.dumps({**BITNET_2B, "hidden_size": "wide"}))

@@ -125,9 +125,9 @@ def test_draw_follows_the_distribution() -> None:
 
 def test_temperature() -> None:
     logits = np.array([[0.0, 1.0, 2.0]], np.float32)
-    for heat in (0.5, 1.0, 2.0):
-        expected = np.exp(logits[0] / heat) / np.exp(logits[0] / heat).sum()
-        np.testing.assert_allclose(Sampling(heat).probabilities(logits)[0], expected, rtol=1e-6)
+    for temperature in (0.5, 1.0, 2.0):
+        expected = np.exp(logits[0] / temperature) / np.exp(logits[0] / temperature).sum()
+        np.testing.assert_allclose(Sampling(temperature).probabilities(logits)[0], expected, rtol=1e-6)
     # No temperature is so low that it overflows.
     np.testing.assert_array_equal(Sampling(1e-300).probabilities(logits), [[0, 0, 1]])
 

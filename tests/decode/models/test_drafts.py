@@ -43,6 +43,7 @@ def evaluated(folder: Path, draft: Path, speedup: float, teacher: Checkpoint, **
     """An evaluation.json in `folder`, as `distill evaluate` writes it on this device."""
     report = {
         "complete": True,
+        "identical": True,
         "device": device_name(),
         "backend": backend().NAME,
         "metrics_version": VERSION,
@@ -109,6 +110,7 @@ def test_the_fastest_on_this_device_wins(runs: Path, teacher: Checkpoint) -> Non
         {"backend": "another"},
         {"metrics_version": VERSION + 1},
         {"complete": False},
+        {"identical": False},
         {"without_looping": {"prompts": 0, "speedup": 2.0}},
         {"identity": {"draft": 7}},
         {"identity": None},
