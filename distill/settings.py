@@ -137,7 +137,8 @@ class Setting:
                 if value in (None, self.default)
                 else [self.flag if value else f"--no-{self.flag.removeprefix('--')}"]
             )
-        return [word for part in parts for word in (self.flag, f"{part}".removesuffix(".0"))]
+        typed = [f"{part}".removesuffix(".0") if self.kind is float else str(part) for part in parts]
+        return [word for part in typed for word in (self.flag, part)]
 
 
 class Settings:
