@@ -21,7 +21,7 @@ from decode.models.checkpoint import RUNS, Checkpoint
 from decode.models.dimensions import Shape
 from decode.models.transformer import Transformer
 from decode.tokenizer import Tokenizer
-from distill.data.manifest import MANIFEST, Manifest, ScoredFrom, Settings, folder_name
+from distill.data.manifest import FORMAT, MANIFEST, Manifest, ScoredFrom, Settings, folder_name
 from distill.data.packing import MIN_SEGMENT, Row, cut, pack, segment
 from distill.data.prompts import Chosen, choose_documents, wants_reply
 from distill.data.replies import generate_replies
@@ -107,6 +107,8 @@ def plan_scoring(
         if setting.key in given and setting.name not in OF_SCORES:
             raise UserError(f"--replies {folder}: these are written; {setting.flag} would decide new ones")
     replies = Replies.open(folder)
+    if replies.format != FORMAT:
+        raise UserError(f"--replies {folder}: is of the older format {replies.format}, and cannot be scored again")
     if not replies.complete:
         raise UserError(f"--replies {folder}: is not complete; the command that began it goes on with it")
     mine, values = _of_teacher(teacher), replies.settings.values
@@ -176,8 +178,8 @@ class Collector:
             return writer.manifest.complete
 
     def run(self) -> Dataset:
-        """Collect, or go on where an earlier run with the same settings stopped. Of whole replies no source is read
-        again, and of a whole dataset no replies."""
+        """Collect, or go on where an earlier run with the same settings stopped. Where the replies are whole, none is
+        made; where the dataset is, none is read."""
         with ShardWriter.open(self.plan.folder, self.plan.manifest) as writer:
             if writer.manifest.complete:
                 return Dataset.open(self.plan.folder)

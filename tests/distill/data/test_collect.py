@@ -394,6 +394,7 @@ def test_replies_that_cannot_be_scored(
     refused(f"was written by .*, not by {teacher.name}", change=(teacher.weights_hash, "0" * 64))
     refused("another tokenizer_hash", change=(teacher.tokenizer_hash, "0" * 64))
     refused("is damaged", change=('"seed"', '"sead"'))
+    refused("is of the older format 2, and cannot be scored again", change=('"version": 3', '"version": 1'))
     with pytest.raises(UserError, match="holds shards, not replies"):
         plan_scoring(teacher, collector[1].folder, settings, (), tmp_path / "x")
 
