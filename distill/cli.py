@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -12,7 +13,7 @@ import typer
 from tqdm import tqdm
 
 from decode.keep_awake import awake
-from decode.models.checkpoint import RUNS, find_teacher
+from decode.models.checkpoint import DEFAULT_TEACHER, RUNS, find_teacher
 from decode.options import TeacherOption
 from distill.cli_models import convert, evaluate, publish
 from distill.data.settings import CollectSettings
@@ -207,8 +208,14 @@ def train(
     say(quiet)(
         f"{summary.out}{before}: {summary.parameters / 1e6:.2f} M parameters, held-out loss"
         f" {summary.held_out_loss:.3f} nats, agreement {summary.agreement:.3f}, expected acceptance"
-        f" {summary.expected_acceptance:.3f}\ncurves: {summary.plot}"
+        f" {summary.expected_acceptance:.3f}\ncurves: {summary.plot}\n{_use_it(summary.out, teacher)}"
     )
+
+
+def _use_it(draft: Path, teacher: str | None) -> str:
+    """The command that decodes with a draft. teacher: as it was named, None for the embedded one."""
+    named = ["--teacher", teacher] if teacher and Path(teacher).resolve() != DEFAULT_TEACHER.resolve() else []
+    return f"use it: {shlex.join(['decode', 'spec', *named, '--draft', str(draft)])}"
 
 
 app.command()(evaluate)
@@ -252,6 +259,7 @@ def run_recipe(
     say(quiet)(
         f"{plan.draft}: acceptance rate {report['acceptance_rate']:.3f}, {report['mean_acceptance_length']:.2f} tokens"
         f" a verification, speed-up {report['speedup']:.2f}, identical: {'yes' if report['identical'] else 'NO'}"
+        f"\n{_use_it(plan.draft, plan.teacher)}"
     )
     if not report["identical"]:
         raise typer.Exit(1)
