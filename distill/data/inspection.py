@@ -188,9 +188,12 @@ def _inspect_shards(dataset: Dataset) -> dict[str, Any]:
     )
 
 
-def _where(dataset: Dataset, replies: ScoredFrom) -> dict[str, str | None]:
+def _where(dataset: Dataset, replies: ScoredFrom) -> dict[str, Any]:
     found = find_replies(dataset.folder, replies)
-    return {"name": replies.name, "sha256": replies.sha256, "folder": str(found) if found else None}
+    manifest = found and found / MANIFEST
+    differs = manifest is not None and not (manifest.is_file() and sha256(manifest) == replies.sha256)
+    where = str(found) if found else None
+    return {"name": replies.name, "sha256": replies.sha256, "folder": where, "differs": differs}
 
 
 def _inspect_replies(replies: Replies) -> dict[str, Any]:
@@ -254,7 +257,8 @@ def table(facts: dict[str, Any]) -> str:
         ]
     for replies in facts.get("replies", []):
         where = replies["folder"] or f"{replies['name']}, which is not here"
-        lines.append(("scored from", f"{where} (sha256 {replies['sha256'][:12]})"))
+        other = ", and what is there now is another" if replies["differs"] else ""
+        lines.append(("scored from", f"{where} (sha256 {replies['sha256'][:12]}{other})"))
     text = f"{facts['folder']}\n\n{_columns(lines)}"
     for title, name in (("sources", "sources"), ("prompts left out", "exclude")):
         if rows := [_source(entry) for entry in settings.get(name) or []]:

@@ -371,6 +371,7 @@ def test_shards_of_other_replies_are_not_mixed(collector: tuple[Collector, Datas
     manifest = again.plan.folder / "manifest.json"
     (sha256,) = (replies.sha256 for replies in collector[1].scored_from)
     manifest.write_text(manifest.read_text().replace(sha256, "0" * 64).replace('"complete": true', '"complete": false'))
+    assert "and what is there now is another" in table(inspect_dataset(again.plan.folder))
     with pytest.raises(UserError, match=rf"was begun from other replies \(.*0{{12}}\), not from .*{sha256[:12]}"):
         again.run()
 
