@@ -180,9 +180,13 @@ class Settings:
 
     def naming(self) -> dict[str, Any]:
         """The part of the record that a default folder is named after."""
-        as_before = {one.name: one.default for one in self.schema() if one.option.added}
-        record = self.record().items()
-        return {name: value for name, value in record if name not in as_before or value != as_before[name]}
+        return self.without_added(self.record())
+
+    @classmethod
+    def without_added(cls, record: Mapping[str, Any]) -> dict[str, Any]:
+        """A record without what came after a release and is at its default: as older versions wrote it."""
+        defaults, added = cls.with_defaults({}), {one.name for one in cls.schema() if one.option.added}
+        return {name: value for name, value in record.items() if name not in added or value != defaults[name]}
 
     @classmethod
     def with_defaults(cls, record: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from distill.data.replies import generate_replies
 from distill.data.reply_dataset import Example, Replies, ReplyWriter
 from distill.data.reply_pass import Progress, ReplyPass
 from distill.data.scoring import Scorer, bytes_per_token
-from distill.data.settings import OF_REPLIES, OF_SCORES, CollectSettings
+from distill.data.settings import OF_REPLIES, OF_SCORES, CollectSettings, complete_settings
 from distill.data.shards import Dataset, ShardWriter
 from distill.data.sources import Skipped, at_commit, fingerprint, is_hub, load_excluded, read_source
 from distill.training.checkpoint import check_tokenizer
@@ -111,7 +111,7 @@ def plan_scoring(
         raise UserError(f"--replies {folder}: is of the older format {replies.format}, and cannot be scored again")
     if not replies.complete:
         raise UserError(f"--replies {folder}: is not complete; the command that began it goes on with it")
-    mine, values = _of_teacher(teacher), replies.settings.values
+    mine, values = _of_teacher(teacher), complete_settings(replies.settings.values)
     if replies.settings.teacher_hash != teacher.weights_hash:
         raise UserError(f"--replies {folder}: was written by {replies.settings.teacher_name}, not by {teacher.name}")
     for name, value in mine.items():

@@ -65,8 +65,13 @@ def finished_report(folder: Path, of: dict[str, Any]) -> dict[str, Any] | None:
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    whole = isinstance(report, dict) and report.get("complete") is True and report.get("identity") == of
+    whole = isinstance(report, dict) and report.get("complete") is True and _same(report.get("identity"), of)
     return report if whole else None
+
+
+def _same(identity: Any, of: dict[str, Any]) -> bool:
+    """Whether a fingerprint, perhaps of an older version, is this one: what it does not know was at its default."""
+    return isinstance(identity, dict) and EvaluateSettings.with_defaults(identity) == of
 
 
 def evaluate(
@@ -198,7 +203,11 @@ class Unfinished:
         pairs: list[Pair] = []
         if lines and _version(lines[0]) != VERSION:
             raise UserError(f"{self.path}: was begun by another version of bitdraft; delete it to begin anew")
-        if lines and lines[0] == self.header:
+        if (
+            lines
+            and _same(lines[0]["identity"], self.header["identity"])
+            and lines[0] | {"identity": self.header["identity"]} == self.header
+        ):
             try:
                 for (spec, plain), prompt, ids in zip(lines[1:], prompts, encoded, strict=False):
                     pairs.append((_completion(spec, prompt, ids), _completion(plain, prompt, ids)))
