@@ -20,7 +20,7 @@ from decode.metal import limit_memory
 from decode.models.checkpoint import RUNS, Checkpoint
 from decode.models.dimensions import Shape
 from decode.models.transformer import Transformer
-from decode.tokenizer import Tokenizer
+from decode.tokenizer import Tokenizer, check_tokenizer
 from distill.data.manifest import FORMAT, MANIFEST, Manifest, ScoredFrom, Settings, folder_name
 from distill.data.packing import MIN_SEGMENT, Row, cut, pack, segment
 from distill.data.prompts import Chosen, choose_documents, wants_reply
@@ -31,7 +31,6 @@ from distill.data.scoring import Scorer, bytes_per_token
 from distill.data.settings import OF_REPLIES, OF_SCORES, CollectSettings, complete_settings
 from distill.data.shards import Dataset, ShardWriter
 from distill.data.sources import Skipped, at_commit, fingerprint, is_hub, load_excluded, read_source
-from distill.training.checkpoint import check_tokenizer
 from kernels import UserError
 from kernels.files import sha256
 

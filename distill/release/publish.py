@@ -14,10 +14,11 @@ from typing import Any
 from decode.models.checkpoint import CARD, find_model
 from decode.models.drafts import drafts_under
 from decode.models.hub import LOG_IN, chain, explain, server_message, status
+from decode.tokenizer import TOKENIZER_FILES
+from distill.provenance import LICENCE_KEYS, licence_of
 from distill.recipe import RECIPE_FILE
 from distill.release.card import CURVES, EVALUATION, Metadata, Subject, model_card
-from distill.release.provenance import LICENCE_KEYS, licence_of
-from distill.training.checkpoint import FORMAT, OPTIONAL_FILES, TOKENIZER_FILES, WEIGHTS, check_files
+from distill.training.checkpoint import FORMAT, OPTIONAL_FILES, WEIGHTS, check_files
 from kernels import UserError
 from kernels.errors import first_line
 from kernels.files import read_json, recover_folder, sha256

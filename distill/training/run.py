@@ -27,11 +27,12 @@ from tqdm import tqdm
 
 from decode.metal import limit_memory
 from decode.models.checkpoint import RUNS, Checkpoint, tokenizer_hash
+from decode.tokenizer import check_tokenizer
 from distill.data.manifest import MANIFEST
 from distill.data.shards import Dataset
-from distill.release.provenance import dataset_metadata, made_with, origin, teacher_metadata
+from distill.provenance import dataset_metadata, made_with, origin, teacher_metadata
 from distill.training import cpu
-from distill.training.checkpoint import check_draft_folder, check_files, check_tokenizer, rounded, save
+from distill.training.checkpoint import check_draft_folder, check_files, rounded, save
 from distill.training.cpu import CpuHead
 from distill.training.draft_config import DraftConfig
 from distill.training.drafts import llama
