@@ -180,7 +180,6 @@ def train(
     from distill.data.shards import newest_dataset
     from distill.training.run import default_folder
     from distill.training.run import train as run_training
-    from kernels import backend
 
     check_json_target(json_file)
     checkpoint = find_teacher(teacher)
@@ -192,7 +191,6 @@ def train(
             )
         say(quiet)(f"data: {data}")
     out = out or default_folder(settings, data, checkpoint.name, checkpoint.weights_hash)
-    backend()  # hooks a fast BLAS into MLX on Linux CPUs
     try:
         with awake():
             summary = run_training(data, checkpoint.folder, out, settings, quiet=quiet)

@@ -14,6 +14,7 @@ from decode.models.drafts import find_draft, newest_draft
 from decode.options import TeacherOption
 from distill.release.settings import EvaluateSettings
 from distill.settings import takes_settings
+from kernels import UserError
 from kernels.console import Interrupted, JsonOption, QuietOption, check_json_target, progress, say, write_json
 
 
@@ -155,13 +156,15 @@ def publish(
     Uploads the weights, tokenizer, settings, log and evaluation, and nothing else in the folder.
     Needs `hf auth login` once. Interrupted, the same command goes on.
     """
-    from distill.release.publish import newest_draft, prepare
+    from distill.release.publish import prepare
     from distill.release.publish import publish as upload
 
     check_json_target(json_file)
     note, show = say(quiet), json_file != "-" and not quiet
     if draft is None:
-        draft = newest_draft(RUNS)
+        draft = newest_draft(None)
+        if draft is None:
+            raise UserError(f"no finished draft under {RUNS}/; train one, or give --draft")
         note(f"draft: {draft}")
     package = prepare(draft, repo, licence=licence, base_model=base_model, force=force)
     sizes = package.sizes()

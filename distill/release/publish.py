@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from decode.models.checkpoint import CARD, find_model
-from decode.models.drafts import drafts_under
 from decode.models.hub import LOG_IN, chain, explain, server_message, status
 from decode.tokenizer import TOKENIZER_FILES
 from distill.provenance import LICENCE_KEYS, licence_of
@@ -56,21 +55,6 @@ class Published:
     private: bool
     changed: bool
     deleted: list[str]
-
-
-def newest_draft(runs: Path) -> Path:
-    """The finished draft under `runs`, of whatever teacher, that was written last."""
-    found = []
-    for path in drafts_under(runs):
-        try:
-            about = read_json(path)
-        except UserError:
-            continue
-        if about.get("format") == FORMAT and about.get("complete") is True:
-            found.append((path.stat().st_mtime_ns, path.parent))
-    if not found:
-        raise UserError(f"no finished draft under {runs}/; train one, or give --draft")
-    return max(found)[1]
 
 
 def prepare(
