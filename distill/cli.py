@@ -13,13 +13,12 @@ import typer
 from tqdm import tqdm
 
 from decode.keep_awake import awake
-from decode.models.checkpoint import DEFAULT_TEACHER, RUNS, find_teacher
+from decode.models.checkpoint import DEFAULT_TEACHER, find_teacher
 from decode.options import TeacherOption
 from distill.cli_models import convert, evaluate, publish
 from distill.data.settings import CollectSettings
-from distill.settings import takes_settings
+from distill.settings import given_options, takes_settings
 from distill.training.settings import TrainSettings
-from kernels import UserError
 from kernels.console import Interrupted, JsonOption, QuietOption, check_json_target, progress, run, say, write_json
 
 if TYPE_CHECKING:
@@ -80,9 +79,7 @@ def collect(
     if replies is None:
         plan = plan_collection(checkpoint, settings, out)
     else:
-        sources = {name: context.get_parameter_source(name) for name in context.params}
-        given = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
-        plan = plan_scoring(checkpoint, replies, settings, given, out)
+        plan = plan_scoring(checkpoint, replies, settings, given_options(context), out)
     bars = Bars(quiet)
     collector = Collector(plan, bars)
     done = not dry_run and collector.check_folder()
@@ -177,18 +174,14 @@ def train(
 
     Ctrl-C leaves a usable draft; the same command goes on where it stopped, and trains nothing where it has finished.
     """
-    from distill.data.shards import newest_dataset
+    from distill.data.shards import dataset_to_train_on
     from distill.training.run import default_folder
     from distill.training.run import train as run_training
 
     check_json_target(json_file)
     checkpoint = find_teacher(teacher)
     if data is None:
-        data = newest_dataset(RUNS, checkpoint.weights_hash)
-        if data is None:
-            raise UserError(
-                f"no complete dataset for {checkpoint.name} under {RUNS}/; run `distill collect` or give --data"
-            )
+        data = dataset_to_train_on(checkpoint)
         say(quiet)(f"data: {data}")
     out = out or default_folder(settings, data, checkpoint.name, checkpoint.weights_hash)
     try:

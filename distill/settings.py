@@ -227,6 +227,12 @@ def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def given_options(context: typer.Context) -> set[str]:
+    """The keys of the options that the command line named, be it with their defaults."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+
+
 def listed(values: tuple[Any, ...]) -> str:
     """`a, b or c`"""
     *most, last = map(str, values)

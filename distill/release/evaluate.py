@@ -15,6 +15,7 @@ from typing import Any
 
 from decode.metrics import VERSION, Metrics, is_looping
 from decode.models.checkpoint import RUNS, Checkpoint
+from decode.models.drafts import find_draft, newest_draft
 from decode.prompts import Prompt, read_prompts
 from decode.session import Completion, Session
 from distill.release.plots import acceptance_by_category, acceptance_by_position
@@ -50,6 +51,13 @@ def fingerprint(settings: EvaluateSettings, teacher: Checkpoint, draft: Checkpoi
         "prompts": sha256(Path(settings.prompts)),
     }
     return settings.record() | hashes
+
+
+def draft_to_evaluate(name: str | None, teacher: Checkpoint) -> Checkpoint:
+    """The draft that was named; else the newest one trained for this teacher under runs/, which is likely the one that
+    was not measured yet; else the default one."""
+    newest = newest_draft(teacher) if name is None else None
+    return find_draft(str(newest) if newest else name, teacher).draft
 
 
 def default_folder(draft: Checkpoint) -> Path:

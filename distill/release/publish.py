@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from decode.models.checkpoint import CARD, find_model
+from decode.models.checkpoint import CARD, RUNS, find_model
+from decode.models.drafts import newest_draft
 from decode.models.hub import LOG_IN, chain, explain, server_message, status
 from decode.tokenizer import TOKENIZER_FILES
 from distill.provenance import LICENCE_KEYS, licence_of
@@ -55,6 +56,13 @@ class Published:
     private: bool
     changed: bool
     deleted: list[str]
+
+
+def draft_to_publish() -> Path:
+    """The finished draft under runs/, of whatever teacher, that was written last; UserError where there is none."""
+    if (newest := newest_draft(None)) is None:
+        raise UserError(f"no finished draft under {RUNS}/; train one, or give --draft")
+    return newest
 
 
 def prepare(
