@@ -122,10 +122,10 @@ def inspect(
     """Say what is in a dataset, of shards or of replies, and where the replies are that shards were scored from."""
     from distill.data.inspection import inspect_dataset, table
 
-    facts = inspect_dataset(dataset)
-    write_json(json_file, facts)
+    summary = inspect_dataset(dataset)
+    write_json(json_file, summary)
     if json_file != "-" and not quiet:
-        print(table(facts))
+        print(table(summary))
 
 
 @app.command()

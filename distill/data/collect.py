@@ -30,7 +30,7 @@ from distill.data.reply_pass import Progress, ReplyPass
 from distill.data.scoring import Scorer, bytes_per_token
 from distill.data.settings import OF_REPLIES, OF_SCORES, CollectSettings, complete_settings
 from distill.data.shards import Dataset, ShardWriter
-from distill.data.sources import Skipped, at_commit, fingerprint, is_hub, load_excluded, read_source
+from distill.data.sources import Skipped, at_commit, is_hub, load_excluded, read_source, source_fingerprint
 from kernels import UserError
 from kernels.files import sha256
 
@@ -81,15 +81,17 @@ def plan_collection(teacher: Checkpoint, settings: CollectSettings, out: Path | 
     values: dict[str, Any] = {
         **_of_teacher(teacher),
         **settings.recorded(OF_REPLIES),
-        "sources": [{"name": name, "kind": "hub"} if is_hub(name) else fingerprint(name) for name in settings.sources],
-        "exclude": [fingerprint(name) for name in settings.exclude],
+        "sources": [
+            {"name": name, "kind": "hub"} if is_hub(name) else source_fingerprint(name) for name in settings.sources
+        ],
+        "exclude": [source_fingerprint(name) for name in settings.exclude],
     }
     scores = settings.recorded(OF_SCORES)
     folder = out or RUNS / folder_name("data", Settings(values | scores))
     replies = folder.parent / folder_name("replies", Settings(values))
     begun = [source for place in (replies, folder) for source in _sources_of(place)]
     sources = tuple(at_commit(name, begun) for name in settings.sources)
-    values["sources"] = [fingerprint(name, read) for name, read in zip(settings.sources, sources, strict=True)]
+    values["sources"] = [source_fingerprint(name, read) for name, read in zip(settings.sources, sources, strict=True)]
     manifest, reply_manifest = Settings(values | scores), Settings(values)
     excluded = load_excluded(settings.exclude)
     return Plan(teacher, settings, folder, manifest, replies, reply_manifest, sources, excluded)

@@ -141,7 +141,9 @@ def evaluate(
 def _answer(session: Session, prompt: Prompt, ids: list[int], index: int) -> Pair:
     """Both ways in turn, the first one alternating, so that a machine that slows down slows both."""
     first = index % 2 == 1
-    answers = {turn: session.answer(prompt, ids, index, speculative=turn) for turn in (first, not first)}
+    answers = {
+        speculative: session.answer(prompt, ids, index, speculative=speculative) for speculative in (first, not first)
+    }
     return answers[True], answers[False]
 
 
