@@ -14,6 +14,8 @@ from decode.prompts import Prompt
 from kernels.errors import UserError, first_line
 from kernels.files import read_json
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
 
 class Tokenizer:
     """A model folder's tokenizer and chat template, through mlx-lm."""
@@ -146,6 +148,13 @@ class Streamer:
 
     def finish(self) -> str:
         return self._tokenizer.decode(self._tokens[self._done :])[len(self._printed) :]
+
+
+def check_tokenizer(teacher_folder: Path) -> None:
+    """UserError where a teacher lacks the files that its draft needs: better before hours of work than after."""
+    for name in TOKENIZER_FILES:
+        if not (teacher_folder / name).is_file():
+            raise UserError(f"{teacher_folder / name}: not there, and a draft needs its teacher's tokenizer")
 
 
 def asks_for_code(tokenizer_config: Path) -> bool:

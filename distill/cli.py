@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -12,13 +13,12 @@ import typer
 from tqdm import tqdm
 
 from decode.keep_awake import keep_awake
-from decode.models.checkpoint import RUNS, find_teacher
+from decode.models.checkpoint import DEFAULT_TEACHER, find_teacher
 from decode.options import TeacherOption
 from distill.cli_models import convert, evaluate, publish
 from distill.data.settings import CollectSettings
-from distill.settings import takes_settings
+from distill.settings import given_options, takes_settings
 from distill.training.settings import TrainSettings
-from kernels import UserError
 from kernels.console import Interrupted, JsonOption, QuietOption, check_json_target, progress, run, say, write_json
 
 if TYPE_CHECKING:
@@ -79,9 +79,7 @@ def collect(
     if replies is None:
         plan = plan_collection(checkpoint, settings, out)
     else:
-        sources = {name: context.get_parameter_source(name) for name in context.params}
-        given = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
-        plan = plan_scoring(checkpoint, replies, settings, given, out)
+        plan = plan_scoring(checkpoint, replies, settings, given_options(context), out)
     bars = Bars(quiet)
     collector = Collector(plan, bars)
     done = not dry_run and collector.check_folder()
@@ -124,10 +122,10 @@ def inspect(
     """Say what is in a dataset, of shards or of replies, and where the replies are that shards were scored from."""
     from distill.data.inspection import inspect_dataset, table
 
-    facts = inspect_dataset(dataset)
-    write_json(json_file, facts)
+    summary = inspect_dataset(dataset)
+    write_json(json_file, summary)
     if json_file != "-" and not quiet:
-        print(table(facts))
+        print(table(summary))
 
 
 @app.command()
@@ -176,22 +174,16 @@ def train(
 
     Ctrl-C leaves a usable draft; the same command goes on where it stopped, and trains nothing where it has finished.
     """
-    from distill.data.shards import newest_dataset
+    from distill.data.shards import dataset_to_train_on
     from distill.training.run import default_folder
     from distill.training.run import train as run_training
-    from kernels import backend
 
     check_json_target(json_file)
     checkpoint = find_teacher(teacher)
     if data is None:
-        data = newest_dataset(RUNS, checkpoint.weights_hash)
-        if data is None:
-            raise UserError(
-                f"no complete dataset for {checkpoint.name} under {RUNS}/; run `distill collect` or give --data"
-            )
+        data = dataset_to_train_on(checkpoint)
         say(quiet)(f"data: {data}")
     out = out or default_folder(settings, data, checkpoint.name, checkpoint.weights_hash)
-    backend()  # hooks a fast BLAS into MLX on Linux CPUs
     try:
         with keep_awake():
             summary = run_training(data, checkpoint.folder, out, settings, quiet=quiet)
@@ -207,8 +199,14 @@ def train(
     say(quiet)(
         f"{summary.out}{before}: {summary.parameters / 1e6:.2f} M parameters, held-out loss"
         f" {summary.held_out_loss:.3f} nats, agreement {summary.agreement:.3f}, expected acceptance"
-        f" {summary.expected_acceptance:.3f}\ncurves: {summary.plot}"
+        f" {summary.expected_acceptance:.3f}\ncurves: {summary.plot}\n{_use_it(summary.out, teacher)}"
     )
+
+
+def _use_it(draft: Path, teacher: str | None) -> str:
+    """The command that decodes with a draft. teacher: as it was named, None for the embedded one."""
+    named = ["--teacher", teacher] if teacher and Path(teacher).resolve() != DEFAULT_TEACHER.resolve() else []
+    return f"use it: {shlex.join(['decode', 'spec', *named, '--draft', str(draft)])}"
 
 
 app.command()(evaluate)
@@ -252,6 +250,7 @@ def run_recipe(
     say(quiet)(
         f"{plan.draft}: acceptance rate {report['acceptance_rate']:.3f}, {report['mean_acceptance_length']:.2f} tokens"
         f" a verification, speed-up {report['speedup']:.2f}, identical: {'yes' if report['identical'] else 'NO'}"
+        f"\n{_use_it(plan.draft, plan.teacher)}"
     )
     if not report["identical"]:
         raise typer.Exit(1)

@@ -10,7 +10,6 @@ import typer
 
 from decode.keep_awake import keep_awake
 from decode.models.checkpoint import RUNS, find_teacher
-from decode.models.drafts import find_draft, newest_draft
 from decode.options import TeacherOption
 from distill.release.settings import EvaluateSettings
 from distill.settings import takes_settings
@@ -47,13 +46,12 @@ def evaluate(
     Every prompt is also decoded plainly, in turn; exit 1 if an output is not identical. Writes evaluation.json,
     evaluation.md and pictures. Ctrl-C writes what is done; the same command goes on where it stopped.
     """
-    from distill.release.evaluate import default_folder
+    from distill.release.evaluate import default_folder, draft_to_evaluate
     from distill.release.evaluate import evaluate as run_evaluation
 
     check_json_target(json_file)
     teacher_checkpoint = find_teacher(teacher)
-    newest = newest_draft(teacher_checkpoint) if draft is None else None
-    draft_checkpoint = find_draft(str(newest) if newest else draft, teacher_checkpoint).draft
+    draft_checkpoint = draft_to_evaluate(draft, teacher_checkpoint)
     folder = out or default_folder(draft_checkpoint)
     try:
         with keep_awake():
@@ -155,13 +153,13 @@ def publish(
     Uploads the weights, tokenizer, settings, log and evaluation, and nothing else in the folder.
     Needs `hf auth login` once. Interrupted, the same command goes on.
     """
-    from distill.release.publish import newest_draft, prepare
+    from distill.release.publish import draft_to_publish, prepare
     from distill.release.publish import publish as upload
 
     check_json_target(json_file)
     note, show = say(quiet), json_file != "-" and not quiet
     if draft is None:
-        draft = newest_draft(RUNS)
+        draft = draft_to_publish()
         note(f"draft: {draft}")
     package = prepare(draft, repo, licence=licence, base_model=base_model, force=force)
     sizes = package.sizes()

@@ -21,7 +21,7 @@ import mlx.core as mx
 
 from decode.models.checkpoint import Checkpoint, find_model
 from distill.data.collect import Collector, Plan, plan_collection
-from distill.data.manifest import MANIFEST
+from distill.data.manifest import FORMAT, MANIFEST
 from distill.data.reply_pass import Progress
 from distill.data.shards import Dataset
 from distill.recipe import RECIPE_FILE, STAGES, Recipe
@@ -121,6 +121,9 @@ class Pipeline:
         if not (folder / MANIFEST).is_file():
             return False
         dataset = Dataset.open(folder)
+        if dataset.format != FORMAT:  # whole, and its manifest has other names: compare what it has of the settings
+            self._check_dataset(trained=False)
+            return True
         if difference := dataset.settings.difference(plan.manifest):
             name, was, now = difference
             raise UserError(f"{folder}: was begun with {name} = {json.dumps(was)}, not {json.dumps(now)}; {OTHERWISE}")

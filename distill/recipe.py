@@ -161,13 +161,13 @@ class _Source:
 
 def _check(recipe: Recipe) -> None:
     """What no teacher would make possible."""
-    train, heats = recipe.train, recipe.collect.temperatures
+    train, temperatures = recipe.train, recipe.collect.temperatures
     recipe.attempt("collect", recipe.collect.check)
     recipe.attempt("train", train.check)
     recipe.attempt("evaluate", recipe.evaluate.check)
 
     def check_rest() -> None:
-        if train.temperature not in heats:
+        if train.temperature not in temperatures:
             raise UserError(f"--temperature {train.temperature}: must be 1 or one of [collect] temperature")
 
     recipe.attempt("train", check_rest)

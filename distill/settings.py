@@ -137,7 +137,8 @@ class Setting:
                 if value in (None, self.default)
                 else [self.flag if value else f"--no-{self.flag.removeprefix('--')}"]
             )
-        return [word for part in parts for word in (self.flag, f"{part}".removesuffix(".0"))]
+        typed = [f"{part}".removesuffix(".0") if self.kind is float else str(part) for part in parts]
+        return [word for part in typed for word in (self.flag, part)]
 
 
 class Settings:
@@ -179,9 +180,13 @@ class Settings:
 
     def naming(self) -> dict[str, Any]:
         """The part of the record that a default folder is named after."""
-        as_before = {one.name: one.default for one in self.schema() if one.option.added}
-        record = self.record().items()
-        return {name: value for name, value in record if name not in as_before or value != as_before[name]}
+        return self.without_added(self.record())
+
+    @classmethod
+    def without_added(cls, record: Mapping[str, Any]) -> dict[str, Any]:
+        """A record without what came after a release and is at its default: as older versions wrote it."""
+        defaults, added = cls.with_defaults({}), {one.name for one in cls.schema() if one.option.added}
+        return {name: value for name, value in record.items() if name not in added or value != defaults[name]}
 
     @classmethod
     def with_defaults(cls, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,6 +225,12 @@ def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def given_options(context: typer.Context) -> set[str]:
+    """The keys of the options that the command line named, be it with their defaults."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
 
 
 def listed(values: tuple[Any, ...]) -> str:

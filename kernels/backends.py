@@ -47,7 +47,7 @@ def backend() -> Backend:
     if reason:
         warnings.warn(f"{reason}; using the slow reference{'' if chosen is reference else ' for these'}", stacklevel=2)
     if chosen is reference:
-        _use_fast_blas()
+        use_fast_blas()
     else:
         tuning.apply(chosen)
     return chosen
@@ -78,7 +78,7 @@ def select() -> tuple[Backend, str | None]:
     try:
         candidate: Backend = importlib.import_module(f"kernels.{device}")  # type: ignore[assignment]
         if device == "cpu":
-            _use_fast_blas()
+            use_fast_blas()
         faults = {name: fault for name, fault in operation_faults(candidate) if fault is not None}
         if not faults:
             return candidate, None
@@ -110,11 +110,11 @@ def with_fallbacks(native: Backend, failed: Collection[str]) -> Backend:
     return found if self_test(found) is None else reference
 
 
-def _use_fast_blas() -> None:
-    """Large products on Linux CPUs deserve a fast BLAS, whichever backend runs."""
+def use_fast_blas() -> None:
+    """Large products on Linux CPUs deserve a fast BLAS, whichever backend runs: MLX's wheels multiply float32 matrices
+    there some 50 times slower."""
     try:
-        from kernels.cpu import use_fast_blas
-
-        use_fast_blas()
+        from kernels import cpu
     except ImportError:
-        pass
+        return
+    cpu.use_fast_blas()

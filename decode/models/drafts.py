@@ -31,8 +31,8 @@ def find_draft(name: str | None, teacher: Checkpoint) -> Choice:
     return Choice(find_model(name, "--draft"), "named by --draft") if name is not None else default_draft(teacher)
 
 
-def newest_draft(teacher: Checkpoint, runs: Path = RUNS) -> Path | None:
-    """The complete draft for this teacher under `runs` that was written last."""
+def newest_draft(teacher: Checkpoint | None, runs: Path = RUNS) -> Path | None:
+    """The complete draft under `runs` that was written last, for this teacher or, where it is None, for any."""
     trained = [path for path in drafts_under(runs) if _made_for(path, teacher)]
     return max(trained, key=lambda path: path.stat().st_mtime).parent if trained else None
 
@@ -87,13 +87,13 @@ def drafts_under(runs: Path) -> Iterator[Path]:
             yield path
 
 
-def _made_for(draft_json: Path, teacher: Checkpoint) -> bool:
+def _made_for(draft_json: Path, teacher: Checkpoint | None) -> bool:
     try:
         draft = json.loads(draft_json.read_text())
     except (OSError, ValueError):
         return False
     made_for = draft.get("teacher") if isinstance(draft, dict) and draft.get("complete") else None
-    return isinstance(made_for, dict) and made_for.get("hash") == teacher.weights_hash
+    return isinstance(made_for, dict) and (teacher is None or made_for.get("hash") == teacher.weights_hash)
 
 
 def _evaluations(runs: Path, drafts: list[Path]) -> Iterator[dict[str, Any]]:

@@ -20,18 +20,17 @@ from decode.metal import limit_memory
 from decode.models.checkpoint import RUNS, Checkpoint
 from decode.models.dimensions import Dimensions
 from decode.models.transformer import Transformer
-from decode.tokenizer import Tokenizer
-from distill.data.manifest import MANIFEST, Manifest, ScoredFrom, Settings, folder_name
+from decode.tokenizer import Tokenizer, check_tokenizer
+from distill.data.manifest import FORMAT, MANIFEST, Manifest, ScoredFrom, Settings, folder_name
 from distill.data.packing import MIN_SEGMENT, Row, cut, pack, segment
 from distill.data.prompts import Chosen, choose_documents, wants_reply
 from distill.data.replies import generate_replies
 from distill.data.reply_dataset import Example, Replies, ReplyWriter
 from distill.data.reply_pass import Progress, ReplyPass
 from distill.data.scoring import Scorer, bytes_per_token
-from distill.data.settings import OF_REPLIES, OF_SCORES, CollectSettings
+from distill.data.settings import OF_REPLIES, OF_SCORES, CollectSettings, complete_settings
 from distill.data.shards import Dataset, ShardWriter
-from distill.data.sources import Skipped, at_commit, fingerprint, is_hub, load_excluded, read_source
-from distill.training.checkpoint import check_tokenizer
+from distill.data.sources import Skipped, at_commit, is_hub, load_excluded, read_source, source_fingerprint
 from kernels import UserError
 from kernels.files import sha256
 
@@ -82,15 +81,17 @@ def plan_collection(teacher: Checkpoint, settings: CollectSettings, out: Path | 
     values: dict[str, Any] = {
         **_of_teacher(teacher),
         **settings.recorded(OF_REPLIES),
-        "sources": [{"name": name, "kind": "hub"} if is_hub(name) else fingerprint(name) for name in settings.sources],
-        "exclude": [fingerprint(name) for name in settings.exclude],
+        "sources": [
+            {"name": name, "kind": "hub"} if is_hub(name) else source_fingerprint(name) for name in settings.sources
+        ],
+        "exclude": [source_fingerprint(name) for name in settings.exclude],
     }
     scores = settings.recorded(OF_SCORES)
     folder = out or RUNS / folder_name("data", Settings(values | scores))
     replies = folder.parent / folder_name("replies", Settings(values))
     begun = [source for place in (replies, folder) for source in _sources_of(place)]
     sources = tuple(at_commit(name, begun) for name in settings.sources)
-    values["sources"] = [fingerprint(name, read) for name, read in zip(settings.sources, sources, strict=True)]
+    values["sources"] = [source_fingerprint(name, read) for name, read in zip(settings.sources, sources, strict=True)]
     manifest, reply_manifest = Settings(values | scores), Settings(values)
     excluded = load_excluded(settings.exclude)
     return Plan(teacher, settings, folder, manifest, replies, reply_manifest, sources, excluded)
@@ -107,9 +108,11 @@ def plan_scoring(
         if setting.key in given and setting.name not in OF_SCORES:
             raise UserError(f"--replies {folder}: these are written; {setting.flag} would decide new ones")
     replies = Replies.open(folder)
+    if replies.format != FORMAT:
+        raise UserError(f"--replies {folder}: is of the older format {replies.format}, and cannot be scored again")
     if not replies.complete:
         raise UserError(f"--replies {folder}: is not complete; the command that began it goes on with it")
-    mine, values = _of_teacher(teacher), replies.settings.values
+    mine, values = _of_teacher(teacher), complete_settings(replies.settings.values)
     if replies.settings.teacher_hash != teacher.weights_hash:
         raise UserError(f"--replies {folder}: was written by {replies.settings.teacher_name}, not by {teacher.name}")
     for name, value in mine.items():
@@ -176,8 +179,8 @@ class Collector:
             return writer.manifest.complete
 
     def run(self) -> Dataset:
-        """Collect, or go on where an earlier run with the same settings stopped. Of whole replies no source is read
-        again, and of a whole dataset no replies."""
+        """Collect, or go on where an earlier run with the same settings stopped. Where the replies are whole, none is
+        made; where the dataset is, none is read."""
         with ShardWriter.open(self.plan.folder, self.plan.manifest) as writer:
             if writer.manifest.complete:
                 return Dataset.open(self.plan.folder)

@@ -175,7 +175,7 @@ def _inspect_shards(dataset: Dataset) -> dict[str, Any]:
         sums += p[:, 0].sum(), tail.sum(), entropy
         count += len(p)
     means = (sums / count).tolist() if count else [None] * 3
-    return _facts(
+    return _summary(
         dataset,
         {"k": settings.k, "temperatures": list(settings.temperatures), "seq_len": settings.seq_len},
         {
@@ -188,17 +188,20 @@ def _inspect_shards(dataset: Dataset) -> dict[str, Any]:
     )
 
 
-def _where(dataset: Dataset, replies: ScoredFrom) -> dict[str, str | None]:
+def _where(dataset: Dataset, replies: ScoredFrom) -> dict[str, Any]:
     found = find_replies(dataset.folder, replies)
-    return {"name": replies.name, "sha256": replies.sha256, "folder": str(found) if found else None}
+    manifest = found and found / MANIFEST
+    differs = manifest is not None and not (manifest.is_file() and sha256(manifest) == replies.sha256)
+    where = str(found) if found else None
+    return {"name": replies.name, "sha256": replies.sha256, "folder": where, "differs": differs}
 
 
 def _inspect_replies(replies: Replies) -> dict[str, Any]:
     count = sum(example.replied for example in replies)
-    return _facts(replies, {}, {"examples_replied": count, "sha256": sha256(replies.folder / MANIFEST)})
+    return _summary(replies, {}, {"examples_replied": count, "sha256": sha256(replies.folder / MANIFEST)})
 
 
-def _facts(reader: Reader, first: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
+def _summary(reader: Reader, first: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
     listed, settings = reader.shards, reader.settings
     tokens = reader.tokens
     trained = sum(entry.trained_tokens for entry in listed)
@@ -225,37 +228,38 @@ def _facts(reader: Reader, first: dict[str, Any], last: dict[str, Any]) -> dict[
     }
 
 
-def table(facts: dict[str, Any]) -> str:
+def table(summary: dict[str, Any]) -> str:
     """What `inspect_dataset` found, for people."""
-    of_shards = facts["kind"] == "shards"
-    teacher, settings = facts["teacher"], facts["settings"]
-    whole = "complete" if facts["complete"] else "NOT complete"
-    share = "" if facts["trained_share"] is None else f" ({facts['trained_share']:.1%})"
+    of_shards = summary["kind"] == "shards"
+    teacher, settings = summary["teacher"], summary["settings"]
+    whole = "complete" if summary["complete"] else "NOT complete"
+    share = "" if summary["trained_share"] is None else f" ({summary['trained_share']:.1%})"
     lines = [
-        ("holds", f"{'logits' if of_shards else 'replies'}, {whole}, format {facts['format']}"),
-        ("teacher", f"{teacher['name']}, sha256 {teacher['hash'][:12]}, vocabulary of {facts['vocab_size']:,}"),
-        ("tokens", f"{facts['tokens']:,} in {_count(facts['documents'], 'segment' if of_shards else 'document')}"),
-        ("trained on", f"{facts['trained_tokens']:,}{share}"),
+        ("holds", f"{'logits' if of_shards else 'replies'}, {whole}, format {summary['format']}"),
+        ("teacher", f"{teacher['name']}, sha256 {teacher['hash'][:12]}, vocabulary of {summary['vocab_size']:,}"),
+        ("tokens", f"{summary['tokens']:,} in {_count(summary['documents'], 'segment' if of_shards else 'document')}"),
+        ("trained on", f"{summary['trained_tokens']:,}{share}"),
     ]
     if of_shards:
         lines += [
-            ("rows", f"{facts['rows']:,} of {facts['seq_len']:,} tokens, in {_count(facts['shards'], 'shard')}"),
-            ("kept", f"top {facts['k']} logits, log-sum-exps at temperature {_joined(facts['temperatures'])}"),
+            ("rows", f"{summary['rows']:,} of {summary['seq_len']:,} tokens, in {_count(summary['shards'], 'shard')}"),
+            ("kept", f"top {summary['k']} logits, log-sum-exps at temperature {_joined(summary['temperatures'])}"),
         ]
     else:
-        lines.append(("replied to", f"{facts['examples_replied']:,} prompts; the other documents are texts"))
-    each = "" if facts["bytes_per_token"] is None else f", {facts['bytes_per_token']:.1f} bytes a token"
-    lines.append(("size", f"{facts['bytes'] / 1e6:,.1f} MB{each}"))
-    if facts.get("mean_top1_probability") is not None:
+        lines.append(("replied to", f"{summary['examples_replied']:,} prompts; the other documents are texts"))
+    each = "" if summary["bytes_per_token"] is None else f", {summary['bytes_per_token']:.1f} bytes a token"
+    lines.append(("size", f"{summary['bytes'] / 1e6:,.1f} MB{each}"))
+    if summary.get("mean_top1_probability") is not None:
         lines += [
-            ("first choice", f"probability {facts['mean_top1_probability']:.3f} on average"),
-            ("outside the top", f"probability {facts['mean_tail_mass']:.4f} on average"),
-            ("entropy", f"at least {facts['mean_entropy_at_least_nats']:.3f} nats on average"),
+            ("first choice", f"probability {summary['mean_top1_probability']:.3f} on average"),
+            ("outside the top", f"probability {summary['mean_tail_mass']:.4f} on average"),
+            ("entropy", f"at least {summary['mean_entropy_at_least_nats']:.3f} nats on average"),
         ]
-    for replies in facts.get("replies", []):
+    for replies in summary.get("replies", []):
         where = replies["folder"] or f"{replies['name']}, which is not here"
-        lines.append(("scored from", f"{where} (sha256 {replies['sha256'][:12]})"))
-    text = f"{facts['folder']}\n\n{_columns(lines)}"
+        other = ", and what is there now is another" if replies["differs"] else ""
+        lines.append(("scored from", f"{where} (sha256 {replies['sha256'][:12]}{other})"))
+    text = f"{summary['folder']}\n\n{_columns(lines)}"
     for title, name in (("sources", "sources"), ("prompts left out", "exclude")):
         if rows := [_source(entry) for entry in settings.get(name) or []]:
             text += f"\n\n{title}\n{_columns(rows)}"

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distill.data.settings import CollectSettings, complete_settings
 from kernels.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -80,8 +81,9 @@ class Settings:
         return self.values["seq_len"]
 
     def difference(self, other: "Settings") -> tuple[str, Any, Any] | None:
-        """The first setting that differs, as (dotted name, value here, value there); None if none does."""
-        here, there = _flat("", self.values), _flat("", other.values)
+        """The first setting that differs, as (dotted name, value here, value there); None if none does. Either may be
+        of an older version: what it does not know was at its default."""
+        here, there = (_flat("", complete_settings(settings.values)) for settings in (self, other))
         for name in [*here, *(name for name in there if name not in here)]:
             if here.get(name, "absent") != there.get(name, "absent"):
                 return name, here.get(name, "absent"), there.get(name, "absent")
@@ -239,7 +241,7 @@ def folder_name(prefix: str, settings: Settings) -> str:
 
     A dataset of the Hub counts by its name, whatever is uploaded meanwhile.
     """
-    values: dict[str, Any] = {"format": FORMAT, **settings.values}
+    values: dict[str, Any] = {"format": FORMAT, **CollectSettings.without_added(settings.values)}
     for name in ("sources", "exclude"):
         values[name] = [
             entry["name"] if isinstance(entry, dict) and entry.get("kind") == "hub" else entry

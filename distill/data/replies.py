@@ -40,7 +40,7 @@ def generate_replies(
     # The prompt that each row of the batch answers, and whether it is still writing.
     active = np.arange(len(prompts))
     writing = np.ones(len(prompts), bool)
-    step = max(len(prompts) // 8, 1)
+    stride = max(len(prompts) // 8, 1)
     cache = prefill(teacher, [prompt[:-1] for prompt in prompts], max_reply)
     tokens = mx.array([prompt[-1] for prompt in prompts])
     for start in range(0, max_reply, CHECK_EVERY):
@@ -61,7 +61,7 @@ def generate_replies(
         if not writing.any():
             break
         # Finished rows are dropped, but in steps: each new batch size can cost a GPU a new plan.
-        size = -(-int(writing.sum()) // step) * step
+        size = -(-int(writing.sum()) // stride) * stride
         if size < len(active):
             rows = np.sort(np.argsort(~writing, kind="stable")[:size])
             active, writing = active[rows], writing[rows]

@@ -121,7 +121,6 @@ class ReplyPass:
                 more += [] if ended else [supply]
             supplies = more if left < before else []
         self._flush(writer)
-        writer.finish()
 
     def _turn(self, writer: ReplyWriter, supply: Supply, quota: Quota) -> bool:
         """Let a source fill its quota; whether it has nothing more to give."""

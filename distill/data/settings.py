@@ -22,7 +22,7 @@ class PromptSettings(Settings):
 
     sources: tuple[str, ...] = option(
         DEFAULT_SOURCES,
-        "Text (.txt), JSONL with `text`, `prompt` or `messages`, parquet, a folder of these, or a Hub dataset."
+        "Text (.txt), JSONL with `text`, `prompt` or `messages`, parquet, arrow, a folder of these, or a Hub dataset."
         " Repeatable; each gives an equal share. Default: the samples in data/.",
         flag="--source",
         metavar="PATH|REPO",
@@ -104,7 +104,7 @@ class CollectSettings(ScoringSettings, ReplySettings, PromptSettings):
     def difference(self, values: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
         """The first setting that decides content and is not what a manifest's (or a draft.json's) settings say: its
         name, the value there and the one here. Of sources only names count: they need not be there any more."""
-        wanted = self.record()
+        wanted, values = self.record(), complete_settings(values)
         for name in dict.fromkeys((*OF_REPLIES, *OF_SCORES)):
             was, now = values.get(IN_MANIFESTS.get(name, name)), wanted[name]
             if name in ("sources", "exclude"):
@@ -113,3 +113,10 @@ class CollectSettings(ScoringSettings, ReplySettings, PromptSettings):
             if was != now:
                 return name, was, now
         return None
+
+
+def complete_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest's settings, perhaps of an older version, with those that it does not know yet at their defaults."""
+    return {IN_MANIFESTS.get(name, name): value for name, value in CollectSettings.with_defaults({}).items()} | dict(
+        values
+    )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from decode.models.checkpoint import RUNS, Checkpoint
 from distill.data import codec
 from distill.data.codec import Block
 from distill.data.dataset import Reader, Writer
@@ -74,6 +75,14 @@ class Dataset(Reader):
 
     def __iter__(self) -> Iterator[Block]:
         return (self.read(i) for i in range(len(self.shards)))
+
+
+def dataset_to_train_on(teacher: Checkpoint) -> Path:
+    """The newest complete dataset of a teacher under runs/; UserError where there is none."""
+    newest = newest_dataset(RUNS, teacher.weights_hash)
+    if newest is None:
+        raise UserError(f"no complete dataset for {teacher.name} under {RUNS}/; run `distill collect` or give --data")
+    return newest
 
 
 def newest_dataset(runs: Path, teacher_hash: str) -> Path | None:

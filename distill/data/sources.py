@@ -117,7 +117,7 @@ def sha256_of(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(path: str | Path, read: str | None = None) -> dict[str, str]:
+def source_fingerprint(path: str | Path, read: str | None = None) -> dict[str, str]:
     """What a manifest says of a source: name (without its folder), sha256, kind (file, folder or hub), and of a Hub
     dataset the commit. read: the same source `at_commit`."""
     if _hub_name(path):

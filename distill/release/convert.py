@@ -20,7 +20,7 @@ from decode.metal import limit_memory
 from decode.models.checkpoint import Checkpoint
 from decode.models.formats import Family, dequantized, packed_tensors
 from decode.tokenizer import Tokenizer, copy_tokenizer_file
-from distill.release.provenance import CONVERTED, origin
+from distill.provenance import CONVERTED, origin
 from kernels import UserError
 from kernels.errors import first_line
 from kernels.files import holds_current, read_json, recover_folder, replacing_folder

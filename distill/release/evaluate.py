@@ -15,6 +15,7 @@ from typing import Any
 
 from decode.metrics import VERSION, Metrics, is_looping
 from decode.models.checkpoint import RUNS, Checkpoint
+from decode.models.drafts import find_draft, newest_draft
 from decode.prompts import Prompt, read_prompts
 from decode.session import Completion, Session
 from distill.release.plots import acceptance_by_category, acceptance_by_position
@@ -52,6 +53,13 @@ def fingerprint(settings: EvaluateSettings, teacher: Checkpoint, draft: Checkpoi
     return settings.record() | hashes
 
 
+def draft_to_evaluate(name: str | None, teacher: Checkpoint) -> Checkpoint:
+    """The draft that was named; else the newest one trained for this teacher under runs/, which is likely the one that
+    was not measured yet; else the default one."""
+    newest = newest_draft(teacher) if name is None else None
+    return find_draft(str(newest) if newest else name, teacher).draft
+
+
 def default_folder(draft: Checkpoint) -> Path:
     """Where the results go: beside a draft under runs/, else into a folder there that has its name."""
     if draft.folder.resolve().is_relative_to(RUNS.resolve()):
@@ -65,8 +73,13 @@ def finished_report(folder: Path, of: dict[str, Any]) -> dict[str, Any] | None:
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    whole = isinstance(report, dict) and report.get("complete") is True and report.get("identity") == of
+    whole = isinstance(report, dict) and report.get("complete") is True and _same(report.get("identity"), of)
     return report if whole else None
+
+
+def _same(identity: Any, of: dict[str, Any]) -> bool:
+    """Whether a fingerprint, perhaps of an older version, is this one: what it does not know was at its default."""
+    return isinstance(identity, dict) and EvaluateSettings.with_defaults(identity) == of
 
 
 def evaluate(
@@ -128,7 +141,9 @@ def evaluate(
 def _answer(session: Session, prompt: Prompt, ids: list[int], index: int) -> Pair:
     """Both ways in turn, the first one alternating, so that a machine that slows down slows both."""
     first = index % 2 == 1
-    answers = {turn: session.answer(prompt, ids, index, speculative=turn) for turn in (first, not first)}
+    answers = {
+        speculative: session.answer(prompt, ids, index, speculative=speculative) for speculative in (first, not first)
+    }
     return answers[True], answers[False]
 
 
@@ -198,7 +213,11 @@ class Unfinished:
         pairs: list[Pair] = []
         if lines and _version(lines[0]) != VERSION:
             raise UserError(f"{self.path}: was begun by another version of bitdraft; delete it to begin anew")
-        if lines and lines[0] == self.header:
+        if (
+            lines
+            and _same(lines[0]["identity"], self.header["identity"])
+            and lines[0] | {"identity": self.header["identity"]} == self.header
+        ):
             try:
                 for (spec, plain), prompt, ids in zip(lines[1:], prompts, encoded, strict=False):
                     pairs.append((_completion(spec, prompt, ids), _completion(plain, prompt, ids)))

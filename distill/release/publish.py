@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from decode.models.checkpoint import CARD, find_model
-from decode.models.drafts import drafts_under
+from decode.models.checkpoint import CARD, RUNS, find_model
+from decode.models.drafts import newest_draft
 from decode.models.hub import LOG_IN, chain, explain, server_message, status
+from decode.tokenizer import TOKENIZER_FILES
+from distill.provenance import LICENCE_KEYS, licence_of
 from distill.recipe import RECIPE_FILE
 from distill.release.card import CURVES, EVALUATION, Metadata, Subject, model_card
-from distill.release.provenance import LICENCE_KEYS, licence_of
-from distill.training.checkpoint import FORMAT, OPTIONAL_FILES, TOKENIZER_FILES, WEIGHTS, check_files
+from distill.training.checkpoint import FORMAT, OPTIONAL_FILES, WEIGHTS, check_files
 from kernels import UserError
 from kernels.errors import first_line
 from kernels.files import read_json, recover_folder, sha256
@@ -57,19 +58,11 @@ class Published:
     deleted: list[str]
 
 
-def newest_draft(runs: Path) -> Path:
-    """The finished draft under `runs`, of whatever teacher, that was written last."""
-    found = []
-    for path in drafts_under(runs):
-        try:
-            about = read_json(path)
-        except UserError:
-            continue
-        if about.get("format") == FORMAT and about.get("complete") is True:
-            found.append((path.stat().st_mtime_ns, path.parent))
-    if not found:
-        raise UserError(f"no finished draft under {runs}/; train one, or give --draft")
-    return max(found)[1]
+def draft_to_publish() -> Path:
+    """The finished draft under runs/, of whatever teacher, that was written last; UserError where there is none."""
+    if (newest := newest_draft(None)) is None:
+        raise UserError(f"no finished draft under {RUNS}/; train one, or give --draft")
+    return newest
 
 
 def prepare(

@@ -16,7 +16,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from decode.models.draft_vocabulary import check_kept
-from decode.tokenizer import copy_tokenizer_file
+from decode.tokenizer import TOKENIZER_FILES, check_tokenizer, copy_tokenizer_file
 from distill.training.draft_config import GROUP_SIZE, DraftConfig
 from distill.training.drafts.llama import build, named_weights
 from distill.training.tensors import load_tensors
@@ -26,7 +26,6 @@ from kernels.files import holds_current, link_or_copy, read_json, recover_folder
 FORMAT = "bitdraft-draft-1"
 WEIGHTS = "model.safetensors"
 D2T = "kept"  # the tensor of the draft vocabulary's ids, as files call it
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 OPTIONAL_FILES = ("generation_config.json", "chat_template.jinja", "special_tokens_map.json")
 
 
@@ -39,13 +38,6 @@ class Draft:
     config: DraftConfig
     provenance: dict[str, Any]
     d2t: np.ndarray | None = None
-
-
-def check_tokenizer(teacher_folder: Path) -> None:
-    """UserError where a teacher lacks the files that its draft needs: better before hours of work than after."""
-    for name in TOKENIZER_FILES:
-        if not (teacher_folder / name).is_file():
-            raise UserError(f"{teacher_folder / name}: not there, and a draft needs its teacher's tokenizer")
 
 
 def check_draft_folder(folder: Path) -> None:

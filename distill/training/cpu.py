@@ -32,13 +32,13 @@ class CpuHead(FusedHead):
     ) -> tuple[mx.array, ...]:
         mx.eval(hidden, weight, rows, p, weights)
         x, w, ids, w8 = _view(hidden), _view(weight), np.array(rows), _view(weights)
-        n, step = len(x), max(64, self.chunk_bytes // (4 * len(w)))
+        n, chunk = len(x), max(64, self.chunk_bytes // (4 * len(w)))
         share = w8 / max(float(w8.sum()), 1.0)
         value, stats = 0.0, np.zeros(3, np.float32)
         d_x, d_w = np.empty_like(x), np.zeros_like(w)
-        buffer, product = np.empty((min(step, n), len(w)), np.float32), np.empty_like(w)
-        for start in range(0, n, step):
-            part = slice(start, min(start + step, n))
+        buffer, product = np.empty((min(chunk, n), len(w)), np.float32), np.empty_like(w)
+        for start in range(0, n, chunk):
+            part = slice(start, min(start + chunk, n))
             z = buffer[: part.stop - start]
             np.matmul(x[part], w.T, out=z)
             if self.temperature != 1.0:

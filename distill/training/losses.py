@@ -179,12 +179,12 @@ class FusedHead:
         gradient: bool,
     ) -> tuple[mx.array, ...]:
         n = hidden.shape[0]
-        step = max(64, self.chunk_bytes // (4 * weight.shape[0]))
+        chunk = max(64, self.chunk_bytes // (4 * weight.shape[0]))
         share = weights / mx.maximum(weights.sum(), 1.0)
         loss, stats = mx.array(0.0), mx.zeros(3)
         d_hidden, d_weight = [], None
-        for start in range(0, n, step):
-            part = slice(start, start + step)
+        for start in range(0, n, chunk):
+            part = slice(start, start + chunk)
             x = hidden[part]
             if d_weight is not None and not self.eager:
                 (x,) = mx.depends([x], [d_weight])  # one chunk after the other, for memory

@@ -30,15 +30,15 @@ def estimate_memory(
     """
     tokens, embedding = batch * seq_len, 4 * config.vocab_size * config.hidden
     resident = 4 * config.parameters * 4  # weights, two moments, and the best weights so far
-    step = 4 * config.parameters * 4  # their gradients, and what replaces weights and moments
+    step_bytes = 4 * config.parameters * 4  # their gradients, and what replaces weights and moments
     activations = tokens * config.layers * ACTIVATIONS * config.hidden
     start = resident // 4 + 2 * embedding + 6 * config.vocab_size * teacher_hidden  # as stored, and as float32
     if gpu:
         activations += tokens * config.layers * SCORES * config.heads * seq_len
         logits = min(LOGIT_BYTES, 4 * tokens * config.head_size)
-        peak = resident + step + activations * (2 if narrow else 4) + 4 * embedding + 8 * logits
+        peak = resident + step_bytes + activations * (2 if narrow else 4) + 4 * embedding + 8 * logits
     else:  # activations are gone before weights are replaced
-        peak = resident + max(4 * activations + 3 * embedding, step + embedding)
+        peak = resident + max(4 * activations + 3 * embedding, step_bytes + embedding)
     return max(start, peak)
 
 

@@ -27,11 +27,12 @@ from tqdm import tqdm
 
 from decode.metal import limit_memory
 from decode.models.checkpoint import RUNS, Checkpoint, tokenizer_hash
+from decode.tokenizer import check_tokenizer
 from distill.data.manifest import MANIFEST
 from distill.data.shards import Dataset
-from distill.release.provenance import dataset_metadata, made_with, origin, teacher_metadata
+from distill.provenance import dataset_metadata, made_with, origin, teacher_metadata
 from distill.training import cpu
-from distill.training.checkpoint import check_draft_folder, check_files, check_tokenizer, rounded, save
+from distill.training.checkpoint import check_draft_folder, check_files, rounded, save
 from distill.training.cpu import CpuHead
 from distill.training.draft_config import DraftConfig
 from distill.training.drafts import llama
@@ -44,6 +45,7 @@ from distill.training.settings import TrainSettings
 from distill.training.state import State, difference
 from distill.training.step import Step, TrimmedHead, measure
 from distill.training.vocabulary import DraftVocabulary, select_draft_vocabulary
+from kernels.backends import use_fast_blas
 from kernels.console import say
 from kernels.errors import UserError
 from kernels.files import read_json, read_json_lines, sha256
@@ -107,7 +109,7 @@ def train(
             f" learns to agree with {name}, and is kept as a draft for it"
         )
     if mx.default_device() == mx.Device(mx.cpu):
-        fast_blas()
+        use_fast_blas()
     limit_memory()
     vocabulary = None if settings.vocab is None else select_draft_vocabulary(dataset, settings.vocab, teacher_folder)
     size = None if vocabulary is None else len(vocabulary.d2t)
@@ -131,15 +133,6 @@ def default_folder(settings: TrainSettings, data: Path, teacher: str, teacher_ha
     name = repr((sorted(settings.naming().items()), str(data.resolve()), teacher_hash))
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]
     return RUNS / f"draft-{Path(teacher).name}-{settings.layers}x{settings.hidden}-{digest}"
-
-
-def fast_blas() -> None:
-    """MLX's Linux wheels multiply float32 matrices some 50 times slower than a good BLAS."""
-    try:
-        from kernels.cpu import use_fast_blas
-    except ImportError:
-        return
-    use_fast_blas()
 
 
 def other_teacher(dataset: Dataset, teacher_folder: Path) -> dict[str, Any] | None:

@@ -9,12 +9,14 @@ import subprocess
 import time
 import tomllib
 import weakref
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, TEACHER, Command, arguments, environment
 
-from distill.pipeline import free_memory
+from decode.models.checkpoint import find_teacher
+from distill.pipeline import Pipeline, free_memory
 from distill.predict import MACS, predict, table, teacher_bytes
 from distill.recipe import RECIPES, find_recipe, keys, read_recipe
 from distill.training.draft_config import DraftConfig
@@ -186,7 +188,7 @@ def test_run(inside: Command, tmp_path: Path) -> None:
     shards = {path.name: path.stat().st_mtime_ns for path in (out / "dataset").iterdir()}
 
     code, text, told = run("--json", "-")
-    assert code == 0, told
+    assert code == 0 and told.endswith("\nuse it: decode spec --draft runs/tiny/draft\n"), told
     result = json.loads(text)
     assert [stage["skipped"] for stage in result["stages"]] == [True, False, False]
     assert {path.name: path.stat().st_mtime_ns for path in (out / "dataset").iterdir()} == shards
@@ -200,6 +202,14 @@ def test_run(inside: Command, tmp_path: Path) -> None:
 
     again = json.loads(run("--quiet", "--json", "-")[1])
     assert [stage["skipped"] for stage in again["stages"]] == [True, True, True]
+    listed = out / "dataset" / "manifest.json"
+    today = listed.read_bytes()  # of format 2 it is whole, too, where the same settings made it
+    older = json.loads(today) | {"version": 1, "settings": json.loads(today)["settings"] | {"collection_format": 2}}
+    listed.write_text(json.dumps(older))
+    with chdir(tmp_path):
+        pipeline = Pipeline(read_recipe(Path("tiny.toml")), find_teacher(None), True, lambda *_: None, lambda: None)
+        assert pipeline.stages["collect"].done()
+    listed.write_bytes(today)
     (out / "draft" / "evaluation.json").write_text(json.dumps(report | {"identical": False}))
     code, text, _ = run("--from", "evaluate", "--quiet", "--json", "-")  # a check that failed is made again
     assert code == 0 and [stage["skipped"] for stage in json.loads(text)["stages"]] == [False]

@@ -62,7 +62,7 @@ def test_a_command_line_becomes_settings() -> None:
         Example(files=("x",), heats=(0.1, 2.0), limit=5, rate=1e-05, reply=False),
         TrainSettings(vocab=60, loss="tv", lr=0.00123, bits=4, temperature=2.0),
         EvaluateSettings(prompts="a b.jsonl", limit=2, head="int8"),
-        CollectSettings(sources=("a", "b"), reply=False, temperatures=(1.0, 0.7), max_reply=17),
+        CollectSettings(sources=("a", "owner/name@v1.0"), reply=False, temperatures=(1.0, 0.7), max_reply=17),
     ],
 )
 def test_the_command_of_a_record_makes_the_same_settings(settings: Settings) -> None:

@@ -142,7 +142,7 @@ def test_a_hub_teacher_leaves_its_revision_and_licence_in_the_draft(tmp_path: Pa
     """What distill.training.run writes of a teacher, where the folder is in the Hub client's cache."""
     from decode.models.checkpoint import find_teacher
     from distill.data.manifest import Settings
-    from distill.release.provenance import made_with, teacher_metadata
+    from distill.provenance import made_with, teacher_metadata
     from distill.release.publish import hub_name
 
     folder = tmp_path / "models--maker--a--b" / "snapshots" / ("0a" * 20)

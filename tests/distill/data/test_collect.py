@@ -22,7 +22,7 @@ from conftest import ROOT, arguments, environment
 from decode.models.checkpoint import Checkpoint, find_teacher
 from distill.data.collect import Collector, plan_collection, plan_scoring
 from distill.data.inspection import inspect_dataset, table, verify
-from distill.data.manifest import Settings
+from distill.data.manifest import Settings, folder_name
 from distill.data.packing import Segment, cut, pack
 from distill.data.prompts import split_text, wants_reply
 from distill.data.replies import generate_replies, sample_tokens
@@ -32,6 +32,7 @@ from distill.data.settings import CollectSettings
 from distill.data.shards import Dataset
 from distill.data.sources import Document, normalise_prompt
 from kernels import UserError
+from kernels.files import sha256
 
 OPTIONS = ("--tokens", 1200, "--seq-len", 128, "--max-reply", 16, "--reply-batch", 4, "--batch", 2)
 
@@ -371,8 +372,32 @@ def test_shards_of_other_replies_are_not_mixed(collector: tuple[Collector, Datas
     manifest = again.plan.folder / "manifest.json"
     (sha256,) = (replies.sha256 for replies in collector[1].scored_from)
     manifest.write_text(manifest.read_text().replace(sha256, "0" * 64).replace('"complete": true', '"complete": false'))
+    assert "and what is there now is another" in table(inspect_dataset(again.plan.folder))
     with pytest.raises(UserError, match=rf"was begun from other replies \(.*0{{12}}\), not from .*{sha256[:12]}"):
         again.run()
+
+
+def test_what_an_older_version_made_is_taken_up(
+    collector: tuple[Collector, Dataset], teacher: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole reply dataset and shards that were begun, whose manifests lack a setting that came later."""
+    again = copied(collector[0], tmp_path)
+    plan, listed = again.plan, [folder / "manifest.json" for folder in (again.plan.replies, again.plan.folder)]
+    replies, begun = (json.loads(path.read_text()) for path in listed)
+    del replies["settings"]["seed"], begun["settings"]["seed"]
+    listed[0].write_text(json.dumps(replies, indent=1) + "\n")
+    begun |= {"complete": False, "scored_from": [begun["scored_from"][0] | {"sha256": sha256(listed[0])}]}
+    listed[1].write_text(json.dumps(begun))
+    shard = plan.folder / "shard-00000.safetensors"
+    whole = shard.read_bytes()
+    shard.unlink()
+    assert again.run().complete and shard.read_bytes() == whole
+    assert plan_scoring(teacher, plan.replies, again.settings, (), None).manifest.difference(plan.manifest) is None
+
+    late = [replace(one, option=replace(one.option, added=one.name == "seed")) for one in CollectSettings.schema()]
+    monkeypatch.setattr(CollectSettings, "schema", lambda: tuple(late))
+    names = [folder_name("replies", Settings(replies["settings"] | seed)) for seed in ({}, {"seed": 0}, {"seed": 1})]
+    assert names[0] == names[1] != names[2]
 
 
 def test_replies_that_cannot_be_scored(
@@ -393,7 +418,8 @@ def test_replies_that_cannot_be_scored(
     refused("is not complete", change=('"complete": true', '"complete": false'))
     refused(f"was written by .*, not by {teacher.name}", change=(teacher.weights_hash, "0" * 64))
     refused("another tokenizer_hash", change=(teacher.tokenizer_hash, "0" * 64))
-    refused("is damaged", change=('"seed"', '"sead"'))
+    refused("is damaged", change=('"sources"', '"sauces"'))
+    refused("is of the older format 2, and cannot be scored again", change=('"version": 3', '"version": 1'))
     with pytest.raises(UserError, match="holds shards, not replies"):
         plan_scoring(teacher, collector[1].folder, settings, (), tmp_path / "x")
 
@@ -592,9 +618,10 @@ def test_nothing_to_collect_from(teacher: Checkpoint, settings: CollectSettings,
     chosen = replace(settings, sources=(str(tmp_path / "empty.jsonl"),))
     collector = Collector(plan_collection(teacher, chosen, tmp_path / "d"))
     assert collector.estimate().tokens == settings.tokens
-    with pytest.raises(UserError, match=r"empty.jsonl: nothing to collect from"):
-        collector.run()
-    assert not Dataset.open(tmp_path / "d").complete
+    for _ in range(2):  # nothing is not a whole dataset of replies that another run would take up
+        with pytest.raises(UserError, match=r"empty.jsonl: nothing to collect from"):
+            collector.run()
+    assert not Dataset.open(tmp_path / "d").complete and not Replies.open(collector.plan.replies).complete
 
 
 # --- interruptions

@@ -15,12 +15,12 @@ from distill.data import sources
 from distill.data.sources import (
     Document,
     Skipped,
-    fingerprint,
     is_excluded,
     load_excluded,
     normalise_prompt,
     read_source,
     sha256_of,
+    source_fingerprint,
 )
 from kernels.errors import UserError
 
@@ -210,7 +210,7 @@ def test_hub_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_hub_offline_is_one_line_and_imports_are_lazy() -> None:
     script = """
 import sys
-from distill.data.sources import at_commit, fingerprint, read_source, sha256_of
+from distill.data.sources import at_commit, source_fingerprint, read_source, sha256_of
 from kernels.errors import UserError
 assert not {"datasets", "pyarrow"} & set(sys.modules)
 for work in (lambda: list(read_source("nobody/nothing")), lambda: sha256_of("nobody/nothing")):
@@ -219,7 +219,7 @@ for work in (lambda: list(read_source("nobody/nothing")), lambda: sha256_of("nob
     except UserError as error:
         print(error)
 for name in ("nobody/nothing@" + 40 * "a", "nobody/nothing:small@" + 40 * "a"):
-    print(fingerprint(name)["commit"], at_commit(name))
+    print(source_fingerprint(name)["commit"], at_commit(name))
 begun = [{"name": "nobody/nothing:small", "commit": 40 * "b"}]
 print(at_commit("nobody/nothing:small", begun))
 """
@@ -238,8 +238,8 @@ def test_hashes(tmp_path: Path) -> None:
     before = sha256_of(tmp_path / "a")
     write(tmp_path / "a" / "README.md", b"not read, so not hashed")
     assert sha256_of(tmp_path / "a") == before
-    assert fingerprint(tmp_path / "a") == {"name": "a", "sha256": before, "kind": "folder"}
-    assert fingerprint(one)["kind"] == "file"
+    assert source_fingerprint(tmp_path / "a") == {"name": "a", "sha256": before, "kind": "folder"}
+    assert source_fingerprint(one)["kind"] == "file"
     two.rename(two.with_name("z.txt"))
     assert sha256_of(tmp_path / "a") != before
     with pytest.raises(UserError, match="nowhere"):

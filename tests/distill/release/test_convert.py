@@ -16,8 +16,8 @@ from safetensors import safe_open
 
 from decode.models.checkpoint import find_teacher
 from distill.data.manifest import Settings
+from distill.provenance import origin, teacher_metadata
 from distill.release.convert import convert
-from distill.release.provenance import origin, teacher_metadata
 from kernels import UserError
 
 IDS = np.random.default_rng(0).integers(0, small.VOCAB, 12).tolist()

@@ -17,7 +17,7 @@ from decode.metrics import Metrics
 from decode.models.checkpoint import find_model, find_teacher
 from decode.prompts import Prompt
 from decode.session import Completion, Session
-from distill.release.evaluate import evaluate, figures, without_looping
+from distill.release.evaluate import evaluate, figures, finished_report, without_looping
 from distill.release.settings import EvaluateSettings
 from kernels import UserError
 
@@ -130,6 +130,9 @@ def test_interrupted_it_goes_on_and_tells_a_difference(
     lines = unfinished.read_text().splitlines()
     spec, plain = json.loads(lines[2])
     plain["tokens"][1] += 1
+    header = json.loads(lines[0])
+    del header["identity"]["seed"]  # as an older version would have begun it that has no such setting
+    lines[0] = json.dumps(header)
     unfinished.write_text("\n".join([*lines[:2], json.dumps([spec, plain]), *lines[3:]]) + '\n{"cut sho')
     rest = inside("distill", *options, "-q", "--json", "-")
     assert rest.code == 1, rest.err
@@ -137,6 +140,8 @@ def test_interrupted_it_goes_on_and_tells_a_difference(
     assert whole["complete"] is True and whole["prompts"] == 6 and whole["identical"] is False
     assert [entry["identical"] for entry in whole["outputs"]] == [True, False, True, True, True, True]
     assert whole["outputs"][1]["first_difference"] == 1 and not unfinished.exists()
+    (out / "evaluation.json").write_text(json.dumps(whole | {"identity": header["identity"]}))
+    assert finished_report(out, whole["identity"]) and not finished_report(out, whole["identity"] | {"seed": 1})
     kept = report["prompts"]
     for before, after in zip(report["outputs"][:kept], whole["outputs"][:kept], strict=True):
         assert (before["token_ids"], before["decode_seconds"]) == (after["token_ids"], after["decode_seconds"])
