@@ -48,10 +48,10 @@ def test_one_file_and_several_are_the_same_model(standin: Path, tmp_path: Path) 
     assert (logits(standin) != logits(tmp_path / "other")).any()
 
 
-def test_a_missing_file_of_several_is_named(command: Command, tmp_path: Path) -> None:
+def test_a_missing_file_of_several_is_named(inside: Command, tmp_path: Path) -> None:
     write(tmp_path / "three", *SMALL, "--shards", "3")
     (tmp_path / "three" / "model-00002-of-00003.safetensors").unlink()
-    done = command("decode", "plain", "--teacher", tmp_path / "three", "--prompt", "x")
+    done = inside("decode", "plain", "--teacher", tmp_path / "three", "--prompt", "x")
     done.refused("decode", "model-00002-of-00003.safetensors", "missing")
 
 
@@ -112,10 +112,10 @@ def test_a_llama_3_tokenizer_gets_bitnets_turns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", [END_OF_TEXT, END_OF_TURN])
-def test_both_end_tokens_stop_a_reply(end: int, standin: Path, command: Command, tmp_path: Path) -> None:
+def test_both_end_tokens_stop_a_reply(end: int, standin: Path, inside: Command, tmp_path: Path) -> None:
     """A model whose embedding has the rows of two tokens swapped says the one where it said the other."""
     plain = ("decode", "plain", "--prompt", "Once upon a time", "--raw", "--max-tokens", 6, "--json", "-")
-    (before,) = json.loads(command(*plain, "--teacher", standin).out)["outputs"]
+    (before,) = json.loads(inside(*plain, "--teacher", standin).out)["outputs"]
     said = before["token_ids"]
     prompt = Tokenizer(standin).encode_text("Once upon a time")
     at = max(i for i in range(6) if said[i] not in [*prompt, *said[:i]])
@@ -130,18 +130,18 @@ def test_both_end_tokens_stop_a_reply(end: int, standin: Path, command: Command,
     rows[[end, said[at]]] = rows[[said[at], end]]
     weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][mx.array(rows)]
     mx.save_safetensors(str(swapped / "model.safetensors"), weights)
-    (after,) = json.loads(command(*plain, "--teacher", swapped).out)["outputs"]
+    (after,) = json.loads(inside(*plain, "--teacher", swapped).out)["outputs"]
     assert after["token_ids"] == [*said[:at], end]
     assert after["finish_reason"] == "stop"
 
 
-def test_a_dataset_is_collected_from_it(standin: Path, command: Command, tmp_path: Path) -> None:
-    done = command(
+def test_a_dataset_is_collected_from_it(standin: Path, inside: Command, tmp_path: Path) -> None:
+    done = inside(
         *("distill", "collect", "--teacher", standin, "--tokens", 1500, "--seq-len", 128, "--reply-batch", 8),
         *("--max-reply", 16, "--out", tmp_path / "data", "--quiet"),
     )
     assert done.code == 0, done.err
-    assert command("distill", "verify", tmp_path / "data").code == 0
+    assert inside("distill", "verify", tmp_path / "data").code == 0
 
 
 def test_a_folder_without_a_tokenizer_is_refused_with_the_way_to_get_one(tmp_path: Path) -> None:

@@ -88,12 +88,11 @@ def test_inspect_and_verify(inside: Command, data: Path) -> None:
     assert told.code == 1 and str(shard) in told.out
 
 
-def test_dry_run_writes_nothing(inside: Command, work: Path) -> None:
+def test_dry_run_writes_nothing(inside: Command, work: Path, small_teacher: Path) -> None:
     (work / "one.txt").write_text("It was a bright cold day in April. " * 50)
     before = sorted(work.rglob("*"))
-    done = inside(
-        "distill", "collect", "--source", "one.txt", "--dry-run", "--tokens", 5000, "--seq-len", 64, "--json", "-"
-    )  # fmt: skip
+    options = ("--teacher", small_teacher, "--source", "one.txt", "--tokens", 5000, "--seq-len", 64)
+    done = inside("distill", "collect", *options, "--dry-run", "--json", "-")
     assert done.code == 0 and sorted(work.rglob("*")) == before
     estimate = json.loads(done.out)["estimate"]
     assert estimate["tokens"] == 5000 and estimate["seconds"] > 0
@@ -101,12 +100,13 @@ def test_dry_run_writes_nothing(inside: Command, work: Path) -> None:
     assert "about 5,000 tokens" in done.err and "tok/s" in done.err
 
 
-def test_bars_of_replies_end_at_what_was_written(command: Command, work: Path) -> None:
+def test_bars_of_replies_end_at_what_was_written(command: Command, work: Path, small_teacher: Path) -> None:
     """One prompt brings less than the 100 tokens asked of it, and some of eight the rest."""
     (work / "one.jsonl").write_text('{"prompt": "Hi"}\n', encoding="utf-8")
     (work / "eight.jsonl").write_text('{"prompt": "Name a colour and an animal."}\n' * 8, encoding="utf-8")
-    sources = ("--source", "one.jsonl", "--source", "eight.jsonl", "--tokens", 200)
-    done = command("distill", "collect", *sources, "--max-reply", 32, "--reply-batch", 8, "--batch", 1, "--out", "bars")
+    options = ("--teacher", small_teacher, "--source", "one.jsonl", "--source", "eight.jsonl", "--tokens", 200)
+    options += ("--max-reply", 32, "--reply-batch", 8, "--batch", 1)
+    done = command("distill", "collect", *options, "--out", "bars")
     assert done.code == 0, done.err
     bars = [line for line in done.err.replace("\r", "\n").splitlines() if line.startswith("teacher replies")]
     ends = [match for line in bars if (match := re.search(r"100%.* (\d+)\.?\d*/(\d+)\.?\d* \[", line))]

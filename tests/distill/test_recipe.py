@@ -160,11 +160,12 @@ def test_predictions_are_bytes_and_operations() -> None:
     assert evaluate.parts[0][0] == pytest.approx(2 * 384 * 128 * 1.18e9, rel=0.02)
 
 
-def test_run(inside: Command, tmp_path: Path) -> None:
+def test_run(inside: Command, small_teacher: Path, tmp_path: Path) -> None:
     """The three stages, once; stopped and taken up; what was made under other settings stays."""
     lines = [{"prompt": f"Tell me about the number {i}.", "category": "ab"[i % 2]} for i in range(60)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (tmp_path / "tiny.toml").write_text(TINY)
+    tiny = f'teacher = "{small_teacher}"\n{TINY}'
+    (tmp_path / "tiny.toml").write_text(tiny)
     out = tmp_path / "runs" / "tiny"
 
     def run(*options: object) -> tuple[int, str, str]:
@@ -193,7 +194,7 @@ def test_run(inside: Command, tmp_path: Path) -> None:
     assert [stage["skipped"] for stage in result["stages"]] == [True, False, False]
     assert {path.name: path.stat().st_mtime_ns for path in (out / "dataset").iterdir()} == shards
     content = (out / "draft" / "recipe.toml").read_bytes()
-    assert content == TINY.encode() and result["sha256"] == hashlib.sha256(content).hexdigest()
+    assert content == tiny.encode() and result["sha256"] == hashlib.sha256(content).hexdigest()
     about = json.loads((out / "draft" / "draft.json").read_text())
     assert about["complete"] and about["recipe"] == {"name": "tiny", "sha256": result["sha256"]}
     report = json.loads((out / "draft" / "evaluation.json").read_text())
@@ -215,7 +216,7 @@ def test_run(inside: Command, tmp_path: Path) -> None:
     assert code == 0 and [stage["skipped"] for stage in json.loads(text)["stages"]] == [False]
     # From a later stage on, what is before it must still be what the recipe says, though its sources be gone.
     (tmp_path / "prompts.jsonl").rename(tmp_path / "away.jsonl")
-    elsewhere = TINY.replace('prompts = "prompts', 'prompts = "away')
+    elsewhere = tiny.replace('prompts = "prompts', 'prompts = "away')
     (tmp_path / "tiny.toml").write_text(elsewhere.replace("tokens = 1500", "tokens = 1600"))
     for away in (False, True):
         code, _, told = run("--from", "train")
@@ -223,23 +224,23 @@ def test_run(inside: Command, tmp_path: Path) -> None:
         assert code == 2 and f"{where}: was made with tokens = 1500, not 1600" in told, told
         (out / "dataset").rename(out / "away") if not away else (out / "away").rename(out / "dataset")
     (tmp_path / "away.jsonl").rename(tmp_path / "prompts.jsonl")
-    (tmp_path / "tiny.toml").write_text(TINY.replace('["prompts.jsonl"]', '["other.jsonl"]'))
+    (tmp_path / "tiny.toml").write_text(tiny.replace('["prompts.jsonl"]', '["other.jsonl"]'))
     assert 'was made with sources = ["prompts.jsonl"], not ["other.jsonl"]' in run("--from", "train")[2]
-    (tmp_path / "tiny.toml").write_text(TINY)
+    (tmp_path / "tiny.toml").write_text(tiny)
     manifest, ours = out / "dataset" / "manifest.json", about["teacher"]["hash"]
     manifest.write_text(manifest.read_text().replace(ours, "0" * 64))
     (out / "draft").rename(out / "away")
-    assert f"runs/tiny/dataset: was made with another teacher than {TEACHER.name}" in run("--from", "train")[2]
+    assert f"runs/tiny/dataset: was made with another teacher than {small_teacher.name}" in run("--from", "train")[2]
     manifest.write_text(manifest.read_text().replace("0" * 64, ours))
     (out / "away").rename(out / "draft")
     for old, new, named in (
         ("hidden = 64", "hidden = 128", "runs/tiny/draft: holds a finished draft that was trained with hidden = 64"),
         ("tokens = 1500", "tokens = 1600", "runs/tiny/dataset: was begun with tokens = 1500, not 1600"),
         ("hidden = 64", "hidden = 64\nvocab = 99999", "vocab 99999: the teacher has 16384 tokens"),
-        ("batch = 4", "batch = 4\ntop_k = 20000", "tiny.toml: line 9: [collect] top_k 20000: must be 1 to 16384"),
+        ("batch = 4", "batch = 4\ntop_k = 20000", "tiny.toml: line 10: [collect] top_k 20000: must be 1 to 16384"),
         ('prompts = "prompts', 'prompts = "gone', "gone.jsonl"),
     ):
-        (tmp_path / "tiny.toml").write_text(TINY.replace(old, new))
+        (tmp_path / "tiny.toml").write_text(tiny.replace(old, new))
         if "teacher has" in named or "top_k" in named:
             assert named in run("--dry-run")[2]
         code, _, told = run()

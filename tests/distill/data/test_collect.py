@@ -38,8 +38,8 @@ OPTIONS = ("--tokens", 1200, "--seq-len", 128, "--max-reply", 16, "--reply-batch
 
 
 @pytest.fixture(scope="module")
-def teacher() -> Checkpoint:
-    return find_teacher(None)
+def teacher(small_teacher: Path) -> Checkpoint:
+    return find_teacher(str(small_teacher))
 
 
 @pytest.fixture(scope="module")
@@ -627,9 +627,11 @@ def test_nothing_to_collect_from(teacher: Checkpoint, settings: CollectSettings,
 # --- interruptions
 
 
-def collect(out: Path, sources: tuple[str, ...], *more: object, before: str = "") -> subprocess.Popen[str]:
+def collect(
+    out: Path, teacher: Checkpoint, sources: tuple[str, ...], *more: object, before: str = ""
+) -> subprocess.Popen[str]:
     """A process that collects. before: Python that it runs first."""
-    options = [option for source in sources for option in ("--source", source)]
+    options = ["--teacher", teacher.folder, *(option for source in sources for option in ("--source", source))]
     start = arguments("distill", "collect", *options, *OPTIONS, "--quiet", "--out", out, *more)
     return subprocess.Popen(
         [start[0], "-c", before + start[2], *start[3:]], env=environment(), cwd=out.parent, stdin=subprocess.DEVNULL,
@@ -643,18 +645,20 @@ def ends(process: subprocess.Popen[str], code: int, message: str) -> None:
     assert (process.returncode, err.strip()) == (code, message)
 
 
-def test_however_it_is_stopped_it_ends_with_the_same_bytes(sources: tuple[str, ...], tmp_path: Path) -> None:
+def test_however_it_is_stopped_it_ends_with_the_same_bytes(
+    teacher: Checkpoint, sources: tuple[str, ...], tmp_path: Path
+) -> None:
     """Interrupted and killed, refused for other settings, and out of room; beside a run that nobody disturbed."""
     (tmp_path / "whole").mkdir()
     (tmp_path / "stopped").mkdir()
-    ends(collect(tmp_path / "whole" / "d", sources), 0, "")
+    ends(collect(tmp_path / "whole" / "d", teacher, sources), 0, "")
     whole, out = files(tmp_path / "whole"), tmp_path / "stopped" / "d"
 
     def begun(text: str) -> bool:
         """Whether the manifest of the replies is there and says this."""
         return any(text in path.read_text() for path in out.parent.glob("replies-*/manifest.json"))
 
-    process = collect(out, sources)
+    process = collect(out, teacher, sources)
     while process.poll() is None and not begun(""):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
@@ -662,10 +666,10 @@ def test_however_it_is_stopped_it_ends_with_the_same_bytes(sources: tuple[str, .
     assert not Dataset.open(out).complete
 
     before = files(out.parent)
-    ends(collect(out, sources, "--seed", 1), 2, f"distill: error: {out}: was begun with seed = 0, not 1")
+    ends(collect(out, teacher, sources, "--seed", 1), 2, f"distill: error: {out}: was begun with seed = 0, not 1")
     assert files(out.parent) == before
 
-    process = collect(out, sources)
+    process = collect(out, teacher, sources)
     while process.poll() is None and not begun('"complete": true'):
         time.sleep(0.01)
     process.kill()
@@ -674,11 +678,11 @@ def test_however_it_is_stopped_it_ends_with_the_same_bytes(sources: tuple[str, .
 
     largest = max(map(len, whole.values()))  # a limit on file sizes stands in for a full disk
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({largest - 1}, {largest - 1})); "
-    process = collect(out, sources, before=limit)
+    process = collect(out, teacher, sources, before=limit)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2
     assert len(err.splitlines()) == 1 and f"no room left in {out}" in err
     assert not Dataset.open(out).complete and not list(out.glob(".*"))
 
-    ends(collect(out, sources), 0, "")
+    ends(collect(out, teacher, sources), 0, "")
     assert files(out.parent) == whole

@@ -22,7 +22,7 @@ from distill.release.settings import EvaluateSettings
 from kernels import UserError
 
 SHIPPED = Path(__file__).resolve().parents[3] / "checkpoints" / "bitnet-smol-116m-draft"
-LENGTH = 20
+LENGTH = 12
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_evaluation_counts_what_decoding_counts(inside: Command, work: Path, pro
 
 
 def test_both_ways_take_turns_in_being_first(
-    weak_draft: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_teacher: Path, weak_draft: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A machine that gets slower from second to second must not favour one of them."""
     order: list[tuple[str, bool]] = []
@@ -87,7 +87,9 @@ def test_both_ways_take_turns_in_being_first(
 
     monkeypatch.setattr(Session, "answer", noted)
     settings = EvaluateSettings(prompts=str(prompts), max_tokens=4)
-    evaluate(find_teacher(None), find_model(str(weak_draft), "--draft"), settings, tmp_path / "out", quiet=True)
+    evaluate(
+        find_teacher(str(small_teacher)), find_model(str(weak_draft), "--draft"), settings, tmp_path / "out", quiet=True
+    )
     turns = [[speculative for name, speculative in order if name == f"p{i}"] for i in range(6)]
     assert turns == [[False, True], [True, False]] * 3
 
@@ -109,10 +111,11 @@ def test_looping_replies_are_set_apart() -> None:
 
 
 def test_interrupted_it_goes_on_and_tells_a_difference(
-    inside: Command, work: Path, weak_draft: Path, prompts: Path, tmp_path: Path
+    inside: Command, work: Path, small_teacher: Path, weak_draft: Path, prompts: Path, tmp_path: Path
 ) -> None:
     out, unfinished = tmp_path / "out", tmp_path / "out" / "evaluation-unfinished.jsonl"
-    options = ("evaluate", "--draft", weak_draft, "--prompts", prompts, "--max-tokens", 48, "--out", out)
+    models = ("--teacher", small_teacher, "--draft", weak_draft)
+    options = ("evaluate", *models, "--prompts", prompts, "--max-tokens", 48, "--out", out)
     process = subprocess.Popen(
         arguments("distill", *options), cwd=work, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

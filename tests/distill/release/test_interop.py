@@ -146,7 +146,9 @@ def test_server_of_mlx_lm(pair: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_drafts_that_mlx_lm_has_quantised(tmp_path: Path, weak_draft: Path, inside: Command, bits: int) -> None:
+def test_drafts_that_mlx_lm_has_quantised(
+    tmp_path: Path, small_teacher: Path, weak_draft: Path, inside: Command, bits: int
+) -> None:
     from mlx_lm import convert
 
     quantized = tmp_path / "quantized"
@@ -157,8 +159,8 @@ def test_drafts_that_mlx_lm_has_quantised(tmp_path: Path, weak_draft: Path, insi
     found, expected = (np.array(model.step(ids, model.new_cache()).logits) for model in (ours, before))
     assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > (0.95 if bits == 4 else 0.999)
     assert not np.array_equal(found, expected)
-    spec = ["--draft", quantized, "--prompt", "The sky", "--max-tokens", 12, "--compare", "--json", "-", "--quiet"]
-    done = inside("decode", "spec", *spec)
+    spec = ["--teacher", small_teacher, "--draft", quantized, "--prompt", "The sky", "--max-tokens", 12]
+    done = inside("decode", "spec", *spec, "--compare", "--json", "-", "--quiet")
     assert done.code == 0, done.err
     result = json.loads(done.out)
     assert result["identical"] is True and result["drafted"] > 0
@@ -173,9 +175,9 @@ def cached(cache: Path, repo: str, folder: Path, revision: str, commit: str) -> 
     (repo_folder / "snapshots" / commit).symlink_to(folder)
 
 
-def test_revisions_of_names_on_the_hub(tmp_path: Path, weak_draft: Path, command: Command) -> None:
+def test_revisions_of_names_on_the_hub(tmp_path: Path, small_teacher: Path, weak_draft: Path, command: Command) -> None:
     cache = tmp_path / "cache"
-    cached(cache, "someone/teacher", TEACHER, "v1.0", "1" * 40)
+    cached(cache, "someone/teacher", small_teacher, "v1.0", "1" * 40)
     cached(cache, "someone/draft", weak_draft, "main", "2" * 40)
     broken = small.microsoft(tmp_path / "other", hidden_act="gelu")
     cached(cache, "someone/draft", broken, "v9", "3" * 40)

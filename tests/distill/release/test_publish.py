@@ -381,7 +381,9 @@ def test_damaged_records_are_named(tmp_path: Path, name: str, changed: Any, comp
 # --- to a Hub
 
 
-def test_a_published_draft_comes_back_byte_for_byte(command: Command, hub: Hub, small: Path) -> None:
+def test_a_published_draft_comes_back_byte_for_byte(
+    command: Command, hub: Hub, small: Path, small_teacher: Path
+) -> None:
     done = publish(command, hub, small, "--json", hub.home / "result.json")
     assert done.code == 0, done.err
     assert done.out == f"{hub.url}/{REPO}\n"
@@ -395,8 +397,10 @@ def test_a_published_draft_comes_back_byte_for_byte(command: Command, hub: Hub, 
     assert result["changed"] and result["url"] == f"{hub.url}/{REPO}"
 
     def decode(**variables: str) -> Any:
-        options = ("--draft", REPO, "--prompt", "Hello", "--max-tokens", 4, "--json", "-", "--quiet")
-        return command("decode", "spec", *options, **(hub.environment(home="other") | variables))
+        options = ("--teacher", small_teacher, "--draft", REPO, "--prompt", "Hello", "--max-tokens", 4)
+        return command(
+            "decode", "spec", *options, "--json", "-", "--quiet", **(hub.environment(home="other") | variables)
+        )
 
     used = decode()
     assert used.code == 0, used.err
@@ -409,7 +413,7 @@ def test_a_published_draft_comes_back_byte_for_byte(command: Command, hub: Hub, 
     assert offline.code == 0 and json.loads(offline.out)["outputs"][0]["token_ids"]
     assert len(hub.requests) == before
     # A private draft is hidden from everyone else.
-    other = ("--draft", REPO, "--prompt", "Hello")
+    other = ("--teacher", small_teacher, "--draft", REPO, "--prompt", "Hello")
     for token in ("hf_bob", None):
         refused = command("decode", "spec", *other, **hub.environment(token, home=f"of {token}"))
         refused.refused("decode", f"--draft {REPO}", "hf auth login")
