@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+import pytest
 from conftest import ROOT, TEACHER, environment
 
 SHAPE = ("--layers", "1", "--hidden", "64", "--heads", "1", "--kv-heads", "1", "--intermediate", "64")
@@ -22,6 +23,7 @@ def benchmark(*options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*map(str, line)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
 
 
+@pytest.mark.slow
 def test_every_stage_runs_and_too_much_memory_fails(tmp_path: Path) -> None:
     done = benchmark("--out", tmp_path / "out", "--json", tmp_path / "facts.json", "--limit-gb", "0.001")
     facts = json.loads((tmp_path / "facts.json").read_text())

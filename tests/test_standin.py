@@ -111,6 +111,7 @@ def test_a_llama_3_tokenizer_gets_bitnets_turns(tmp_path: Path) -> None:
     assert json.loads((out / "config.json").read_text())["eos_token_id"] == END_OF_TEXT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [END_OF_TEXT, END_OF_TURN])
 def test_both_end_tokens_stop_a_reply(end: int, standin: Path, inside: Command, tmp_path: Path) -> None:
     """A model whose embedding has the rows of two tokens swapped says the one where it said the other."""
@@ -135,6 +136,7 @@ def test_both_end_tokens_stop_a_reply(end: int, standin: Path, inside: Command, 
     assert after["finish_reason"] == "stop"
 
 
+@pytest.mark.slow
 def test_a_dataset_is_collected_from_it(standin: Path, inside: Command, tmp_path: Path) -> None:
     done = inside(
         *("distill", "collect", "--teacher", standin, "--tokens", 1500, "--seq-len", 128, "--reply-batch", 8),

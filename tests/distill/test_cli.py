@@ -100,6 +100,7 @@ def test_dry_run_writes_nothing(inside: Command, work: Path, small_teacher: Path
     assert "about 5,000 tokens" in done.err and "tok/s" in done.err
 
 
+@pytest.mark.slow
 def test_bars_of_replies_end_at_what_was_written(command: Command, work: Path, small_teacher: Path) -> None:
     """One prompt brings less than the 100 tokens asked of it, and some of eight the rest."""
     (work / "one.jsonl").write_text('{"prompt": "Hi"}\n', encoding="utf-8")

@@ -160,6 +160,7 @@ def test_predictions_are_bytes_and_operations() -> None:
     assert evaluate.parts[0][0] == pytest.approx(2 * 384 * 128 * 1.18e9, rel=0.02)
 
 
+@pytest.mark.slow
 def test_run(inside: Command, small_teacher: Path, tmp_path: Path) -> None:
     """The three stages, once; stopped and taken up; what was made under other settings stays."""
     lines = [{"prompt": f"Tell me about the number {i}.", "category": "ab"[i % 2]} for i in range(60)]

@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from conftest import ROOT, SHIPPED, TEACHER, environment
+from conftest import ROOT, SHIPPED, environment
 
 from kernels import reference
 from kernels.backends import CHOICES, FALLBACKS, device_backend, with_fallbacks
@@ -147,6 +147,7 @@ def test_a_wrong_fused_step_is_found(changed: dict[str, Any], fault: str) -> Non
     assert not any(faults.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", CHOICES)
 def test_a_backend_can_be_forced(choice: str) -> None:
     if choice not in ("reference", device_backend()):
@@ -210,15 +211,16 @@ def test_where_no_product_is_right_the_reference_is_used_with_one_warning() -> N
     assert done.stderr.count("UserWarning") == 1 and "linear, float differs from the reference" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(len(candidates()) == 1, reason="the native kernels are not built here")
-def test_speculation_changes_nothing_where_some_kernels_are_replaced_with_one_warning() -> None:
+def test_speculation_changes_nothing_where_some_kernels_are_replaced_with_one_warning(small_teacher: Path) -> None:
     script = f"""
 spoil("attention", cpu.attention)
 spoil("bitlinear", lambda x, *rest: cpu.int8_linear(x, *rest))
 from decode.models.checkpoint import find_model
 from decode.drafters.model import ModelDrafter
 from decode.engine import Request, generate
-teacher = find_model({str(TEACHER)!r}, "--teacher").load("int8")
+teacher = find_model({str(small_teacher)!r}, "--teacher").load("int8")
 draft = find_model({str(SHIPPED)!r}, "--draft").load()
 def say(drafter):
     rounds = list(generate(teacher, Request([5, 6, 7], 8), drafter, 3))
@@ -231,6 +233,7 @@ assert say(ModelDrafter(draft)) == say(None)
     assert "attention differs" in done.stderr and "bitlinear" in done.stderr and "for these" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(len(candidates()) == 1, reason="the native kernels are not built here")
 @pytest.mark.parametrize(
     ("before", "complaint"),
@@ -252,6 +255,7 @@ def test_an_extension_that_does_not_fit_is_not_used_and_says_how_to_build_it(bef
     assert forced.stdout == "" and "UserError: BITDRAFT_KERNELS=cpu: " in forced.stderr and complaint in forced.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(len(candidates()) == 1, reason="the native kernels are not built here")
 @pytest.mark.parametrize(
     ("variable", "value"),

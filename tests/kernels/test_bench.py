@@ -62,6 +62,7 @@ def test_bench_has_a_row_for_everything_asked(tmp_path: Path) -> None:
     assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_bench_prints_a_table_without_what_mlx_cannot_quantise(tmp_path: Path) -> None:
     options = ("--rows", 2, "--seconds", 0.001, "--kernels", "bitlinear,quantized_4bit")
     done = kernels(tmp_path, "bench", *options, "--shapes", "96x64,32x68", "--json", "out.json", small=True)
@@ -88,6 +89,7 @@ def test_of_several_thread_counts_the_best_is_reported() -> None:
     assert one.gb_per_s == pytest.approx(500e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "named"),
     [

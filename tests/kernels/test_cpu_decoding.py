@@ -116,10 +116,14 @@ def test_greedy_tokens_refuse_what_does_not_fit(draft: Transformer) -> None:
 # Fused steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float", "int8"])
-@pytest.mark.parametrize("model", ["bitnet-smol-116m", "bitnet-smol-116m-draft"])
-def test_a_fused_step_has_the_bits_of_its_operations(model: str, precision: Precision, isa: str) -> None:
-    transformer = find_model(str(ROOT / "checkpoints" / model), "--draft").load(precision, precision)
+@pytest.mark.parametrize("model", ["teacher", "draft"])
+def test_a_fused_step_has_the_bits_of_its_operations(
+    model: str, precision: Precision, isa: str, small_teacher: Path
+) -> None:
+    folder = small_teacher if model == "teacher" else SHIPPED
+    transformer = find_model(str(folder), "--draft").load(precision, precision)
     fused = transformer.fused_step
     assert fused is not None
     cases = [(20, 3), (31, 8), (1, 1), (2, 2), (7, 4), (2038, 5), (31, 6), (32, 7)]

@@ -65,6 +65,7 @@ def weights_of(kind: str, n: int, k: int) -> tuple[Any, Any]:
 # Single operations
 
 
+@pytest.mark.slow
 def test_it_passes_the_self_test() -> None:
     assert dict(operation_faults(cuda)) == dict.fromkeys(CHECKS)
 
@@ -104,6 +105,7 @@ def test_the_largest_sums(m: int, value: int) -> None:
     assert (np.array(y) == np.float32(-value * k) * (np.float32(1) / np.float32(3))).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "epilogue"),
     [("ternary", "relu2_mul"), ("int8", "silu_mul"), ("bfloat16", None), ("bfloat16", "silu_mul"), ("float32", None)],
@@ -124,6 +126,7 @@ def test_linear_gives_a_row_the_same_bits_alone_and_among_others(kind: str, epil
         assert close(cuda.linear(many, ours, **options), reference.linear(many, theirs, **options), 2e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "d", "spans"),
     [
@@ -250,6 +253,7 @@ class Model:
         return mx.concatenate(rows), keys, values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "head", "rows"), [("ternary", "bfloat16", (3, 8)), ("int8", "int8", (2,))])
 def test_the_fused_step_equals_its_rows_alone_by_bits_and_the_reference_nearly(
     kind: str, head: str, rows: tuple[int, ...], emulator: cuda_emulator.Emulator
@@ -271,6 +275,7 @@ def test_the_fused_step_equals_its_rows_alone_by_bits_and_the_reference_nearly(
             emulator.seed = 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "head", "cases"), [("ternary", "int8", [(3, 2080), (8, 30)]), ("int8", "bfloat16", [(5, 509)])]
 )
@@ -289,6 +294,7 @@ def test_long_rows_and_long_contexts(
         emulator.seed = 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "head", "multiprocessors"), [("int8", "int8", 12), ("ternary", "bfloat16", 3)])
 def test_a_chain_of_steps_equals_single_ones_by_bits(
     kind: str, head: str, multiprocessors: int, emulator: cuda_emulator.Emulator
@@ -308,6 +314,7 @@ def test_a_chain_of_steps_equals_single_ones_by_bits(
         emulator.seed = 0
 
 
+@pytest.mark.slow
 def test_of_equal_logits_a_chain_chooses_the_lowest_id(emulator: cuda_emulator.Emulator) -> None:
     for emulator.multiprocessors in (1, 4):
         model = Model("ternary", "bfloat16", layers=1)
@@ -317,6 +324,7 @@ def test_of_equal_logits_a_chain_chooses_the_lowest_id(emulator: cuda_emulator.E
         assert np.array(model.step.greedy_tokens([9], *model.caches(3), 3, 2, None)).tolist() == [0, 0]
 
 
+@pytest.mark.slow
 def test_bits_do_not_depend_on_the_number_of_multiprocessors_nor_on_where_tokens_come_from(
     emulator: cuda_emulator.Emulator,
 ) -> None:
@@ -327,6 +335,7 @@ def test_bits_do_not_depend_on_the_number_of_multiprocessors_nor_on_where_tokens
         assert same_bits(again.step(mx.array([3, 1, 2], mx.uint32), *again.caches(33), 33), expected)
 
 
+@pytest.mark.slow
 def test_less_shared_memory_takes_shorter_rings(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = Model("ternary", "int8")
     there_is = fused.device_attribute
@@ -353,6 +362,7 @@ def test_launches_of_two_models_follow_each_other(monkeypatch: pytest.MonkeyPatc
     assert seen[1][0] is seen[0][1]
 
 
+@pytest.mark.slow
 def test_more_blocks_than_multiprocessors_would_wait_for_ever(emulator: cuda_emulator.Emulator) -> None:
     model = Model("ternary", "bfloat16", layers=1)
     emulator.multiprocessors = 5
@@ -411,6 +421,7 @@ BROKEN = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("file", "before", "after", "fault"), BROKEN)
 def test_a_broken_kernel_is_noticed(
     file: str,

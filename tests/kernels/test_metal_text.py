@@ -35,6 +35,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, name: str, before: str, after: str) 
     monkeypatch.setattr(metal, "source", lambda asked: changed.get(asked, original(asked)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "before", "after", "fault"),
     [

@@ -168,6 +168,7 @@ def test_held_out_prompts_are_dropped(collector: tuple[Collector, Dataset]) -> N
     assert all("tell me something about the number" in text for text in asked)
 
 
+@pytest.mark.slow
 def test_held_out_prompts_would_be_there_otherwise(
     teacher: Checkpoint, settings: CollectSettings, tmp_path: Path
 ) -> None:
@@ -248,6 +249,7 @@ def test_top_of_works_in_parts_that_change_nothing(monkeypatch: pytest.MonkeyPat
     assert peak < logits.nbytes
 
 
+@pytest.mark.slow
 def test_what_the_last_source_lacks_the_first_gives(
     teacher: Checkpoint, settings: CollectSettings, tmp_path: Path
 ) -> None:
@@ -284,6 +286,7 @@ def test_too_few_tokens_are_told(teacher: Checkpoint, settings: CollectSettings,
     ]
 
 
+@pytest.mark.slow
 def test_of_a_hub_dataset_that_was_begun_the_commit_stays(
     teacher: Checkpoint, settings: CollectSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -327,6 +330,7 @@ def test_of_a_hub_dataset_that_was_begun_the_commit_stays(
 # --- the passes
 
 
+@pytest.mark.slow
 def test_scoring_can_be_repeated_from_the_replies_alone(
     collector: tuple[Collector, Dataset], teacher: Checkpoint, settings: CollectSettings, tmp_path: Path
 ) -> None:
@@ -347,6 +351,7 @@ def test_scoring_can_be_repeated_from_the_replies_alone(
     assert str(tmp_path / "elsewhere") in table(inspect_dataset(tmp_path / "there"))
 
 
+@pytest.mark.slow
 def test_other_scores_come_from_the_same_replies(
     collector: tuple[Collector, Dataset], teacher: Checkpoint, settings: CollectSettings, tmp_path: Path
 ) -> None:
@@ -430,6 +435,7 @@ def of_prompts(teacher: Checkpoint, settings: CollectSettings, tmp_path_factory:
     return Collector(plan_collection(teacher, chosen, tmp_path_factory.mktemp("prompts") / "d"))
 
 
+@pytest.mark.slow
 def test_reply_n_answers_prompt_n_of_a_seeded_order(of_prompts: Collector) -> None:
     """Whatever the batch, and however long the replies before it: they decide only how many there are."""
     (chosen,) = of_prompts.choose()
@@ -462,6 +468,7 @@ def test_reply_n_answers_prompt_n_of_a_seeded_order(of_prompts: Collector) -> No
     assert counts["max_reply"] > len(replies) > counts["tokens"]
 
 
+@pytest.mark.slow
 def test_stopped_anywhere_the_replies_end_the_same(of_prompts: Collector, tmp_path: Path) -> None:
     """Stopped at some of its steps, and with a file lost."""
     of_prompts.replies()
@@ -645,6 +652,7 @@ def ends(process: subprocess.Popen[str], code: int, message: str) -> None:
     assert (process.returncode, err.strip()) == (code, message)
 
 
+@pytest.mark.slow
 def test_however_it_is_stopped_it_ends_with_the_same_bytes(
     teacher: Checkpoint, sources: tuple[str, ...], tmp_path: Path
 ) -> None:

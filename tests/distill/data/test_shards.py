@@ -258,6 +258,7 @@ def kill_everywhere(folder: Path) -> None:
         assert code == signal.SIGKILL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["kill_at_random", "kill_everywhere"])
 def test_killed_collection_ends_with_the_same_bytes(tmp_path: Path, how: str) -> None:
     # In a process of its own: forking is safe only where no library has started threads.
@@ -537,6 +538,7 @@ def test_unfinished_datasets_of_the_older_format_are_refused(tmp_path: Path) -> 
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_draft_is_trained_on_the_older_format(tmp_path: Path) -> None:
     synthetic.dataset(tmp_path / "data", synthetic.teacher_folder(tmp_path / "teacher"))
     make_old(tmp_path / "data")

@@ -38,6 +38,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_evaluation_counts_what_decoding_counts(inside: Command, work: Path, prompts: Path, tmp_path: Path) -> None:
     """The totals are those of `decode spec` on the same prompts, and the categories add up to them."""
     draft = work / "runs" / "mine"
@@ -110,6 +111,7 @@ def test_looping_replies_are_set_apart() -> None:
     assert figures([])["acceptance_rate"] == figures([])["speedup"] == 0
 
 
+@pytest.mark.slow
 def test_interrupted_it_goes_on_and_tells_a_difference(
     inside: Command, work: Path, small_teacher: Path, weak_draft: Path, prompts: Path, tmp_path: Path
 ) -> None:

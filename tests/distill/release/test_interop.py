@@ -111,6 +111,7 @@ def test_the_program_for_transformers(tmp_path: Path, weak_draft: Path) -> None:
     assert len("".join(text)) > 20 and same == "True"
 
 
+@pytest.mark.slow
 def test_server_of_mlx_lm(pair: tuple[Path, Path], tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -175,6 +176,7 @@ def cached(cache: Path, repo: str, folder: Path, revision: str, commit: str) -> 
     (repo_folder / "snapshots" / commit).symlink_to(folder)
 
 
+@pytest.mark.slow
 def test_revisions_of_names_on_the_hub(tmp_path: Path, small_teacher: Path, weak_draft: Path, command: Command) -> None:
     cache = tmp_path / "cache"
     cached(cache, "someone/teacher", small_teacher, "v1.0", "1" * 40)

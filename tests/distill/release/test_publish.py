@@ -282,6 +282,7 @@ def test_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
     assert "LICENSE" in prepare(folder, REPO).files
 
 
+@pytest.mark.slow
 def test_what_distill_evaluate_finds_is_published(inside: Command, tmp_path: Path) -> None:
     """The two commands on the shipped draft: one's evaluation.json is what the other reads."""
     folder = tmp_path / "runs" / "mine"
@@ -381,6 +382,7 @@ def test_damaged_records_are_named(tmp_path: Path, name: str, changed: Any, comp
 # --- to a Hub
 
 
+@pytest.mark.slow
 def test_a_published_draft_comes_back_byte_for_byte(
     command: Command, hub: Hub, small: Path, small_teacher: Path
 ) -> None:
@@ -419,6 +421,7 @@ def test_a_published_draft_comes_back_byte_for_byte(
         refused.refused("decode", f"--draft {REPO}", "hf auth login")
 
 
+@pytest.mark.slow
 def test_again_sends_nothing_and_changes_nothing(command: Command, hub: Hub, small: Path, tmp_path: Path) -> None:
     assert publish(command, hub, small, "--public", "--quiet").code == 0
     assert not hub.repositories[REPO].private
@@ -448,6 +451,7 @@ def test_large_files_go_in_parts(command: Command, hub: Hub, small: Path) -> Non
     assert hub.repositories[REPO].files["model.safetensors"] == (small / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_another_model_is_not_overwritten(command: Command, hub: Hub, small: Path) -> None:
     theirs = {"draft.json": json.dumps({"teacher": {"name": "other", "hash": "1" * 64}}).encode()}
     repository = hub.add(REPO, {**theirs, "model-00001-of-00002.safetensors": b"old", "picture.jpg": b"mine"})
@@ -468,6 +472,7 @@ def test_another_model_is_not_overwritten(command: Command, hub: Hub, small: Pat
     assert repository.files.keys() == UPLOADED | {"picture.jpg"}  # no weights of the other model beside ours
 
 
+@pytest.mark.slow
 def test_a_draft_that_does_not_say_for_whom_is_not_overwritten(hub: Hub, command: Command, tmp_path: Path) -> None:
     """Two that do not say it need not be for the same teacher; and one that cannot be read is someone's."""
     nameless = make_draft(tmp_path / "d", {"name": "mine"})
@@ -481,6 +486,7 @@ def test_a_draft_that_does_not_say_for_whom_is_not_overwritten(hub: Hub, command
     assert repository.files["draft.json"] == (nameless / "draft.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_who_may_not(command: Command, hub: Hub, small: Path) -> None:
     publish(command, hub, small, "-q", token=None).refused("distill", REPO, "needs a login", "hf auth login")
     options = ("publish", "--draft", small, "--repo", REPO)
@@ -498,6 +504,7 @@ def test_who_may_not(command: Command, hub: Hub, small: Path) -> None:
     assert len(hub.repositories[REPO].commits) == 1 and not hub.objects
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pattern", "fault", "parts"),
     [
@@ -522,6 +529,7 @@ def test_faults_leave_nothing_half_done_and_the_same_command_ends_it(
         assert hub.repositories[REPO].files["config.json"] == (small / "config.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_cut_upload_and_a_busy_hub_are_tried_again(command: Command, hub: Hub, small: Path) -> None:
     digest = hashlib.sha256((small / "model.safetensors").read_bytes()).hexdigest()
     hub.fail("preupload", status=429, Retry_After="0")
@@ -542,6 +550,7 @@ def start(hub: Hub, folder: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_change_by_someone_else_meanwhile_is_not_lost(hub: Hub, small: Path) -> None:
     repository = hub.add(REPO, {})
     hold = threading.Event()
@@ -556,6 +565,7 @@ def test_a_change_by_someone_else_meanwhile_is_not_lost(hub: Hub, small: Path) -
     assert repository.files == {"draft.json": b"theirs"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_while_uploading_and_resumed(command: Command, hub: Hub, small: Path, number: int) -> None:
     weights, picture = (

@@ -68,6 +68,7 @@ def evals(folder: Path) -> list[dict[str, float]]:
     return [line for line in read_json_lines(folder / "log.jsonl") if line["kind"] == "eval"]
 
 
+@pytest.mark.slow
 def test_learns_and_leaves_a_draft(made: tuple[Path, Path], whole: Path) -> None:
     curve = evals(whole)
     assert curve[-1]["held_out_loss"] < 0.1 * curve[0]["held_out_loss"]
@@ -86,6 +87,7 @@ def test_learns_and_leaves_a_draft(made: tuple[Path, Path], whole: Path) -> None
     assert {"step", "tokens", "loss", "agreement", "lr", "grad_norm", "tok_per_s"} <= steps[0].keys()
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_trained_again(made: tuple[Path, Path], whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "short"
     settings = dataclasses.replace(SMALL, tokens=2_000)
@@ -107,6 +109,7 @@ def test_what_is_finished_is_not_trained_again(made: tuple[Path, Path], whole: P
         train(*made, out, settings, quiet=True)
 
 
+@pytest.mark.slow
 def test_data_of_another_teacher(made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It is told in one line, and the draft is one for the teacher that it learned from."""
     data, settings = made[0], dataclasses.replace(SMALL, tokens=2_000)
@@ -126,6 +129,7 @@ def test_data_of_another_teacher(made: tuple[Path, Path], tmp_path: Path, capsys
     assert "started_from" not in json.loads((tmp_path / "own" / "draft.json").read_text())["training"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["ce", "tv"])
 def test_other_losses_learn_too(made: tuple[Path, Path], tmp_path: Path, loss: str) -> None:
     settings = dataclasses.replace(SMALL, loss=loss, tokens=8_000, temperature=0.7, bits=8)
@@ -160,6 +164,7 @@ def wait_for_eval(out: Path, process: subprocess.Popen[str]) -> None:
     raise AssertionError(process.communicate()[1])
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_ends_with_the_same_bits(made: tuple[Path, Path], whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     process = start(made, out)
@@ -215,6 +220,7 @@ def resumed(made: tuple[Path, Path], begun: Path, out: Path, fingerprint: dict[s
     return out
 
 
+@pytest.mark.slow
 def test_runs_of_older_versions_go_on(made: tuple[Path, Path], begun: Path, whole: Path, tmp_path: Path) -> None:
     first = {  # as bitdraft 0.1.0 wrote it
         "layers": 1, "hidden": 64, "vocab": None, "loss": "kl", "temperature": 1.0, "tokens": 20_000, "batch": 4,
@@ -249,6 +255,7 @@ def test_the_default_folder_is_the_one_of_older_versions() -> None:
     assert default_folder(SMALL, Path("/somewhere/data"), "maker/bitnet", "abc").name == expected
 
 
+@pytest.mark.slow
 def test_drafts_of_older_versions_are_finished(made: tuple[Path, Path], whole: Path, tmp_path: Path) -> None:
     out = shutil.copytree(whole, tmp_path / "draft")
     path = out / "draft.json"
@@ -260,6 +267,7 @@ def test_drafts_of_older_versions_are_finished(made: tuple[Path, Path], whole: P
         train(*made, out, dataclasses.replace(SMALL, dtype="float32"), quiet=True)
 
 
+@pytest.mark.slow
 def test_interrupted_leaves_a_usable_draft_and_goes_on(made: tuple[Path, Path], whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "interrupted"
     process = start(made, out)
