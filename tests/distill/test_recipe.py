@@ -190,7 +190,9 @@ def test_run(inside: Command, small_teacher: Path, tmp_path: Path) -> None:
     shards = {path.name: path.stat().st_mtime_ns for path in (out / "dataset").iterdir()}
 
     code, text, told = run("--json", "-")
-    assert code == 0 and told.endswith("\nuse it: decode spec --draft runs/tiny/draft\n"), told
+    assert code == 0 and told.endswith(f"\nuse it: decode spec --teacher {small_teacher} --draft runs/tiny/draft\n"), (
+        told
+    )
     result = json.loads(text)
     assert [stage["skipped"] for stage in result["stages"]] == [True, False, False]
     assert {path.name: path.stat().st_mtime_ns for path in (out / "dataset").iterdir()} == shards
@@ -209,7 +211,8 @@ def test_run(inside: Command, small_teacher: Path, tmp_path: Path) -> None:
     older = json.loads(today) | {"version": 1, "settings": json.loads(today)["settings"] | {"collection_format": 2}}
     listed.write_text(json.dumps(older))
     with chdir(tmp_path):
-        pipeline = Pipeline(read_recipe(Path("tiny.toml")), find_teacher(None), True, lambda *_: None, lambda: None)
+        teacher = find_teacher(str(small_teacher))
+        pipeline = Pipeline(read_recipe(Path("tiny.toml")), teacher, True, lambda *_: None, lambda: None)
         assert pipeline.stages["collect"].done()
     listed.write_bytes(today)
     (out / "draft" / "evaluation.json").write_text(json.dumps(report | {"identical": False}))
