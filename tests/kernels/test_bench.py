@@ -122,6 +122,7 @@ def test_plan_drops_repetitions() -> None:
         Plan.parse("8x4", "", "bf16", 1)
 
 
+@pytest.mark.slow
 def test_info(tmp_path: Path) -> None:
     done = kernels(tmp_path, "info", "--json", "-")
     assert done.code == 0, done.err

@@ -87,6 +87,7 @@ def exact_product(xq: np.ndarray, s: np.ndarray, weight: Int8Weight) -> np.ndarr
     return sums.astype(np.float32) * (np.array(weight.scale)[None] / s[:, None])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "k"), [*SHAPES, (16, 8192), (2, 6912)])
 def test_int8_products_equal_the_reference_by_bits(isa: str, threads: int, n: int, k: int) -> None:
     ours, theirs = int8_pair(n, k)

@@ -64,6 +64,7 @@ def test_many_rows_of_several_sequences_have_the_bits_of_each_sequence_alone(isa
     assert same_bits(together, mx.concatenate(alone))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("heads", "kv_heads", "d"), [(9, 3, 64), (20, 5, 128), (3, 1, 20), (4, 4, 2)])
 def test_attention_is_close_to_its_definition(isa: str, heads: int, kv_heads: int, d: int) -> None:
     spans = Spans((0, 1990, 3, 100, 7, 0), (1, 5, 40, 4, 0, 8))

@@ -143,6 +143,7 @@ def test_attention_gives_a_row_the_same_bits_alone_and_among_others(
     check_rows_alone(cuda.attention, attention_shape(heads, kv_heads, d), spans)
 
 
+@pytest.mark.slow
 def test_attention_is_close_to_its_definition(emulator: cuda_emulator.Emulator) -> None:
     for heads, kv_heads, d in ((4, 2, 32), (5, 1, 128), (2, 1, 16)):
         check_definition(cuda.attention, attention_shape(heads, kv_heads, d), Spans((0, 101, 3, 24), (9, 2, 0, 20)))
@@ -346,6 +347,7 @@ def test_less_shared_memory_takes_shorter_rings(monkeypatch: pytest.MonkeyPatch)
     assert same_bits(narrow.step([1, 2], *narrow.caches(33), 33), wide.step([1, 2], *wide.caches(33), 33))
 
 
+@pytest.mark.slow
 def test_launches_of_two_models_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """MLX runs at once what does not depend on each other, and a launch needs all multiprocessors to itself."""
     seen: list[tuple[mx.array, mx.array]] = []

@@ -71,6 +71,7 @@ def test_quantised_rows_behind_a_norm_are_close_to_the_reference() -> None:
     assert same_bits(metal.quantize_rows(x[3:4], norm, 1e-5)[0], q[3:4])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(REAL, reason="about the emulator")
 @pytest.mark.parametrize("error", [-1, 1])
 def test_quotients_are_right_even_if_those_of_the_gpu_are_an_ulp_off(
@@ -114,6 +115,7 @@ def test_many_rows_of_bitnet_2b_equal_the_reference_by_bits() -> None:
     assert same_bits(metal.linear(x, ours), defined(reference.linear, x, theirs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ternary", "int8"])
 @pytest.mark.parametrize("m", [1, 3, 8, 13])
 def test_the_largest_sums_are_exact(kind: str, m: int) -> None:

@@ -28,6 +28,7 @@ pytest_plugins = ("metal_fixtures",)
 pytestmark = pytest.mark.usefixtures("launches")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "d", "spans"),
     [(6, 2, 32, SEVERAL), (6, 2, 32, LONG), (3, 1, 64, FEW), (9, 1, 128, FEW), (4, 1, 128, Spans((2041,), (8,)))],

@@ -158,6 +158,7 @@ def cpu_runs() -> bool:
     return select()[0].NAME == "cpu"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("not cpu_runs()", reason="the native CPU kernels do not run here")
 def test_the_cpu_keeps_its_thread_count() -> None:
     done = command("tune", "--seconds", "0.01", "--json", "-", "--quiet")

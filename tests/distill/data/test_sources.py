@@ -207,6 +207,7 @@ def test_hub_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         list(read_source("owner/name"))
 
 
+@pytest.mark.slow
 def test_hub_offline_is_one_line_and_imports_are_lazy() -> None:
     script = """
 import sys

@@ -442,6 +442,7 @@ def test_again_sends_nothing_and_changes_nothing(command: Command, hub: Hub, sma
     assert repository.files["model.safetensors"] == (after / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_large_files_go_in_parts(command: Command, hub: Hub, small: Path) -> None:
     hub.part_size = 300_000
     done = publish(command, hub, small)

@@ -77,6 +77,7 @@ def test_special_tokens_are_never_trimmed(made: tuple[Path, Path], tmp_path: Pat
     assert {2, 7, 8, 9, 90} <= set(select_draft_vocabulary(Dataset.open(data), 1, other).d2t.tolist())
 
 
+@pytest.mark.slow
 def test_a_trimmed_head_learns(made: tuple[Path, Path], trained: tuple[Summary, list[dict[str, float]]]) -> None:
     summary, lines = trained
     counts = target_counts(Dataset.open(made[0]))
@@ -98,6 +99,7 @@ def test_a_trimmed_head_learns(made: tuple[Path, Path], trained: tuple[Summary, 
     assert again.model.model.embed_tokens.weight.shape == (VOCAB, 64)  # the input knows every token
 
 
+@pytest.mark.slow
 def test_its_loss_is_the_one_defined(made: tuple[Path, Path], trained: tuple[Summary, list[dict[str, float]]]) -> None:
     """What training reports of the saved draft, against the formula over the trimmed vocabulary."""
     summary, _ = trained
@@ -123,6 +125,7 @@ def test_impossible_sizes_are_refused(made: tuple[Path, Path], tmp_path: Path, n
         train(*made, tmp_path / "out", dataclasses.replace(SETTINGS, vocab=n), quiet=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_decode_computes_with_it(
     trained: tuple[Summary, list[dict[str, float]]], made: tuple[Path, Path], tmp_path: Path, bits: int | None
@@ -142,6 +145,7 @@ def test_decode_computes_with_it(
     assert np.allclose(np.array(found), np.array(expected), rtol=1e-3, atol=1e-3 if bits is None else 0.04)
 
 
+@pytest.mark.slow
 def test_stock_loaders_refuse_it(trained: tuple[Summary, list[dict[str, float]]]) -> None:
     """They would take the whole embedding for the head."""
     from mlx_lm import load
@@ -161,6 +165,7 @@ def test_stock_loaders_refuse_it(trained: tuple[Summary, list[dict[str, float]]]
         (mx.arange(2, 12), "kept"),
     ],
 )
+@pytest.mark.slow
 def test_a_damaged_list_of_tokens_is_named(
     trained: tuple[Summary, list[dict[str, float]]],
     made: tuple[Path, Path],
