@@ -32,6 +32,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_two_processes_say_the_same(command: Command, weak_draft: Path, prompts: Path, tmp_path: Path) -> None:
     plain = command("decode", "plain", "--prompts", prompts, "--max-tokens", 24, "--json", tmp_path / "plain.json")
     assert plain.code == 0, plain.err
@@ -59,6 +60,7 @@ def test_two_processes_say_the_same(command: Command, weak_draft: Path, prompts:
         assert words in spec.err
 
 
+@pytest.mark.slow
 def test_an_int8_head_is_lossless_too(command: Command, weak_draft: Path, prompts: Path, tmp_path: Path) -> None:
     """Against plain decoding with the same head, in another process."""
     options = ("--prompts", prompts, "--max-tokens", 40, "--head", "int8", "-q", "--json")
@@ -70,6 +72,7 @@ def test_an_int8_head_is_lossless_too(command: Command, weak_draft: Path, prompt
     assert [o["token_ids"] for o in a["outputs"]] == [o["token_ids"] for o in b["outputs"]]
 
 
+@pytest.mark.slow
 def test_quiet_and_raw(command: Command) -> None:
     done = command("decode", "plain", "--raw", "--quiet", "--max-tokens", 4, stdin="Once upon a time, Zoë\n")
     assert done.code == 0 and done.err == "" and done.out.strip()
@@ -81,6 +84,7 @@ def test_a_terminal_without_unicode(command: Command) -> None:
     done.refused("decode", "gone-?")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -129,6 +133,7 @@ def test_no_command_shows_help(command: Command) -> None:
         assert words in done.out + done.err
 
 
+@pytest.mark.slow
 def test_help(command: Command) -> None:
     for options, words in (
         ([], ("plain", "spec")),
@@ -145,6 +150,7 @@ def test_help(command: Command) -> None:
             assert word in done.out, word
 
 
+@pytest.mark.slow
 def test_closed_streams(work: Path) -> None:
     """`<&-` and `>&-`: files opened later must not be mistaken for the streams."""
     start = arguments("decode", "plain", "--prompt", "a", "--raw", "--max-tokens", 2)
@@ -156,6 +162,7 @@ def test_closed_streams(work: Path) -> None:
         assert done.returncode == 0 and "error" not in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [("plain", "--prompt", "Tell me a story", "--max-tokens", 200, "-q"), ("doctor",), ("--help",)]
 )
@@ -179,6 +186,7 @@ def test_a_shell_can_complete(command: Command) -> None:
     assert done.code == 0 and "--max-tokens" in done.out and "--draft" not in done.out, done.err
 
 
+@pytest.mark.slow
 def test_interrupt(work: Path, prompts: Path) -> None:
     many = work / "many.jsonl"
     many.write_text(prompts.read_text(encoding="utf-8") * 200, encoding="utf-8")
@@ -197,6 +205,7 @@ def test_interrupt(work: Path, prompts: Path) -> None:
     assert not (work / "out.json").exists()
 
 
+@pytest.mark.slow
 def test_a_check_that_fails_gives_one(weak_draft: Path, work: Path) -> None:
     """--compare with a teacher that errs in rows among others: exit code 1, and where it differs."""
     spoil = (
@@ -215,6 +224,7 @@ def test_a_check_that_fails_gives_one(weak_draft: Path, work: Path) -> None:
     assert "identical to plain decoding: 0 of 1" in done.stderr and "prompt 1 differs at token 0" in done.stderr
 
 
+@pytest.mark.slow
 def test_samples_are_not_compared(command: Command, weak_draft: Path) -> None:
     """Those of two ways of decoding are of one distribution, not the same text."""
     options = ("--prompt", "Hi", "--max-tokens", 8, "--temperature", 1, "--compare", "--json", "-")
@@ -225,6 +235,7 @@ def test_samples_are_not_compared(command: Command, weak_draft: Path) -> None:
     assert "identical" not in done.err and "not compared with the text of plain decoding" in done.err
 
 
+@pytest.mark.slow
 def test_json_file_is_replaced_whole_or_not_at_all(command: Command, work: Path, tmp_path: Path) -> None:
     target = tmp_path / "r.json"
     target.write_text("old")

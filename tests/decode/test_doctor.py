@@ -31,6 +31,7 @@ def statuses(result: Result) -> dict[str, str]:
     return {check["name"]: check["status"] for check in json.loads(result.out)["checks"]}
 
 
+@pytest.mark.slow
 def test_all_is_well(command: Command, tmp_path: Path) -> None:
     done = command("decode", "doctor", "--json", tmp_path / "d.json")
     assert done.code == 0 and done.err == "", done.out + done.err
@@ -58,6 +59,7 @@ def test_the_recorded_weights_are_the_shipped_ones() -> None:
     assert find_teacher(None).weights_hash == TEACHER_HASH
 
 
+@pytest.mark.slow
 def test_json_alone_and_quiet(command: Command) -> None:
     done = command("decode", "doctor", "--json", "-")
     assert done.code == 0 and json.loads(done.out)["ok"] is True
@@ -65,6 +67,7 @@ def test_json_alone_and_quiet(command: Command) -> None:
     assert (done.code, done.out, done.err) == (0, "", "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not NATIVE, reason="the native CPU kernels do not run here")
 def test_a_wrong_kernel_is_found(work: Path, small_teacher: Path) -> None:
     spoil = (
@@ -78,6 +81,7 @@ def test_a_wrong_kernel_is_found(work: Path, small_teacher: Path) -> None:
     assert found["self-test attention"] == found["perplexity"] == "ok"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the native kernels are looked for on Linux only")
 def test_without_the_extension_it_says_how_to_build_it(work: Path, small_teacher: Path) -> None:
     done = spoiled("import sys; sys.modules['kernels.cpu._native'] = None", work, "--teacher", small_teacher)
@@ -86,6 +90,7 @@ def test_without_the_extension_it_says_how_to_build_it(work: Path, small_teacher
     assert line.startswith("warning") and "pip install" in line
 
 
+@pytest.mark.slow
 def test_a_wrong_step_shows_in_the_perplexity(work: Path) -> None:
     """Kernels that pass, and a model that is wrong all the same."""
     spoil = (
@@ -105,6 +110,7 @@ def test_without_mlx_it_says_so(work: Path) -> None:
     assert done.stdout.splitlines()[-1].startswith("FAILED   mlx ")
 
 
+@pytest.mark.slow
 def test_a_broken_teacher_is_named(command: Command, tmp_path: Path) -> None:
     weights = (TEACHER / "model.safetensors").read_bytes()
     cut = changed_copy(TEACHER, tmp_path / "cut", model__safetensors=weights[:9999])
@@ -122,6 +128,7 @@ def test_a_broken_teacher_is_named(command: Command, tmp_path: Path) -> None:
     assert done.code == 1 and json.loads(done.out)["failed"] == ["tokenizer"]
 
 
+@pytest.mark.slow
 def test_no_network_is_asked(work: Path) -> None:
     """A Hub name that was never downloaded is named, and nothing is fetched."""
     spoil = (
@@ -137,6 +144,7 @@ def test_no_network_is_asked(work: Path) -> None:
     assert "others are downloaded" in done.out  # by the other commands
 
 
+@pytest.mark.slow
 def test_another_teacher_has_no_expected_perplexity(command: Command, tmp_path: Path) -> None:
     import mlx.core as mx
 
@@ -160,6 +168,7 @@ def test_another_package_called_kernels_is_found(monkeypatch: pytest.MonkeyPatch
     assert check.status == "FAILED" and "/elsewhere/kernels" in check.detail
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("machine", "version", "translated", "said"),
     [

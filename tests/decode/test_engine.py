@@ -114,6 +114,7 @@ class Reader(Oracle):
             self.read[layer].append(hidden[layer])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 6, 7, 8, 12])
 def test_greedy_speculation_changes_nothing(
     teacher: Transformer, weak: Transformer, prompts: list[list[int]], k: int
@@ -124,6 +125,7 @@ def test_greedy_speculation_changes_nothing(
         assert said(speak(teacher, prompt, weak, k=k)) == plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused", [True, False])
 def test_steps_queued_before_their_tokens_are_known_change_nothing(
     teacher: Transformer,
@@ -182,6 +184,7 @@ def test_a_drafter_reads_the_states_of_what_is_kept(teacher: Transformer, prompt
         assert mx.array_equal(found, rows[: len(found)]).item() and len(found) == len(rows)
 
 
+@pytest.mark.slow
 def test_lookup_in_the_text_changes_nothing(teacher: Transformer, prompts: list[list[int]]) -> None:
     repeated = prompts[3] + prompts[0] + prompts[0]
     for prompt in (*prompts, repeated):
@@ -208,6 +211,7 @@ def test_the_teacher_as_its_own_draft_when_sampling(teacher: Transformer, prompt
     assert sum(r.accepted for r in rounds) == sum(r.drafted for r in rounds) > 0
 
 
+@pytest.mark.slow
 def test_reference_kernels_are_lossless_too(small_teacher: Path) -> None:
     """In a process of its own, as the backend is chosen once."""
     script = f"""
@@ -352,6 +356,7 @@ def test_an_int8_head_speaks_for_itself(
     assert said(speak(int8_teacher, prompts[0], int8_teacher, k=4)) == plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["float", "int8"])
 def test_a_teacher_drafts_for_itself_with_its_own_head(head: Precision, small_teacher: Path) -> None:
     """However other drafts are rounded, every one of its proposals is accepted."""
@@ -386,6 +391,7 @@ def test_margin(teacher: Transformer, prompts: list[list[int]]) -> None:
     assert logit_margin(teacher, prompts[0], plain[:2]) == pytest.approx(logits[-1] - logits[-2])
 
 
+@pytest.mark.slow
 def test_sampling_follows_the_seed(teacher: Transformer, weak: Transformer, prompts: list[list[int]]) -> None:
     sampling = Sampling(1.0, top_p=0.95)
     replies = [said(speak(teacher, prompts[1], weak, k=3, sampling=sampling, seed=seed)) for seed in (1, 1, 2)]
@@ -437,6 +443,7 @@ def test_finish_reason_and_streamed_text(session: Session, monkeypatch: pytest.M
     assert ended.finish_reason == "stop" and ended.tokens == whole.tokens[: at + 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [3, 12])
 def test_warming_up_leaves_no_number_of_rows_to_the_timings(
     weak_draft: Path, small_teacher: Path, prompts: list[list[int]], k: int, monkeypatch: pytest.MonkeyPatch

@@ -105,6 +105,7 @@ def test_a_mac_without_it_works_too(folder: Path) -> None:
     assert process.communicate(timeout=30) == ("done\n", "") and process.returncode == 0
 
 
+@pytest.mark.slow
 def test_collecting_and_training_stay_awake(folder: Path, small_teacher: Path) -> None:
     (folder / "text.txt").write_text("The sea was calm and the gulls cried over it. " * 60, encoding="utf-8")
     for name, options in (

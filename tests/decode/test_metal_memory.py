@@ -47,6 +47,7 @@ def test_limits_follow_what_the_device_recommends(
     assert len(calls) == 3
 
 
+@pytest.mark.slow
 def test_what_loads_a_model_limits_memory_first(tmp_path: Path) -> None:
     """All commands that do, in processes whose Metal notes what it is told and then gives up."""
     spoil = """

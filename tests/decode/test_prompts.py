@@ -171,6 +171,7 @@ def test_a_template_that_refuses_is_one_line(tmp_path: Path, template: str, comp
         picky.encode_prompt(Prompt([{"role": "user", "content": "a"}], "p7"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("declared", "ends"), [("[2, 5]", {2, 5}), ("7", {2, 7}), ("null", {2})])
 def test_end_tokens(tmp_path: Path, declared: str, ends: set[int]) -> None:
     config = b'{"eos_token_id": %s}' % declared.encode()
@@ -178,6 +179,7 @@ def test_end_tokens(tmp_path: Path, declared: str, ends: set[int]) -> None:
     assert Tokenizer(folder).end_tokens == ends
 
 
+@pytest.mark.slow
 def test_tokens_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
     """Kernels would read beyond the embedding, or another token's."""
     known = json.loads((TEACHER / "config.json").read_text())["vocab_size"]

@@ -81,6 +81,7 @@ def credulous(drafted: list[int], q: np.ndarray | None, p: np.ndarray, rng: np.r
     return len(drafted), draw(p[len(drafted)], rng)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 2])
 def test_output_has_the_teachers_distribution(k: int) -> None:
     assert surprise(accept, k) < 4
@@ -92,6 +93,7 @@ def test_a_proposal_chosen_without_chance_keeps_the_distribution_too() -> None:
     assert surprise_of_lookup(credulous) > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [without_residual, without_ratio, credulous])
 def test_a_broken_sampler_is_found_out(broken: Accept) -> None:
     assert surprise(broken) > 20

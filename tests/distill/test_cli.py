@@ -19,6 +19,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return dataset(root / "data", teacher_folder(root / "teacher"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -88,6 +89,7 @@ def test_inspect_and_verify(inside: Command, data: Path) -> None:
     assert told.code == 1 and str(shard) in told.out
 
 
+@pytest.mark.slow
 def test_dry_run_writes_nothing(inside: Command, work: Path, small_teacher: Path) -> None:
     (work / "one.txt").write_text("It was a bright cold day in April. " * 50)
     before = sorted(work.rglob("*"))

@@ -35,6 +35,7 @@ def kernels(cwd: Path, *options: object, small: bool = False) -> Result:
     return Result(done.returncode, done.stdout, done.stderr)
 
 
+@pytest.mark.slow
 def test_bench_has_a_row_for_everything_asked(tmp_path: Path) -> None:
     done = kernels(
         tmp_path, "bench", *SMALL, "--rows", "4,1", "--json", "-", "--plot", tmp_path / "cost.png", "-q", small=True

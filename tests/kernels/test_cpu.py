@@ -32,6 +32,7 @@ ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 64, 130]
 # BitLinear
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_bitlinear_equals_the_reference_by_bits(isa: str, threads: int, n: int, k: int) -> None:
     ternary, scale = random_ternary(n, k)
@@ -42,6 +43,7 @@ def test_bitlinear_equals_the_reference_by_bits(isa: str, threads: int, n: int, 
         assert same_bits(cpu.bitlinear(xq, s, ours), reference.bitlinear(xq, s, theirs)), m
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "k"), [(2560, 6912), (6912, 2560)])
 def test_products_of_bitnet_2b_equal_the_reference_by_bits(isa: str, n: int, k: int) -> None:
     ternary, scale = random_ternary(n, k)
@@ -99,6 +101,7 @@ def test_int8_products_equal_the_reference_by_bits(isa: str, threads: int, n: in
         assert same_bits(y, mx.array(exact_product(np.array(xq), np.array(s), theirs))), m
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("m", [1, 2, 3, 5, 8, 13])
 @pytest.mark.parametrize("k", [37, 576, 8192, 65536])
 def test_int8_sums_are_exact_and_rounded_once(isa: str, m: int, k: int) -> None:
@@ -160,6 +163,7 @@ def test_quantised_rows_equal_the_reference_by_bits(isa: str, k: int) -> None:
         assert same_bits(ours[1], theirs[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ternary", "int8"])
 def test_linear_without_a_norm_equals_the_reference_by_bits(isa: str, threads: int, kind: str) -> None:
     n, k = 3072, 576
@@ -359,6 +363,7 @@ def test_environment_variables_choose_instructions_and_threads() -> None:
         _native.select_isa("z80")
 
 
+@pytest.mark.slow
 def test_fast_blas_gives_the_same_products() -> None:
     script = """
 import mlx.core as mx, numpy as np

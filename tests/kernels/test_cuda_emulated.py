@@ -70,6 +70,7 @@ def test_it_passes_the_self_test() -> None:
     assert dict(operation_faults(cuda)) == dict.fromkeys(CHECKS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [20, 576, 2560])
 def test_quantised_rows_equal_the_reference_by_bits(k: int) -> None:
     halves = mx.array(np.resize(np.arange(-127, 128) + 0.5, k).astype(np.float32))
@@ -86,6 +87,7 @@ def test_quantised_rows_behind_a_norm_are_close_to_the_reference() -> None:
     assert (np.array(q) != np.array(q_defined)).mean() < 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ternary", "int8"])
 @pytest.mark.parametrize("m", [1, 3, 8, 70])
 def test_products_with_whole_numbers_equal_the_reference_by_bits(kind: str, m: int) -> None:
@@ -149,6 +151,7 @@ def test_attention_is_close_to_its_definition(emulator: cuda_emulator.Emulator) 
         check_definition(cuda.attention, attention_shape(heads, kv_heads, d), Spans((0, 101, 3, 24), (9, 2, 0, 20)))
 
 
+@pytest.mark.slow
 def test_attention_in_portions_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the parts of all rows at once would take too much memory."""
     shape = attention_shape(4, 2, 32)

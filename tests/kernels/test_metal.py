@@ -156,6 +156,7 @@ def test_rounding_part_by_part_gives_the_same_weight(monkeypatch: pytest.MonkeyP
     assert same_bits(whole.data, parts.data) and same_bits(whole.scale, parts.scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ternary", "int8"])
 def test_epilogues_equal_the_reference_by_bits(kind: str) -> None:
     n, k = 72, 100
@@ -171,6 +172,7 @@ def test_epilogues_equal_the_reference_by_bits(kind: str) -> None:
             assert same_bits(metal.linear(x, ours, **options), defined(reference.linear, x, theirs, **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ternary", "int8"])
 def test_gate_and_up_of_bitnet_2b_equal_the_reference_by_bits(kind: str) -> None:
     n, k = 72, 2560  # of 13824 outputs
@@ -205,6 +207,7 @@ def test_linear_gives_a_row_the_same_bits_alone_and_among_others(
     assert np.abs(y - expected).max() <= limit * np.abs(expected).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
 def test_float_products_are_close_to_the_reference(dtype: mx.Dtype) -> None:
     data, x = normal(400, 2560).astype(dtype), normal(11, 2560)
@@ -252,6 +255,7 @@ def test_few_launches_make_a_product(launches: list[str]) -> None:
     assert launches == ["quantize_rows", "product_small", "rms_norm", "dense_small"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outputs", metal.TUNABLE["outputs"])
 @pytest.mark.parametrize("simdgroups", metal.TUNABLE["simdgroups"])
 def test_no_tuning_changes_bits(monkeypatch: pytest.MonkeyPatch, outputs: int, simdgroups: int) -> None:

@@ -63,6 +63,7 @@ def test_few_rows_beside_a_prefill_have_the_bits_that_they_have_alone() -> None:
     check_definition(metal.attention, shape, spans)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("heads", "kv_heads", "d"), [(9, 3, 64), (20, 5, 128), (4, 4, 96), (8, 1, 256), (3, 1, 20)])
 def test_attention_is_close_to_its_definition(heads: int, kv_heads: int, d: int) -> None:
     shape = attention_shape(heads, kv_heads, d)

@@ -46,6 +46,7 @@ def test_the_embedded_teacher() -> None:
     assert len(teacher.weights_hash) == len(teacher.tokenizer_hash) == 64
 
 
+@pytest.mark.slow
 def test_hashes_tell_content_not_layout(tmp_path: Path) -> None:
     teacher = find_teacher(None)
     tokenizer = json.loads((TEACHER / "tokenizer.json").read_text())
@@ -125,6 +126,7 @@ def test_configs_refused(tmp_path: Path, values: Json, complaint: str) -> None:
         find_teacher(str(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "values",
     [
@@ -160,6 +162,7 @@ def test_invalid_code(tmp_path: Path) -> None:
         find_teacher(str(folder)).load()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_invalid_scale(tmp_path: Path, value: float) -> None:
     name = "model.layers.0.self_attn.q_proj.weight_scale"
@@ -169,6 +172,7 @@ def test_invalid_scale(tmp_path: Path, value: float) -> None:
         find_teacher(str(folder)).load()
 
 
+@pytest.mark.slow
 def test_missing_and_misshapen_weights(tmp_path: Path) -> None:
     name = "model.layers.7.mlp.down_proj.weight"
     for i, change in enumerate(
@@ -181,6 +185,7 @@ def test_missing_and_misshapen_weights(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_divided_scales(tmp_path: Path) -> None:
     """`linear_class: bitlinear` divides by weight_scale: inverted scales then mean the same model."""
     quantization = {"quant_method": "bitnet", "linear_class": "bitlinear", "quantization_mode": "offline"}
@@ -223,6 +228,7 @@ def drop_token(content: Json) -> None:
     del vocab[max(vocab, key=vocab.__getitem__)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [

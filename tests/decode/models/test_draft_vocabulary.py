@@ -82,6 +82,7 @@ def test_what_it_samples_from_is_zero_outside_its_tokens(
     assert set(drafted) <= set(kept.tolist()) and (q[np.arange(8), drafted] > 0).all()
 
 
+@pytest.mark.slow
 def test_sampling_with_it_keeps_the_teachers_distribution(
     small_teacher: Path, trimmed: Transformer, kept: np.ndarray, prompt: list[int]
 ) -> None:
@@ -102,6 +103,7 @@ def test_sampling_with_it_keeps_the_teachers_distribution(
     assert abs(hits - n * outside) < 4 * np.sqrt(n * outside * (1 - outside))
 
 
+@pytest.mark.slow
 def test_a_session_decodes_with_it(folder: Path, kept: np.ndarray) -> None:
     """Through int8 weights, where kernels are native."""
     session = Session(find_teacher(None), find_model(str(folder), "--draft"), k=3, max_tokens=24)

@@ -32,6 +32,7 @@ def test_master_weights_are_made_ternary(tmp_path: Path) -> None:
     np.testing.assert_array_equal(logits(small.master(tmp_path / "master")), expected)
 
 
+@pytest.mark.slow
 def test_1bitllm(tmp_path: Path) -> None:
     expected = logits(small.microsoft(tmp_path / "packed", hidden_act="silu"))
     folder = small.one_bit_llm(tmp_path / "1bitLLM")
@@ -42,6 +43,7 @@ def test_1bitllm(tmp_path: Path) -> None:
     assert ours.encode_text("The sky is  blue.") == theirs.encode_text("The sky is  blue.")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skipped", [["lm_head"], None])
 def test_falcon_divides(tmp_path: Path, skipped: list[str] | None) -> None:
     llama = {"model_type": "llama", "hidden_act": "silu", "tie_word_embeddings": False}
@@ -55,6 +57,7 @@ def test_falcon_divides(tmp_path: Path, skipped: list[str] | None) -> None:
     np.testing.assert_array_equal(logits(small.write(tmp_path / "untold", untold, *parts)), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantized", [False, True])
 def test_converted_by_mlx_lm(tmp_path: Path, quantized: bool) -> None:
     from mlx_lm import convert
@@ -79,6 +82,7 @@ def test_converted_by_mlx_lm(tmp_path: Path, quantized: bool) -> None:
     assert not np.array_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_llama_converted_by_mlx_lm(tmp_path: Path) -> None:
     from mlx_lm import convert
 
@@ -241,6 +245,7 @@ def test_against_transformers(tmp_path: Path, family: str) -> None:
     assert np.abs(found - expected).max() < 0.05 * expected.std()
 
 
+@pytest.mark.slow
 def test_commands_run_on_one(tmp_path: Path, command: Command) -> None:
     """Collecting from a teacher of another make, and decoding with a draft for it."""
     from distill.training import checkpoint

@@ -32,6 +32,7 @@ def files() -> Files:
     return {path.name: path.read_bytes() for path in TEACHER.iterdir()} | {"pytorch_model.bin": b"pickle"}
 
 
+@pytest.mark.slow
 def test_a_plan_fetches_the_config_only(command: Command, hub: Hub, files: Files, tmp_path: Path) -> None:
     hub.add(NAME, files)
     done = command("decode", "plan", "--teacher", NAME, "--chip", "M1", "--json", "-", **hub.environment(token=None))
@@ -53,6 +54,7 @@ def reason(result: Any) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_a_teacher_by_name_and_revision(command: Command, hub: Hub, files: Files, tmp_path: Path) -> None:
     repository = hub.add(NAME, files)
     repository.tags["v1"] = repository.head
@@ -76,6 +78,7 @@ def test_a_teacher_by_name_and_revision(command: Command, hub: Hub, files: Files
     assert "it was never downloaded, and HF_HUB_OFFLINE is set" in reason(plain(command, hub, HF_HUB_OFFLINE="1"))
 
 
+@pytest.mark.slow
 def test_a_cut_download_goes_on_where_it_was_cut(command: Command, hub: Hub, files: Files) -> None:
     hub.add(NAME, files)
     hub.fail("GET /objects/", after=25_000_000)
@@ -85,6 +88,7 @@ def test_a_cut_download_goes_on_where_it_was_cut(command: Command, hub: Hub, fil
     assert hub.ranges == [f"bytes={2 * 10 * 2**20}-"]
 
 
+@pytest.mark.slow
 def test_half_a_download_is_told_apart_and_completed(command: Command, hub: Hub, files: Files, work: Path) -> None:
     hub.add(NAME, files)
     hold = threading.Event()
@@ -108,6 +112,7 @@ def test_half_a_download_is_told_apart_and_completed(command: Command, hub: Hub,
     assert plain(command, hub).code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pattern", "fault", "said"),
     [
@@ -127,6 +132,7 @@ def test_faults(command: Command, hub: Hub, pattern: str, fault: dict[str, Any],
     assert f"--teacher {NAME}: no such folder, and not to be had from the Hub: " in line and said in line, line
 
 
+@pytest.mark.slow
 def test_who_may_not(command: Command, hub: Hub) -> None:
     hub.add(NAME, {"config.json": b"{}"}).gated = True
     assert f"it is gated: ask for access at {hub.url}/{NAME}" in reason(plain(command, hub))

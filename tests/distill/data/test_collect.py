@@ -121,6 +121,7 @@ def test_size_and_completeness(collector: tuple[Collector, Dataset], settings: C
     assert files(dataset.folder) == again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["flipped", "gone"])
 def test_damaged_replies_are_named_and_written_anew(
     collector: tuple[Collector, Dataset], tmp_path: Path, damage: str
@@ -275,6 +276,7 @@ def test_what_the_last_source_lacks_the_first_gives(
     assert 600 - 16 < datasets[1].tokens <= 600 and whole.remarks(datasets[1]) == []
 
 
+@pytest.mark.slow
 def test_too_few_tokens_are_told(teacher: Checkpoint, settings: CollectSettings, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("The ship sailed on over the grey sea. " * 9)
     collector = Collector(
@@ -382,6 +384,7 @@ def test_shards_of_other_replies_are_not_mixed(collector: tuple[Collector, Datas
         again.run()
 
 
+@pytest.mark.slow
 def test_what_an_older_version_made_is_taken_up(
     collector: tuple[Collector, Dataset], teacher: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -405,6 +408,7 @@ def test_what_an_older_version_made_is_taken_up(
     assert names[0] == names[1] != names[2]
 
 
+@pytest.mark.slow
 def test_replies_that_cannot_be_scored(
     collector: tuple[Collector, Dataset], teacher: Checkpoint, settings: CollectSettings, tmp_path: Path
 ) -> None:
@@ -583,6 +587,7 @@ def test_a_reply_does_not_depend_on_who_else_is_answered(collector: tuple[Collec
 # --- settings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -610,6 +615,7 @@ def test_impossible_settings(
     assert not (tmp_path / "d").exists()
 
 
+@pytest.mark.slow
 def test_caches_beyond_the_memory_are_refused(
     teacher: Checkpoint, settings: CollectSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -620,6 +626,7 @@ def test_caches_beyond_the_memory_are_refused(
         Collector(plan_collection(teacher, settings, tmp_path)).estimate()  # what a dry run does
 
 
+@pytest.mark.slow
 def test_nothing_to_collect_from(teacher: Checkpoint, settings: CollectSettings, tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     chosen = replace(settings, sources=(str(tmp_path / "empty.jsonl"),))

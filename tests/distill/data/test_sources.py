@@ -134,6 +134,7 @@ def test_folder_is_its_files_in_order(tmp_path: Path) -> None:
     assert [d.text for d in read_source(tmp_path)] == ["C.TXT", "a/b.jsonl.gz", "a/z.txt", "b.txt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["parquet", "stream", "file"])
 def test_columns(tmp_path: Path, form: str) -> None:
     import pyarrow

@@ -55,6 +55,7 @@ def odd_scales(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [small.microsoft, small.master, small.one_bit_llm, half_precision, small.falcon, odd_scales, converted_by_mlx_lm],
@@ -145,6 +146,7 @@ def test_where_it_comes_from_is_kept(tmp_path: Path) -> None:
     assert origin(tmp_path / "out") == {}
 
 
+@pytest.mark.slow
 def test_what_cannot_be_converted_leaves_nothing(tmp_path: Path) -> None:
     def changed(name: str, replaced: dict[str, mx.array]) -> Path:
         return small.write(tmp_path / name, small.config(), small.packed(small.masters()), small.others() | replaced)

@@ -75,6 +75,7 @@ def test_evaluation_counts_what_decoding_counts(inside: Command, work: Path, pro
     shutil.rmtree(draft)
 
 
+@pytest.mark.slow
 def test_both_ways_take_turns_in_being_first(
     small_teacher: Path, weak_draft: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +160,7 @@ def test_interrupted_it_goes_on_and_tells_a_difference(
     assert all(len(o["token_ids"]) <= 4 for o in json.loads(short.out)["outputs"])
 
 
+@pytest.mark.slow
 def test_what_an_older_version_began_is_not_taken_up(weak_draft: Path, prompts: Path, tmp_path: Path) -> None:
     """Its first line has no format; what it measured does not mix with what this version measures."""
     unfinished = tmp_path / "evaluation-unfinished.jsonl"
@@ -171,6 +173,7 @@ def test_what_an_older_version_began_is_not_taken_up(weak_draft: Path, prompts: 
     assert unfinished.read_text() == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "named"),
     [

@@ -146,6 +146,7 @@ def test_server_of_mlx_lm(pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert found["usage"]["completion_tokens"] == 8, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_drafts_that_mlx_lm_has_quantised(
     tmp_path: Path, small_teacher: Path, weak_draft: Path, inside: Command, bits: int
