@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from distill.training.losses import FusedHead
+from kernels.openblas import matmul
 
 BLOCK = 128  # queries at a time: keys behind a block are never touched
 
@@ -40,7 +41,7 @@ class CpuHead(FusedHead):
         for start in range(0, n, chunk):
             part = slice(start, min(start + chunk, n))
             z = buffer[: part.stop - start]
-            np.matmul(x[part], w.T, out=z)
+            matmul(x[part], w.T, z)
             if self.temperature != 1.0:
                 z /= np.float32(self.temperature)
             valid = ids[part] >= 0
@@ -69,8 +70,8 @@ class CpuHead(FusedHead):
             slope = _view(d)
             z *= np.divide(slope[:, -1:], total, out=np.zeros_like(total), where=total > 0)
             z[line, at] = slope[line, column]
-            np.matmul(z, w, out=d_x[part])
-            np.matmul(z.T, x[part], out=product)
+            matmul(z, w, d_x[part])
+            matmul(z.T, x[part], product)
             d_w += product
         outputs = (mx.array(value), mx.array(stats))
         return (*outputs, mx.array(d_x), mx.array(d_w)) if gradient else outputs
@@ -106,7 +107,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, document: mx.array) -> mx.a
                     yield (row, heads, slice(start, stop)), (row, head, slice(begin, stop)), later
 
     def probabilities(q: np.ndarray, k: np.ndarray, later: np.ndarray) -> np.ndarray:
-        s = q @ k.T
+        s = matmul(q, k.T)
         s *= scale
         s[later] = -np.inf
         s -= s.max(axis=1, keepdims=True)
@@ -122,7 +123,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, document: mx.array) -> mx.a
         for at, keys, later in blocks(q.shape[1] // k.shape[1], k.shape[1]):
             queries = qs[at]
             p = probabilities(queries.reshape(-1, d), ks[keys], later)
-            out[at] = (p @ vs[keys]).reshape(queries.shape)
+            out[at] = matmul(p, vs[keys]).reshape(queries.shape)
         return mx.array(out)
 
     def vjp(primals: tuple[mx.array, ...], cotangent: mx.array, output: mx.array) -> tuple[mx.array, ...]:
@@ -134,13 +135,13 @@ def attention(q: mx.array, k: mx.array, v: mx.array, document: mx.array) -> mx.a
         for at, keys, later in blocks(q.shape[1] // k.shape[1], k.shape[1]):
             queries, given = qs[at].reshape(-1, d), d_out[at].reshape(-1, d)
             p = probabilities(queries, ks[keys], later)
-            d_v[keys] += p.T @ given
-            d_s = given @ vs[keys].T
+            d_v[keys] += matmul(p.T, given)
+            d_s = matmul(given, vs[keys].T)
             d_s -= (d_s * p).sum(axis=1, keepdims=True)
             d_s *= p
             d_s *= scale
-            d_q[at] = (d_s @ ks[keys]).reshape(d_q[at].shape)
-            d_k[keys] += d_s.T @ queries
+            d_q[at] = matmul(d_s, ks[keys]).reshape(d_q[at].shape)
+            d_k[keys] += matmul(d_s.T, queries)
         return mx.array(d_q), mx.array(d_k), mx.array(d_v)
 
     run: Any = mx.custom_function(compute)

@@ -69,8 +69,11 @@ def default_threads() -> int:
 
 
 _native.set_threads(default_threads())
+_native.take_short_slices()
+_native.keep_freed_memory()
 
 NAME = "cpu"
+_OPENBLAS_THREADS = "OPENBLAS_NUM_THREADS"
 ROUNDED_AT_ONCE = 512  # outputs of an int8 weight: so many float copies stay in cache, a head's would take gigabytes
 
 _EPILOGUES: dict[str | None, int] = {None: 0, "relu2_mul": 1, "silu_mul": 2}
@@ -265,8 +268,25 @@ def use_fast_blas() -> bool:
     library = find_openblas()
     if library is None:
         return False
+    # It would start threads of its own as it is loaded, and they spin at first.
+    told = os.environ.get(_OPENBLAS_THREADS)
+    os.environ[_OPENBLAS_THREADS] = "1"
     try:
         return _native.install_blas(str(library)) > 0
     except RuntimeError as error:
         warnings.warn(f"{library}: {error}; float products will be slow", stacklevel=2)
         return False
+    finally:
+        if told is None:
+            del os.environ[_OPENBLAS_THREADS]
+        else:
+            os.environ[_OPENBLAS_THREADS] = told
+
+
+def matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
+    """out = a b, once `use_fast_blas` has returned True.
+
+    a: float32 [m, k], b: float32 [k, n], each with its rows or its columns contiguous; out: float32 [m, n], rows
+    contiguous, no part of a or b.
+    """
+    _native.matmul(a, b, out)

@@ -1,4 +1,5 @@
 // kernels.cpu._native: what Python sees.
+#include <malloc.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -12,7 +13,17 @@
 namespace nb = nanobind;
 using namespace nb::literals;
 
+using FloatMatrix = nb::ndarray<const float, nb::ndim<2>, nb::device::cpu>;
 using Int8Matrix = nb::ndarray<const int8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+// A layer's arrays are of megabytes, and freed before those of the next are asked for. By default glibc gives such memory
+// back to the system and takes it anew, zeroed page by page: a tenth of a prefill's time.
+static void keep_freed_memory() {
+#ifdef __GLIBC__
+  mallopt(M_MMAP_THRESHOLD, 32 << 20);  // bytes; the most that glibc takes
+  mallopt(M_TRIM_THRESHOLD, 128 << 20);
+#endif
+}
 
 NB_MODULE(_native, m) {
   m.doc() = "BitLinear, attention and small float products on the CPU; see kernels/reference.py.";
@@ -63,6 +74,8 @@ NB_MODULE(_native, m) {
   m.def("available_isas", &bitdraft::available_isas);
   m.def("select_isa", &bitdraft::select_isa, "name"_a);
   m.def("threads", &bitdraft::threads);
+  m.def("take_short_slices", &bitdraft::take_short_slices);
+  m.def("keep_freed_memory", &keep_freed_memory);
   m.def("set_threads", &bitdraft::set_threads, "count"_a);
   m.def(
       "parallel_sum",
@@ -78,4 +91,18 @@ NB_MODULE(_native, m) {
       "chunks"_a);
   m.def("install_blas", &bitdraft::install_blas, "path"_a);
   m.def("blas_installed", &bitdraft::blas_installed);
+  m.def(
+      "matmul",
+      [](const FloatMatrix& a, const FloatMatrix& b, const nb::ndarray<float, nb::ndim<2>, nb::device::cpu>& out) {
+        const auto matrix = [](const FloatMatrix& x) {
+          return bitdraft::Matrix<float>(x.data(), static_cast<int64_t>(x.shape(0)), static_cast<int64_t>(x.shape(1)),
+                                         x.stride(0), x.stride(1));
+        };
+        bitdraft::require(a.shape(1) == b.shape(0) && out.shape(0) == a.shape(0) && out.shape(1) == b.shape(1),
+                          "the shapes do not fit: [m, k] [k, n] -> [m, n]");
+        bitdraft::require(out.stride(1) == 1 || out.shape(1) == 1, "the result must have its rows contiguous");
+        nb::gil_scoped_release release;
+        bitdraft::matmul(matrix(a), matrix(b), out.data(), out.stride(0));
+      },
+      "a"_a, "b"_a, "out"_a);
 }

@@ -1,6 +1,10 @@
 // MLX's Linux wheels call a reference BLAS, a hundred times slower than OpenBLAS. The calls go through
 // three slots of libmlx's global offset table; this file points them at another library's functions.
 // Both sides take 32-bit integers (LP64).
+//
+// OpenBLAS gets one thread, and large products are cut into tiles for our own. Its own threads wait for one another
+// several times in a product, and spin and yield as they wait: beside other programs each wait then lasts as long as
+// those let a thread stand, and is paid for out of the share of the cores that the waiting thread has.
 #include <dlfcn.h>
 #include <elf.h>
 #include <link.h>
@@ -8,6 +12,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <limits>
 #include <mutex>
 
 #include "ops.h"
@@ -25,21 +30,94 @@ using Sgemv = void (*)(int, int, int, int, float, const float*, int, const float
 Sgemm openblas_sgemm = nullptr;
 Sgemv openblas_sgemv = nullptr;
 
+// c = alpha op(a) op(b) + beta c, rows contiguous; op(a) is m x k, op(b) k x n. An operand's step is the distance
+// between its rows as it lies in memory.
+struct FloatProduct {
+  int m, n, k;
+  float alpha, beta;
+  bool plain_a, plain_b;  // not transposed
+  const float *a, *b;
+  int step_a, step_b;
+  float* c;
+  int step_c;
+
+  // Rows [row, row + rows) and columns [column, column + columns) of c.
+  FloatProduct part(int row, int rows, int column, int columns) const {
+    FloatProduct p = *this;
+    p.m = rows;
+    p.n = columns;
+    p.a += plain_a ? int64_t{row} * step_a : row;
+    p.b += plain_b ? column : int64_t{column} * step_b;
+    p.c += int64_t{row} * step_c + column;
+    return p;
+  }
+};
+
 // One row or one column is a matrix-vector product, which OpenBLAS reads the matrix once for.
+void multiply_whole(const FloatProduct& p) {
+  if (p.k > 0 && p.m == 1 && p.n > 1) {
+    // c = op(b)^T a, c contiguous.
+    openblas_sgemv(kRowMajor, p.plain_b ? kTrans : kNoTrans, p.plain_b ? p.k : p.n, p.plain_b ? p.n : p.k, p.alpha,
+                   p.b, p.step_b, p.a, p.plain_a ? 1 : p.step_a, p.beta, p.c, 1);
+  } else if (p.k > 0 && p.n == 1 && p.m > 1) {
+    // c = op(a) b, c a column.
+    openblas_sgemv(kRowMajor, p.plain_a ? kNoTrans : kTrans, p.plain_a ? p.m : p.k, p.plain_a ? p.k : p.m, p.alpha,
+                   p.a, p.step_a, p.b, p.plain_b ? p.step_b : 1, p.beta, p.c, p.step_c);
+  } else {
+    openblas_sgemm(kRowMajor, p.plain_a ? kNoTrans : kTrans, p.plain_b ? kNoTrans : kTrans, p.m, p.n, p.k, p.alpha,
+                   p.a, p.step_a, p.b, p.step_b, p.beta, p.c, p.step_c);
+  }
+}
+
+// An axis cut into even pieces; all but the last are whole blocks, as OpenBLAS's kernels like them.
+struct Cut {
+  static constexpr int kBlock = 32;
+  int size, pieces;
+
+  int begin(int piece) const {
+    const int blocks = (size + kBlock - 1) / kBlock;
+    return std::min(size, static_cast<int>(int64_t{piece} * blocks / pieces) * kBlock);
+  }
+};
+
+// Each tile reads its rows of a and columns of b from memory and packs them, so tiles are few and nearly square.
+constexpr int64_t kTileOutputs = 512 * 1024;
+constexpr int64_t kTileWork = 1024 * 1024;  // multiplications, about 15 us
+
+void multiply_float(const FloatProduct& p) {
+  const int64_t work = int64_t{p.m} * p.n * p.k, outputs = int64_t{p.m} * p.n;
+  const int most_m = (p.m + Cut::kBlock - 1) / Cut::kBlock, most_n = (p.n + Cut::kBlock - 1) / Cut::kBlock;
+  int64_t tiles = threads() * std::clamp<int64_t>(outputs / (threads() * kTileOutputs), 1, 4);
+  tiles = std::min({tiles, work / kTileWork, int64_t{most_m} * most_n});
+  if (tiles < 2 || threads() == 1) {
+    return multiply_whole(p);
+  }
+  // The grid of at least so many tiles that copies least.
+  Cut rows{p.m, 1}, columns{p.n, most_n};
+  double least = std::numeric_limits<double>::infinity();
+  for (int i = 1; i <= std::min<int64_t>(most_m, tiles); i++) {
+    const int64_t j = (tiles + i - 1) / i;
+    const double copied = double(p.m) * j + double(p.n) * i;
+    if (j <= most_n && copied < least) {
+      least = copied;
+      rows.pieces = i;
+      columns.pieces = static_cast<int>(j);
+    }
+  }
+  parallel_for(rows.pieces * columns.pieces, [&](int tile) {
+    const int i = tile / columns.pieces, j = tile % columns.pieces;
+    const int row = rows.begin(i), column = columns.begin(j);
+    multiply_whole(p.part(row, rows.begin(i + 1) - row, column, columns.begin(j + 1) - column));
+  });
+}
+
+// What MLX calls; it has rows contiguous always.
 void sgemm(int order, int trans_a, int trans_b, int m, int n, int k, float alpha, const float* a, int lda,
            const float* b, int ldb, float beta, float* c, int ldc) {
-  const bool plain_a = trans_a == kNoTrans, plain_b = trans_b == kNoTrans;
-  if (order == kRowMajor && k > 0 && m == 1 && n > 1) {
-    // c = op(b)^T a, c contiguous.
-    openblas_sgemv(kRowMajor, plain_b ? kTrans : kNoTrans, plain_b ? k : n, plain_b ? n : k, alpha, b, ldb, a,
-                   plain_a ? 1 : lda, beta, c, 1);
-  } else if (order == kRowMajor && k > 0 && n == 1 && m > 1) {
-    // c = op(a) b, c a column.
-    openblas_sgemv(kRowMajor, plain_a ? kNoTrans : kTrans, plain_a ? m : k, plain_a ? k : m, alpha, a, lda, b,
-                   plain_b ? ldb : 1, beta, c, ldc);
-  } else {
-    openblas_sgemm(order, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+  if (order != kRowMajor) {
+    return openblas_sgemm(order, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
   }
+  multiply_float({m, n, k, alpha, beta, trans_a == kNoTrans, trans_b == kNoTrans, a, b, lda, ldb, c, ldc});
 }
 
 struct Replacement {
@@ -161,6 +239,7 @@ int install_blas(const std::string& path) {
   }
   openblas_sgemm = reinterpret_cast<Sgemm>(find(library, "scipy_cblas_sgemm"));
   openblas_sgemv = reinterpret_cast<Sgemv>(find(library, "scipy_cblas_sgemv"));
+  reinterpret_cast<void (*)(int)>(find(library, "scipy_openblas_set_num_threads"))(1);
   Patch patch;
   patch.replacements = {{"cblas_sgemm", reinterpret_cast<void*>(&sgemm)},
                         {"cblas_dgemm", find(library, "scipy_cblas_dgemm")},
@@ -171,5 +250,25 @@ int install_blas(const std::string& path) {
 }
 
 bool blas_installed() { return installed.load(); }
+
+void matmul(const Matrix<float>& a, const Matrix<float>& b, float* out, int64_t out_stride) {
+  require(blas_installed(), "no BLAS was installed");
+  // A matrix as BLAS takes it: rows or columns contiguous.
+  struct Operand {
+    bool plain;
+    int step;
+
+    explicit Operand(const Matrix<float>& x)
+        : plain(x.col_stride == 1 || x.cols == 1),
+          step(static_cast<int>((plain ? x.rows : x.cols) > 1 ? (plain ? x.row_stride : x.col_stride) : least(x))) {
+      require((plain || x.row_stride == 1 || x.rows == 1) && step >= least(x),
+              "a matrix must have its rows or its columns contiguous");
+    }
+    int64_t least(const Matrix<float>& x) const { return std::max<int64_t>(1, plain ? x.cols : x.rows); }
+  };
+  const Operand left(a), right(b);
+  multiply_float({static_cast<int>(a.rows), static_cast<int>(b.cols), static_cast<int>(a.cols), 1.0f, 0.0f,
+                  left.plain, right.plain, a.data, b.data, left.step, right.step, out, static_cast<int>(out_stride)});
+}
 
 }  // namespace bitdraft

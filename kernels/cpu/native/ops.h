@@ -83,8 +83,9 @@ struct Matrix {
   const T* data;
   int64_t rows, cols, row_stride, col_stride;
 
-  Matrix(const T* data, int64_t rows, int64_t cols)
-      : data(data), rows(rows), cols(cols), row_stride(cols), col_stride(1) {}
+  Matrix(const T* data, int64_t rows, int64_t cols) : Matrix(data, rows, cols, cols, 1) {}
+  Matrix(const T* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride)
+      : data(data), rows(rows), cols(cols), row_stride(row_stride), col_stride(col_stride) {}
   explicit Matrix(const mx::array& a)
       : data(a.data<T>()),
         rows(a.shape(0)),
@@ -117,6 +118,9 @@ inline const float* vector_data(const mx::array& a, std::vector<float>& space) {
   }
   return space.data();
 }
+
+// out = a b with an installed BLAS; out's rows are contiguous, and those of a and b, or their columns.
+void matmul(const Matrix<float>& a, const Matrix<float>& b, float* out, int64_t out_stride);
 
 inline void allocate(mx::array& out) { out.set_data(mx::allocator::malloc(out.nbytes())); }
 

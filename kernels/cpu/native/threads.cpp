@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -19,7 +20,17 @@
 namespace bitdraft {
 namespace {
 
-constexpr auto kSpin = std::chrono::microseconds(50);  // longer than the gap between a layer's operations
+using Clock = std::chrono::steady_clock;
+using std::chrono::microseconds;
+using std::chrono::milliseconds;
+
+constexpr auto kSpin = microseconds(50);        // longer than the gap between a layer's operations
+constexpr auto kLongSpin = milliseconds(2);     // for a helper's last chunk, where the cores are ours: waking up is slow
+constexpr auto kTurn = microseconds(500);       // how long a helper stays awake beside other programs
+constexpr auto kLost = microseconds(800);       // by that it knows them: they take turns of a millisecond or more
+constexpr auto kContended = milliseconds(100);  // how long it is believed that they are there
+constexpr auto kCrowded = milliseconds(1);      // how long no helper is woken after one came up on the caller's core
+constexpr uint64_t kSlice = 100'000;            // nanoseconds, the least that Linux takes
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -29,10 +40,87 @@ inline void relax() {
 #endif
 }
 
+// Whether `done` came true in time. The clock is left alone until a few microseconds have passed.
+template <class Done>
+bool spin_until(Done&& done, Clock::duration time = kSpin) {
+  Clock::time_point until{};
+  for (int spins = 1; !done(); spins++) {
+    relax();
+    if (spins % 64 == 0) {
+      const auto now = Clock::now();
+      if (until == Clock::time_point{}) {
+        until = now + time;
+      } else if (now > until) {
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
+void wait(std::atomic<uint32_t>& word, uint32_t value) {
+  syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
+}
+
+void wake(std::atomic<uint32_t>& word) { syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, 1, nullptr, nullptr, 0); }
+
+// Something that holds for a while; any thread may ask.
+class ForNow {
+ public:
+  void set(Clock::duration time) { until_.store((Clock::now() + time).time_since_epoch().count(), kRelaxed); }
+  bool holds() const { return Clock::now().time_since_epoch().count() < until_.load(kRelaxed); }
+
+ private:
+  static constexpr auto kRelaxed = std::memory_order_relaxed;
+  std::atomic<Clock::rep> until_{0};
+};
+
+// The time since a helper last slept. A thread that is put aside while it holds a chunk keeps the others waiting for
+// milliseconds, and one that has just slept is put aside last: so beside other programs its turn is over after kTurn.
+class Turn {
+ public:
+  explicit Turn(ForNow& contended) : contended_(contended) { begin(); }
+
+  void begin() {
+    began_ = Clock::now();
+    used_ = cpu_time();
+  }
+
+  bool over() {
+    const auto awake = Clock::now() - began_;
+    if (awake < kTurn) {
+      return false;
+    }
+    const auto lost = awake - (cpu_time() - used_);
+    if (lost > kLost && lost * 4 > awake) {
+      contended_.set(kContended);
+    }
+    if (contended_.holds()) {
+      return true;
+    }
+    begin();
+    return false;
+  }
+
+ private:
+  static Clock::duration cpu_time() {
+    timespec t;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return std::chrono::seconds(t.tv_sec) + std::chrono::nanoseconds(t.tv_nsec);
+  }
+
+  ForNow& contended_;
+  Clock::time_point began_;
+  Clock::duration used_;
+};
+
 // One job at a time. `ticket` holds the job's number (high half) and its unclaimed chunks (low half),
 // so that a helper waking late can only ever claim a chunk of the job that is being run; after a
 // claim the other fields stay as they are until that chunk is counted as finished. Every helper is
 // told of a job by a word of its own: those that a job does not want sleep on.
+//
+// Beside other programs nobody spins for longer than kSpin, or yields: that is paid for out of the thread's own share of
+// the cores.
 class Pool {
  public:
   // False when the pool is busy with another stream's job, or has no helpers.
@@ -45,9 +133,15 @@ class Pool {
     if (helpers == 0) {
       return false;
     }
+    thread_local const bool prompt = (take_short_slices(), true);
+    static_cast<void>(prompt);
     fn_ = fn;
     context_ = context;
-    finished_.store(0, std::memory_order_relaxed);
+    chunks_ = chunks;
+    unfinished_.store(static_cast<uint32_t>(chunks), std::memory_order_relaxed);
+    if (const int core = sched_getcpu(); core != caller_core_.load(std::memory_order_relaxed)) {
+      caller_core_.store(core, std::memory_order_relaxed);  // rarely: helpers look at it all the time
+    }
     const uint32_t job = ++job_;
     ticket_.store(uint64_t{job} << 32 | static_cast<uint32_t>(chunks), std::memory_order_release);
     for (int i = 0; i < helpers; i++) {
@@ -56,18 +150,18 @@ class Pool {
     // Either this sees a helper asleep, or that helper sees the job before it sleeps.
     std::atomic_thread_fence(std::memory_order_seq_cst);
     for (int i = 0; i < helpers; i++) {
-      if (helpers_[i].asleep.load(std::memory_order_relaxed)) {
-        syscall(SYS_futex, &helpers_[i].job, FUTEX_WAKE_PRIVATE, 1, nullptr, nullptr, 0);
+      if (helpers_[i].asleep.load(std::memory_order_relaxed) && !crowded_.holds() &&
+          helpers_[i].asleep.exchange(false, std::memory_order_relaxed)) {
+        wake(helpers_[i].job);
       }
     }
-    int mine = 0;
+    uint32_t mine = 0;
     while (claim_and_run(job)) {
       mine++;
     }
-    // What is left was claimed by running helpers. Yield at times: one of them may need this core.
-    finished_.fetch_add(mine, std::memory_order_acq_rel);
-    for (int spins = 1; finished_.load(std::memory_order_acquire) != chunks; spins++) {
-      spins % 1024 == 0 ? void(sched_yield()) : relax();
+    // What is left was claimed by helpers.
+    if (unfinished_.fetch_sub(mine, std::memory_order_acq_rel) != mine) {
+      wait_for_helpers();
     }
     return true;
   }
@@ -85,8 +179,20 @@ class Pool {
         return false;
       }
     } while (!ticket_.compare_exchange_weak(seen, seen - 1, std::memory_order_acq_rel));
-    fn_(context_, static_cast<int>(static_cast<uint32_t>(seen)) - 1);
+    fn_(context_, chunks_ - static_cast<int>(static_cast<uint32_t>(seen)));
     return true;
+  }
+
+  void wait_for_helpers() {
+    const auto done = [&] { return unfinished_.load(std::memory_order_acquire) == 0; };
+    if (spin_until(done, contended_.holds() ? kSpin : Clock::duration(kLongSpin))) {
+      return;
+    }
+    uint32_t seen = unfinished_.fetch_or(kAsleep, std::memory_order_acq_rel) | kAsleep;
+    while (seen != kAsleep) {
+      wait(unfinished_, seen);
+      seen = unfinished_.load(std::memory_order_acquire);
+    }
   }
 
   // How many of the wanted ones there are. A limit on processes that stops one is not run into again.
@@ -103,35 +209,44 @@ class Pool {
   }
 
   void help(Helper& self) {
+    take_short_slices();
     uint32_t job = 0;
+    Turn turn(contended_);
     for (;;) {
-      job = wait_for_job(self, job);
-      while (claim_and_run(job)) {
-        finished_.fetch_add(1, std::memory_order_acq_rel);
+      job = wait_for_job(self, job, turn);
+      while (!on_callers_core() && claim_and_run(job)) {
+        if (unfinished_.fetch_sub(1, std::memory_order_acq_rel) == (kAsleep | 1)) {
+          wake(unfinished_);
+        }
       }
     }
   }
 
-  static uint32_t wait_for_job(Helper& self, uint32_t last) {
-    const auto until = std::chrono::steady_clock::now() + kSpin;
-    for (int spins = 1;; spins++) {
-      if (const uint32_t job = self.job.load(std::memory_order_acquire); job != last) {
-        return job;
-      }
-      relax();
-      if (spins % 64 == 0 && std::chrono::steady_clock::now() > until) {
-        break;
-      }
+  uint32_t wait_for_job(Helper& self, uint32_t last, Turn& turn) {
+    uint32_t job = last;
+    const auto told = [&] { return (job = self.job.load(std::memory_order_acquire)) != last; };
+    if (told()) {
+      return job;
     }
-    self.asleep.store(true, std::memory_order_relaxed);
-    std::atomic_thread_fence(std::memory_order_seq_cst);
-    uint32_t job;
-    while ((job = self.job.load(std::memory_order_acquire)) == last) {
-      syscall(SYS_futex, &self.job, FUTEX_WAIT_PRIVATE, last, nullptr, nullptr, 0);
+    if (on_callers_core()) {
+      crowded_.set(contended_.holds() ? kCrowded : kCrowded / 5);
+    } else if (!turn.over() && spin_until(told)) {
+      return job;
     }
+    do {
+      self.asleep.store(true, std::memory_order_relaxed);
+      std::atomic_thread_fence(std::memory_order_seq_cst);
+      wait(self.job, last);
+    } while (!told());
     self.asleep.store(false, std::memory_order_relaxed);
+    turn.begin();
     return job;
   }
+
+  // There it would only keep the caller from its own chunks.
+  bool on_callers_core() const { return sched_getcpu() == caller_core_.load(std::memory_order_relaxed); }
+
+  static constexpr uint32_t kAsleep = 1u << 31;
 
   std::mutex busy_;
   int started_ = 0;
@@ -139,9 +254,12 @@ class Pool {
   uint32_t job_ = 0;
   detail::ChunkFn fn_ = nullptr;
   void* context_ = nullptr;
+  int chunks_ = 0;
   Helper helpers_[kMaxThreads - 1];
+  alignas(64) std::atomic<int> caller_core_{-1};
+  ForNow contended_, crowded_;
   alignas(64) std::atomic<uint64_t> ticket_{0};
-  alignas(64) std::atomic<int> finished_{0};
+  alignas(64) std::atomic<uint32_t> unfinished_{0};  // chunks of the job, and kAsleep while the caller sleeps
 };
 
 // Never destroyed: helpers may outlive static destructors. A forked child has no helpers and perhaps
@@ -173,6 +291,23 @@ std::atomic<int> thread_count{1};
 }  // namespace
 
 int threads() { return thread_count.load(std::memory_order_relaxed); }
+
+void take_short_slices() {
+  constexpr uint64_t kResetOnFork = 1;  // SCHED_FLAG_RESET_ON_FORK
+  // sched_attr of sched_setattr(2)
+  struct {
+    uint32_t size, policy;
+    uint64_t flags;
+    int32_t nice;
+    uint32_t priority;
+    uint64_t runtime, deadline, period;
+  } attributes{};
+  if (syscall(SYS_sched_getattr, 0, &attributes, sizeof attributes, 0) == 0 && attributes.policy == SCHED_OTHER) {
+    attributes.flags |= kResetOnFork;
+    attributes.runtime = kSlice;
+    syscall(SYS_sched_setattr, 0, &attributes, 0);
+  }
+}
 
 void set_threads(int count) {
   thread_count.store(std::clamp(count, 1, kMaxThreads), std::memory_order_relaxed);

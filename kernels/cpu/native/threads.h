@@ -14,6 +14,11 @@ constexpr int kMaxThreads = 256;
 int threads();
 void set_threads(int count);
 
+// Ask that the calling thread gets the core in short slices: as much of it as before, but sooner after waking up, so that
+// threads that wait for one another beside other programs run at the same time. What it starts does not inherit that.
+// Linux from 6.12 on; nothing elsewhere.
+void take_short_slices();
+
 namespace detail {
 using ChunkFn = void (*)(void* context, int chunk);
 void parallel_chunks(int chunks, ChunkFn fn, void* context);
