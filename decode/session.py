@@ -135,9 +135,12 @@ class Session:
         streamer = self.tokenizer.streamer()
         began = time.perf_counter()
         rounds = generate(self.teacher, request, drafter, self.k)
-        output.metrics.prefill_seconds = time.perf_counter() - began
+        before = time.perf_counter()
+        output.metrics.prefill_seconds = before - began
         for found, asked, came in timed(rounds):
             output.metrics.add(found, asked, came)
+            output.metrics.show_seconds += asked - before
+            before = came
             output.tokens += found.tokens
             if show is not None:
                 show(streamer.push(found.tokens))
@@ -222,15 +225,17 @@ class Session:
 
         Measured by itself: in a round the verification is queued while the draft still runs.
         """
+        most = min(self.k, *(model.context - 1 for model in (self.teacher, self.draft) if model)) + 1
+        context = min(MEASURED_CONTEXT, self.teacher.context - most)
         cache = self.teacher.new_cache()
-        text = [self.end_token] * MEASURED_CONTEXT
-        self.teacher.prefill(text, cache)
-        times: dict[int, list[float]] = {1: [], self.k + 1: []}
+        text = [self.end_token] * max(context, most)
+        self.teacher.prefill(text[:context], cache)
+        times: dict[int, list[float]] = {1: [], most: []}
         began = time.perf_counter()
         while len(times[1]) < MEASURED_STEPS and (len(times[1]) < 3 or time.perf_counter() - began < MEASURED_SECONDS):
             for rows, seconds in times.items():
-                cache.offset = MEASURED_CONTEXT
+                cache.offset = context
                 started = time.perf_counter()
                 mx.eval(self.teacher.best_tokens(self.teacher.step(text[:rows], cache).logits))
                 seconds.append(time.perf_counter() - started)
-        return statistics.median(times[self.k + 1]) / statistics.median(times[1])
+        return statistics.median(times[most]) / statistics.median(times[1])

@@ -91,7 +91,7 @@ class Tokenizer:
 
     @property
     def _reply_end(self) -> list[int]:
-        """The end token of a reply that no template ends: the tokenizer's own, else the lowest; none where there is none."""
+        """The end token of a reply that no template ends: the tokenizer's own, else the lowest, if there is any."""
         own = self._wrapped.eos_token_id
         return [own] if own in self.end_tokens else sorted(self.end_tokens)[:1]
 
@@ -167,8 +167,8 @@ class Streamer:
         return new
 
     def _restart(self) -> None:
-        """Keep of the window only its last whole text: a token that begins what is decoded may lose its space (Llama 2),
-        so what was printed stays before what comes."""
+        """Keep of the window only its last whole text: what begins a text may lose a space in decoding (Llama 2), so
+        something that was printed stays before what comes."""
         for start in range(len(self._window) - 1, 0, -1):
             text = self._tokenizer.decode(self._window[start:])
             if text and "\ufffd" not in text:
