@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from kernels.errors import UserError, first_line
 from kernels.files import read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+LINE_END = re.compile("\r\n|\r")
 
 
 class Tokenizer:
@@ -48,9 +50,11 @@ class Tokenizer:
 
     @property
     def template_hash(self) -> str | None:
-        """sha256 of the chat template; None where there is none."""
+        """sha256 of the chat template, without what a file of its own may add: how it writes line ends, and one at its
+        end, which Jinja leaves out. None where there is no template."""
         template = self._wrapped.chat_template if self._wrapped.has_chat_template else None
-        return None if template is None else hashlib.sha256(str(template).encode()).hexdigest()
+        text = LINE_END.sub("\n", str(template)).removesuffix("\n")
+        return None if template is None else hashlib.sha256(text.encode()).hexdigest()
 
     def encode_prompt(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Token ids of a prompt through the chat template, or of its bare text with `raw`."""

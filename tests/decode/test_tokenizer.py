@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -147,3 +148,48 @@ def test_a_reply_that_no_template_ends_has_the_tokenizers_own_end(small_teacher:
     assert tokenizer.end_tokens == {0, 2}
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
     assert tokenizer.encode_conversation(messages)[0][-1] == 2
+
+
+@pytest.mark.slow
+def test_a_tokenizer_saved_again_is_the_same(small_teacher: Path, inside: Command, tmp_path: Path) -> None:
+    """By transformers, by hand, and by mlx-lm with the model: other files, the same tokens, merges and template."""
+    from mlx_lm.convert import convert
+    from transformers import AutoTokenizer
+
+    data, text = tmp_path / "data", tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a small house. " * 60)
+    sizes = ("--tokens", 512, "--seq-len", 64, "--batch", 2, "--source", text, "--out", data, "-q")
+    assert inside("distill", "collect", "--teacher", small_teacher, *sizes).code == 0
+    manifest = (data / "manifest.json").read_bytes()
+
+    again = changed_copy(small_teacher, tmp_path / "again", tokenizer__json=None, tokenizer_config__json=None)
+    AutoTokenizer.from_pretrained(small_teacher).save_pretrained(tmp_path / "saved")
+    content = json.loads((tmp_path / "saved" / "tokenizer.json").read_text())
+    content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+    (again / "tokenizer.json").write_text(json.dumps(content))
+    about = json.loads((small_teacher / "tokenizer_config.json").read_text())
+    (again / "chat_template.jinja").write_text(about.pop("chat_template") + "\n")  # as editors end files
+    (again / "tokenizer_config.json").write_text(json.dumps(about, indent=1))
+    done = inside("distill", "collect", "--teacher", again, *sizes)
+    assert done.code == 0, done.err
+    assert (data / "manifest.json").read_bytes() == manifest
+
+    convert(str(small_teacher), str(tmp_path / "mlx"))
+    shape = ("--layers", 1, "--hidden", 64, "--tokens", 512, "--batch", 2, "-q")
+    train = ("distill", "train", "--data", data, *shape)
+    done = inside(*train, "--teacher", tmp_path / "mlx", "--out", tmp_path / "draft")
+    assert done.code == 0, done.err
+
+    # What was collected before 0.2.0 names the hash of all that the file holds.
+    older = json.loads(manifest)
+    file = json.dumps(json.loads((small_teacher / "tokenizer.json").read_text()), sort_keys=True)
+    older["settings"]["tokenizer_hash"] = hashlib.sha256(file.encode()).hexdigest()
+    (data / "manifest.json").write_text(json.dumps(older))
+    for done in (
+        inside(*train, "--teacher", small_teacher, "--out", tmp_path / "older"),
+        inside("distill", "collect", "--teacher", small_teacher, *sizes),
+    ):
+        assert done.code == 0, done.err
+    older["settings"]["tokenizer_hash"] = "0" * 64
+    (data / "manifest.json").write_text(json.dumps(older))
+    inside(*train, "--teacher", small_teacher, "--out", tmp_path / "other").refused("distill", str(small_teacher))
