@@ -266,7 +266,7 @@ def _answer_all(
                 output = session.answer(prompt, ids, index, speculative=way, show=streamed)
                 (outputs if way is speculative else baselines).append(output)
             if not silent:
-                show((session.tokenizer.decode(outputs[-1].tokens) if compare else "") + "\n")
+                show((session.text(outputs[-1]) if compare else "") + "\n")
     report = session.report(outputs, baselines)
     write_json(json_file, report)
     note("\n" + summary(report))

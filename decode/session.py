@@ -21,7 +21,7 @@ from decode.models.transformer import Precision, Transformer
 from decode.prompts import Prompt
 from decode.sampling import Sampling
 from decode.timing import timed
-from decode.tokenizer import Tokenizer
+from decode.tokenizer import Streamer, Tokenizer
 from kernels import UserError, backend, reference
 from kernels.device import device_name, versions
 from kernels.ops import SMALL_ROWS
@@ -132,7 +132,7 @@ class Session:
             prompt_ids, limit or self.max_tokens, self.tokenizer.end_tokens, self.sampling, self.seed + index
         )
         drafter = self._drafter(request) if speculative else None
-        streamer = self.tokenizer.streamer()
+        streamer = self._streamer(output)
         began = time.perf_counter()
         rounds = generate(self.teacher, request, drafter, self.k)
         before = time.perf_counter()
@@ -149,6 +149,15 @@ class Session:
         if output.tokens and output.tokens[-1] in self.tokenizer.end_tokens:
             output.finish_reason = "stop"
         return output
+
+    def text(self, output: Completion) -> str:
+        """What a reply says, as it is handed to `show`."""
+        streamer = self._streamer(output)
+        return streamer.push(output.tokens) + streamer.finish()
+
+    def _streamer(self, output: Completion) -> Streamer:
+        bare = self.raw or self.tokenizer.template_hash is None  # a text that the reply goes on with
+        return self.tokenizer.streamer(output.prompt_ids if bare else ())
 
     def _drafter(self, request: Request) -> Drafter | None:
         """What drafts one reply; None without a draft."""
@@ -199,7 +208,7 @@ class Session:
             "category": output.prompt.category,
             "prompt_tokens": len(output.prompt_ids),
             "token_ids": output.tokens,
-            "text": self.tokenizer.decode(output.tokens),
+            "text": self.text(output),
             "finish_reason": output.finish_reason,
             "looping": is_looping(output.tokens),
             **output.metrics.times(),

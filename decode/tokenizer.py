@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -120,8 +120,9 @@ class Tokenizer:
         text: str = self._wrapped.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
-    def streamer(self) -> Streamer:
-        return Streamer(self)
+    def streamer(self, printed: Sequence[int] = ()) -> Streamer:
+        """printed: tokens of a text that is gone on with, so that a space at the border is kept."""
+        return Streamer(self, printed)
 
 
 def _declared_ends(folder: Path) -> set[int]:
@@ -152,10 +153,11 @@ def _without_code(folder: Path) -> Iterator[Path]:
 class Streamer:
     """Turns tokens into text as they come, never printing half a character."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, printed: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._window: list[int] = []  # the tokens that are decoded again as others come
-        self._printed = ""  # as much of their text as was printed
+        self._window = list(printed)  # the tokens that are decoded again as others come
+        self._printed = tokenizer.decode(self._window)  # as much of their text as was printed
+        self._restart()
 
     def push(self, tokens: list[int]) -> str:
         """The new text these tokens complete."""

@@ -58,6 +58,17 @@ def test_streams_keep_the_spaces_of_llamas_tokenizers(llama: Path, size: int) ->
     assert shown == tokenizer.decode(ids) == text
 
 
+@pytest.mark.parametrize("at", range(2, 40, 3))
+def test_a_bare_text_is_gone_on_with_behind_the_space_at_its_end(llama: Path, at: int) -> None:
+    tokenizer = Tokenizer(llama)
+    ids = tokenizer.encode_text("Once upon a time, 東京 was a village.\nAnd then")
+    prompt, reply = ids[:at], ids[at:]
+    streamer = tokenizer.streamer(prompt)
+    shown = "".join(streamer.push([token]) for token in reply) + streamer.finish()
+    if "\ufffd" not in tokenizer.decode(prompt):  # no text ends within a character
+        assert tokenizer.decode(prompt) + shown == tokenizer.decode(ids)
+
+
 def test_a_text_that_begins_with_the_bos_token_has_it_once(llama: Path) -> None:
     tokenizer = Tokenizer(llama)
     plain = tokenizer.encode_text("Once upon a time")
@@ -76,6 +87,9 @@ def test_raw_prompts_and_sources_have_the_bos_token_once(llama: Path, inside: Co
         done = inside("decode", "plain", *options)
         assert done.code == 0, done.err
         replies.append([(o["prompt_tokens"], o["token_ids"]) for o in json.loads(done.out)["outputs"]])
+        (output,) = json.loads(done.out)["outputs"]
+        whole = Tokenizer(llama).decode(Tokenizer(llama).encode_text(prompt) + output["token_ids"])
+        assert "Once upon a time" + output["text"] == whole  # the space at the border is there
     assert replies[0] == replies[1]
 
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": "<s>" + "Once upon a time. " * 40}) + "\n")
