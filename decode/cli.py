@@ -248,6 +248,7 @@ def _answer_all(
     encoded = session.encode(prompts)
     speculative = session.draft is not None
     sink, note = text_sink(json_file), say(quiet)
+    silent = quiet and json_file == "-"
     session.warm_up()
 
     def show(text: str) -> None:
@@ -261,11 +262,11 @@ def _answer_all(
                 note(f"\n[{index + 1}/{len(prompts)}] {prompt.title}")
             order = [True, False] if index % 2 else [False, True]  # so that a machine that slows down slows both
             for way in order if compare else [speculative]:
-                shown = show if way is speculative and not (quiet and json_file == "-") else None
-                output = session.answer(prompt, ids, index, speculative=way, show=shown)
+                streamed = None if compare or silent else show  # printing would slow one of the two ways
+                output = session.answer(prompt, ids, index, speculative=way, show=streamed)
                 (outputs if way is speculative else baselines).append(output)
-            if not (quiet and json_file == "-"):
-                show("\n")
+            if not silent:
+                show((session.text(outputs[-1]) if compare else "") + "\n")
     report = session.report(outputs, baselines)
     write_json(json_file, report)
     note("\n" + summary(report))
@@ -280,6 +281,8 @@ def summary(report: dict[str, Any]) -> str:
         lines.append(
             f"acceptance rate {report['acceptance_rate']:.3f} ({report['accepted']} of {report['drafted']} drafted),"
             f" {report['mean_acceptance_length']:.2f} tokens a verification, by position: {positions}"
+            if report["drafted"]
+            else "acceptance rate none: nothing was drafted"
         )
     if "speedup" in report:
         lines.append(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 from decode.prompts import Prompt
@@ -15,6 +17,7 @@ from kernels.errors import UserError, first_line
 from kernels.files import read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+LINE_END = re.compile("\r\n|\r")
 
 
 class Tokenizer:
@@ -26,7 +29,7 @@ class Tokenizer:
         from transformers.utils import logging
 
         logging.set_verbosity_error()  # it warns of prompts beyond the context, which we refuse
-        declared = _declared_ends(folder / "generation_config.json")  # first: mlx-lm reads it too, without a check
+        declared = _declared_ends(folder)  # first: mlx-lm reads these files too, without a check
         try:
             with _without_code(folder) as readable:
                 self._wrapped = load_tokenizer(readable)
@@ -47,9 +50,11 @@ class Tokenizer:
 
     @property
     def template_hash(self) -> str | None:
-        """sha256 of the chat template; None where there is none."""
+        """sha256 of the chat template, without what a file of its own may add: how it writes line ends, and one at its
+        end, which Jinja leaves out. None where there is no template."""
         template = self._wrapped.chat_template if self._wrapped.has_chat_template else None
-        return None if template is None else hashlib.sha256(str(template).encode()).hexdigest()
+        text = LINE_END.sub("\n", str(template)).removesuffix("\n")
+        return None if template is None else hashlib.sha256(text.encode()).hexdigest()
 
     def encode_prompt(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Token ids of a prompt through the chat template, or of its bare text with `raw`."""
@@ -62,7 +67,11 @@ class Tokenizer:
         return self._checked(ids)
 
     def encode_text(self, text: str) -> list[int]:
+        """Token ids of a text as it is, behind the BOS token where the tokenizer puts one; a text that begins with it
+        does not get it twice."""
         ids: list[int] = self._wrapped.encode(text)
+        if self._added_bos and ids[1:2] == self._added_bos:
+            del ids[0]
         return self._checked(ids)
 
     def encode_conversation(self, messages: list[dict[str, str]]) -> tuple[list[int], int]:
@@ -73,10 +82,22 @@ class Tokenizer:
             whole = self._wrapped.apply_chat_template(messages, add_generation_prompt=False)
         if whole[: len(prompt)] != prompt:  # no template, or one that writes a reply otherwise than it asks for it
             reply = self._wrapped.encode(messages[-1]["content"], add_special_tokens=False)
-            whole = prompt + reply + sorted(self.end_tokens)[:1]
+            whole = prompt + reply + self._reply_end
         reply_ids = range(len(prompt), len(whole))
         end = next((i + 1 for i in reply_ids if whole[i] in self.end_tokens), len(whole))
         return self._checked(whole[:end]), len(prompt)
+
+    @cached_property
+    def _added_bos(self) -> list[int]:
+        """The BOS token, where the tokenizer puts it before every text."""
+        first: list[int] = self._wrapped.encode("")[:1]
+        return first if first == [self._wrapped.bos_token_id] else []
+
+    @property
+    def _reply_end(self) -> list[int]:
+        """The end token of a reply that no template ends: the tokenizer's own, else the lowest, if there is any."""
+        own = self._wrapped.eos_token_id
+        return [own] if own in self.end_tokens else sorted(self.end_tokens)[:1]
 
     def _known(self, token: int) -> bool:
         """Whether the model has this token: tokenizers may have more, added after the model was trained."""
@@ -93,22 +114,27 @@ class Tokenizer:
         return ids
 
     def decode(self, tokens: list[int]) -> str:
-        """The text of a reply; end tokens and other special tokens are left out."""
+        """The text of a reply; end tokens, special ones or not, and other special tokens are left out."""
+        said = [token for token in tokens if token not in self.end_tokens]
         # Cleaning up would move spaces that a streamer has printed already.
-        text: str = self._wrapped.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: str = self._wrapped.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
-    def streamer(self) -> Streamer:
-        return Streamer(self)
+    def streamer(self, printed: Sequence[int] = ()) -> Streamer:
+        """printed: tokens of a text that is gone on with, so that a space at the border is kept."""
+        return Streamer(self, printed)
 
 
-def _declared_ends(path: Path) -> set[int]:
-    """The end tokens that a generation_config.json names, if it is there."""
-    declared = read_json(path).get("eos_token_id") if path.exists() else None
-    ends = declared if isinstance(declared, list) else [] if declared is None else [declared]
-    if any(type(token) is not int for token in ends):
-        raise UserError(f"{path}: eos_token_id is {declared!r}, not a token's id or a list of them")
-    return set(ends)
+def _declared_ends(folder: Path) -> set[int]:
+    """The end tokens that config.json and generation_config.json name: either may know one that the other does not."""
+    ends: set[int] = set()
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        declared = read_json(path).get("eos_token_id") if path.exists() else None
+        named = declared if isinstance(declared, list) else [] if declared is None else [declared]
+        if any(type(token) is not int for token in named):
+            raise UserError(f"{path}: eos_token_id is {declared!r}, not a token's id or a list of them")
+        ends.update(named)
+    return ends
 
 
 @contextmanager
@@ -127,27 +153,36 @@ def _without_code(folder: Path) -> Iterator[Path]:
 class Streamer:
     """Turns tokens into text as they come, never printing half a character."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, printed: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._done = 0
-        self._printed = ""
+        self._window = list(printed)  # the tokens that are decoded again as others come
+        self._printed = tokenizer.decode(self._window)  # as much of their text as was printed
+        self._restart()
 
     def push(self, tokens: list[int]) -> str:
         """The new text these tokens complete."""
-        self._tokens += tokens
-        text = self._tokenizer.decode(self._tokens[self._done :])
+        self._window += tokens
+        text = self._tokenizer.decode(self._window)
         if text.endswith("\ufffd"):
             return ""
         new = text[len(self._printed) :]
         self._printed = text
         # Restart the window at line ends, so a long reply is not decoded again and again.
         if text.endswith("\n") and len(text) > 256:
-            self._done, self._printed = len(self._tokens), ""
+            self._restart()
         return new
 
+    def _restart(self) -> None:
+        """Keep of the window only its last whole text: what begins a text may lose a space in decoding (Llama 2), so
+        something that was printed stays before what comes."""
+        for start in range(len(self._window) - 1, 0, -1):
+            text = self._tokenizer.decode(self._window[start:])
+            if text and "\ufffd" not in text:
+                self._window, self._printed = self._window[start:], text
+                return
+
     def finish(self) -> str:
-        return self._tokenizer.decode(self._tokens[self._done :])[len(self._printed) :]
+        return self._tokenizer.decode(self._window)[len(self._printed) :]
 
 
 def check_tokenizer(teacher_folder: Path) -> None:

@@ -13,6 +13,7 @@ import typer
 from tqdm import tqdm
 
 from decode.keep_awake import keep_awake
+from decode.metrics import in_words
 from decode.models.checkpoint import DEFAULT_TEACHER, find_teacher
 from decode.options import TeacherOption
 from distill.cli_models import convert, evaluate, publish
@@ -248,8 +249,9 @@ def run_recipe(
     write_json(json_file, result | {"stages": records})
     report = records[-1]["report"]
     say(quiet)(
-        f"{plan.draft}: acceptance rate {report['acceptance_rate']:.3f}, {report['mean_acceptance_length']:.2f} tokens"
-        f" a verification, speed-up {report['speedup']:.2f}, identical: {'yes' if report['identical'] else 'NO'}"
+        f"{plan.draft}: acceptance rate {in_words(report['acceptance_rate'])},"
+        f" {in_words(report['mean_acceptance_length'], 2)} tokens a verification, speed-up {report['speedup']:.2f},"
+        f" identical: {'yes' if report['identical'] else 'NO'}"
         f"\n{_use_it(plan.draft, plan.teacher)}"
     )
     if not report["identical"]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from decode.metal import limit_memory
-from decode.models.checkpoint import RUNS, Checkpoint
+from decode.models.checkpoint import RUNS, Checkpoint, has_tokenizer
 from decode.models.dimensions import Dimensions
 from decode.models.transformer import Transformer
 from decode.tokenizer import Tokenizer, check_tokenizer
@@ -86,6 +86,7 @@ def plan_collection(teacher: Checkpoint, settings: CollectSettings, out: Path | 
         ],
         "exclude": [source_fingerprint(name) for name in settings.exclude],
     }
+    values |= _as_begun(out, teacher)
     scores = settings.recorded(OF_SCORES)
     folder = out or RUNS / folder_name("data", Settings(values | scores))
     replies = folder.parent / folder_name("replies", Settings(values))
@@ -112,9 +113,11 @@ def plan_scoring(
         raise UserError(f"--replies {folder}: is of the older format {replies.format}, and cannot be scored again")
     if not replies.complete:
         raise UserError(f"--replies {folder}: is not complete; the command that began it goes on with it")
-    mine, values = _of_teacher(teacher), complete_settings(replies.settings.values)
+    mine, values = _of_teacher(teacher) | _as_begun(out, teacher), complete_settings(replies.settings.values)
     if replies.settings.teacher_hash != teacher.weights_hash:
         raise UserError(f"--replies {folder}: was written by {replies.settings.teacher_name}, not by {teacher.name}")
+    if has_tokenizer(teacher.folder, replies.settings.tokenizer_hash):
+        values["tokenizer_hash"] = mine["tokenizer_hash"]
     for name, value in mine.items():
         if name != "teacher" and values.get(name, value) != value:
             raise UserError(f"--replies {folder}: was written with another {name} than that of {teacher.folder}")
@@ -146,6 +149,20 @@ def _of_teacher(teacher: Checkpoint) -> dict[str, Any]:
         "end_tokens": sorted(tokenizer.end_tokens),
         "vocab_size": int(teacher.config["vocab_size"]),
     }
+
+
+def _as_begun(out: Path | None, teacher: Checkpoint) -> dict[str, Any]:
+    """How the dataset in a folder names this very teacher and its tokenizer: models move, and until 0.2.0 a tokenizer's
+    hash was another."""
+    try:
+        begun = None if out is None else Manifest.read(out).settings
+    except UserError:
+        return {}
+    if begun is None or begun.teacher_hash != teacher.weights_hash:
+        return {}
+    named: dict[str, Any] = {"teacher": {"name": begun.teacher_name, "hash": begun.teacher_hash}}
+    known = has_tokenizer(teacher.folder, begun.tokenizer_hash)
+    return named | ({"tokenizer_hash": begun.tokenizer_hash} if known else {})
 
 
 def _sources_of(folder: Path) -> list[Any]:

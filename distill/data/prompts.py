@@ -58,14 +58,18 @@ def split_text(document: Document, characters: int) -> Iterator[Document]:
         return
     start = 0
     while start < len(text):
-        end = min(start + characters, len(text))
-        if end < len(text):
-            cut_at = max(
-                text.rfind("\n\n", start, end), text.rfind(" ", start, end) if "\n\n" not in text[start:end] else -1
-            )
-            end = cut_at if cut_at > start else end
+        end = len(text) if len(text) - start <= characters else _cut(text, start, start + characters)
         yield Document("text", text[start:end], None, document.line)
         start = end
+
+
+def _cut(text: str, start: int, end: int) -> int:
+    """Where a part that begins at `start` ends, at most at `end`: before its last empty line, else before its last
+    white space, else, where all is one word, at `end`."""
+    line = text.rfind("\n\n", start + 1, end + 2)
+    if line > 0:
+        return line
+    return next((at for at in range(end, start, -1) if text[at].isspace()), end)
 
 
 def encode_prompt(tokenizer: Tokenizer, document: Document) -> list[int]:

@@ -208,8 +208,8 @@ def _acceptance(subject: Subject) -> str:
         ("the teacher's head", _cell(found.get("head"))),
         ("outputs identical to plain decoding", f"{same} of {len(outputs)}" if outputs else ""),
         ("tokens drafted a round (k)", _cell(found.get("k"))),
-        ("acceptance rate (accepted / drafted)", _number(found.get("acceptance_rate"), 3)),
-        ("tokens a verification", _number(found.get("mean_acceptance_length"))),
+        ("acceptance rate (accepted / drafted)", _rate(found, "acceptance_rate", 3)),
+        ("tokens a verification", _rate(found, "mean_acceptance_length", 2)),
         ("accepted, by position", _positions(found)),
         ("speculative, tok/s", _number(found.get("tok_per_s"), 1)),
         ("plain, tok/s, same engine and run", _number(found.get("baseline_tok_per_s"), 1)),
@@ -229,8 +229,8 @@ def _acceptance(subject: Subject) -> str:
             (
                 _cell(one.get("category")),
                 _number(one.get("prompts")),
-                _number(one.get("acceptance_rate"), 3),
-                _number(one.get("mean_acceptance_length")),
+                _rate(one, "acceptance_rate", 3),
+                _rate(one, "mean_acceptance_length", 2),
                 _positions(one),
                 _number(one.get("speedup")),
                 _number(one.get("looping")),
@@ -377,6 +377,11 @@ def _number(value: Any, digits: int = 2) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return ""
     return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
+
+
+def _rate(found: Metadata, name: str, digits: int) -> str:
+    """A figure of acceptance: none where nothing was drafted; empty where the evaluation does not have it."""
+    return "none" if found.get(name, ...) is None else _number(found.get(name), digits)
 
 
 def _positions(found: Metadata) -> str:

@@ -13,7 +13,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from decode.metrics import VERSION, Metrics, is_looping
+from decode.metrics import VERSION, Metrics, in_words, is_looping
 from decode.models.checkpoint import RUNS, Checkpoint
 from decode.models.drafts import find_draft, newest_draft
 from decode.prompts import Prompt, read_prompts
@@ -124,7 +124,7 @@ def evaluate(
             pairs.append(pair)
             total.merge(pair[0].metrics)
             plain.merge(pair[1].metrics)
-            bar.set_postfix(acceptance=f"{total.acceptance_rate:.3f}", speedup=f"{total.speedup(plain):.2f}")
+            bar.set_postfix(acceptance=in_words(total.acceptance_rate), speedup=f"{total.speedup(plain):.2f}")
             bar.update()
     except KeyboardInterrupt:
         if not pairs:
@@ -157,7 +157,7 @@ def totals(pairs: Sequence[Pair]) -> tuple[Metrics, Metrics]:
 
 
 def figures(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """The metrics of decode.metrics over some prompts; zero where there are none."""
+    """The metrics of decode.metrics over some prompts."""
     total, plain = totals(pairs)
     return {
         "prompts": len(pairs),
@@ -272,8 +272,8 @@ def markdown(report: dict[str, Any]) -> str:
         f" {report['verify_ratio']:.2f} plain steps. Outputs identical to plain decoding:"
         f" {sum(entry['identical'] for entry in report['outputs'])} of {report['prompts']}.\n\n"
         "Acceptance rate: accepted / drafted tokens. By position: the share of verifications that accepted draft"
-        " position 1, 2, ... Looping: replies that end in a loop, which flatters acceptance; the last three columns"
-        " leave them out.\n"
+        " position 1, 2, ...; a step before which nothing was drafted is none. Looping: replies that end in a loop,"
+        " which flatters acceptance; the last three columns leave them out.\n"
     )
 
 
@@ -297,7 +297,7 @@ def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _rates(row: dict[str, Any]) -> tuple[str, str]:
-    return f"{row['acceptance_rate']:.3f}", f"{row['mean_acceptance_length']:.2f}"
+    return in_words(row["acceptance_rate"]), in_words(row["mean_acceptance_length"], 2)
 
 
 def overview(report: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from decode.metal import limit_memory
-from decode.models.checkpoint import RUNS, Checkpoint, tokenizer_hash
+from decode.models.checkpoint import RUNS, Checkpoint, has_tokenizer
 from decode.tokenizer import check_tokenizer
 from distill.data.manifest import MANIFEST
 from distill.data.shards import Dataset
@@ -140,7 +140,7 @@ def other_teacher(dataset: Dataset, teacher_folder: Path) -> dict[str, Any] | No
 
     Refuses one with another tokenizer: the dataset's token ids are not its own.
     """
-    if tokenizer_hash(teacher_folder) != dataset.settings.tokenizer_hash:
+    if not has_tokenizer(teacher_folder, dataset.settings.tokenizer_hash):
         raise UserError(
             f"{dataset.folder}: was collected from {dataset.settings.teacher_name}, whose tokenizer"
             f" is not that of {teacher_folder}"

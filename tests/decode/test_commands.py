@@ -224,6 +224,30 @@ def test_a_check_that_fails_gives_one(weak_draft: Path, work: Path) -> None:
     assert "identical to plain decoding: 0 of 1" in done.stderr and "prompt 1 differs at token 0" in done.stderr
 
 
+def test_nothing_drafted_is_no_acceptance_of_zero(inside: Command, weak_draft: Path, small_teacher: Path) -> None:
+    """The only token of a reply is the teacher's own."""
+    models = ("--teacher", small_teacher, "--draft", weak_draft)
+    for options in (("plain", "--teacher", small_teacher), ("spec", *models), ("spec", *models, "--compare")):
+        done = inside("decode", *options, "--prompt", "Hi", "--max-tokens", 1, "--json", "-")
+        assert done.code == 0, done.err
+        report = json.loads(done.out)
+        assert report["acceptance_rate"] is report["mean_acceptance_length"] is None
+        assert report["tokens"] == 1 and report["rounds"] == report["drafted"] == 0
+        assert ("acceptance rate none: nothing was drafted" in done.err) is (options[0] == "spec")
+
+
+def test_what_is_compared_is_printed_too(
+    inside: Command, weak_draft: Path, small_teacher: Path, tmp_path: Path
+) -> None:
+    models, report = ("--teacher", small_teacher, "--draft", weak_draft), tmp_path / "r.json"
+    options = ("--prompt", "Hi", "--max-tokens", 8, "--json", report)
+    streamed = inside("decode", "spec", *models, *options)
+    compared = inside("decode", "spec", *models, *options, "--compare")
+    assert compared.code == 0, compared.err
+    (output,) = json.loads(report.read_text(encoding="utf-8"))["outputs"]
+    assert streamed.out == compared.out == output["text"] + "\n" != "\n"
+
+
 @pytest.mark.slow
 def test_samples_are_not_compared(command: Command, weak_draft: Path) -> None:
     """Those of two ways of decoding are of one distribution, not the same text."""

@@ -11,6 +11,7 @@ import time
 import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +31,7 @@ from distill.data.reply_dataset import Replies
 from distill.data.scoring import top_of
 from distill.data.settings import CollectSettings
 from distill.data.shards import Dataset
-from distill.data.sources import Document, normalise_prompt
+from distill.data.sources import Document, normalise_prompt, read_source
 from kernels import UserError
 from kernels.files import sha256
 
@@ -541,6 +542,20 @@ def test_split_text() -> None:
     assert max(len(part.text or "") for part in parts) <= 300 < len(text)
     prompt = Document("prompt", text, None, 1)
     assert list(split_text(prompt, 300)) == [prompt]
+
+
+def test_texts_are_not_cut_inside_words() -> None:
+    """Behind an empty line too, where the next one is far, and at white space of any kind."""
+    novels = [document.text or "" for document in islice(read_source(str(ROOT / "data" / "novels.jsonl.xz")), 60)]
+    hard = ["\n\n" + "word " * 200, "one\ttwo\nthree\u3000" * 99, ("x" * 299 + " ") * 3, "\n\n".join(["ab " * 99] * 9)]
+    cuts = 0
+    for text in [*hard, *novels]:
+        parts = [part.text or "" for part in split_text(Document("text", text, None, 1), 300)]
+        assert "".join(parts) == text and max(map(len, parts)) <= 300
+        for before, after in pairwise(parts):
+            assert before and (before[-1].isspace() or after[0].isspace()), (before[-20:], after[:20])
+        cuts += len(parts) - 1
+    assert cuts > 100
 
 
 def test_wants_reply() -> None:

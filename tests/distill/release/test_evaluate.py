@@ -109,7 +109,28 @@ def test_looping_replies_are_set_apart() -> None:
     apart = figures(without_looping([loop, fine]))
     assert (apart["looping"], apart["prompts"], apart["acceptance_rate"]) == (0, 1, 0.4)
     assert (apart["tok_per_s"], apart["baseline_tok_per_s"], apart["speedup"]) == (12, 6, 2)
-    assert figures([])["acceptance_rate"] == figures([])["speedup"] == 0
+    assert figures([])["acceptance_rate"] is None and figures([])["speedup"] == 0
+
+
+@pytest.mark.slow
+def test_nothing_drafted_is_no_acceptance_of_zero(inside: Command, tmp_path: Path) -> None:
+    """In the report, its table, its pictures, on the screen and on the card: the only token is the teacher's own."""
+    draft = tmp_path / "runs" / "mine"
+    shutil.copytree(SHIPPED, draft)
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text(json.dumps({"prompt": "Why is the sky blue?", "category": "chat"}) + "\n")
+    options = ("--draft", draft, "--prompts", prompts, "--max-tokens", 1)
+    done = inside("distill", "evaluate", *options, cwd=tmp_path)
+    assert done.code == 0, done.err
+    report = json.loads((draft / "evaluation.json").read_text(encoding="utf-8"))
+    for row in (report, report["without_looping"], *report["categories"]):
+        assert row["acceptance_rate"] is row["mean_acceptance_length"] is None and row["rounds"] == 0
+    assert "| chat | 1 | none | none | - |" in (draft / "evaluation.md").read_text(encoding="utf-8")
+    assert any(line.split()[:4] == ["chat", "1", "none", "none"] for line in (done.out + done.err).splitlines())
+    shown = inside("distill", "publish", "--draft", draft, "--repo", "a/b", "--dry-run", "--json", "-", cwd=tmp_path)
+    assert shown.code == 0, shown.err
+    card = json.loads(shown.out)["card"]
+    assert "| acceptance rate (accepted / drafted) | none |" in card and "| chat | 1 | none | none |" in card
 
 
 @pytest.mark.slow
