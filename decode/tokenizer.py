@@ -8,9 +8,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from decode.prompts import Prompt
+from decode.prompts import Message, Prompt, called_functions, text_of
 from kernels.errors import UserError, first_line
 from kernels.files import read_json
 
@@ -20,7 +23,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 class Tokenizer:
     """A model folder's tokenizer and chat template, through mlx-lm."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, template_time: str | None = None) -> None:
+        """template_time: the time that a chat template which asks for it is told, as the property of that name has it;
+        that of this call by default."""
         from huggingface_hub.errors import StrictDataclassError
         from mlx_lm.utils import load_tokenizer
         from transformers.utils import logging
@@ -37,6 +42,7 @@ class Tokenizer:
         except Exception as error:  # several libraries read the files; `tokenizers` raises Exception itself
             raise UserError(f"{folder}: the tokenizer cannot be loaded: {first_line(error)}") from error
         self.folder = folder
+        self._time = datetime.now() if template_time is None else datetime.fromisoformat(template_time)
         config = folder / "config.json"
         self._vocab_size = read_json(config).get("vocab_size") if config.exists() else None
         ends = set(self._wrapped.eos_token_ids) | declared
@@ -51,32 +57,71 @@ class Tokenizer:
         template = self._wrapped.chat_template if self._wrapped.has_chat_template else None
         return None if template is None else hashlib.sha256(str(template).encode()).hexdigest()
 
+    @property
+    def template_time(self) -> str | None:
+        """The local time that the chat template is told, to the second; None where it asks for none."""
+        asks = self._wrapped.has_chat_template and "strftime_now" in str(self._wrapped.chat_template)
+        return self._time.isoformat(timespec="seconds") if asks else None
+
     def encode_prompt(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Token ids of a prompt through the chat template, or of its bare text with `raw`."""
         if raw or not self._wrapped.has_chat_template:
-            return self.encode_text("\n".join(message["content"] for message in prompt.messages))
-        try:
-            ids: list[int] = self._wrapped.apply_chat_template(prompt.messages, add_generation_prompt=True)
-        except Exception as error:  # it is a program of the checkpoint's: roles that do not take turns, or any mistake
-            raise UserError(f"prompt {prompt.id}: the chat template refuses it: {first_line(error)}") from error
-        return self._checked(ids)
+            if any(map(called_functions, prompt.messages)):
+                raise UserError(f"{prompt.place}: calls tools, which only a chat template can write")
+            return self.encode_text("\n".join(map(text_of, prompt.messages)))
+        return self._checked(self._apply_template(prompt.messages, prompt.place, add_generation_prompt=True))
 
     def encode_text(self, text: str) -> list[int]:
         ids: list[int] = self._wrapped.encode(text)
         return self._checked(ids)
 
-    def encode_conversation(self, messages: list[dict[str, str]]) -> tuple[list[int], int]:
-        """Ids of a conversation up to the end token of its last message, a reply, and where that begins."""
-        prompt = self.encode_prompt(Prompt(messages[:-1], "of a conversation"))
+    def encode_conversation(self, messages: list[Message], where: str = "a conversation") -> tuple[list[int], int]:
+        """Ids of a conversation up to the end token of its last message, a reply, and where that begins. where: its
+        place, for messages."""
+        prompt = self.encode_prompt(Prompt(messages[:-1], "", where=where))
         whole: list[int] = []
         if self._wrapped.has_chat_template:
-            whole = self._wrapped.apply_chat_template(messages, add_generation_prompt=False)
+            whole = self._apply_template(messages, where, add_generation_prompt=False)
         if whole[: len(prompt)] != prompt:  # no template, or one that writes a reply otherwise than it asks for it
-            reply = self._wrapped.encode(messages[-1]["content"], add_special_tokens=False)
+            if called_functions(messages[-1]):
+                raise UserError(
+                    f"{where}: ends with calls of tools, which the chat template writes otherwise than text"
+                )
+            reply = self._wrapped.encode(text_of(messages[-1]), add_special_tokens=False)
             whole = prompt + reply + sorted(self.end_tokens)[:1]
         reply_ids = range(len(prompt), len(whole))
         end = next((i + 1 for i in reply_ids if whole[i] in self.end_tokens), len(whole))
         return self._checked(whole[:end]), len(prompt)
+
+    def _apply_template(self, messages: list[Message], where: str, *, add_generation_prompt: bool) -> list[int]:
+        """Token ids of messages. UserError where the chat template refuses them, or leaves out or garbles a part."""
+        options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt}
+        if self.template_time is not None:
+            options["strftime_now"] = self._time.strftime
+        try:
+            if any(isinstance(message["content"], list) for message in messages) and not self._reads_parts:
+                raise ValueError("it does not read content in parts; give it as one string")
+            if names := [name for message in messages for name in called_functions(message)]:
+                text = self._wrapped.apply_chat_template(messages, tokenize=False, **options)
+                if missing := [name for name in names if name not in text]:
+                    raise ValueError(f"it leaves out calls of tools ({missing[0]})")
+            ids: list[int] = self._wrapped.apply_chat_template(messages, **options)
+        except Exception as error:  # it is a program of the checkpoint's: roles that do not take turns, or any mistake
+            raise UserError(f"{where}: the chat template refuses it: {first_line(error)}") from error
+        return ids
+
+    @cached_property
+    def _reads_parts(self) -> bool:
+        """Whether the chat template writes content in parts as it writes the same content in one string: others fail,
+        or print the list as Python would."""
+        try:
+            whole, parts = (
+                self._wrapped.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+                for content in ("Hi", [{"type": "text", "text": "Hi"}])
+            )
+        except Exception:  # as above
+            return False
+        return bool(whole == parts)
 
     def _known(self, token: int) -> bool:
         """Whether the model has this token: tokenizers may have more, added after the model was trained."""

@@ -2,25 +2,58 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from decode.models.checkpoint import CARD, ROOT, Checkpoint
-from distill.data.manifest import Settings
+from decode.models.checkpoint import CARD, ROOT, Checkpoint, tokenizer_hash
+from decode.tokenizer import Tokenizer
+from distill.data.manifest import DatasetSettings
 from kernels import UserError
 from kernels.device import device_name, versions
 from kernels.files import read_json
 
 CONVERTED = "converted.json"  # what `distill convert` leaves in a folder: where the model comes from
 LICENCE_KEYS = ("license", "license_name", "license_link")
+# Beside the weights, tokenizer.json and the chat template, which have hashes of their own.
+TEACHER_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 ORIGIN_KEYS = ("repo", "revision", *LICENCE_KEYS)
 # Where the Hub's client keeps what it downloads: models--OWNER--NAME/snapshots/COMMIT.
 SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]{40})")
 
 
-def teacher_metadata(folder: Path, settings: Settings) -> dict[str, Any]:
+def file_hashes(folder: Path, names: Iterable[str] = TEACHER_FILES) -> dict[str, str]:
+    """sha256 of the JSON files that decide what a model reads and says, those that are there: of what they hold,
+    whatever the white space and the order of keys, and without the chat template."""
+    hashes = {}
+    for name in names:
+        if (folder / name).is_file():
+            content = {key: value for key, value in read_json(folder / name).items() if key != "chat_template"}
+            hashes[name] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashes
+
+
+def prompt_identity(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+    """All of a teacher beside its weights that decides which tokens it is given and where its replies end."""
+    return {
+        "tokenizer_hash": tokenizer_hash(folder),
+        "chat_template_hash": tokenizer.template_hash,
+        "end_tokens": sorted(tokenizer.end_tokens),
+        "teacher_files": file_hashes(folder),
+    }
+
+
+def teacher_metadata(folder: Path, settings: DatasetSettings) -> dict[str, Any]:
     """The teacher of a dataset: name and hash; where the folder holds that very teacher, its `origin` too."""
     metadata: dict[str, Any] = {"name": settings.teacher_name, "hash": settings.teacher_hash}
     if Checkpoint(folder, folder.name, {}).weights_hash != settings.teacher_hash:
@@ -61,7 +94,7 @@ def licence_of(folder: Path) -> dict[str, str]:
     return {key: metadata[key] for key in LICENCE_KEYS if isinstance(metadata.get(key), str)}
 
 
-def dataset_metadata(settings: Settings) -> dict[str, Any]:
+def dataset_metadata(settings: DatasetSettings) -> dict[str, Any]:
     """How a dataset was collected: its manifest's settings, without what draft.json says elsewhere."""
     elsewhere = {"teacher", "tokenizer_hash"}
     return {key: value for key, value in settings.values.items() if key not in elsewhere}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -46,11 +47,63 @@ def test_json_lines(tmp_path: Path) -> None:
 
 
 def test_plain_text(tmp_path: Path) -> None:
-    prompts = read_prompts(write(tmp_path / "p.txt", '\ufefffirst\r\n\n  \nsecond {"prompt": 1}'))
-    assert [(p.id, p.messages) for p in prompts] == [
-        ("1", [{"role": "user", "content": "first"}]),
-        ("4", [{"role": "user", "content": 'second {"prompt": 1}'}]),
-    ]
+    text = '\ufefffirst\r\n\n  \nsecond {"prompt": 1}\n[INST] {name} (1)'
+    for content in (text, text.replace("\r\n", "\r").replace("\n", "\r")):
+        prompts = read_prompts(write(tmp_path / "p.txt", content))
+        assert [(p.id, p.messages) for p in prompts] == [
+            ("1", [{"role": "user", "content": "first"}]),
+            ("4", [{"role": "user", "content": 'second {"prompt": 1}'}]),
+            ("5", [{"role": "user", "content": "[INST] {name} (1)"}]),
+        ]
+
+
+LINES = b'\xef\xbb\xbf{"prompt": "one\\ntwo"}\n\n{"messages": [{"role": "user", "content": "three"}], "id": "c"}\n'
+LIST = b'[\n {"prompt": "one\\ntwo"},\n {"prompt": "three", "id": "c"}\n]\n'
+OBJECT = b'{\n "messages": [\n  {"role": "user", "content": "one\\ntwo"}\n ]\n}\n'
+
+
+@pytest.mark.parametrize("name", ["p.json", "p.jsonl", "p.ndjson", "P.JSON", "p.txt", "p", "a pipe", "standard input"])
+@pytest.mark.parametrize(("data", "asked"), [(LINES, 2), (LIST, 2), (OBJECT, 1)])
+def test_what_is_json_is_read_as_such_by_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, data: bytes, asked: int
+) -> None:
+    if name == "standard input":
+        standard_input(monkeypatch, data)
+        prompts = gather_prompts(None, None, Path())
+    elif name == "a pipe":
+        reader, writer = os.pipe()
+        os.write(writer, data)
+        os.close(writer)
+        prompts = read_prompts(Path(f"/dev/fd/{reader}"))
+        os.close(reader)
+    else:
+        prompts = read_prompts(write(tmp_path / name, data))
+    assert [prompt.messages[0]["content"] for prompt in prompts] == ["one\ntwo", "three"][:asked]
+    assert [prompt.id for prompt in prompts][1:] == ["c"][: asked - 1]
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ('{"prompt": "a"', "line 1 is not JSON"),
+        ("{'prompt': 'a'}", "line 1 is not JSON"),
+        ("{prompt: a}", "line 1 is not JSON"),
+        ('[\n{"prompt": "a"},\n{"prompt": b}\n]', "line 3 is not JSON"),
+        ('[{"prompt": "a"}]\n[{"prompt": "b"}]', "line 1 is not a JSON object"),
+        ('[{"prompt": "a"}, 3]', "entry 2 is not a JSON object"),
+        ('{"prompt": "a"}\nplain', "line 2 is not JSON"),
+        ('plain\n\n{"prompt": "a"}', "line 3 looks like JSON, which line 1 is not"),
+    ],
+)
+@pytest.mark.parametrize("name", ["p.txt", "standard input"])
+def test_what_looks_like_json_and_cannot_be_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str, line: str
+) -> None:
+    standard_input(monkeypatch, content.encode())
+    file = write(tmp_path / name, content)
+    with pytest.raises(UserError, match=re.escape(line)) as caught:
+        gather_prompts(None, None if name == "standard input" else file, Path())
+    assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_the_projects_own_prompts() -> None:
@@ -68,18 +121,34 @@ def test_the_projects_own_prompts() -> None:
         ("[" * 100_000, "is not JSON"),
         ('["a list"]', "is not a JSON object"),
         ('{"text": "t"}', "neither `prompt` nor `messages`"),
-        ('{"prompt": 3}', "neither `prompt` nor `messages`"),
-        ('{"prompt": "  "}', "prompt is empty"),
-        ('{"messages": []}', "its messages are not"),
-        ('{"messages": "hello"}', "its messages are not"),
-        ('{"messages": [{"role": "user"}]}', "its messages are not"),
-        ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": ""}]}', "prompt is empty"),
-        ('{"prompt": "fine", "category": 3}', "its category is 3, not a name of one line"),
-        ('{"prompt": "fine", "category": ["a"]}', "its category is ['a']"),
-        ('{"prompt": "fine", "category": "two\\nlines"}', "its category is 'two\\nlines'"),
+        ('{"prompt": 3}', "a prompt that is not a string"),
+        ('{"prompt": "  "}', "an empty prompt"),
+        ('{"messages": []}', "messages that are not a list"),
+        ('{"messages": "hello"}', "messages that are not a list"),
+        ('{"messages": [{"role": "user"}]}', "a content of a message that is not a string"),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": ""}]}', "an empty prompt"),
+        ('{"messages": [{"role": "user", "content": []}]}', "a content of a message that is not a string"),
+        ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "a part of the type 'image_url'"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+            "nothing to answer",
+        ),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]}', "nothing to answer"),
+        ('{"messages": [{"role": "system", "content": "a"}]}', "none of a user"),
+        ('{"messages": [{"role": "human", "content": "a"}]}', "the role 'human'"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [3]}]}',
+            "tool_calls",
+        ),
+        ('{"prompt": "a", "tools": [{"name": "f"}]}', "`tools`, which are not read"),
+        ('{"prompt": "fine", "category": 3}', "the category 3"),
+        ('{"prompt": "fine", "category": ["a"]}', "the category ['a']"),
+        ('{"prompt": "fine", "category": "two\\nlines"}', "the category 'two\\nlines'"),
         ('{"prompt": "half \\ud83d"}', "half a surrogate pair"),
         ('{"prompt": "fine", "id": "\\udc00"}', "half a surrogate pair"),
-        (b'{"prompt": "caf\xe9"}', "is not valid UTF-8 (byte 16)"),
+        (b'{"prompt": "caf\xe9"}', "is not valid UTF-8"),
+        ('{"prompt": "a"}'.encode("utf-16-le"), "is a null byte"),
+        ("plain text", "is not JSON"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, line: str | bytes, complaint: str) -> None:
@@ -94,7 +163,7 @@ def test_bad_files(tmp_path: Path) -> None:
     for name, content in (("empty.jsonl", ""), ("blank.txt", "\n \n")):
         with pytest.raises(UserError, match=f"{name}: holds no prompt"):
             read_prompts(write(tmp_path / name, content))
-    with pytest.raises(UserError, match=r"binary.txt: line 2 is not valid UTF-8"):
+    with pytest.raises(UserError, match=r"binary.txt: line 2 \(byte 5\) is not valid UTF-8"):
         read_prompts(write(tmp_path / "binary.txt", b"fine\n\xff\xfe"))
     with pytest.raises(UserError, match=r"missing.jsonl: cannot be read"):
         read_prompts(tmp_path / "missing.jsonl")
@@ -125,14 +194,14 @@ def test_sources_of_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(UserError, match="prompt is not valid UTF-8"):
         asked("caf\udce9")  # how Python passes on a byte that is not UTF-8
 
-    standard_input(monkeypatch, "two lines\nof one prompt ü\n".encode())
-    assert asked() == ["two lines\nof one prompt ü"]
+    standard_input(monkeypatch, "\ufefftwo lines\nare two prompts ü\n".encode())
+    assert asked() == ["two lines", "are two prompts ü"]
     standard_input(monkeypatch, b'\n{"prompt": "a"}\n{"prompt": "b"}\n')
     assert asked() == ["a", "b"]
     standard_input(monkeypatch, b"\xff")
-    with pytest.raises(UserError, match="standard input is not valid UTF-8"):
+    with pytest.raises(UserError, match=r"standard input: line 1 .* is not valid UTF-8"):
         asked()
-    standard_input(monkeypatch, b" \n")
+    standard_input(monkeypatch, b"\xef\xbb\xbf \n")
     assert asked() == ["sample one", "sample two"]
     standard_input(monkeypatch, b"typed", terminal=True)
     assert asked() == ["sample one", "sample two"]

@@ -22,7 +22,7 @@ from conftest import ROOT, arguments, environment
 from decode.models.checkpoint import Checkpoint, find_teacher
 from distill.data.collect import Collector, plan_collection, plan_scoring
 from distill.data.inspection import inspect_dataset, table, verify
-from distill.data.manifest import Settings, folder_name
+from distill.data.manifest import DatasetSettings, folder_name
 from distill.data.packing import Segment, cut, pack
 from distill.data.prompts import split_text, wants_reply
 from distill.data.replies import generate_replies, sample_tokens
@@ -404,7 +404,9 @@ def test_what_an_older_version_made_is_taken_up(
 
     late = [replace(one, option=replace(one.option, added=one.name == "seed")) for one in CollectSettings.schema()]
     monkeypatch.setattr(CollectSettings, "schema", lambda: tuple(late))
-    names = [folder_name("replies", Settings(replies["settings"] | seed)) for seed in ({}, {"seed": 0}, {"seed": 1})]
+    names = [
+        folder_name("replies", DatasetSettings(replies["settings"] | seed)) for seed in ({}, {"seed": 0}, {"seed": 1})
+    ]
     assert names[0] == names[1] != names[2]
 
 
@@ -458,7 +460,7 @@ def test_reply_n_answers_prompt_n_of_a_seeded_order(of_prompts: Collector) -> No
         other.settings = replace(of_prompts.settings, **{name: value})  # type: ignore[arg-type]
         recorded = {} if name == "reply_batch" else {name: value}
         folder = of_prompts.plan.folder.parent / f"{name}-{value}"
-        manifest = Settings(of_prompts.plan.reply_manifest.values | recorded)
+        manifest = DatasetSettings(of_prompts.plan.reply_manifest.values | recorded)
         other.plan = replace(of_prompts.plan, replies=folder, reply_manifest=manifest)
         found = list(other.replies())
         counts[name] = len(found)

@@ -14,7 +14,7 @@ import pytest
 from distill.data import sources
 from distill.data.sources import (
     Document,
-    Skipped,
+    LeftOut,
     is_excluded,
     load_excluded,
     normalise_prompt,
@@ -97,8 +97,14 @@ def test_long_text_is_cut_at_paragraphs(tmp_path: Path, monkeypatch: pytest.Monk
         (b'{"messages": []}', "not a list of messages"),
         (b'{"messages": "hello"}', "not a list of messages"),
         (b'{"messages": ["hello"]}', "the role None"),
-        (b'{"messages": [{"role": "tool", "content": "a"}]}', "the role 'tool'"),
-        (b'{"messages": [{"role": "user", "content": [1]}]}', "content of a message that is not a string"),
+        (b'{"messages": [{"role": "tool", "content": "a"}]}', "none of a user"),
+        (b'{"messages": [{"role": "human", "content": "a"}]}', "the role 'human'"),
+        (b'{"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]}', "nothing to answer"),
+        (b'{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "a part of the type 'image'"),
+        (b'{"prompt": "a", "completion": 3}', "a completion that is not a string"),
+        (b'{"prompt": "a", "tools": [{}]}', "`tools`, which are not read"),
+        (b'{"text": "a\0"}', "(byte 28) is a null byte"),
+        (b'{"messages": [{"role": "user", "content": 1}]}', "content of a message that is not a string"),
         (b'{"messages": [{"role": "user", "content": " "}]}', "an empty prompt"),
         (b'{"messages": [{"role": "assistant", "content": "a"}]}', "none of a user"),
     ],
@@ -163,9 +169,9 @@ def test_columns(tmp_path: Path, form: str) -> None:
     save(path, table.select(["n"]))
     assert "no column messages, prompt or text" in refusal(path)
     save(path, pyarrow.table({"prompt": ["", "good", "  "]}))
-    skipped = Skipped()
-    assert list(read_source(path, skipped)) == [Document("prompt", "good", None, 2)]
-    assert skipped == Skipped(2, "row 1 has an empty prompt")
+    left_out = LeftOut()
+    assert list(read_source(path, left_out)) == [Document("prompt", "good", None, 2)]
+    assert left_out == LeftOut({"no document": 2}, {"no document": f"{path.name}: row 1 has an empty prompt"})
 
 
 @pytest.mark.parametrize(
@@ -199,9 +205,9 @@ def test_hub_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     rows = [{"prompt": "one"}, {"prompt": ""}, {"prompt": "three"}]
-    skipped = Skipped()
-    assert [document.line for document in read_source("owner/name:c@r", skipped)] == [1, 3]
-    assert skipped == Skipped(1, "row 2 has an empty prompt")
+    left_out = LeftOut()
+    assert [document.line for document in read_source("owner/name:c@r", left_out)] == [1, 3]
+    assert left_out.firsts == {"no document": "owner/name:c@r: row 2 has an empty prompt"}
     assert asked == [(("owner/name", "c"), "r")]
     rows = [{"question": "one"}]
     with pytest.raises(UserError, match="owner/name: has no column messages, prompt or text"):
