@@ -17,6 +17,15 @@ from decode.prompts import Message, Prompt, called_functions, text_of
 from kernels.errors import UserError, first_line
 from kernels.files import read_json
 
+# Put before a chat template that asks for the time: transformers' own function looks at the clock at each call.
+STRFTIME_NOW = """\
+{%- macro strftime_now(format) -%}
+{%- set at = namespace(text=format) -%}
+{%- for directive, value in template_time.items() -%}{%- set at.text = at.text | replace(directive, value) -%}
+{%- endfor -%}{{ at.text }}
+{%- endmacro %}
+"""
+DIRECTIVES = [f"%{dash}{letter}" for letter in "aAwdbBmyYHIlkpMSfzZjUWcxXFTDReGuVhCsP" for dash in ("", "-")]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -42,7 +51,9 @@ class Tokenizer:
         except Exception as error:  # several libraries read the files; `tokenizers` raises Exception itself
             raise UserError(f"{folder}: the tokenizer cannot be loaded: {first_line(error)}") from error
         self.folder = folder
-        self._time = datetime.now() if template_time is None else datetime.fromisoformat(template_time)
+        self._time = (
+            datetime.now().replace(microsecond=0) if template_time is None else datetime.fromisoformat(template_time)
+        )
         config = folder / "config.json"
         self._vocab_size = read_json(config).get("vocab_size") if config.exists() else None
         ends = set(self._wrapped.eos_token_ids) | declared
@@ -61,7 +72,7 @@ class Tokenizer:
     def template_time(self) -> str | None:
         """The local time that the chat template is told, to the second; None where it asks for none."""
         asks = self._wrapped.has_chat_template and "strftime_now" in str(self._wrapped.chat_template)
-        return self._time.isoformat(timespec="seconds") if asks else None
+        return self._time.isoformat() if asks else None
 
     def encode_prompt(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Token ids of a prompt through the chat template, or of its bare text with `raw`."""
@@ -95,17 +106,15 @@ class Tokenizer:
 
     def _apply_template(self, messages: list[Message], where: str, *, add_generation_prompt: bool) -> list[int]:
         """Token ids of messages. UserError where the chat template refuses them, or leaves out or garbles a part."""
-        options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt}
-        if self.template_time is not None:
-            options["strftime_now"] = self._time.strftime
+        options = {"add_generation_prompt": add_generation_prompt}
         try:
             if any(isinstance(message["content"], list) for message in messages) and not self._reads_parts:
                 raise ValueError("it does not read content in parts; give it as one string")
             if names := [name for message in messages for name in called_functions(message)]:
-                text = self._wrapped.apply_chat_template(messages, tokenize=False, **options)
+                text = self._templated(messages, tokenize=False, **options)
                 if missing := [name for name in names if name not in text]:
                     raise ValueError(f"it leaves out calls of tools ({missing[0]})")
-            ids: list[int] = self._wrapped.apply_chat_template(messages, **options)
+            ids: list[int] = self._templated(messages, **options)
         except Exception as error:  # it is a program of the checkpoint's: roles that do not take turns, or any mistake
             raise UserError(f"{where}: the chat template refuses it: {first_line(error)}") from error
         return ids
@@ -116,12 +125,19 @@ class Tokenizer:
         or print the list as Python would."""
         try:
             whole, parts = (
-                self._wrapped.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+                self._templated([{"role": "user", "content": content}], tokenize=False)
                 for content in ("Hi", [{"type": "text", "text": "Hi"}])
             )
         except Exception:  # as above
             return False
         return bool(whole == parts)
+
+    def _templated(self, messages: list[Message], **options: Any) -> Any:
+        """What mlx-lm's `apply_chat_template` gives, with the time of this tokenizer."""
+        if self.template_time is not None:
+            options["chat_template"] = STRFTIME_NOW + self._wrapped.get_chat_template()
+            options["template_time"] = {directive: self._time.strftime(directive) for directive in DIRECTIVES}
+        return self._wrapped.apply_chat_template(messages, **options)
 
     def _known(self, token: int) -> bool:
         """Whether the model has this token: tokenizers may have more, added after the model was trained."""

@@ -9,7 +9,7 @@ elsewhere. The last two can be stopped at any instant and go on.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,14 @@ from decode.models.transformer import Transformer
 from decode.tokenizer import Tokenizer, check_tokenizer
 from distill.data.manifest import FORMAT, MANIFEST, DatasetSettings, Manifest, Omission, ScoredFrom, folder_name
 from distill.data.packing import MIN_SEGMENT, Row, cut, pack, segment
-from distill.data.prompts import Numbered, choose_documents, wants_reply
+from distill.data.prompts import Chosen, choose_documents, wants_reply
 from distill.data.replies import generate_replies
 from distill.data.reply_dataset import Example, Replies, ReplyWriter
 from distill.data.reply_pass import Progress, ReplyPass
 from distill.data.scoring import Scorer, bytes_per_token
 from distill.data.settings import OF_REPLIES, OF_SCORES, CollectSettings, complete_settings
 from distill.data.shards import Dataset, ShardWriter
-from distill.data.sources import LeftOut, at_commit, is_hub, load_excluded, read_source, shown_name, source_fingerprint
+from distill.data.sources import at_commit, is_hub, load_excluded, read_source, shown_name, source_fingerprint
 from distill.provenance import prompt_identity
 from kernels import UserError
 from kernels.files import sha256
@@ -210,17 +210,17 @@ class Collector:
             return Replies.open(self.plan.replies)
         with ReplyWriter.open(self.plan.replies, self.plan.reply_manifest) as writer:
             if not writer.manifest.complete:
-                left_out = [LeftOut() for _ in self.settings.sources]
-                self._reply_pass().run(writer, self.choose(left_out), left_out)
-                omissions = self._omissions(left_out)
+                chosen = self.choose()
+                self._reply_pass().run(writer, chosen)
+                omissions = self._omissions(chosen)
                 if not writer.manifest.entries:
                     raise self._nothing(omissions)
                 writer.note_omissions(omissions)
                 writer.finish()
         return Replies.open(self.plan.replies)
 
-    def choose(self, left_out: Sequence[LeftOut]) -> list[Iterator[Numbered]]:
-        """The first pass: the documents of each source, in their order. left_out: one a source."""
+    def choose(self) -> list[Chosen]:
+        """The first pass: the documents of each source."""
         settings = self.settings
         return [
             choose_documents(
@@ -228,7 +228,6 @@ class Collector:
                 excluded=self.plan.excluded,
                 longest=4 * settings.seq_len,
                 seed=(settings.seed, index),
-                left_out=left_out[index],
             )
             for index, name in enumerate(self.plan.sources or ())
         ]
@@ -259,11 +258,11 @@ class Collector:
         except UserError:
             return ()
 
-    def _omissions(self, left_out: Sequence[LeftOut]) -> tuple[Omission, ...]:
+    def _omissions(self, chosen: Sequence[Chosen]) -> tuple[Omission, ...]:
         return tuple(
-            Omission(shown_name(source), reason, count, out.firsts[reason])
-            for source, out in zip(self.settings.sources, left_out, strict=True)
-            for reason, count in out.counts.items()
+            Omission(shown_name(source), reason, count, one.left_out.firsts[reason])
+            for source, one in zip(self.settings.sources, chosen, strict=True)
+            for reason, count in one.left_out.counts.items()
         )
 
     def _nothing(self, omissions: Sequence[Omission] = ()) -> UserError:

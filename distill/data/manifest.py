@@ -156,7 +156,7 @@ class Omission:
     first: str
 
     def __str__(self) -> str:
-        return f"{self.source}: {self.count:,} left out: {self.reason} ({self.first})"
+        return f"{self.source}: {self.count:,} left out, {self.reason} (the first: {self.first})"
 
 
 @dataclass

@@ -6,6 +6,7 @@ All of it follows from the files, the seed and the settings; the teacher is not 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,23 +17,29 @@ from distill.data.sources import EXCLUDED, Document, LeftOut, is_excluded, is_hu
 Numbered = tuple[int, Document]
 
 
-def choose_documents(
-    name: str, *, excluded: frozenset[str], longest: int, seed: tuple[int, int], left_out: LeftOut
-) -> Iterator[Numbered]:
+class Chosen(NamedTuple):
+    """The documents of one source, in the order in which they are taken, and what of it was met that is not used."""
+
+    documents: Iterator[Numbered]
+    left_out: LeftOut
+
+
+def choose_documents(name: str, *, excluded: frozenset[str], longest: int, seed: tuple[int, int]) -> Chosen:
     """The documents of a source without those that are excluded, long texts split, each with its number.
 
     Those of files come in a seeded order, for which all of them are held in memory. Those of a Hub dataset come in its
     own, and are read as they are taken. longest: characters of a text that is not split.
     """
-    documents = _chosen(name, excluded, longest, left_out)
+    left_out = LeftOut()
+    documents = _wanted(name, excluded, longest, left_out)
     if is_hub(name):
-        return enumerate(documents)
+        return Chosen(enumerate(documents), left_out)
     held = list(documents)
     order = np.random.default_rng(seed).permutation(len(held))
-    return ((number, held[i]) for number, i in enumerate(order))
+    return Chosen(enumerate(held[i] for i in order), left_out)
 
 
-def _chosen(name: str, excluded: frozenset[str], longest: int, left_out: LeftOut) -> Iterator[Document]:
+def _wanted(name: str, excluded: frozenset[str], longest: int, left_out: LeftOut) -> Iterator[Document]:
     for document in read_source(name, left_out):
         if is_excluded(document, excluded):
             left_out.add(EXCLUDED, document.where)

@@ -18,11 +18,10 @@ from decode.models.dimensions import Dimensions
 from decode.models.transformer import Transformer
 from decode.tokenizer import Tokenizer
 from distill.data.packing import MIN_SEGMENT, cut, segment
-from distill.data.prompts import Numbered, encode_prompt, encode_text, wants_reply
+from distill.data.prompts import Chosen, Numbered, encode_prompt, encode_text, wants_reply
 from distill.data.replies import generate_replies
 from distill.data.reply_dataset import EXAMPLES_PER_FILE, Example, Replies, ReplyWriter
 from distill.data.settings import CollectSettings
-from distill.data.sources import LeftOut
 from kernels.errors import UserError
 from kernels.memory import check_fits
 
@@ -60,19 +59,13 @@ class Supply:
     """What one source can still give, in the order of its numbers."""
 
     def __init__(
-        self,
-        source: int,
-        documents: Iterator[Numbered],
-        left_out: LeftOut,
-        tokenizer: Tokenizer,
-        settings: CollectSettings,
-        context: int,
+        self, source: int, chosen: Chosen, tokenizer: Tokenizer, settings: CollectSettings, context: int
     ) -> None:
-        """left_out: where what is not used is counted; context: tokens that the teacher can work on."""
-        self.source, self.left_out = source, left_out
+        """context: tokens that the teacher can work on."""
+        self.source, self.left_out = source, chosen.left_out
         self._tokenizer, self._settings = tokenizer, settings
         self._longest = min(context, settings.seq_len) - settings.max_reply
-        self._candidates = self._encoded(documents)
+        self._candidates = self._encoded(chosen.documents)
         self._ahead: list[Candidate] = []
 
     def window(self, room: int) -> list[Candidate]:
@@ -140,16 +133,16 @@ class ReplyPass:
         self._pending: list[Example] = []  # not yet in a file
         self._at = 0  # the place of the next example
 
-    def run(self, writer: ReplyWriter, documents: Sequence[Iterator[Numbered]], left_out: Sequence[LeftOut]) -> None:
+    def run(self, writer: ReplyWriter, chosen: Sequence[Chosen]) -> None:
         """Every source gives an equal share of the tokens; what one cannot give, the later ones do, and what is missing
-        then is shared out among those that have more, until it is there or none has any. left_out: one a source."""
+        then is shared out among those that have more, until it is there or none has any."""
         replies = Replies(writer.folder, writer.manifest)
         for i, entry in enumerate(replies.shards):
             first = entry.index * EXAMPLES_PER_FILE
             self._written.update(enumerate(replies.read(i), first))
         supplies = [
-            Supply(source, *one, self.tokenizer, self.settings, self.model.context)
-            for source, one in enumerate(zip(documents, left_out, strict=True))
+            Supply(source, documents, self.tokenizer, self.settings, self.model.context)
+            for source, documents in enumerate(chosen)
         ]
         left = self.settings.tokens
         while supplies:

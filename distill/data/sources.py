@@ -76,7 +76,7 @@ def read_source(path: str | Path, left_out: LeftOut | None = None) -> Iterator[D
     """
     left_out = left_out or LeftOut()
     if hub := _hub_name(path):
-        yield from _row_documents(str(path), str(path), _hub_rows(hub), left_out)
+        yield from _row_documents(str(path), str(hub["name"]), _hub_rows(hub), left_out)
         return
     for file in source_files(path, left_out):
         kind = _kind(file)

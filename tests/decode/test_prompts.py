@@ -7,11 +7,13 @@ import json
 import os
 import re
 import sys
+from datetime import datetime
 from pathlib import Path
+from time import sleep
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, TEACHER, changed_copy
+from conftest import ROOT, TEACHER, Command, changed_copy
 
 from decode.prompts import Prompt, gather_prompts, make_prompt, read_prompts
 from decode.tokenizer import Tokenizer
@@ -221,6 +223,80 @@ def test_chat_template(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(tokenizer.encode_prompt(make_prompt("Hi", "1"), raw=True)) == "Hi"
 
 
+def templated(folder: Path, template: str) -> Tokenizer:
+    config = json.loads((TEACHER / "tokenizer_config.json").read_text()) | {"chat_template": template}
+    return Tokenizer(changed_copy(TEACHER, folder, tokenizer_config__json=json.dumps(config).encode()))
+
+
+PARTS = """{% for m in messages %}{{ m.role }}:{% if m.content is string %}{{ m.content }}{% else %}
+{%- for part in m.content %}{{ part.text }}{% endfor %}{% endif %};{% endfor %}"""
+TOOLS = """{% for m in messages %}{{ m.role }}:{{ m.content or '' }}
+{%- for call in m.tool_calls or [] %}{{ call.function.name }}({{ call.function.arguments }}){% endfor %};{% endfor %}"""
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"place": "Rome"}}}
+
+
+def one_prompt(tmp_path: Path, *messages: dict[str, object]) -> Prompt:
+    (prompt,) = read_prompts(write(tmp_path / "p.jsonl", json.dumps({"messages": messages})))
+    return prompt
+
+
+def test_content_in_parts_where_the_template_reads_them(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "Hello "}, {"type": "text", "text": "there", "image": None}]
+    prompt = one_prompt(tmp_path, {"role": "user", "content": parts})
+    assert prompt.title == "Hello there"
+    reading = templated(tmp_path / "m", PARTS)
+    assert reading.decode(reading.encode_prompt(prompt)) == "user:Hello there;"
+    assert reading.decode(reading.encode_prompt(prompt, raw=True)) == "Hello there"
+    with pytest.raises(UserError, match=r"line 1: the chat template refuses it: it does not read .* in parts"):
+        tokenizer.encode_prompt(prompt)
+    with pytest.raises(UserError, match="the chat template refuses it: it does not read content in parts"):
+        templated(tmp_path / "n", "{% for m in messages %}{{ m.content }}{% endfor %}").encode_prompt(prompt)
+
+
+def test_tool_turns_where_the_template_writes_them(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    asked = {"role": "user", "content": "Is it warm?"}
+    answered = {"role": "tool", "content": "30 degrees", "tool_call_id": "1"}
+    prompt = one_prompt(tmp_path, asked, {"role": "assistant", "content": None, "tool_calls": [CALL]}, answered)
+    writing = templated(tmp_path / "m", TOOLS)
+    said = "user:Is it warm?;assistant:weather({'place': 'Rome'});tool:30 degrees;"
+    assert writing.decode(writing.encode_prompt(prompt)) == said
+    with pytest.raises(UserError, match=r"p.jsonl: line 1: the chat template refuses it: .*"):
+        tokenizer.encode_prompt(prompt)
+    with pytest.raises(UserError, match=r"p.jsonl: line 1: calls tools"):
+        tokenizer.encode_prompt(prompt, raw=True)
+
+
+def test_the_template_is_told_one_time_a_run(tmp_path: Path) -> None:
+    dated = (
+        "{{ strftime_now('%d %b %Y, %-H') }}{% macro hour() %}{{ strftime_now('%H:%M:%S') }}{% endmacro %} {{ hour() }}"
+    )
+    prompt = make_prompt("Hi", "1")
+    told = templated(tmp_path / "m", dated)
+    time = datetime.fromisoformat(str(told.template_time))
+    assert abs(datetime.now() - time).total_seconds() < 60
+    first = told.encode_prompt(prompt)
+    sleep(1.1)
+    assert told.encode_prompt(prompt) == first
+    assert told.decode(first) == time.strftime("%d %b %Y, %-H %H:%M:%S")
+    then = Tokenizer(tmp_path / "m", "2024-02-03T04:05:06")
+    assert then.decode(then.encode_prompt(prompt)) == "03 Feb 2024, 4 04:05:06"
+
+
+@pytest.mark.slow
+def test_decode_says_the_time_that_the_template_was_told(small_teacher: Path, inside: Command, tmp_path: Path) -> None:
+    config = json.loads((TEACHER / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{{ strftime_now('%Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    dated = changed_copy(small_teacher, tmp_path / "m", tokenizer_config__json=json.dumps(config).encode())
+
+    def time(*options: object) -> object:
+        run = inside("decode", "plain", "--prompt", "Hi", "--max-tokens", 2, "--json", tmp_path / "p.json", *options)
+        assert run.code == 0, run.err
+        return json.loads((tmp_path / "p.json").read_text())["template_time"]
+
+    assert datetime.fromisoformat(str(time("--teacher", dated))).year >= 2024
+    assert time("--teacher", dated, "--raw") is None and time("--teacher", small_teacher) is None
+
+
 def test_conversations_end_with_the_end_token(tokenizer: Tokenizer) -> None:
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there."}]
     ids, start = tokenizer.encode_conversation(messages)
@@ -234,8 +310,7 @@ def test_conversations_end_with_the_end_token(tokenizer: Tokenizer) -> None:
     [("{{ raise_exception('roles must take turns') }}", "roles must take turns"), ("{{ 1 / 0 }}", "division by zero")],
 )
 def test_a_template_that_refuses_is_one_line(tmp_path: Path, template: str, complaint: str) -> None:
-    config = json.loads((TEACHER / "tokenizer_config.json").read_text()) | {"chat_template": template}
-    picky = Tokenizer(changed_copy(TEACHER, tmp_path / "m", tokenizer_config__json=json.dumps(config).encode()))
+    picky = templated(tmp_path / "m", template)
     with pytest.raises(UserError, match=f"prompt p7: the chat template refuses it: {complaint}"):
         picky.encode_prompt(Prompt([{"role": "user", "content": "a"}], "p7"))
 

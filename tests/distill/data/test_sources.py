@@ -207,7 +207,7 @@ def test_hub_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"prompt": "one"}, {"prompt": ""}, {"prompt": "three"}]
     left_out = LeftOut()
     assert [document.line for document in read_source("owner/name:c@r", left_out)] == [1, 3]
-    assert left_out.firsts == {"no document": "owner/name:c@r: row 2 has an empty prompt"}
+    assert left_out.firsts == {"no document": "owner/name: row 2 has an empty prompt"}
     assert asked == [(("owner/name", "c"), "r")]
     rows = [{"question": "one"}]
     with pytest.raises(UserError, match="owner/name: has no column messages, prompt or text"):
