@@ -163,7 +163,7 @@ def read_entries(lines: Iterable[tuple[int, str]], name: str, *, is_json: bool) 
         later = "".join(line for _, line in rest)
         whole, fault = _parsed(text + later)
         if fault is not None:
-            if error is not None and error.pos >= len(text.rstrip()):  # only the beginning of it
+            if not text.strip(" \t\r\n[{"):  # only the beginning of it
                 number, error = number + fault.lineno - 1, fault
             raise UserError(f"{name}: line {number} is not {f'JSON: {error}' if error else 'a JSON object'}")
         if isinstance(whole, list):

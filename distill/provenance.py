@@ -6,12 +6,10 @@ import hashlib
 import json
 import re
 import subprocess
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from decode.models.checkpoint import CARD, ROOT, Checkpoint, tokenizer_hash
-from decode.tokenizer import Tokenizer
+from decode.models.checkpoint import CARD, ROOT, Checkpoint
 from distill.data.manifest import DatasetSettings
 from kernels import UserError
 from kernels.device import device_name, versions
@@ -19,38 +17,29 @@ from kernels.files import read_json
 
 CONVERTED = "converted.json"  # what `distill convert` leaves in a folder: where the model comes from
 LICENCE_KEYS = ("license", "license_name", "license_link")
-# Beside the weights, tokenizer.json and the chat template, which have hashes of their own.
-TEACHER_FILES = (
+# Beside the weights and tokenizer.json, which have hashes of their own.
+MODEL_FILES = (
     "config.json",
     "generation_config.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
 )
+TEMPLATE = "chat_template.jinja"
 ORIGIN_KEYS = ("repo", "revision", *LICENCE_KEYS)
 # Where the Hub's client keeps what it downloads: models--OWNER--NAME/snapshots/COMMIT.
 SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]{40})")
 
 
-def file_hashes(folder: Path, names: Iterable[str] = TEACHER_FILES) -> dict[str, str]:
-    """sha256 of the JSON files that decide what a model reads and says, those that are there: of what they hold,
-    whatever the white space and the order of keys, and without the chat template."""
-    hashes = {}
-    for name in names:
-        if (folder / name).is_file():
-            content = {key: value for key, value in read_json(folder / name).items() if key != "chat_template"}
-            hashes[name] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return hashes
-
-
-def prompt_identity(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    """All of a teacher beside its weights that decides which tokens it is given and where its replies end."""
-    return {
-        "tokenizer_hash": tokenizer_hash(folder),
-        "chat_template_hash": tokenizer.template_hash,
-        "end_tokens": sorted(tokenizer.end_tokens),
-        "teacher_files": file_hashes(folder),
-    }
+def file_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of what decides, beside weights and tokens, how a model reads and answers a prompt: of its JSON files,
+    those that are there, whatever their white space and order of keys, and of its chat template, wherever it stands."""
+    contents = {name: read_json(folder / name) for name in MODEL_FILES if (folder / name).is_file()}
+    template = contents.get("tokenizer_config.json", {}).pop("chat_template", None)
+    if (folder / TEMPLATE).is_file():
+        template = (folder / TEMPLATE).read_bytes().decode("utf-8", "replace")
+    named = contents | ({} if template is None else {"chat template": template})
+    return {name: hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest() for name, held in named.items()}
 
 
 def teacher_metadata(folder: Path, settings: DatasetSettings) -> dict[str, Any]:

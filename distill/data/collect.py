@@ -31,7 +31,7 @@ from distill.data.scoring import Scorer, bytes_per_token
 from distill.data.settings import OF_REPLIES, OF_SCORES, CollectSettings, complete_settings
 from distill.data.shards import Dataset, ShardWriter
 from distill.data.sources import at_commit, is_hub, load_excluded, read_source, shown_name, source_fingerprint
-from distill.provenance import prompt_identity
+from distill.provenance import file_hashes
 from kernels import UserError
 from kernels.files import sha256
 
@@ -146,7 +146,10 @@ def _of_teacher(teacher: Checkpoint) -> dict[str, Any]:
     tokenizer = Tokenizer(teacher.folder)
     values = {
         "teacher": {"name": teacher.name, "hash": teacher.weights_hash},
-        **prompt_identity(teacher.folder, tokenizer),
+        "tokenizer_hash": teacher.tokenizer_hash,
+        "chat_template_hash": tokenizer.template_hash,
+        "end_tokens": sorted(tokenizer.end_tokens),
+        "teacher_files": file_hashes(teacher.folder),
         "vocab_size": int(teacher.config["vocab_size"]),
     }
     time = tokenizer.template_time

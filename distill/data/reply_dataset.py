@@ -42,7 +42,7 @@ class ReplyWriter(Writer):
 
     def check_resumable(self, old: Manifest) -> None:
         """Examples of two orders may not be mixed."""
-        if not old.complete and "teacher_files" not in old.settings.values:
+        if not old.complete and "teacher_files" in self.settings.values.keys() - old.settings.values.keys():
             raise UserError(
                 f"{self.folder}: was begun by an older version of bitdraft, which chose prompts in another order; begin"
                 " anew in another folder, or delete this one"

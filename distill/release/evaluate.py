@@ -18,6 +18,7 @@ from decode.models.checkpoint import RUNS, Checkpoint
 from decode.models.drafts import find_draft, newest_draft
 from decode.prompts import Prompt, read_prompts
 from decode.session import Completion, Session
+from distill.provenance import file_hashes
 from distill.release.plots import acceptance_by_category, acceptance_by_position
 from distill.release.settings import EvaluateSettings
 from kernels import UserError, backend
@@ -29,11 +30,15 @@ REPORT, TABLE, UNFINISHED = "evaluation.json", "evaluation.md", "evaluation-unfi
 CATEGORY_PLOT, POSITION_PLOT = "evaluation-categories.png", "evaluation-positions.png"
 NO_CATEGORY = "uncategorised"
 
+ADDED = ("tokenizer", "teacher_files", "draft_files")  # to fingerprints, after others had been written without
+
 Pair = tuple[Completion, Completion]  # of one prompt: speculative, plain
 
 
 def select(settings: EvaluateSettings) -> list[Prompt]:
     """The prompts of an evaluation, in the file's order."""
+    if not Path(settings.prompts).is_file():
+        raise UserError(f"--prompts {settings.prompts}: is no file, which an evaluation that goes on reads again")
     selected, counts = [], dict[str, int]()
     for prompt in read_prompts(Path(settings.prompts)):
         number = counts[category_of(prompt)] = counts.get(category_of(prompt), 0) + 1
@@ -49,6 +54,9 @@ def fingerprint(settings: EvaluateSettings, teacher: Checkpoint, draft: Checkpoi
         "teacher": teacher.weights_hash,
         "draft": draft.weights_hash,
         "prompts": sha256(Path(settings.prompts)),
+        "tokenizer": teacher.tokenizer_hash,
+        "teacher_files": file_hashes(teacher.folder),
+        "draft_files": file_hashes(draft.folder),
     }
     return settings.record() | hashes
 
@@ -78,8 +86,20 @@ def finished_report(folder: Path, of: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _same(identity: Any, of: dict[str, Any]) -> bool:
-    """Whether a fingerprint, perhaps of an older version, is this one: what it does not know was at its default."""
-    return isinstance(identity, dict) and EvaluateSettings.with_defaults(identity) == of
+    """Whether a fingerprint, perhaps of an older version, is this one: what it does not know was at its default, or the
+    same. The time that a chat template was told may be another."""
+    if not isinstance(identity, dict):
+        return False
+    known = {name: of[name] for name in ADDED} | identity | {"template_time": of.get("template_time")}
+    return EvaluateSettings.with_defaults(known) == {"template_time": None} | of
+
+
+def _begun_time(path: Path, measured: dict[str, Any]) -> str | None:
+    """The time that the chat template was told when this evaluation was begun, if it was."""
+    lines: list[Any] = read_json_lines(path) if path.is_file() else []
+    identity: Any = lines[0].get("identity") if lines and isinstance(lines[0], dict) else None
+    time = identity.get("template_time") if _same(identity, measured) else None
+    return time if isinstance(time, str) else None
 
 
 def evaluate(
@@ -100,7 +120,9 @@ def evaluate(
         max_tokens=settings.max_tokens,
         seed=settings.seed,
         head="int8" if settings.head == "int8" else "float",
+        template_time=_begun_time(out / UNFINISHED, measured),
     )
+    measured |= {"template_time": session.tokenizer.template_time}
     encoded = session.encode(prompts)
     here = {"backend": backend().NAME, "device": device_name(), "versions": versions()}
     try:
