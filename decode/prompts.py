@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,42 +144,44 @@ def read_entries(lines: Iterable[tuple[int, str]], name: str, *, is_json: bool) 
     cannot be read and for a line of one kind among those of the other.
     """
     rest = iter(lines)
-    first = next((entry for entry in rest if entry[1].strip()), None)
-    if first is None:
-        return
+    first = next((line for line in rest if line[1].strip()), None)
+    if first is not None:
+        plain = not (is_json or LIKE_JSON.match(first[1]))
+        yield from (_plain_entries if plain else _json_entries)(first, rest, name)
+
+
+def _plain_entries(first: tuple[int, str], rest: Iterable[tuple[int, str]], name: str) -> Iterator[Entry]:
+    for number, text in chain([first], rest):
+        if LIKE_JSON.match(text):
+            raise UserError(
+                f"{name}: line {number} looks like JSON, which line {first[0]} is not; a prompt that begins so goes"
+                ' into JSON: {"prompt": "..."}'
+            )
+        if text.strip():
+            yield Entry(number, f"line {number}", text.strip())
+
+
+def _json_entries(first: tuple[int, str], rest: Iterable[tuple[int, str]], name: str) -> Iterator[Entry]:
     number, text = first
-    if not (is_json or LIKE_JSON.match(text)):
-        yield Entry(number, f"line {number}", text.strip())
-        for number, text in rest:
-            if LIKE_JSON.match(text):
-                raise UserError(
-                    f"{name}: line {number} looks like JSON, which line {first[0]} is not; a prompt that begins so goes"
-                    ' into JSON: {"prompt": "..."}'
-                )
-            if text.strip():
-                yield Entry(number, f"line {number}", text.strip())
-        return
     value, error = _parsed(text)
-    if not isinstance(value, dict):
-        later = "".join(line for _, line in rest)
-        whole, fault = _parsed(text + later)
-        if fault is not None:
-            if not text.strip(" \t\r\n[{"):  # only the beginning of it
-                number, error = number + fault.lineno - 1, fault
-            raise UserError(f"{name}: line {number} is not {f'JSON: {error}' if error else 'a JSON object'}")
-        if isinstance(whole, list):
-            for i, item in enumerate(whole, 1):
-                yield Entry(i, f"entry {i}", _object(item, f"{name}: entry {i}"))
-            return
-        value = _object(whole, f"{name}: line {number}")
-    yield Entry(number, f"line {number}", value)
-    for number, text in rest:
-        if not text.strip():
-            continue
-        value, error = _parsed(text)
-        if error is not None:
-            raise UserError(f"{name}: line {number} is not JSON: {error}")
-        yield Entry(number, f"line {number}", _object(value, f"{name}: line {number}"))
+    if isinstance(value, dict):
+        for number, text in chain([first], rest):
+            if text.strip():
+                value, error = _parsed(text)
+                if error is not None:
+                    raise UserError(f"{name}: line {number} is not JSON: {error}")
+                yield Entry(number, f"line {number}", _object(value, f"{name}: line {number}"))
+        return
+    whole, fault = _parsed(text + "".join(line for _, line in rest))
+    if fault is not None:
+        if not text.strip(" \t\r\n[{"):  # only the beginning of it
+            number, error = number + fault.lineno - 1, fault
+        raise UserError(f"{name}: line {number} is not {f'JSON: {error}' if error else 'a JSON object'}")
+    if isinstance(whole, list):
+        for i, item in enumerate(whole, 1):
+            yield Entry(i, f"entry {i}", _object(item, f"{name}: entry {i}"))
+    else:
+        yield Entry(number, f"line {number}", _object(whole, f"{name}: line {number}"))
 
 
 def _parsed(text: str) -> tuple[Any, json.JSONDecodeError | None]:

@@ -175,16 +175,21 @@ def normalise_prompt(text: str) -> str:
 
 
 def load_excluded(paths: Iterable[str | Path]) -> frozenset[str]:
-    """The normalised prompts of prompts files: JSON, or plain text with one prompt a line."""
-    prompts: set[str] = set()
+    """The normalised prompts of prompts files: JSON, or plain text with one prompt a line. UserError where one holds
+    none: whoever names it means to leave something out."""
+    excluded: set[str] = set()
     for path in paths:
+        prompts: set[str] = set()
         for file in source_files(path):
             if _kind(file) in TEXT and not _holds_objects(file):
                 prompts.update(normalise_prompt(line) for _, line in _lines(file))
             else:
                 said = (text for document in read_source(file) for text in document.user_texts)
                 prompts.update(normalise_prompt(text) for text in said)
-    return frozenset(prompts - {""})
+        if not prompts - {""}:
+            raise UserError(f"--exclude {path}: holds no prompt")
+        excluded |= prompts
+    return frozenset(excluded - {""})
 
 
 def is_excluded(document: Document, excluded: frozenset[str]) -> bool:
