@@ -67,11 +67,30 @@ def test_jsonl(tmp_path: Path, ending: str) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["a.ndjson", "a.json", "a.json.gz", "a.txt", "a.txt.xz"])
+def test_json_by_any_name(tmp_path: Path, name: str) -> None:
+    rows = [{"id": 1, "prompt": "A prompt?"}, {"prompt": "One?", "completion": "Two."}, {"text": "A text."}]
+    answered = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}]
+    contents = [lines(*rows)] + ([json.dumps(rows, indent=1).encode()] if "json" in name else [])
+    for content in contents:
+        path = write(tmp_path / name, content)
+        assert [(one.kind, one.text, one.messages) for one in read_source(path)] == [
+            ("prompt", "A prompt?", None),
+            ("messages", None, answered),
+            ("text", "A text.", None),
+        ]
+    assert "line 2 is not JSON" in refusal(write(tmp_path / name, lines(rows[0]) + b'{"prompt": \n'))
+
+
 @pytest.mark.parametrize("ending", ["", ".xz", ".gz"])
 def test_plain_text(tmp_path: Path, ending: str) -> None:
     path = write(tmp_path / f"a.txt{ending}", "Größe\r\n\r\nzwei  \nAbsätze".encode())
     assert list(read_source(path)) == [Document("text", "Größe\n\nzwei  \nAbsätze", None, 1)]
-    assert list(read_source(write(tmp_path / "empty.txt", b"\n \n"))) == []
+    left_out = LeftOut()
+    assert list(read_source(write(tmp_path / "empty.txt", b"\n \n"), left_out)) == []
+    assert left_out == LeftOut({"empty": 1}, {"empty": "empty.txt"})
+    code = "{\n  int text;\n}\n"  # begins with a brace, and is a text all the same
+    assert [one.text for one in read_source(write(tmp_path / "c.txt", code.encode()))] == [code]
 
 
 def test_long_text_is_cut_at_paragraphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +156,10 @@ def test_folder_is_its_files_in_order(tmp_path: Path) -> None:
         write(tmp_path / name, lines({"text": name}) if "jsonl" in name else name.encode())
     for ignored in ("README.md", ".git/config.txt", "a/.hidden.txt"):
         write(tmp_path / ignored, b"no")
-    assert [d.text for d in read_source(tmp_path)] == ["C.TXT", "a/b.jsonl.gz", "a/z.txt", "b.txt"]
+    write(tmp_path / "a" / "dataset_info.json", b"{}")
+    left_out = LeftOut()
+    assert [d.text for d in read_source(tmp_path, left_out)] == ["C.TXT", "a/b.jsonl.gz", "a/z.txt", "b.txt"]
+    assert left_out == LeftOut({"a file of another kind": 2}, {"a file of another kind": "README.md"})
 
 
 @pytest.mark.slow
@@ -260,6 +282,11 @@ def test_exclusion(tmp_path: Path) -> None:
     prompts = write(tmp_path / "b.jsonl", lines({"prompt": "Count to 3."}, {"messages": CHAT}))
     excluded = load_excluded([plain, str(prompts)])
     assert excluded == {"what is love?", "sing!", "count to 3.", "hello?"}
+    held = lines({"prompt": "Count to 3."})
+    for name in ("c.txt", "c.json", "c.ndjson"):
+        assert load_excluded([write(tmp_path / name, b"\xef\xbb\xbf" + held)]) == {"count to 3."}
+    with pytest.raises(UserError, match=r"--exclude .*d.txt: holds no prompt"):
+        load_excluded([plain, write(tmp_path / "d.txt", b" \n")])
 
     def hit(kind: Any, text: str | None, messages: Any = None) -> bool:
         return is_excluded(Document(kind, text, messages, 1), excluded)
