@@ -214,7 +214,11 @@ class Collector:
         with ReplyWriter.open(self.plan.replies, self.plan.reply_manifest) as writer:
             if not writer.manifest.complete:
                 chosen = self.choose()
-                self._reply_pass().run(writer, chosen)
+                try:
+                    self._reply_pass().run(writer, chosen)
+                finally:
+                    for one in chosen:
+                        one.documents.close()
                 omissions = self._omissions(chosen)
                 if not writer.manifest.entries:
                     raise self._nothing(omissions)

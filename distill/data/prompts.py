@@ -5,7 +5,7 @@ All of it follows from the files, the seed and the settings; the teacher is not 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -18,9 +18,12 @@ Numbered = tuple[int, Document]
 
 
 class Chosen(NamedTuple):
-    """The documents of one source, in the order in which they are taken, and what of it was met that is not used."""
+    """The documents of one source, in the order in which they are taken, and what of it was met that is not used.
 
-    documents: Iterator[Numbered]
+    Documents that are not taken to their end are to be closed.
+    """
+
+    documents: Generator[Numbered, None, None]
     left_out: LeftOut
 
 
@@ -33,10 +36,14 @@ def choose_documents(name: str, *, excluded: frozenset[str], longest: int, seed:
     left_out = LeftOut()
     documents = _wanted(name, excluded, longest, left_out)
     if is_hub(name):
-        return Chosen(enumerate(documents), left_out)
+        return Chosen(_numbered(documents), left_out)
     held = list(documents)
     order = np.random.default_rng(seed).permutation(len(held))
-    return Chosen(enumerate(held[i] for i in order), left_out)
+    return Chosen(_numbered(held[i] for i in order), left_out)
+
+
+def _numbered(documents: Iterator[Document]) -> Generator[Numbered, None, None]:
+    yield from enumerate(documents)
 
 
 def _wanted(name: str, excluded: frozenset[str], longest: int, left_out: LeftOut) -> Iterator[Document]:

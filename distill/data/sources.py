@@ -4,6 +4,7 @@ Files are read line by line, datasets of the Hub row by row, and the same source
 order. (Whoever shuffles the documents of a source, as `prompts` does, holds all of them.)
 """
 
+import gc
 import gzip
 import hashlib
 import lzma
@@ -316,6 +317,9 @@ def _hub_rows(hub: Mapping[str, str | None]) -> Iterator[tuple[int, dict[str, An
         yield from enumerate(rows, 1)
     except Exception as error:
         raise _unreachable(hub, error) from None
+    finally:
+        rows = None
+        gc.collect()  # a parquet file that was left early has a thread, which would abort Python as it ends
 
 
 def _unreachable(hub: Mapping[str, str | None], error: Exception) -> UserError:

@@ -237,6 +237,28 @@ def test_hub_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+def test_hub_datasets_of_parquet_can_be_left_early(tmp_path: Path) -> None:
+    """Their readers have threads, which abort a Python that ends before them: often, as these race, and not each time."""
+    script = f"""
+import datasets, pyarrow, pyarrow.parquet
+from distill.data.sources import read_source
+rows = [f"{{i}} ships sail on the sea" for i in range(300_000)]
+pyarrow.parquet.write_table(pyarrow.table({{"text": rows}}), {str(tmp_path / "a.parquet")!r}, row_group_size=9_000)
+real = datasets.load_dataset
+datasets.load_dataset = lambda *name, **options: real(
+    "parquet", data_files={str(tmp_path / "a.parquet")!r}, split="train", streaming=True
+)
+streams = [read_source("owner/name@" + 40 * "a") for _ in range(4)]
+print([next(documents).line for documents in streams])
+for documents in streams:
+    documents.close()
+"""
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=offline, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr, done.stdout.splitlines()) == (0, "", [str([1] * 4)])
+
+
+@pytest.mark.slow
 def test_hub_offline_is_one_line_and_imports_are_lazy() -> None:
     script = """
 import sys
