@@ -588,6 +588,7 @@ def test_long_prompts_and_conversations_are_taken_as_often_as_they_are_there(
     monkeypatch.setattr(Checkpoint, "load", lambda self: SimpleNamespace(context=2048))
     monkeypatch.setattr("distill.data.reply_pass.EXAMPLES_PER_FILE", 128)
     replies = list(Collector(plan_collection(find_teacher(str(small_teacher)), settings, tmp_path / "d")).replies())
+    assert [one.number for one in replies] == list(range(len(replies)))
     asked = [len(one.tokens) - 2 for one in replies if one.replied]
     tokenizer = Tokenizer(small_teacher)
     there = [len(tokenizer.encode_prompt(make_prompt(str(one["prompt"]), "1"))) for one in said[: len(pool)]]

@@ -238,7 +238,7 @@ def test_hub_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_hub_datasets_of_parquet_can_be_left_early(tmp_path: Path) -> None:
-    """Their readers have threads, which abort a Python that ends before them: often, as these race, and not each time."""
+    """Their readers have threads, which abort a Python that ends before them: often, not each time, as they race."""
     script = f"""
 import datasets, pyarrow, pyarrow.parquet
 from distill.data.sources import read_source
