@@ -42,7 +42,7 @@ SAMPLES = ROOT / "data" / "prompts-sample.jsonl"
 PromptOption = Annotated[str | None, typer.Option("--prompt", help="One prompt.")]
 PromptsOption = Annotated[
     Path | None,
-    typer.Option("--prompts", metavar="FILE", help="JSONL with `prompt` or `messages` a line, or plain text lines."),
+    typer.Option("--prompts", metavar="FILE", help="JSON with `prompt` or `messages`, or plain text lines."),
 ]
 Raw = Annotated[bool, typer.Option("--raw", help="Continue the bare text: no chat template.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Most new tokens a prompt.")]

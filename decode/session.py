@@ -58,8 +58,10 @@ class Session:
         raw: bool = False,
         seed: int = 0,
         head: Precision = "float",
+        template_time: str | None = None,
     ) -> None:
-        """head: the teacher's. A draft only proposes, so where the kernels are native it is all int8."""
+        """head: the teacher's. A draft only proposes, so where the kernels are native it is all int8. template_time:
+        what a chat template that asks for the time is told, by default the time now."""
         if draft is not None:
             if k < 1:
                 raise UserError(f"--k {k}: at least one token must be drafted (decode plain drafts none)")
@@ -67,7 +69,7 @@ class Session:
         if max_tokens < 1:
             raise UserError(f"--max-tokens {max_tokens}: must be at least 1")
         self.teacher_checkpoint, self.draft_checkpoint = teacher, draft
-        self.tokenizer = Tokenizer(teacher.folder)
+        self.tokenizer = Tokenizer(teacher.folder, template_time)
         self.k, self.max_tokens, self.raw, self.seed = k, max_tokens, raw, seed
         self.sampling = sampling or Sampling()
         self.head = head
@@ -89,10 +91,10 @@ class Session:
         for prompt in prompts:
             ids = self.tokenizer.encode_prompt(prompt, raw=self.raw)
             if not ids:
-                raise UserError(f"prompt {prompt.id}: is empty")
+                raise UserError(f"{prompt.place}: is empty")
             if len(ids) >= self.teacher.context:
                 raise UserError(
-                    f"prompt {prompt.id}: {len(ids)} tokens leave no room in the teacher's context of"
+                    f"{prompt.place}: {len(ids)} tokens leave no room in the teacher's context of"
                     f" {self.teacher.context}"
                 )
             encoded.append(ids)
@@ -184,6 +186,7 @@ class Session:
             "sampling": vars(self.sampling),
             "seed": self.seed,
             "max_tokens": self.max_tokens,
+            "template_time": None if self.raw else self.tokenizer.template_time,
             "backend": backend().NAME,
             "device": device_name(),
             "versions": versions(),

@@ -9,21 +9,36 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from decode.prompts import Prompt
+from decode.prompts import Message, Prompt, called_functions, text_of
 from kernels.errors import UserError, first_line
-from kernels.files import read_json
+from kernels.files import json_hash, read_json
 
+# Put before a chat template that asks for the time: transformers' own function looks at the clock at each call.
+STRFTIME_NOW = """\
+{%- macro strftime_now(format) -%}
+{%- set at = namespace(text=format) -%}
+{%- for directive, value in template_time.items() -%}{%- set at.text = at.text | replace(directive, value) -%}
+{%- endfor -%}{{ at.text }}
+{%- endmacro %}
+"""
+DIRECTIVES = [f"%{dash}{letter}" for letter in "aAwdbBmyYHIlkpMSfzZjUWcxXFTDReGuVhCsP" for dash in ("", "-")]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 LINE_END = re.compile("\r\n|\r")
+# Shows how text is normalised, split and begun: words, numbers, white space, other scripts, what may be special tokens.
+PROBE = "It's a probe:  1,234.5 naïve ﬁles,\tdon't\r\n\n def f_2(x): «Äpfel» два 東京 \u0301🙂 </s> <s> HTTPServer "
 
 
 class Tokenizer:
     """A model folder's tokenizer and chat template, through mlx-lm."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, template_time: str | None = None) -> None:
+        """template_time: the time that a chat template which asks for it is told, as the property of that name has it;
+        that of this call by default."""
         from huggingface_hub.errors import StrictDataclassError
         from mlx_lm.utils import load_tokenizer
         from transformers.utils import logging
@@ -40,6 +55,9 @@ class Tokenizer:
         except Exception as error:  # several libraries read the files; `tokenizers` raises Exception itself
             raise UserError(f"{folder}: the tokenizer cannot be loaded: {first_line(error)}") from error
         self.folder = folder
+        self._time = (
+            datetime.now().replace(microsecond=0) if template_time is None else datetime.fromisoformat(template_time)
+        )
         config = folder / "config.json"
         self._vocab_size = read_json(config).get("vocab_size") if config.exists() else None
         ends = set(self._wrapped.eos_token_ids) | declared
@@ -56,15 +74,27 @@ class Tokenizer:
         text = LINE_END.sub("\n", str(template)).removesuffix("\n")
         return None if template is None else hashlib.sha256(text.encode()).hexdigest()
 
+    @cached_property
+    def spelling_hash(self) -> str:
+        """sha256 of what decides, beside the table of tokens and the chat template, how text becomes tokens: the ids of
+        a probe, and the special tokens that a template may name. Tools that save a tokenizer again write both
+        otherwise, with what concerns only them."""
+        ids = self._wrapped.encode(PROBE), self._wrapped.encode(PROBE, add_special_tokens=False)
+        return json_hash([ids, self._wrapped.special_tokens_map])
+
+    @property
+    def template_time(self) -> str | None:
+        """The local time that the chat template is told, to the second; None where it asks for none."""
+        asks = self._wrapped.has_chat_template and "strftime_now" in str(self._wrapped.chat_template)
+        return self._time.isoformat() if asks else None
+
     def encode_prompt(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Token ids of a prompt through the chat template, or of its bare text with `raw`."""
         if raw or not self._wrapped.has_chat_template:
-            return self.encode_text("\n".join(message["content"] for message in prompt.messages))
-        try:
-            ids: list[int] = self._wrapped.apply_chat_template(prompt.messages, add_generation_prompt=True)
-        except Exception as error:  # it is a program of the checkpoint's: roles that do not take turns, or any mistake
-            raise UserError(f"prompt {prompt.id}: the chat template refuses it: {first_line(error)}") from error
-        return self._checked(ids)
+            if any(map(called_functions, prompt.messages)):
+                raise UserError(f"{prompt.place}: calls tools, which only a chat template can write")
+            return self.encode_text("\n".join(map(text_of, prompt.messages)))
+        return self._checked(self._apply_template(prompt.messages, prompt.place, add_generation_prompt=True))
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a text as it is, behind the BOS token where the tokenizer puts one; a text that begins with it
@@ -74,14 +104,19 @@ class Tokenizer:
             del ids[0]
         return self._checked(ids)
 
-    def encode_conversation(self, messages: list[dict[str, str]]) -> tuple[list[int], int]:
-        """Ids of a conversation up to the end token of its last message, a reply, and where that begins."""
-        prompt = self.encode_prompt(Prompt(messages[:-1], "of a conversation"))
+    def encode_conversation(self, messages: list[Message], where: str = "a conversation") -> tuple[list[int], int]:
+        """Ids of a conversation up to the end token of its last message, a reply, and where that begins. where: its
+        place, for messages."""
+        prompt = self.encode_prompt(Prompt(messages[:-1], "", where=where))
         whole: list[int] = []
         if self._wrapped.has_chat_template:
-            whole = self._wrapped.apply_chat_template(messages, add_generation_prompt=False)
+            whole = self._apply_template(messages, where, add_generation_prompt=False)
         if whole[: len(prompt)] != prompt:  # no template, or one that writes a reply otherwise than it asks for it
-            reply = self._wrapped.encode(messages[-1]["content"], add_special_tokens=False)
+            if called_functions(messages[-1]):
+                raise UserError(
+                    f"{where}: ends with calls of tools, which the chat template writes otherwise than text"
+                )
+            reply = self._wrapped.encode(text_of(messages[-1]), add_special_tokens=False)
             whole = prompt + reply + self._reply_end
         reply_ids = range(len(prompt), len(whole))
         end = next((i + 1 for i in reply_ids if whole[i] in self.end_tokens), len(whole))
@@ -98,6 +133,41 @@ class Tokenizer:
         """The end token of a reply that no template ends: the tokenizer's own, else the lowest, if there is any."""
         own = self._wrapped.eos_token_id
         return [own] if own in self.end_tokens else sorted(self.end_tokens)[:1]
+
+    def _apply_template(self, messages: list[Message], where: str, *, add_generation_prompt: bool) -> list[int]:
+        """Token ids of messages. UserError where the chat template refuses them, or leaves out or garbles a part."""
+        options = {"add_generation_prompt": add_generation_prompt}
+        try:
+            if any(isinstance(message["content"], list) for message in messages) and not self._reads_parts:
+                raise ValueError("it does not read content in parts; give it as one string")
+            if names := [name for message in messages for name in called_functions(message)]:
+                text = self._templated(messages, tokenize=False, **options)
+                if missing := [name for name in names if name not in text]:
+                    raise ValueError(f"it leaves out calls of tools ({missing[0]})")
+            ids: list[int] = self._templated(messages, **options)
+        except Exception as error:  # it is a program of the checkpoint's: roles that do not take turns, or any mistake
+            raise UserError(f"{where}: the chat template refuses it: {first_line(error)}") from error
+        return ids
+
+    @cached_property
+    def _reads_parts(self) -> bool:
+        """Whether the chat template writes content in parts as it writes the same content in one string: others fail,
+        or print the list as Python would."""
+        try:
+            whole, parts = (
+                self._templated([{"role": "user", "content": content}], tokenize=False)
+                for content in ("Hi", [{"type": "text", "text": "Hi"}])
+            )
+        except Exception:  # as above
+            return False
+        return bool(whole == parts)
+
+    def _templated(self, messages: list[Message], **options: Any) -> Any:
+        """What mlx-lm's `apply_chat_template` gives, with the time of this tokenizer."""
+        if self.template_time is not None:
+            options["chat_template"] = STRFTIME_NOW + self._wrapped.get_chat_template()
+            options["template_time"] = {directive: self._time.strftime(directive) for directive in DIRECTIVES}
+        return self._wrapped.apply_chat_template(messages, **options)
 
     def _known(self, token: int) -> bool:
         """Whether the model has this token: tokenizers may have more, added after the model was trained."""

@@ -108,6 +108,7 @@ def collect(
             bytes=size,
             seconds=time.perf_counter() - began,
         )
+        result["left_out"] = [vars(omission) for omission in collector.left_out()]
         for remark in collector.remarks(dataset):
             note(remark)
         note(f"{plan.folder}: {dataset.tokens:,} tokens in {len(dataset.shards)} shards, {size / 1e6:.1f} MB")

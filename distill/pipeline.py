@@ -20,10 +20,12 @@ from typing import Any
 import mlx.core as mx
 
 from decode.models.checkpoint import Checkpoint, find_model
+from decode.tokenizer import Tokenizer
 from distill.data.collect import Collector, Plan, plan_collection
 from distill.data.manifest import FORMAT, MANIFEST
 from distill.data.reply_pass import Progress
 from distill.data.shards import Dataset
+from distill.provenance import teacher_files
 from distill.recipe import RECIPE_FILE, STAGES, Recipe
 from distill.release.evaluate import evaluate, fingerprint, finished_report, select
 from distill.training.checkpoint import check_draft_folder
@@ -175,7 +177,9 @@ class Pipeline:
         try:
             training = about["training"]
             begun, data = training["settings"], training["data"]["sha256"]
+            files = teacher_files(Tokenizer(self.teacher.folder))
             same_teacher = about["teacher"]["hash"] == self.teacher.weights_hash
+            same_teacher = same_teacher and training.get("teacher_files", files) == files
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder / 'draft.json'}: is damaged (no {error})") from None
         if text := difference(begun, self.recipe.train.record()):

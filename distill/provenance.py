@@ -8,19 +8,43 @@ from pathlib import Path
 from typing import Any
 
 from decode.models.checkpoint import CARD, ROOT, Checkpoint
-from distill.data.manifest import Settings
+from decode.tokenizer import Tokenizer
+from distill.data.manifest import DatasetSettings
 from kernels import UserError
 from kernels.device import device_name, versions
-from kernels.files import read_json
+from kernels.files import json_hash, read_json
 
 CONVERTED = "converted.json"  # what `distill convert` leaves in a folder: where the model comes from
 LICENCE_KEYS = ("license", "license_name", "license_link")
+CONFIG_FILES = ("config.json", "generation_config.json")
+# What tools write into these as they save a model again, and no model reads.
+BOOKKEEPING = ("_name_or_path", "_from_model_config", "transformers_version")
 ORIGIN_KEYS = ("repo", "revision", *LICENCE_KEYS)
 # Where the Hub's client keeps what it downloads: models--OWNER--NAME/snapshots/COMMIT.
 SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]{40})")
 
 
-def teacher_metadata(folder: Path, settings: Settings) -> dict[str, Any]:
+def teacher_files(tokenizer: Tokenizer) -> dict[str, str]:
+    """sha256 of what decides, beside weights and table of tokens, how a teacher reads and answers a prompt: what its
+    config files hold, its chat template, and what its tokenizer's files make of text, however they are written."""
+    template = tokenizer.template_hash
+    return (
+        config_hashes(tokenizer.folder)
+        | ({} if template is None else {"chat template": template})
+        | {"tokenizer.json or tokenizer_config.json": tokenizer.spelling_hash}
+    )
+
+
+def config_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of what those of a model's config files hold that are there, whatever their white space and order of keys."""
+    contents = {name: read_json(folder / name) for name in CONFIG_FILES if (folder / name).is_file()}
+    return {
+        name: json_hash({key: value for key, value in content.items() if key not in BOOKKEEPING})
+        for name, content in contents.items()
+    }
+
+
+def teacher_metadata(folder: Path, settings: DatasetSettings) -> dict[str, Any]:
     """The teacher of a dataset: name and hash; where the folder holds that very teacher, its `origin` too."""
     metadata: dict[str, Any] = {"name": settings.teacher_name, "hash": settings.teacher_hash}
     if Checkpoint(folder, folder.name, {}).weights_hash != settings.teacher_hash:
@@ -61,7 +85,7 @@ def licence_of(folder: Path) -> dict[str, str]:
     return {key: metadata[key] for key in LICENCE_KEYS if isinstance(metadata.get(key), str)}
 
 
-def dataset_metadata(settings: Settings) -> dict[str, Any]:
+def dataset_metadata(settings: DatasetSettings) -> dict[str, Any]:
     """How a dataset was collected: its manifest's settings, without what draft.json says elsewhere."""
     elsewhere = {"teacher", "tokenizer_hash"}
     return {key: value for key, value in settings.values.items() if key not in elsewhere}

@@ -33,6 +33,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def json_hash(content: Any) -> str:
+    """sha256 of JSON, whatever its white space and order of keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def read_json_lines(path: Path) -> list[Any]:
     """The values of a file that has one a line; a line that a kill cut short is left out."""
     values = []

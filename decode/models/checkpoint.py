@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from decode.models.hub import fetch_by_name
 from decode.models.transformer import Precision, Transformer
 from kernels import UserError, swap_bitlinear
 from kernels.errors import first_line
-from kernels.files import read_json
+from kernels.files import json_hash, read_json
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEFAULT_TEACHER = ROOT / "checkpoints" / "bitnet-smol-116m"
@@ -121,17 +120,12 @@ def tokenizer_hash(folder: Path) -> str:
     model = read_json(folder / "tokenizer.json")["model"]
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges") or []]
     scores = model["vocab"] if isinstance(model["vocab"], list) else []
-    return _json_hash([table, merges, scores])
+    return json_hash([table, merges, scores])
 
 
 def has_tokenizer(folder: Path, recorded: str) -> bool:
     """Whether a dataset's `tokenizer_hash` is that of a folder. Until 0.2.0 it was of all that tokenizer.json holds."""
-    return recorded in (tokenizer_hash(folder), _json_hash(read_json(folder / "tokenizer.json")))
-
-
-def _json_hash(content: Any) -> str:
-    """sha256 of JSON, independent of white space and key order."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return recorded in (tokenizer_hash(folder), json_hash(read_json(folder / "tokenizer.json")))
 
 
 def embedded_teacher(option: str) -> Path:

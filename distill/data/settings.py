@@ -22,7 +22,7 @@ class PromptSettings(Settings):
 
     sources: tuple[str, ...] = option(
         DEFAULT_SOURCES,
-        "Text (.txt), JSONL with `text`, `prompt` or `messages`, parquet, arrow, a folder of these, or a Hub dataset."
+        "Text (.txt), JSON with `text`, `prompt` or `messages`, parquet, arrow, a folder of these, or a Hub dataset."
         " Repeatable; each gives an equal share. Default: the samples in data/.",
         flag="--source",
         metavar="PATH|REPO",

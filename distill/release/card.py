@@ -288,6 +288,8 @@ def _data(subject: Subject) -> str:
     if (reply := settings.get("reply")) is not None:
         temperatures = ", ".join(f"{t:g}" for t in settings.get("reply_temperatures") or [])
         rows.append(("prompts", f"answered by the teacher, at temperature {temperatures}" if reply else "not answered"))
+    if (told := settings.get("template_time")) is not None:
+        rows.append(("time that the chat template was told", _cell(told)))
     text = "## Data\n\n" + _table(("", ""), rows)
     for title, key in (("source", "sources"), ("held out: no prompt of", "exclude")):
         entries = [entry for entry in settings.get(key) or [] if isinstance(entry, dict)]

@@ -18,6 +18,8 @@ from decode.models.checkpoint import RUNS, Checkpoint
 from decode.models.drafts import find_draft, newest_draft
 from decode.prompts import Prompt, read_prompts
 from decode.session import Completion, Session
+from decode.tokenizer import Tokenizer
+from distill.provenance import config_hashes, teacher_files
 from distill.release.plots import acceptance_by_category, acceptance_by_position
 from distill.release.settings import EvaluateSettings
 from kernels import UserError, backend
@@ -34,6 +36,8 @@ Pair = tuple[Completion, Completion]  # of one prompt: speculative, plain
 
 def select(settings: EvaluateSettings) -> list[Prompt]:
     """The prompts of an evaluation, in the file's order."""
+    if not Path(settings.prompts).is_file():
+        raise UserError(f"--prompts {settings.prompts}: is no file, which an evaluation that goes on reads again")
     selected, counts = [], dict[str, int]()
     for prompt in read_prompts(Path(settings.prompts)):
         number = counts[category_of(prompt)] = counts.get(category_of(prompt), 0) + 1
@@ -49,6 +53,9 @@ def fingerprint(settings: EvaluateSettings, teacher: Checkpoint, draft: Checkpoi
         "teacher": teacher.weights_hash,
         "draft": draft.weights_hash,
         "prompts": sha256(Path(settings.prompts)),
+        "tokenizer": teacher.tokenizer_hash,
+        "teacher_files": teacher_files(Tokenizer(teacher.folder)),
+        "draft_files": config_hashes(draft.folder),
     }
     return settings.record() | hashes
 
@@ -78,8 +85,20 @@ def finished_report(folder: Path, of: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _same(identity: Any, of: dict[str, Any]) -> bool:
-    """Whether a fingerprint, perhaps of an older version, is this one: what it does not know was at its default."""
-    return isinstance(identity, dict) and EvaluateSettings.with_defaults(identity) == of
+    """Whether a fingerprint is this one. What one of an older version does not know was at its default; the time that a
+    chat template was told may be another."""
+    if not isinstance(identity, dict):
+        return False
+    told = {"template_time": of.get("template_time")}
+    return EvaluateSettings.with_defaults(identity | told) == of | told
+
+
+def _begun_time(path: Path, measured: dict[str, Any]) -> str | None:
+    """The time that the chat template was told when this evaluation was begun, if it was."""
+    lines: list[Any] = read_json_lines(path) if path.is_file() else []
+    identity: Any = lines[0].get("identity") if lines and isinstance(lines[0], dict) else None
+    time = identity.get("template_time") if _same(identity, measured) else None
+    return time if isinstance(time, str) else None
 
 
 def evaluate(
@@ -100,7 +119,9 @@ def evaluate(
         max_tokens=settings.max_tokens,
         seed=settings.seed,
         head="int8" if settings.head == "int8" else "float",
+        template_time=_begun_time(out / UNFINISHED, measured),
     )
+    measured |= {"template_time": session.tokenizer.template_time}
     encoded = session.encode(prompts)
     here = {"backend": backend().NAME, "device": device_name(), "versions": versions()}
     try:

@@ -27,10 +27,10 @@ from tqdm import tqdm
 
 from decode.metal import limit_memory
 from decode.models.checkpoint import RUNS, Checkpoint, has_tokenizer
-from decode.tokenizer import check_tokenizer
+from decode.tokenizer import Tokenizer, check_tokenizer
 from distill.data.manifest import MANIFEST
 from distill.data.shards import Dataset
-from distill.provenance import dataset_metadata, made_with, origin, teacher_metadata
+from distill.provenance import dataset_metadata, made_with, origin, teacher_files, teacher_metadata
 from distill.training import cpu
 from distill.training.checkpoint import check_draft_folder, check_files, rounded, save
 from distill.training.cpu import CpuHead
@@ -98,6 +98,7 @@ def train(
     other = other_teacher(dataset, teacher_folder)
     check_draft_folder(out)
     fingerprint = settings.record() | {"data": sha256(data / MANIFEST)}
+    fingerprint["teacher_files"] = teacher_files(Tokenizer(teacher_folder))
     if other is not None:
         fingerprint["teacher"] = other["hash"]
     if (summary := finished_run(out, fingerprint)) is not None:
@@ -163,6 +164,7 @@ def finished_run(out: Path, fingerprint: dict[str, Any]) -> Summary | None:
     try:
         training = about["training"]
         begun = training["settings"] | {"data": training["data"]["sha256"]}
+        begun |= {"teacher_files": training["teacher_files"]} if "teacher_files" in training else {}
         if "started_from" in training:
             begun["teacher"] = training["started_from"]["hash"]
         parameters = DraftConfig.from_record(about["config"]).parameters
@@ -385,6 +387,7 @@ class _Run:
                 "tokenizer_hash": source.tokenizer_hash,
                 "training": {
                     "settings": self.settings.record(),
+                    "teacher_files": self.state.fingerprint["teacher_files"],
                     "data": {"sha256": self.state.fingerprint["data"], "tokens": self.loader.dataset.tokens}
                     | {"settings": dataset_metadata(source)},
                     "steps": steps,

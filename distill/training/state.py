@@ -117,9 +117,15 @@ class State:
 def difference(begun: Any, fingerprint: dict[str, Any]) -> str | None:
     """What an earlier run had that this one has not, in words; None where both make the same draft.
 
-    begun: the fingerprint of that run, perhaps of an older version: settings it does not know had today's defaults.
+    begun: the fingerprint of that run, perhaps of an older version: settings it does not know had today's defaults, and
+    the teacher's files are taken to be as they were.
     """
     begun = TrainSettings.with_defaults(begun if isinstance(begun, dict) else {})
+    files, files_now = begun.pop("teacher_files", None), fingerprint.get("teacher_files")
+    if files is not None and files_now is not None and files != files_now:
+        names = files.keys() | files_now.keys()
+        return f"another {min(name for name in names if files.get(name) != files_now.get(name))} of the teacher"
+    fingerprint = {name: value for name, value in fingerprint.items() if name != "teacher_files"}
     for name in sorted(fingerprint.keys() | begun.keys()):
         was, now = begun.get(name), fingerprint.get(name)
         if was != now:

@@ -15,7 +15,7 @@ from conftest import Command
 from safetensors import safe_open
 
 from decode.models.checkpoint import find_teacher
-from distill.data.manifest import Settings
+from distill.data.manifest import DatasetSettings
 from distill.provenance import origin, teacher_metadata
 from distill.release.convert import convert
 from kernels import UserError
@@ -140,7 +140,7 @@ def test_where_it_comes_from_is_kept(tmp_path: Path) -> None:
     convert(original, tmp_path / "out", lambda _: None)
     teacher = find_teacher(str(tmp_path / "out"))
     named = {"teacher": {"name": "out", "hash": teacher.weights_hash}, "tokenizer_hash": teacher.tokenizer_hash}
-    facts = teacher_metadata(teacher.folder, Settings(named | {"vocab_size": small.VOCAB}))
+    facts = teacher_metadata(teacher.folder, DatasetSettings(named | {"vocab_size": small.VOCAB}))
     assert facts == {"name": "out", "hash": teacher.weights_hash, "converted_from": original.weights_hash} | known
     (tmp_path / "out" / "converted.json").write_text("{")
     assert origin(tmp_path / "out") == {}

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Command, arguments, environment
+from conftest import Command, arguments, changed_copy, environment
 
 from decode.metrics import Metrics
 from decode.models.checkpoint import find_model, find_teacher
 from decode.prompts import Prompt
 from decode.session import Completion, Session
+from distill.release import evaluate as evaluation
 from distill.release.evaluate import evaluate, figures, finished_report, without_looping
 from distill.release.settings import EvaluateSettings
 from kernels import UserError
@@ -182,6 +183,44 @@ def test_interrupted_it_goes_on_and_tells_a_difference(
 
 
 @pytest.mark.slow
+def test_what_forms_the_prompts_belongs_to_an_evaluation(
+    small_teacher: Path, weak_draft: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A template that prints the time is told that of the run that began; another generation config begins anew."""
+    config = json.loads((small_teacher / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{{ strftime_now('%H:%M:%S') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    folder = changed_copy(small_teacher, tmp_path / "t", tokenizer_config__json=json.dumps(config).encode())
+    teacher, draft, out = find_teacher(str(folder)), find_model(str(weak_draft), "--draft"), tmp_path / "out"
+    settings = EvaluateSettings(prompts=str(prompts), max_tokens=2, limit=1)
+    answer = evaluation._answer
+
+    def stop(session: Session, prompt: Prompt, ids: list[int], index: int) -> Any:
+        if index == 1:
+            raise KeyboardInterrupt
+        return answer(session, prompt, ids, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "_answer", stop)
+        begun = evaluate(teacher, draft, settings, out, quiet=True)
+    time.sleep(1.1)
+    whole = evaluate(teacher, draft, settings, out, quiet=True)
+    assert (begun["prompts"], whole["prompts"]) == (1, 3)
+    assert begun["template_time"] == whole["template_time"] == whole["identity"]["template_time"] is not None
+    assert begun["outputs"] == whole["outputs"][:1]
+    assert finished_report(out, evaluation.fingerprint(settings, teacher, draft))
+    for change in ("generation_config", "config", "chat_template.jinja"):
+        file = folder / (change if "." in change else f"{change}.json")
+        data = file.read_bytes() if file.exists() else b""
+        file.unlink(missing_ok=True)
+        file.write_text(json.dumps(json.loads(data or b"{}") | {"added": 1}))
+        assert not finished_report(out, evaluation.fingerprint(settings, teacher, draft))
+        file.unlink()
+        if data:
+            file.write_bytes(data)
+    assert finished_report(out, evaluation.fingerprint(settings, teacher, draft))
+
+
+@pytest.mark.slow
 def test_what_an_older_version_began_is_not_taken_up(weak_draft: Path, prompts: Path, tmp_path: Path) -> None:
     """Its first line has no format; what it measured does not mix with what this version measures."""
     unfinished = tmp_path / "evaluation-unfinished.jsonl"
@@ -202,6 +241,7 @@ def test_what_an_older_version_began_is_not_taken_up(weak_draft: Path, prompts: 
         (["--limit", 0], ["--limit 0"]),
         (["--head", "int4"], ["--head int4", "int8"]),
         (["--prompts", "gone.jsonl"], ["gone.jsonl"]),
+        (["--prompts", "/dev/stdin"], ["/dev/stdin"]),
         (["--out", "taken/sub"], ["taken"]),
     ],
 )
