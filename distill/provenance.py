@@ -36,7 +36,7 @@ def teacher_files(tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def config_hashes(folder: Path) -> dict[str, str]:
-    """sha256 of what those of a model's config files hold that are there, whatever their white space and order of keys."""
+    """sha256 of what a model's config files hold, those that are there, whatever their spacing and order of keys."""
     contents = {name: read_json(folder / name) for name in CONFIG_FILES if (folder / name).is_file()}
     return {
         name: json_hash({key: value for key, value in content.items() if key not in BOOKKEEPING})
