@@ -34,16 +34,19 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", callback=_quiet, hel
 
 
 class Interrupted(Exception):
-    """Ctrl-C, with what the user should know of it."""
+    """Ctrl-C or SIGTERM, with what the user should know of it."""
 
 
 def run(app: typer.Typer, name: str) -> None:
-    """Run a command line: 0 done, 1 a check failed, 2 the user's input is at fault, 130 interrupted.
+    """Run a command line: 0 done, 1 a check failed, 2 the user's input is at fault, 130 interrupted, by Ctrl-C or
+    SIGTERM.
 
     name: of the command, before each error. A reader that goes away (`| head`) ends it quietly with 141, as a shell
     says of other programs that SIGPIPE ended.
     """
     _mend_streams()
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _as_ctrl_c)
     try:
         # typer swallows typer.Exit and KeyboardInterrupt, and returns their codes; no command returns a value.
         code = app(prog_name=name, standalone_mode=False) or 0
@@ -78,6 +81,14 @@ def run(app: typer.Typer, name: str) -> None:
         _finish_computing()
         print(f"\n{name}: interrupted", file=sys.stderr)
     raise SystemExit(code)
+
+
+def _as_ctrl_c(number: int, frame: Any) -> None:
+    """Do what Ctrl-C would do now; a command in a script's background ignores that one, but not the order to end."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler):
+        raise KeyboardInterrupt
+    handler(signal.SIGINT, frame)
 
 
 def _finish_computing() -> None:
