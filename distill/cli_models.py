@@ -142,8 +142,8 @@ def publish(
         bool,
         typer.Option(
             "--force",
-            help="Also replace another teacher's draft, or a card edited on the Hub, or publish an unfinished draft or one"
-            " that was not identical.",
+            help="Also replace another teacher's draft, or a card edited on the Hub, or publish an unfinished draft, or"
+            " one that was not identical.",
         ),
     ] = False,
     json_file: JsonOption = None,

@@ -199,7 +199,7 @@ def finish_replacing(folder: Path, record: str) -> None:
     waiting = {path.name for path in whole.iterdir()}
     if record in waiting:  # else the folder's is the new one already, and lists what has taken its place
         gone = listed_files(folder / record).keys() - waiting
-        for name in (CONFIG, *gone, record):  # no model from here on, until all is in its place
+        for name in (*waiting & {CONFIG}, *gone, record):  # no model from here on, until all is in its place
             (folder / name).unlink(missing_ok=True)
     for name in sorted(waiting, key=lambda name: (name == record, name == CONFIG)):
         (whole / name).replace(folder / name)
@@ -235,7 +235,7 @@ def check_own_files(folder: Path, record: str, names: Collection[str]) -> None:
     listed = listed_files(folder / record)
     for path in sorted(folder.iterdir()):
         weights = path.match("model*.safetensors")
-        if path.name not in names and not weights:
+        if not (weights or path.name in names or path.name in listed):
             continue
         if not path.is_file() or path.name not in listed:
             raise UserError(f"{path}: is in the way: bitdraft did not write it; move it elsewhere")
