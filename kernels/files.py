@@ -126,7 +126,7 @@ def working_in(folder: Path, room: float = 0) -> Iterator[None]:
     """Make a folder and hold its lock. What would fail at the end of long work is tried at its start: writing,
     renaming, and whether there is `room`, in bytes.
 
-    UserError names the folder. Where the block is left by an error, an empty folder that was made goes again.
+    UserError names the folder. One that was made and is empty in the end goes again.
     """
     made = not folder.exists()
     try:
@@ -135,11 +135,10 @@ def working_in(folder: Path, room: float = 0) -> Iterator[None]:
             yield
         finally:
             os.close(lock)
-    except BaseException:
+    finally:
         if made:
             with suppress(OSError):
                 folder.rmdir()
-        raise
 
 
 def _begin(folder: Path, room: float) -> int:
