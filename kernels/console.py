@@ -16,7 +16,7 @@ import typer
 from tqdm import tqdm
 
 from kernels.errors import UserError
-from kernels.files import replacing
+from kernels.files import NO_ROOM, replacing
 
 JsonOption = Annotated[
     str | None,
@@ -64,7 +64,9 @@ def run(app: typer.Typer, name: str) -> None:
         print(f"\n{name}: interrupted{f': {error}' if str(error) else ''}", file=sys.stderr)
         raise SystemExit(130) from None
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
+        # What is written to files names them; a disk that is full below a redirected output does not.
+        where = error.filename or ("standard output" if error.errno in NO_ROOM else "")
+        where = f"{where}: " if where else ""
         fail(name, f"{where}{error.strerror or error}")
     except MemoryError:
         fail(name, "this needs more memory than there is")

@@ -15,7 +15,7 @@ from typing import Any
 
 from decode.metrics import VERSION, Metrics, is_looping
 from decode.models.checkpoint import RUNS, Checkpoint
-from decode.models.drafts import find_draft, newest_draft
+from decode.models.drafts import find_draft, is_unfinished, newest_draft
 from decode.prompts import Prompt, read_prompts
 from decode.session import Completion, Session
 from distill.release.plots import acceptance_by_category, acceptance_by_position
@@ -23,7 +23,7 @@ from distill.release.settings import EvaluateSettings
 from kernels import UserError, backend
 from kernels.console import progress, say
 from kernels.device import device_name, versions
-from kernels.files import append_line, read_json, read_json_lines, sha256, working_in, write_atomic
+from kernels.files import append_line, read_json_lines, sha256, working_in, write_atomic
 
 REPORT, TABLE, UNFINISHED = "evaluation.json", "evaluation.md", "evaluation-unfinished.jsonl"
 CATEGORY_PLOT, POSITION_PLOT = "evaluation-categories.png", "evaluation-positions.png"
@@ -108,7 +108,7 @@ def evaluate(
         _check_own(out)
         unfinished = Unfinished(out / UNFINISHED, {"identity": measured, **here})
         done = unfinished.read(prompts, encoded)
-        note(f"draft: {draft.folder}{_how_far(draft)}")
+        note(f"draft: {draft.folder}{' (its training is not finished)' if is_unfinished(draft) else ''}")
         if done:
             note(f"going on after {len(done)} of {len(prompts)} prompts")
         bar = progress(len(prompts), "evaluate", " prompts", quiet, initial=len(done), scale=False)
@@ -163,13 +163,6 @@ def _first_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _how_far(draft: Checkpoint) -> str:
-    """What to say of a draft whose training is not finished."""
-    about = draft.folder / "draft.json"
-    unfinished = about.is_file() and read_json(about).get("complete") is False
-    return " (its training is not finished)" if unfinished else ""
 
 
 def _answer(session: Session, prompt: Prompt, ids: list[int], index: int) -> Pair:

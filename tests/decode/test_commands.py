@@ -186,6 +186,17 @@ def test_a_shell_can_complete(command: Command) -> None:
     assert done.code == 0 and "--max-tokens" in done.out and "--draft" not in done.out, done.err
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
+def test_a_full_disk_below_the_output_is_named(work: Path) -> None:
+    for more in ((), ("--json", "-")):
+        with Path("/dev/full").open("w") as full:
+            options = arguments("decode", "plan", "--chip", "M1", *more)
+            done = subprocess.run(options, stdout=full, stderr=subprocess.PIPE, env=environment(), cwd=work, text=True)
+        assert done.returncode == 2 and done.stderr.splitlines() == [
+            "decode: error: standard output: No space left on device"
+        ]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt(work: Path, prompts: Path, number: int) -> None:
