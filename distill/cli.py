@@ -142,13 +142,16 @@ def verify(
     """Check every hash, shape and value of a dataset, and of the replies it was scored from where they are here; exit 1
     if one is wrong."""
     from distill.data.inspection import verify as check
+    from distill.data.manifest import Manifest
 
     problems = check(dataset, repair=repair)
+    unfinished = not problems and not Manifest.read(dataset).complete
     write_json(json_file, {"dataset": str(dataset), "ok": not problems, "problems": [vars(p) for p in problems]})
     if json_file != "-" and not quiet:
         for problem in problems:
             print(f"{os.path.normpath(dataset / problem.file)}: {problem.message}")
-        print(f"{dataset}: {'all well' if not problems else f'{len(problems)} problems'}")
+        well = "all well so far, and not complete" if unfinished else "all well"
+        print(f"{dataset}: {well if not problems else f'{len(problems)} problems'}")
     if problems:
         raise typer.Exit(1)
 

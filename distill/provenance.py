@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
+import shutil
 import subprocess
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from decode.models.checkpoint import CARD, ROOT, Checkpoint
 from decode.tokenizer import Tokenizer
@@ -15,6 +19,7 @@ from kernels.device import device_name, versions
 from kernels.files import json_hash, read_json
 
 CONVERTED = "converted.json"  # what `distill convert` leaves in a folder: where the model comes from
+HUB = "https://huggingface.co"
 LICENCE_KEYS = ("license", "license_name", "license_link")
 CONFIG_FILES = ("config.json", "generation_config.json")
 # What tools write into these as they save a model again, and no model reads.
@@ -61,7 +66,7 @@ def origin(folder: Path) -> dict[str, str]:
         found["converted_from"] = original["hash"]
     elif snapshot := SNAPSHOT.search(folder.absolute().as_posix()):
         found |= {"repo": f"{snapshot['owner']}/{snapshot['name']}", "revision": snapshot["revision"]}
-    return found if found.keys() & LICENCE_KEYS else found | licence_of(folder)
+    return linked(found if found.keys() & LICENCE_KEYS else found | licence_of(folder))
 
 
 def _converted_from(folder: Path) -> dict[str, Any]:
@@ -83,6 +88,33 @@ def licence_of(folder: Path) -> dict[str, str]:
     except Exception:  # a card is prose that someone wrote: one that cannot be read says nothing
         return {}
     return {key: metadata[key] for key in LICENCE_KEYS if isinstance(metadata.get(key), str)}
+
+
+def linked(found: dict[str, str]) -> dict[str, str]:
+    """The same with a `license_link` that leads somewhere from everywhere, where the repository is known."""
+    link = found.get("license_link", "")
+    if "repo" not in found or not link or urlsplit(link).scheme:
+        return found
+    path = posixpath.normpath(link.lstrip("/"))
+    return found | {"license_link": f"{HUB}/{found['repo']}/blob/{found.get('revision', 'main')}/{path}"}
+
+
+def licence_file(folder: Path, about: dict[str, Any]) -> Path | None:
+    """The file of a folder that the `license_link` of its model names; None for other links, and where it is not there.
+
+    A model card is no licence, whatever the link says."""
+    link = about.get("license_link")
+    name = posixpath.normpath(link) if isinstance(link, str) else ""
+    path = folder / name
+    return path if name not in ("", CARD) and Path(name).name == name and path.is_file() else None
+
+
+def copy_licence(source: Path, target: Path, about: dict[str, Any], but: Collection[str] = ()) -> None:
+    """Copy the licence that a model's `license_link` names to another folder of its files, unless its name is in `but`
+    or taken."""
+    path = licence_file(source, about)
+    if path is not None and path.name not in but and not (target / path.name).exists():
+        shutil.copyfile(path, target / path.name)
 
 
 def dataset_metadata(settings: DatasetSettings) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 from collections.abc import Sequence
@@ -125,7 +126,19 @@ def model_card(subject: Subject) -> str:
     """The README.md of a published draft: YAML front matter and Markdown."""
     parts = [_front_matter(subject), _opening(subject), _use(subject), _acceptance(subject), _training(subject)]
     parts += [_data(subject), _again(subject), _origin(subject), _licence(subject)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return _marked("\n\n".join(part for part in parts if part) + "\n")
+
+
+def _marked(text: str) -> str:
+    """A card with a line that nobody sees, by which `is_unchanged` knows it."""
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f"{text}\n<!-- written by bitdraft, which replaces this card unless it is edited: {digest} -->\n"
+
+
+def is_unchanged(card: str) -> bool:
+    """Whether a card is one of bitdraft's that nobody has edited."""
+    text, _, _ = card.replace("\r\n", "\n").rpartition("\n<!-- ")
+    return bool(text) and _marked(text) == card.replace("\r\n", "\n")
 
 
 def _front_matter(subject: Subject) -> str:
@@ -280,7 +293,7 @@ def _training(subject: Subject) -> str:
 def _data(subject: Subject) -> str:
     settings = subject.get("training", "data", "settings") or {}
     rows = [
-        ("tokens", _number(subject.get("training", "data", "tokens"))),
+        ("tokens", _number(subject.get("training", "data", "tokens")) + _unfinished(subject)),
         ("sha256 of the dataset's manifest", _hash(subject.get("training", "data", "sha256"))),
         ("logits kept a token", _number(settings.get("k"))),
         ("tokens a row", _number(settings.get("seq_len"))),
@@ -299,6 +312,14 @@ def _data(subject: Subject) -> str:
     return text
 
 
+def _unfinished(subject: Subject) -> str:
+    """What to add to the tokens of a dataset that was not complete."""
+    if subject.get("training", "data", "complete") is not False:
+        return ""
+    asked = _number(subject.get("training", "data", "settings", "tokens"))
+    return f"{f' of {asked}' if asked else ''}: its collection was not finished"
+
+
 def _again(subject: Subject) -> str:
     """The recipe, or the commands that make the same draft, as far as draft.json knows their options."""
     if subject.recipe:
@@ -313,7 +334,10 @@ def _again(subject: Subject) -> str:
     start = subject.started_from
     teacher = ["--teacher", start] if start else subject.option
     train = ["distill", "train", *teacher, "--data", "runs/data", *TrainSettings.command_line(training)]
-    text = "## Making it again\n\nSources are named without their folders; their hashes are above.\n\n"
+    text = "## Making it again\n\nSources are named without their folders; their hashes are above."
+    if _unfinished(subject):
+        text += " These collect the whole dataset, of which this draft saw a part."
+    text += "\n\n"
     return text + _code("\n".join((_wrapped([*collect, "--out", "runs/data"]), _wrapped(train))), "sh")
 
 

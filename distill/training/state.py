@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,11 @@ import mlx.core as mx
 from distill.training.settings import TrainSettings
 from distill.training.tensors import Tensors, load_tensors, save_tensors
 from kernels.errors import UserError
-from kernels.files import read_json, write_atomic
+from kernels.files import TEMPORARY, cannot_write, read_json, write_atomic
 
+STATE = "state"  # the folder of a run that is not finished, beside its draft
 RUN = "run.json"
+OURS = re.compile(r"run\.json|(step|best)-\d+\.safetensors|" + re.escape(TEMPORARY) + ".*")
 
 
 class State:
@@ -51,7 +56,7 @@ class State:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
+                raise UserError(f"{cannot_write(error)} {folder} ({error.strerror})") from error
             state._write_run()
         return state
 
@@ -91,9 +96,7 @@ class State:
             if tensors is not None and not (kind == "best" and path.exists()):
                 save_tensors(path, tensors)
         self._write_run()
-        for path in self.folder.iterdir():
-            if path.name not in current:
-                path.unlink()
+        _remove(self.folder, but=current)
 
     def _file(self, kind: str, step: int) -> Path:
         return self.folder / f"{kind}-{step}.safetensors"
@@ -112,6 +115,34 @@ class State:
             "best_loss": self.best_loss,
         }
         write_atomic(self.folder / RUN, (json.dumps(run, indent=1) + "\n").encode())
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether a folder holds the state of a run that was begun."""
+    try:
+        return "identity" in read_json(folder / RUN)
+    except UserError:
+        return False
+
+
+def discard(folder: Path) -> None:
+    """Remove the state of a run that is finished; the folder too, unless there is something else in it."""
+    if is_begun(folder):
+        _remove(folder)
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def stored_bytes(folder: Path) -> int:
+    """What the state in a folder, if there is one, takes of the disk."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
+
+
+def _remove(folder: Path, but: Collection[str] = ()) -> None:
+    """Delete the files of a state, which may lie elsewhere behind a link; nothing else that is there."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == RUN):  # run.json says whose they are: last
+        if OURS.fullmatch(path.name) and path.name not in but and not path.is_dir():
+            path.unlink()
 
 
 def difference(begun: Any, fingerprint: dict[str, Any]) -> str | None:

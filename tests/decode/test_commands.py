@@ -186,17 +186,31 @@ def test_a_shell_can_complete(command: Command) -> None:
     assert done.code == 0 and "--max-tokens" in done.out and "--draft" not in done.out, done.err
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
+def test_a_full_disk_below_the_output_is_named(work: Path) -> None:
+    for more in ((), ("--json", "-")):
+        with Path("/dev/full").open("w") as full:
+            options = arguments("decode", "plan", "--chip", "M1", *more)
+            done = subprocess.run(options, stdout=full, stderr=subprocess.PIPE, env=environment(), cwd=work, text=True)
+        assert done.returncode == 2 and done.stderr.splitlines() == [
+            "decode: error: standard output: No space left on device"
+        ]
+
+
 @pytest.mark.slow
-def test_interrupt(work: Path, prompts: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt(work: Path, prompts: Path, number: int) -> None:
+    """SIGTERM is as good as Ctrl-C, also where that one is ignored, as it is in the background of scripts."""
     many = work / "many.jsonl"
     many.write_text(prompts.read_text(encoding="utf-8") * 200, encoding="utf-8")
     process = subprocess.Popen(
         arguments("decode", "plain", "--prompts", many, "--max-tokens", 500, "-q", "--json", "out.json"),
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), cwd=work,
+        preexec_fn=lambda: number == signal.SIGTERM and signal.signal(signal.SIGINT, signal.SIG_IGN),
     )  # fmt: skip
     assert process.stdout is not None
     process.stdout.read(1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     try:
         _, err = process.communicate(timeout=60)
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -147,7 +148,10 @@ def test_interrupted_it_goes_on_and_tells_a_difference(
     until = time.monotonic() + 120
     while not (unfinished.exists() and unfinished.read_bytes().count(b"\n") >= 3) and time.monotonic() < until:
         time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGSTOP)
+    inside("distill", *options, "-q").refused("distill", str(out), "another process")
+    process.send_signal(signal.SIGTERM)  # as Ctrl-C
+    process.send_signal(signal.SIGCONT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     report = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
@@ -156,12 +160,13 @@ def test_interrupted_it_goes_on_and_tells_a_difference(
 
     # What is taken up is what was kept: a token changed there is a difference to be told.
     lines = unfinished.read_text().splitlines()
-    spec, plain = json.loads(lines[2])
-    plain["tokens"][1] += 1
+    changed = json.loads(lines[2])
+    changed["plain"]["tokens"][1] += 1
     header = json.loads(lines[0])
     del header["identity"]["seed"]  # as an older version would have begun it that has no such setting
     lines[0] = json.dumps(header)
-    unfinished.write_text("\n".join([*lines[:2], json.dumps([spec, plain]), *lines[3:]]) + '\n{"cut sho')
+    # What a full disk cut short in the middle costs that prompt alone: the others keep their own replies.
+    unfinished.write_text("\n".join([lines[0], lines[1][:-9], json.dumps(changed), *lines[3:]]) + '\n{"cut sho')
     rest = inside("distill", *options, "-q", "--json", "-")
     assert rest.code == 1, rest.err
     whole = json.loads(rest.out)
@@ -171,7 +176,8 @@ def test_interrupted_it_goes_on_and_tells_a_difference(
     (out / "evaluation.json").write_text(json.dumps(whole | {"identity": header["identity"]}))
     assert finished_report(out, whole["identity"]) and not finished_report(out, whole["identity"] | {"seed": 1})
     kept = report["prompts"]
-    for before, after in zip(report["outputs"][:kept], whole["outputs"][:kept], strict=True):
+    assert [entry["id"] for entry in whole["outputs"]] == [f"p{i}" for i in range(6)]
+    for before, after in zip(report["outputs"][1:kept], whole["outputs"][1:kept], strict=True):
         assert (before["token_ids"], before["decode_seconds"]) == (after["token_ids"], after["decode_seconds"])
 
     # Other settings begin anew: one prompt of each category, shorter, and nothing of what was kept before.
@@ -252,3 +258,35 @@ def test_bad_input_is_one_line(
     before = sorted(work.rglob("*"))
     inside("distill", "evaluate", "--draft", weak_draft, *options).refused("distill", *named)
     assert sorted(work.rglob("*")) == before
+
+
+def test_files_of_others_stay(
+    inside: Command, small_teacher: Path, weak_draft: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """Results have their names, and replace nothing that `distill evaluate` did not write."""
+    options = ("evaluate", "--teacher", small_teacher, "--draft", weak_draft, "--prompts", prompts, "--max-tokens", 4)
+    for name, text in (
+        ("evaluation.json", '{"mine": 1}'),
+        ("evaluation.md", "# mine"),
+        ("evaluation-positions.png", "mine"),
+        ("evaluation-unfinished.jsonl", '{"prompt": "mine"}\n'),
+    ):
+        out = tmp_path / name.replace(".", "-")
+        out.mkdir()
+        (out / name).write_text(text)
+        inside("distill", *options, "--out", out, "-q").refused("distill", str(out / name))
+        assert {path.name: path.read_text() for path in out.iterdir()} == {name: text}
+
+
+def test_a_full_disk_is_named(
+    inside: Command, small_teacher: Path, weak_draft: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """A limit on file sizes stands in for it, too small for the prompts that are done."""
+    options = ("evaluate", "--teacher", small_teacher, "--draft", weak_draft, "--prompts", prompts, "--max-tokens", 4)
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, hard))
+    try:
+        full = inside("distill", *options, "--out", tmp_path / "out", "-q")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    full.refused("distill", f"no room left in {tmp_path / 'out'}")
