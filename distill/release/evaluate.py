@@ -99,7 +99,7 @@ def evaluate(
         k=settings.k,
         max_tokens=settings.max_tokens,
         seed=settings.seed,
-        head="int8" if settings.head == "int8" else "float",
+        head=settings.precision,
     )
     encoded = session.encode(prompts)
     here = {"backend": backend().NAME, "device": device_name(), "versions": versions()}
