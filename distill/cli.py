@@ -16,9 +16,9 @@ from decode.keep_awake import keep_awake
 from decode.metrics import in_words
 from decode.models.checkpoint import DEFAULT_TEACHER, find_teacher
 from decode.options import TeacherOption
+from decode.settings import given_options, takes_settings
 from distill.cli_models import convert, evaluate, publish
 from distill.data.settings import CollectSettings
-from distill.settings import given_options, takes_settings
 from distill.training.settings import TrainSettings
 from kernels.console import Interrupted, JsonOption, QuietOption, check_json_target, progress, run, say, write_json
 

@@ -11,8 +11,8 @@ import typer
 from decode.keep_awake import keep_awake
 from decode.models.checkpoint import RUNS, find_teacher
 from decode.options import TeacherOption
+from decode.settings import takes_settings
 from distill.release.settings import EvaluateSettings
-from distill.settings import takes_settings
 from kernels.console import Interrupted, JsonOption, QuietOption, check_json_target, progress, say, write_json
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from decode.models.checkpoint import ROOT
+from decode.settings import Settings, option
 from distill.data.packing import MIN_SEGMENT
 from distill.data.sources import shown_name
-from distill.settings import Settings, option
 from kernels.errors import UserError
 
 HELD_OUT = ROOT / "data" / "eval.jsonl"

@@ -118,7 +118,7 @@ def evaluate(
         k=settings.k,
         max_tokens=settings.max_tokens,
         seed=settings.seed,
-        head="int8" if settings.head == "int8" else "float",
+        head=settings.precision,
         template_time=_begun_time(out / UNFINISHED, measured),
     )
     measured |= {"template_time": session.tokenizer.template_time}
