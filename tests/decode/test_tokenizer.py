@@ -102,6 +102,7 @@ def test_raw_prompts_and_sources_have_the_bos_token_once(llama: Path, inside: Co
     assert [int(np.sum(example.tokens == BOS)) for example in examples] == [1] * len(examples) and examples
 
 
+@pytest.mark.slow
 def test_end_tokens_of_either_file_end_replies_everywhere(
     small_teacher: Path, weak_draft: Path, inside: Command, tmp_path: Path
 ) -> None:

@@ -526,6 +526,7 @@ def turns(*roles: str) -> dict[str, object]:
     return {"messages": [{"role": role, "content": f"Something of the {role}'s, said at length."} for role in roles]}
 
 
+@pytest.mark.slow
 def test_what_is_left_out_is_counted_by_reason(small_teacher: Path, inside: Command, tmp_path: Path) -> None:
     """A template that refuses a conversation costs that conversation, and not the hours before it."""
     folder, used = tmp_path / "sources", tmp_path / "sources" / "mixed.jsonl"
@@ -597,6 +598,7 @@ def test_long_prompts_and_conversations_are_taken_as_often_as_they_are_there(
     assert len(asked) / len(replies) == pytest.approx(600 / 800, abs=0.08)
 
 
+@pytest.mark.slow
 def test_a_teachers_files_belong_to_a_dataset(
     small_teacher: Path, inside: Command, sources: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -633,6 +635,7 @@ def test_a_teachers_files_belong_to_a_dataset(
     assert files(tmp_path / "d") == before and not (tmp_path / "e").exists()
 
 
+@pytest.mark.slow
 def test_a_dataset_is_of_one_time(small_teacher: Path, sources: tuple[str, ...], tmp_path: Path) -> None:
     """A template that prints the time is told that of the first run, which ends up in the manifest."""
     teacher = find_teacher(str(with_template(small_teacher, tmp_path / "t", DATED)))

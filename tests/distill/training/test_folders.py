@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return dataset(root / "data", teacher), teacher
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quickly_drawn() -> Iterator[None]:
+    """Pictures take half the time of runs as short as these; those of processes are drawn."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("distill.training.run.training_curves", lambda log, picture, title: picture.write_bytes(b"drawn"))
+        yield
+
+
 def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
@@ -83,6 +92,7 @@ def whole(made: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 MINE = {"NOTES.txt": b"mine", "README.md": b"# mine", "plots/a.png": b"\x89PNG", "state/mine.txt": b"mine too"}
 
 
+@pytest.mark.slow
 def test_what_a_user_puts_there_stays(
     inside: Command, made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +191,7 @@ def mounted(size: str, program: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_mount_and_a_full_disk(
     made: tuple[Path, Path], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,6 +231,7 @@ def test_a_disk_that_fills_up_is_named(made: tuple[Path, Path], whole: Path, tmp
     assert weights(out) == weights(whole)
 
 
+@pytest.mark.slow
 def test_stopped_before_the_first_evaluation_changes_nothing(made: tuple[Path, Path], tmp_path: Path) -> None:
     """Though the held-out loss of the run only rises, so that its earliest evaluation is its best one."""
     rising = dataclasses.replace(TINY, lr=5.0, warmup=1.0)
