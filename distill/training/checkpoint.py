@@ -14,6 +14,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from decode.models.draft_vocabulary import check_kept
+from decode.models.drafts import ABOUT
 from decode.tokenizer import TOKENIZER_FILES, check_tokenizer, copy_tokenizer_file
 from distill.provenance import copy_licence
 from distill.training.draft_config import GROUP_SIZE, DraftConfig
@@ -34,7 +35,6 @@ from kernels.files import (
 )
 
 FORMAT = "bitdraft-draft-1"
-ABOUT = "draft.json"
 WEIGHTS = "model.safetensors"
 D2T = "kept"  # the tensor of the draft vocabulary's ids, as files call it
 OPTIONAL_FILES = ("generation_config.json", "chat_template.jinja", "special_tokens_map.json")
@@ -167,7 +167,7 @@ def load(folder: Path) -> Draft:
         config = DraftConfig.from_json(description)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / 'config.json'}: not a Llama's ({error})") from error
-    provenance = read_json(folder / "draft.json") if (folder / "draft.json").is_file() else {}
+    provenance = read_json(folder / ABOUT) if (folder / ABOUT).is_file() else {}
     check_files(folder, provenance)
     path = folder / WEIGHTS
     if not path.is_file():
