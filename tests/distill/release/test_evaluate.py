@@ -205,6 +205,8 @@ def test_what_forms_the_prompts_belongs_to_an_evaluation(
             raise KeyboardInterrupt
         return answer(session, prompt, ids, index)
 
+    for picture in ("acceptance_by_category", "acceptance_by_position"):
+        monkeypatch.setattr(evaluation, picture, lambda *arguments: None)
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "_answer", stop)
         begun = evaluate(teacher, draft, settings, out, quiet=True)
