@@ -112,21 +112,21 @@ def evaluate(
     settings.check()
     prompts = select(settings)
     measured = fingerprint(settings, teacher, draft)
-    session = Session(
-        teacher,
-        draft,
-        k=settings.k,
-        max_tokens=settings.max_tokens,
-        seed=settings.seed,
-        head=settings.precision,
-        template_time=_begun_time(out / UNFINISHED, measured),
-    )
-    measured |= {"template_time": session.tokenizer.template_time}
-    encoded = session.encode(prompts)
-    here = {"backend": backend().NAME, "device": device_name(), "versions": versions()}
     note = say(quiet)
     with working_in(out):
         _check_own(out)
+        session = Session(
+            teacher,
+            draft,
+            k=settings.k,
+            max_tokens=settings.max_tokens,
+            seed=settings.seed,
+            head=settings.precision,
+            template_time=_begun_time(out / UNFINISHED, measured),
+        )
+        measured |= {"template_time": session.tokenizer.template_time}
+        encoded = session.encode(prompts)
+        here = {"backend": backend().NAME, "device": device_name(), "versions": versions()}
         unfinished = Unfinished(out / UNFINISHED, {"identity": measured, **here})
         done = unfinished.read(prompts, encoded)
         note(f"draft: {draft.folder}{' (its training is not finished)' if is_unfinished(draft) else ''}")
