@@ -133,7 +133,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     }
     lines = [list(COLUMNS)]
     for name, row in rows.items():
-        lines.append([name, *(formats[c].format(row[c]) for c in COLUMNS[1:-1]), "yes" if row["identical"] else "NO"])
+        cells = ("none" if row[c] is None else formats[c].format(row[c]) for c in COLUMNS[1:-1])
+        lines.append([name, *cells, "yes" if row["identical"] else "NO"])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,11 +10,10 @@ import typer
 from decode.metal import capture, check_trace
 from decode.models.checkpoint import ROOT, find_teacher
 from decode.models.drafts import find_draft
-from decode.models.transformer import Precision
-from decode.options import SeedOption, TeacherOption
+from decode.options import HeadSettings, PlainSettings, SpecSettings, TeacherOption
 from decode.prompts import Prompt, gather_prompts
-from decode.sampling import Sampling
 from decode.session import Completion, Session
+from decode.settings import takes_settings
 from kernels import UserError
 from kernels.console import JsonOption, QuietOption, check_json_target, run, say, text_sink, write_json
 
@@ -26,33 +24,14 @@ app = typer.Typer(
 )
 
 
-class HeadChoice(StrEnum):
-    """What `--head` takes."""
-
-    bf16 = "bf16"
-    int8 = "int8"
-
-    @property
-    def precision(self) -> Precision:
-        return "int8" if self is HeadChoice.int8 else "float"
-
-
 SAMPLES = ROOT / "data" / "prompts-sample.jsonl"
 
 PromptOption = Annotated[str | None, typer.Option("--prompt", help="One prompt.")]
 PromptsOption = Annotated[
     Path | None,
-    typer.Option("--prompts", metavar="FILE", help="JSONL with `prompt` or `messages` a line, or plain text lines."),
+    typer.Option("--prompts", metavar="FILE", help="JSON with `prompt` or `messages`, or plain text lines."),
 ]
 Raw = Annotated[bool, typer.Option("--raw", help="Continue the bare text: no chat template.")]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Most new tokens a prompt.")]
-Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
-TopP = Annotated[float, typer.Option("--top-p", help="Sample from the smallest set with this probability.")]
-Head = Annotated[
-    HeadChoice,
-    typer.Option("--head", help="The teacher's output layer as the checkpoint has it, or rounded to 8 bits."),
-]
-TopK = Annotated[int, typer.Option("--top-k", help="Sample from this many tokens; 0 is all.")]
 TraceOption = Annotated[
     Path | None,
     typer.Option(
@@ -64,18 +43,15 @@ TraceOption = Annotated[
 
 
 @app.command()
+@takes_settings
 def plain(
+    *,
     teacher: TeacherOption = None,
     prompt: PromptOption = None,
     prompts: PromptsOption = None,
     raw: Raw = False,
-    max_tokens: MaxTokens = 128,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    head: Head = HeadChoice.bf16,
+    settings: PlainSettings,
     trace: TraceOption = None,
-    seed: SeedOption = 0,
     json_file: JsonOption = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -83,18 +59,25 @@ def plain(
 
     Prompts come from --prompt, --prompts or standard input, else from data/.
     """
-    sampling = Sampling(temperature, top_p, top_k)
+    settings.check()
     check_json_target(json_file)
     check_trace(trace)
     texts = gather_prompts(prompt, prompts, SAMPLES)
     session = Session(
-        find_teacher(teacher), max_tokens=max_tokens, sampling=sampling, raw=raw, seed=seed, head=head.precision
+        find_teacher(teacher),
+        max_tokens=settings.max_tokens,
+        sampling=settings.sampling,
+        raw=raw,
+        seed=settings.seed,
+        head=settings.precision,
     )
     _answer_all(session, texts, compare=False, json_file=json_file, quiet=quiet, trace=trace)
 
 
 @app.command()
+@takes_settings
 def spec(
+    *,
     teacher: TeacherOption = None,
     draft: Annotated[
         str | None,
@@ -104,15 +87,10 @@ def spec(
             help="Draft model. Default: the fastest one by `distill evaluate` on this device, else the shipped one.",
         ),
     ] = None,
-    k: Annotated[int, typer.Option("--k", help="Tokens drafted before each verification.")] = 3,
     prompt: PromptOption = None,
     prompts: PromptsOption = None,
     raw: Raw = False,
-    max_tokens: MaxTokens = 128,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    head: Head = HeadChoice.bf16,
+    settings: SpecSettings,
     compare: Annotated[
         bool,
         typer.Option(
@@ -120,7 +98,6 @@ def spec(
         ),
     ] = False,
     trace: TraceOption = None,
-    seed: SeedOption = 0,
     json_file: JsonOption = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -129,7 +106,7 @@ def spec(
     Greedy output is the same, token for token, as that of `decode plain` with the same --head. Prompts come from
     --prompt, --prompts or standard input, else from data/.
     """
-    sampling = Sampling(temperature, top_p, top_k)
+    settings.check()
     check_json_target(json_file)
     check_trace(trace)
     texts = gather_prompts(prompt, prompts, SAMPLES)
@@ -138,12 +115,12 @@ def spec(
     session = Session(
         teacher_checkpoint,
         chosen.draft,
-        k=k,
-        max_tokens=max_tokens,
-        sampling=sampling,
+        k=settings.k,
+        max_tokens=settings.max_tokens,
+        sampling=settings.sampling,
         raw=raw,
-        seed=seed,
-        head=head.precision,
+        seed=settings.seed,
+        head=settings.precision,
     )
     say(quiet)(f"draft: {chosen.draft.folder} ({chosen.reason})")
     report = _answer_all(session, texts, compare=compare, json_file=json_file, quiet=quiet, trace=trace)
@@ -152,7 +129,9 @@ def spec(
 
 
 @app.command()
+@takes_settings
 def plan(
+    *,
     teacher: TeacherOption = None,
     draft: Annotated[
         str | None,
@@ -167,7 +146,7 @@ def plan(
         float | None,
         typer.Option("--acceptance", help="Probability that a drafted token is accepted. Default: 0.5 to 0.8."),
     ] = None,
-    head: Head = HeadChoice.bf16,
+    settings: HeadSettings,
     context: Annotated[int, typer.Option("--context", help="Tokens in the cache.")] = 512,
     verify_ratio: Annotated[
         float,
@@ -187,6 +166,7 @@ def plan(
     from decode.models.dimensions import Dimensions
     from decode.plan import ACCEPTANCES, check_teacher, find_config, make_plan, table
 
+    settings.check()
     check_json_target(json_file)
     if bandwidth is None:
         chip = find_chip(chip) if chip is not None else this_chip()
@@ -204,7 +184,7 @@ def plan(
         draft_shape,
         bandwidth=bandwidth,
         acceptances=ACCEPTANCES if acceptance is None else (acceptance,),
-        head="int8" if head is HeadChoice.int8 else "bf16",
+        head=settings.head,
         context=context,
         verify_ratio=verify_ratio,
     )
@@ -248,6 +228,7 @@ def _answer_all(
     encoded = session.encode(prompts)
     speculative = session.draft is not None
     sink, note = text_sink(json_file), say(quiet)
+    silent = quiet and json_file == "-"
     session.warm_up()
 
     def show(text: str) -> None:
@@ -261,11 +242,11 @@ def _answer_all(
                 note(f"\n[{index + 1}/{len(prompts)}] {prompt.title}")
             order = [True, False] if index % 2 else [False, True]  # so that a machine that slows down slows both
             for way in order if compare else [speculative]:
-                shown = show if way is speculative and not (quiet and json_file == "-") else None
-                output = session.answer(prompt, ids, index, speculative=way, show=shown)
+                streamed = None if compare or silent else show  # printing would slow one of the two ways
+                output = session.answer(prompt, ids, index, speculative=way, show=streamed)
                 (outputs if way is speculative else baselines).append(output)
-            if not (quiet and json_file == "-"):
-                show("\n")
+            if not silent:
+                show((session.text(outputs[-1]) if compare else "") + "\n")
     report = session.report(outputs, baselines)
     write_json(json_file, report)
     note("\n" + summary(report))
@@ -280,6 +261,8 @@ def summary(report: dict[str, Any]) -> str:
         lines.append(
             f"acceptance rate {report['acceptance_rate']:.3f} ({report['accepted']} of {report['drafted']} drafted),"
             f" {report['mean_acceptance_length']:.2f} tokens a verification, by position: {positions}"
+            if report["drafted"]
+            else "acceptance rate none: nothing was drafted"
         )
     if "speedup" in report:
         lines.append(

@@ -8,7 +8,7 @@ from typing import Any
 
 from decode.timing import ComputedAt
 
-VERSION = 1  # of what the figures mean: those of other versions are not compared with ours
+VERSION = 2  # of what the figures mean: those of other versions are not compared with ours
 SHORT = 16  # tokens: what is shorter may well be said three times over, as in a refrain
 
 
@@ -28,7 +28,11 @@ class Round:
 
 @dataclass
 class Metrics:
-    """Counts and times (seconds of wall clock) over rounds, of one output or of many."""
+    """Counts and times (seconds of wall clock) over rounds, of one output or of many.
+
+    rounds: those in which something was drafted; others say nothing of a draft. show_seconds: between rounds, while
+    their text was decoded and printed: a user waits for that too, and the device may work meanwhile.
+    """
 
     tokens: int = 0
     rounds: int = 0
@@ -38,11 +42,12 @@ class Metrics:
     prefill_seconds: float = 0.0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
+    show_seconds: float = 0.0
 
     def add(self, found: Round, began: float, done: float) -> None:
         """Count a round. began, done: when it was asked for and when it came, as its `computed` has time."""
         self.tokens += len(found.tokens)
-        self.rounds += 1
+        self.rounds += found.drafted > 0
         self.drafted += found.drafted
         self.accepted += found.accepted
         self.accepted_at += [0] * (found.drafted - len(self.accepted_at))
@@ -61,6 +66,7 @@ class Metrics:
             "prefill_seconds",
             "draft_seconds",
             "verify_seconds",
+            "show_seconds",
         ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.accepted_at += [0] * (len(other.accepted_at) - len(self.accepted_at))
@@ -81,7 +87,7 @@ class Metrics:
 
     @property
     def decode_seconds(self) -> float:
-        return self.draft_seconds + self.verify_seconds
+        return self.draft_seconds + self.verify_seconds + self.show_seconds
 
     @property
     def tok_per_s(self) -> float:
@@ -89,12 +95,14 @@ class Metrics:
         return self.tokens / self.decode_seconds if self.decode_seconds else 0.0
 
     @property
-    def acceptance_rate(self) -> float:
-        return self.accepted / self.drafted if self.drafted else 0.0
+    def acceptance_rate(self) -> float | None:
+        """None where nothing was drafted."""
+        return self.accepted / self.drafted if self.drafted else None
 
     @property
-    def mean_acceptance_length(self) -> float:
-        return 1 + self.accepted / self.rounds if self.rounds else 0.0
+    def mean_acceptance_length(self) -> float | None:
+        """None where nothing was drafted."""
+        return 1 + self.accepted / self.rounds if self.rounds else None
 
     @property
     def acceptance_per_position(self) -> list[float]:
@@ -117,6 +125,11 @@ class Metrics:
             "mean_acceptance_length": self.mean_acceptance_length,
             "acceptance_per_position": self.acceptance_per_position,
         }
+
+
+def in_words(rate: float | None, digits: int = 3) -> str:
+    """A rate as text: that of nothing is none, and not zero."""
+    return "none" if rate is None else f"{rate:.{digits}f}"
 
 
 def is_looping(tokens: list[int], longest: int | None = None) -> bool:

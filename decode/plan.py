@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from decode.models import formats
 from decode.models.checkpoint import embedded_teacher
@@ -67,7 +67,7 @@ def break_even(costs: Costs) -> float | None:
     return high
 
 
-def teacher_bytes(shape: Dimensions, head: Literal["bf16", "int8"], context: int) -> dict[str, int]:
+def teacher_bytes(shape: Dimensions, head: str, context: int) -> dict[str, int]:
     """Bytes that a BitNet teacher reads for a token, by part and in total.
 
     Ternary weights take two bits; a scale of an output is float32, and so are keys and values.
@@ -101,7 +101,7 @@ def make_plan(
     *,
     bandwidth: float,
     acceptances: Sequence[float] = ACCEPTANCES,
-    head: Literal["bf16", "int8"] = "bf16",
+    head: str = "bf16",
     context: int = 512,
     verify_ratio: float = 1.0,
 ) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from decode.models.transformer import Precision, Transformer
 from decode.prompts import Prompt
 from decode.sampling import Sampling
 from decode.timing import timed
-from decode.tokenizer import Tokenizer
+from decode.tokenizer import Streamer, Tokenizer
 from kernels import UserError, backend, reference
 from kernels.device import device_name, versions
 from kernels.ops import SMALL_ROWS
@@ -58,8 +58,10 @@ class Session:
         raw: bool = False,
         seed: int = 0,
         head: Precision = "float",
+        template_time: str | None = None,
     ) -> None:
-        """head: the teacher's. A draft only proposes, so where the kernels are native it is all int8."""
+        """head: the teacher's. A draft only proposes, so where the kernels are native it is all int8. template_time:
+        what a chat template that asks for the time is told, by default the time now."""
         if draft is not None:
             if k < 1:
                 raise UserError(f"--k {k}: at least one token must be drafted (decode plain drafts none)")
@@ -67,7 +69,7 @@ class Session:
         if max_tokens < 1:
             raise UserError(f"--max-tokens {max_tokens}: must be at least 1")
         self.teacher_checkpoint, self.draft_checkpoint = teacher, draft
-        self.tokenizer = Tokenizer(teacher.folder)
+        self.tokenizer = Tokenizer(teacher.folder, template_time)
         self.k, self.max_tokens, self.raw, self.seed = k, max_tokens, raw, seed
         self.sampling = sampling or Sampling()
         self.head = head
@@ -89,10 +91,10 @@ class Session:
         for prompt in prompts:
             ids = self.tokenizer.encode_prompt(prompt, raw=self.raw)
             if not ids:
-                raise UserError(f"prompt {prompt.id}: is empty")
+                raise UserError(f"{prompt.place}: is empty")
             if len(ids) >= self.teacher.context:
                 raise UserError(
-                    f"prompt {prompt.id}: {len(ids)} tokens leave no room in the teacher's context of"
+                    f"{prompt.place}: {len(ids)} tokens leave no room in the teacher's context of"
                     f" {self.teacher.context}"
                 )
             encoded.append(ids)
@@ -132,12 +134,15 @@ class Session:
             prompt_ids, limit or self.max_tokens, self.tokenizer.end_tokens, self.sampling, self.seed + index
         )
         drafter = self._drafter(request) if speculative else None
-        streamer = self.tokenizer.streamer()
+        streamer = self._streamer(output)
         began = time.perf_counter()
         rounds = generate(self.teacher, request, drafter, self.k)
-        output.metrics.prefill_seconds = time.perf_counter() - began
+        before = time.perf_counter()
+        output.metrics.prefill_seconds = before - began
         for found, asked, came in timed(rounds):
             output.metrics.add(found, asked, came)
+            output.metrics.show_seconds += asked - before
+            before = came
             output.tokens += found.tokens
             if show is not None:
                 show(streamer.push(found.tokens))
@@ -146,6 +151,15 @@ class Session:
         if output.tokens and output.tokens[-1] in self.tokenizer.end_tokens:
             output.finish_reason = "stop"
         return output
+
+    def text(self, output: Completion) -> str:
+        """What a reply says, as it is handed to `show`."""
+        streamer = self._streamer(output)
+        return streamer.push(output.tokens) + streamer.finish()
+
+    def _streamer(self, output: Completion) -> Streamer:
+        bare = self.raw or self.tokenizer.template_hash is None  # a text that the reply goes on with
+        return self.tokenizer.streamer(output.prompt_ids if bare else ())
 
     def _drafter(self, request: Request) -> Drafter | None:
         """What drafts one reply; None without a draft."""
@@ -172,6 +186,7 @@ class Session:
             "sampling": vars(self.sampling),
             "seed": self.seed,
             "max_tokens": self.max_tokens,
+            "template_time": None if self.raw else self.tokenizer.template_time,
             "backend": backend().NAME,
             "device": device_name(),
             "versions": versions(),
@@ -196,7 +211,7 @@ class Session:
             "category": output.prompt.category,
             "prompt_tokens": len(output.prompt_ids),
             "token_ids": output.tokens,
-            "text": self.tokenizer.decode(output.tokens),
+            "text": self.text(output),
             "finish_reason": output.finish_reason,
             "looping": is_looping(output.tokens),
             **output.metrics.times(),
@@ -222,15 +237,17 @@ class Session:
 
         Measured by itself: in a round the verification is queued while the draft still runs.
         """
+        most = min(self.k, *(model.context - 1 for model in (self.teacher, self.draft) if model)) + 1
+        context = min(MEASURED_CONTEXT, self.teacher.context - most)
         cache = self.teacher.new_cache()
-        text = [self.end_token] * MEASURED_CONTEXT
-        self.teacher.prefill(text, cache)
-        times: dict[int, list[float]] = {1: [], self.k + 1: []}
+        text = [self.end_token] * max(context, most)
+        self.teacher.prefill(text[:context], cache)
+        times: dict[int, list[float]] = {1: [], most: []}
         began = time.perf_counter()
         while len(times[1]) < MEASURED_STEPS and (len(times[1]) < 3 or time.perf_counter() - began < MEASURED_SECONDS):
             for rows, seconds in times.items():
-                cache.offset = MEASURED_CONTEXT
+                cache.offset = context
                 started = time.perf_counter()
                 mx.eval(self.teacher.best_tokens(self.teacher.step(text[:rows], cache).logits))
                 seconds.append(time.perf_counter() - started)
-        return statistics.median(times[self.k + 1]) / statistics.median(times[1])
+        return statistics.median(times[most]) / statistics.median(times[1])

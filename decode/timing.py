@@ -15,8 +15,7 @@ T = TypeVar("T")
 
 
 def timed(items: Iterator[T]) -> Iterator[tuple[T, float, float]]:
-    """Each item with when it was asked for and when it came (`time.perf_counter`): what the consumer does in between
-    counts for neither."""
+    """Each item with when it was asked for and when it came (`time.perf_counter`)."""
     while True:
         began = time.perf_counter()
         try:

@@ -4,29 +4,47 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from decode.prompts import Prompt
+from decode.prompts import Message, Prompt, called_functions, text_of
 from kernels.errors import UserError, first_line
-from kernels.files import read_json
+from kernels.files import json_hash, read_json
 
+# Put before a chat template that asks for the time: transformers' own function looks at the clock at each call.
+STRFTIME_NOW = """\
+{%- macro strftime_now(format) -%}
+{%- set at = namespace(text=format) -%}
+{%- for directive, value in template_time.items() -%}{%- set at.text = at.text | replace(directive, value) -%}
+{%- endfor -%}{{ at.text }}
+{%- endmacro %}
+"""
+DIRECTIVES = [f"%{dash}{letter}" for letter in "aAwdbBmyYHIlkpMSfzZjUWcxXFTDReGuVhCsP" for dash in ("", "-")]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+LINE_END = re.compile("\r\n|\r")
+# Shows how text is normalised, split and begun: words, numbers, white space, other scripts, what may be special tokens.
+PROBE = "It's a probe:  1,234.5 naïve ﬁles,\tdon't\r\n\n def f_2(x): «Äpfel» два 東京 \u0301🙂 </s> <s> HTTPServer "
 
 
 class Tokenizer:
     """A model folder's tokenizer and chat template, through mlx-lm."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, template_time: str | None = None) -> None:
+        """template_time: the time that a chat template which asks for it is told, as the property of that name has it;
+        that of this call by default."""
         from huggingface_hub.errors import StrictDataclassError
         from mlx_lm.utils import load_tokenizer
         from transformers.utils import logging
 
         logging.set_verbosity_error()  # it warns of prompts beyond the context, which we refuse
-        declared = _declared_ends(folder / "generation_config.json")  # first: mlx-lm reads it too, without a check
+        declared = _declared_ends(folder)  # first: mlx-lm reads these files too, without a check
         try:
             with _without_code(folder) as readable:
                 self._wrapped = load_tokenizer(readable)
@@ -37,6 +55,9 @@ class Tokenizer:
         except Exception as error:  # several libraries read the files; `tokenizers` raises Exception itself
             raise UserError(f"{folder}: the tokenizer cannot be loaded: {first_line(error)}") from error
         self.folder = folder
+        self._time = (
+            datetime.now().replace(microsecond=0) if template_time is None else datetime.fromisoformat(template_time)
+        )
         config = folder / "config.json"
         self._vocab_size = read_json(config).get("vocab_size") if config.exists() else None
         ends = set(self._wrapped.eos_token_ids) | declared
@@ -47,36 +68,106 @@ class Tokenizer:
 
     @property
     def template_hash(self) -> str | None:
-        """sha256 of the chat template; None where there is none."""
+        """sha256 of the chat template, without what a file of its own may add: how it writes line ends, and one at its
+        end, which Jinja leaves out. None where there is no template."""
         template = self._wrapped.chat_template if self._wrapped.has_chat_template else None
-        return None if template is None else hashlib.sha256(str(template).encode()).hexdigest()
+        text = LINE_END.sub("\n", str(template)).removesuffix("\n")
+        return None if template is None else hashlib.sha256(text.encode()).hexdigest()
+
+    @cached_property
+    def spelling_hash(self) -> str:
+        """sha256 of what decides, beside the table of tokens and the chat template, how text becomes tokens: the ids of
+        a probe, and the special tokens that a template may name. Tools that save a tokenizer again write both
+        otherwise, with what concerns only them."""
+        ids = self._wrapped.encode(PROBE), self._wrapped.encode(PROBE, add_special_tokens=False)
+        return json_hash([ids, self._wrapped.special_tokens_map])
+
+    @property
+    def template_time(self) -> str | None:
+        """The local time that the chat template is told, to the second; None where it asks for none."""
+        asks = self._wrapped.has_chat_template and "strftime_now" in str(self._wrapped.chat_template)
+        return self._time.isoformat() if asks else None
 
     def encode_prompt(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Token ids of a prompt through the chat template, or of its bare text with `raw`."""
         if raw or not self._wrapped.has_chat_template:
-            return self.encode_text("\n".join(message["content"] for message in prompt.messages))
-        try:
-            ids: list[int] = self._wrapped.apply_chat_template(prompt.messages, add_generation_prompt=True)
-        except Exception as error:  # it is a program of the checkpoint's: roles that do not take turns, or any mistake
-            raise UserError(f"prompt {prompt.id}: the chat template refuses it: {first_line(error)}") from error
-        return self._checked(ids)
+            if any(map(called_functions, prompt.messages)):
+                raise UserError(f"{prompt.place}: calls tools, which only a chat template can write")
+            return self.encode_text("\n".join(map(text_of, prompt.messages)))
+        return self._checked(self._apply_template(prompt.messages, prompt.place, add_generation_prompt=True))
 
     def encode_text(self, text: str) -> list[int]:
+        """Token ids of a text as it is, behind the BOS token where the tokenizer puts one; a text that begins with it
+        does not get it twice."""
         ids: list[int] = self._wrapped.encode(text)
+        if self._added_bos and ids[1:2] == self._added_bos:
+            del ids[0]
         return self._checked(ids)
 
-    def encode_conversation(self, messages: list[dict[str, str]]) -> tuple[list[int], int]:
-        """Ids of a conversation up to the end token of its last message, a reply, and where that begins."""
-        prompt = self.encode_prompt(Prompt(messages[:-1], "of a conversation"))
+    def encode_conversation(self, messages: list[Message], where: str = "a conversation") -> tuple[list[int], int]:
+        """Ids of a conversation up to the end token of its last message, a reply, and where that begins. where: its
+        place, for messages."""
+        prompt = self.encode_prompt(Prompt(messages[:-1], "", where=where))
         whole: list[int] = []
         if self._wrapped.has_chat_template:
-            whole = self._wrapped.apply_chat_template(messages, add_generation_prompt=False)
+            whole = self._apply_template(messages, where, add_generation_prompt=False)
         if whole[: len(prompt)] != prompt:  # no template, or one that writes a reply otherwise than it asks for it
-            reply = self._wrapped.encode(messages[-1]["content"], add_special_tokens=False)
-            whole = prompt + reply + sorted(self.end_tokens)[:1]
+            if called_functions(messages[-1]):
+                raise UserError(
+                    f"{where}: ends with calls of tools, which the chat template writes otherwise than text"
+                )
+            reply = self._wrapped.encode(text_of(messages[-1]), add_special_tokens=False)
+            whole = prompt + reply + self._reply_end
         reply_ids = range(len(prompt), len(whole))
         end = next((i + 1 for i in reply_ids if whole[i] in self.end_tokens), len(whole))
         return self._checked(whole[:end]), len(prompt)
+
+    @cached_property
+    def _added_bos(self) -> list[int]:
+        """The BOS token, where the tokenizer puts it before every text."""
+        first: list[int] = self._wrapped.encode("")[:1]
+        return first if first == [self._wrapped.bos_token_id] else []
+
+    @property
+    def _reply_end(self) -> list[int]:
+        """The end token of a reply that no template ends: the tokenizer's own, else the lowest, if there is any."""
+        own = self._wrapped.eos_token_id
+        return [own] if own in self.end_tokens else sorted(self.end_tokens)[:1]
+
+    def _apply_template(self, messages: list[Message], where: str, *, add_generation_prompt: bool) -> list[int]:
+        """Token ids of messages. UserError where the chat template refuses them, or leaves out or garbles a part."""
+        options = {"add_generation_prompt": add_generation_prompt}
+        try:
+            if any(isinstance(message["content"], list) for message in messages) and not self._reads_parts:
+                raise ValueError("it does not read content in parts; give it as one string")
+            if names := [name for message in messages for name in called_functions(message)]:
+                text = self._templated(messages, tokenize=False, **options)
+                if missing := [name for name in names if name not in text]:
+                    raise ValueError(f"it leaves out calls of tools ({missing[0]})")
+            ids: list[int] = self._templated(messages, **options)
+        except Exception as error:  # it is a program of the checkpoint's: roles that do not take turns, or any mistake
+            raise UserError(f"{where}: the chat template refuses it: {first_line(error)}") from error
+        return ids
+
+    @cached_property
+    def _reads_parts(self) -> bool:
+        """Whether the chat template writes content in parts as it writes the same content in one string: others fail,
+        or print the list as Python would."""
+        try:
+            whole, parts = (
+                self._templated([{"role": "user", "content": content}], tokenize=False)
+                for content in ("Hi", [{"type": "text", "text": "Hi"}])
+            )
+        except Exception:  # as above
+            return False
+        return bool(whole == parts)
+
+    def _templated(self, messages: list[Message], **options: Any) -> Any:
+        """What mlx-lm's `apply_chat_template` gives, with the time of this tokenizer."""
+        if self.template_time is not None:
+            options["chat_template"] = STRFTIME_NOW + self._wrapped.get_chat_template()
+            options["template_time"] = {directive: self._time.strftime(directive) for directive in DIRECTIVES}
+        return self._wrapped.apply_chat_template(messages, **options)
 
     def _known(self, token: int) -> bool:
         """Whether the model has this token: tokenizers may have more, added after the model was trained."""
@@ -93,22 +184,27 @@ class Tokenizer:
         return ids
 
     def decode(self, tokens: list[int]) -> str:
-        """The text of a reply; end tokens and other special tokens are left out."""
+        """The text of a reply; end tokens, special ones or not, and other special tokens are left out."""
+        said = [token for token in tokens if token not in self.end_tokens]
         # Cleaning up would move spaces that a streamer has printed already.
-        text: str = self._wrapped.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: str = self._wrapped.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
-    def streamer(self) -> Streamer:
-        return Streamer(self)
+    def streamer(self, printed: Sequence[int] = ()) -> Streamer:
+        """printed: tokens of a text that is gone on with, so that a space at the border is kept."""
+        return Streamer(self, printed)
 
 
-def _declared_ends(path: Path) -> set[int]:
-    """The end tokens that a generation_config.json names, if it is there."""
-    declared = read_json(path).get("eos_token_id") if path.exists() else None
-    ends = declared if isinstance(declared, list) else [] if declared is None else [declared]
-    if any(type(token) is not int for token in ends):
-        raise UserError(f"{path}: eos_token_id is {declared!r}, not a token's id or a list of them")
-    return set(ends)
+def _declared_ends(folder: Path) -> set[int]:
+    """The end tokens that config.json and generation_config.json name: either may know one that the other does not."""
+    ends: set[int] = set()
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        declared = read_json(path).get("eos_token_id") if path.exists() else None
+        named = declared if isinstance(declared, list) else [] if declared is None else [declared]
+        if any(type(token) is not int for token in named):
+            raise UserError(f"{path}: eos_token_id is {declared!r}, not a token's id or a list of them")
+        ends.update(named)
+    return ends
 
 
 @contextmanager
@@ -127,27 +223,36 @@ def _without_code(folder: Path) -> Iterator[Path]:
 class Streamer:
     """Turns tokens into text as they come, never printing half a character."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, printed: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._done = 0
-        self._printed = ""
+        self._window = list(printed)  # the tokens that are decoded again as others come
+        self._printed = tokenizer.decode(self._window)  # as much of their text as was printed
+        self._restart()
 
     def push(self, tokens: list[int]) -> str:
         """The new text these tokens complete."""
-        self._tokens += tokens
-        text = self._tokenizer.decode(self._tokens[self._done :])
+        self._window += tokens
+        text = self._tokenizer.decode(self._window)
         if text.endswith("\ufffd"):
             return ""
         new = text[len(self._printed) :]
         self._printed = text
         # Restart the window at line ends, so a long reply is not decoded again and again.
         if text.endswith("\n") and len(text) > 256:
-            self._done, self._printed = len(self._tokens), ""
+            self._restart()
         return new
 
+    def _restart(self) -> None:
+        """Keep of the window only its last whole text: what begins a text may lose a space in decoding (Llama 2), so
+        something that was printed stays before what comes."""
+        for start in range(len(self._window) - 1, 0, -1):
+            text = self._tokenizer.decode(self._window[start:])
+            if text and "\ufffd" not in text:
+                self._window, self._printed = self._window[start:], text
+                return
+
     def finish(self) -> str:
-        return self._tokenizer.decode(self._tokens[self._done :])[len(self._printed) :]
+        return self._tokenizer.decode(self._window)[len(self._printed) :]
 
 
 def check_tokenizer(teacher_folder: Path) -> None:

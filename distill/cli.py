@@ -13,11 +13,12 @@ import typer
 from tqdm import tqdm
 
 from decode.keep_awake import keep_awake
+from decode.metrics import in_words
 from decode.models.checkpoint import DEFAULT_TEACHER, find_teacher
 from decode.options import TeacherOption
+from decode.settings import given_options, takes_settings
 from distill.cli_models import convert, evaluate, publish
 from distill.data.settings import CollectSettings
-from distill.settings import given_options, takes_settings
 from distill.training.settings import TrainSettings
 from kernels.console import Interrupted, JsonOption, QuietOption, check_json_target, progress, run, say, write_json
 
@@ -107,6 +108,7 @@ def collect(
             bytes=size,
             seconds=time.perf_counter() - began,
         )
+        result["left_out"] = [vars(omission) for omission in collector.left_out()]
         for remark in collector.remarks(dataset):
             note(remark)
         note(f"{plan.folder}: {dataset.tokens:,} tokens in {len(dataset.shards)} shards, {size / 1e6:.1f} MB")
@@ -140,13 +142,16 @@ def verify(
     """Check every hash, shape and value of a dataset, and of the replies it was scored from where they are here; exit 1
     if one is wrong."""
     from distill.data.inspection import verify as check
+    from distill.data.manifest import Manifest
 
     problems = check(dataset, repair=repair)
+    unfinished = not problems and not Manifest.read(dataset).complete
     write_json(json_file, {"dataset": str(dataset), "ok": not problems, "problems": [vars(p) for p in problems]})
     if json_file != "-" and not quiet:
         for problem in problems:
             print(f"{os.path.normpath(dataset / problem.file)}: {problem.message}")
-        print(f"{dataset}: {'all well' if not problems else f'{len(problems)} problems'}")
+        well = "all well so far, and not complete" if unfinished else "all well"
+        print(f"{dataset}: {well if not problems else f'{len(problems)} problems'}")
     if problems:
         raise typer.Exit(1)
 
@@ -248,8 +253,9 @@ def run_recipe(
     write_json(json_file, result | {"stages": records})
     report = records[-1]["report"]
     say(quiet)(
-        f"{plan.draft}: acceptance rate {report['acceptance_rate']:.3f}, {report['mean_acceptance_length']:.2f} tokens"
-        f" a verification, speed-up {report['speedup']:.2f}, identical: {'yes' if report['identical'] else 'NO'}"
+        f"{plan.draft}: acceptance rate {in_words(report['acceptance_rate'])},"
+        f" {in_words(report['mean_acceptance_length'], 2)} tokens a verification, speed-up {report['speedup']:.2f},"
+        f" identical: {'yes' if report['identical'] else 'NO'}"
         f"\n{_use_it(plan.draft, plan.teacher)}"
     )
     if not report["identical"]:

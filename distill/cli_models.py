@@ -11,8 +11,8 @@ import typer
 from decode.keep_awake import keep_awake
 from decode.models.checkpoint import RUNS, find_teacher
 from decode.options import TeacherOption
+from decode.settings import takes_settings
 from distill.release.settings import EvaluateSettings
-from distill.settings import takes_settings
 from kernels.console import Interrupted, JsonOption, QuietOption, check_json_target, progress, say, write_json
 
 
@@ -142,7 +142,8 @@ def publish(
         bool,
         typer.Option(
             "--force",
-            help="Also replace another teacher's draft, or publish one that is unfinished or was not identical.",
+            help="Also replace another teacher's draft, or a card edited on the Hub, or publish an unfinished draft, or"
+            " one that was not identical.",
         ),
     ] = False,
     json_file: JsonOption = None,
@@ -183,4 +184,8 @@ def publish(
             print(done.url)
         what = "commit" if done.changed else "nothing had changed since commit"
         note(f"{what} {done.commit}, {'private' if done.private else 'public'}")
+        if done.deleted:
+            note(f"deleted there: {', '.join(done.deleted)}")
+        if done.card_kept:
+            note(f"{repo}: README.md was written or edited there and is kept; --force replaces it by the new card")
     write_json(json_file, result | {"card": package.card})

@@ -20,20 +20,22 @@ from typing import Any
 import mlx.core as mx
 
 from decode.models.checkpoint import Checkpoint, find_model
+from decode.tokenizer import Tokenizer
 from distill.data.collect import Collector, Plan, plan_collection
 from distill.data.manifest import FORMAT, MANIFEST
 from distill.data.reply_pass import Progress
 from distill.data.shards import Dataset
+from distill.provenance import teacher_files
 from distill.recipe import RECIPE_FILE, STAGES, Recipe
-from distill.release.evaluate import evaluate, fingerprint, finished_report, select
+from distill.release.evaluate import check_evaluation_folder, evaluate, fingerprint, finished_report, select
 from distill.training.checkpoint import check_draft_folder
 from distill.training.draft_config import DraftConfig
-from distill.training.memory import check_memory
+from distill.training.memory import check_memory, disk_bytes
 from distill.training.run import train
-from distill.training.state import difference
+from distill.training.state import STATE, difference, stored_bytes
 from kernels.console import say
 from kernels.errors import UserError
-from kernels.files import read_json, sha256, write_atomic
+from kernels.files import read_json, sha256, working_in, write_atomic
 
 OTHERWISE = "give the recipe another `out`, or delete it"
 
@@ -104,10 +106,23 @@ class Pipeline:
             self._check_dataset(trained)
         if not trained and "train" not in names:
             raise UserError(f"{recipe.draft}: holds no finished draft; run the recipe from an earlier stage")
+        self._check_recipe_file()
         if not trained:
             hidden = int(self.teacher.config["hidden_size"]) if training.teacher_embedding else 0
-            check_memory(config, training.batch, recipe.collect.seq_len, hidden)
-            check_draft_folder(recipe.draft)
+            check_memory(config, training.batch, recipe.collect.seq_len, hidden, training.dtype)
+            with working_in(recipe.draft, room=disk_bytes(config) - stored_bytes(recipe.draft / STATE)):
+                check_draft_folder(recipe.draft)
+        check_evaluation_folder(recipe.evaluation)
+
+    def _check_recipe_file(self) -> None:
+        """A recipe beside the draft is the one that made it, or this one: another's is not replaced."""
+        path = self.recipe.draft / RECIPE_FILE
+        if path.exists():
+            about = self.recipe.draft / "draft.json"
+            made_by = read_json(about).get("recipe") if about.is_file() else None
+            known = {self.recipe.sha256, made_by.get("sha256") if isinstance(made_by, dict) else None}
+            if not path.is_file() or sha256(path) not in known:
+                raise UserError(f"{path}: is in the way of this recipe; move it elsewhere")
 
     # --- collect
 
@@ -175,7 +190,9 @@ class Pipeline:
         try:
             training = about["training"]
             begun, data = training["settings"], training["data"]["sha256"]
+            files = teacher_files(Tokenizer(self.teacher.folder))
             same_teacher = about["teacher"]["hash"] == self.teacher.weights_hash
+            same_teacher = same_teacher and training.get("teacher_files", files) == files
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder / 'draft.json'}: is damaged (no {error})") from None
         if text := difference(begun, self.recipe.train.record()):

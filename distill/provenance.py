@@ -2,25 +2,54 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
+import shutil
 import subprocess
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from decode.models.checkpoint import CARD, ROOT, Checkpoint
-from distill.data.manifest import Settings
+from decode.tokenizer import Tokenizer
+from distill.data.manifest import DatasetSettings
 from kernels import UserError
 from kernels.device import device_name, versions
-from kernels.files import read_json
+from kernels.files import json_hash, read_json
 
 CONVERTED = "converted.json"  # what `distill convert` leaves in a folder: where the model comes from
+HUB = "https://huggingface.co"
 LICENCE_KEYS = ("license", "license_name", "license_link")
+CONFIG_FILES = ("config.json", "generation_config.json")
+# What tools write into these as they save a model again, and no model reads.
+BOOKKEEPING = ("_name_or_path", "_from_model_config", "transformers_version")
 ORIGIN_KEYS = ("repo", "revision", *LICENCE_KEYS)
 # Where the Hub's client keeps what it downloads: models--OWNER--NAME/snapshots/COMMIT.
 SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]{40})")
 
 
-def teacher_metadata(folder: Path, settings: Settings) -> dict[str, Any]:
+def teacher_files(tokenizer: Tokenizer) -> dict[str, str]:
+    """sha256 of what decides, beside weights and table of tokens, how a teacher reads and answers a prompt: what its
+    config files hold, its chat template, and what its tokenizer's files make of text, however they are written."""
+    template = tokenizer.template_hash
+    return (
+        config_hashes(tokenizer.folder)
+        | ({} if template is None else {"chat template": template})
+        | {"tokenizer.json or tokenizer_config.json": tokenizer.spelling_hash}
+    )
+
+
+def config_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of what a model's config files hold, those that are there, whatever their spacing and order of keys."""
+    contents = {name: read_json(folder / name) for name in CONFIG_FILES if (folder / name).is_file()}
+    return {
+        name: json_hash({key: value for key, value in content.items() if key not in BOOKKEEPING})
+        for name, content in contents.items()
+    }
+
+
+def teacher_metadata(folder: Path, settings: DatasetSettings) -> dict[str, Any]:
     """The teacher of a dataset: name and hash; where the folder holds that very teacher, its `origin` too."""
     metadata: dict[str, Any] = {"name": settings.teacher_name, "hash": settings.teacher_hash}
     if Checkpoint(folder, folder.name, {}).weights_hash != settings.teacher_hash:
@@ -37,7 +66,7 @@ def origin(folder: Path) -> dict[str, str]:
         found["converted_from"] = original["hash"]
     elif snapshot := SNAPSHOT.search(folder.absolute().as_posix()):
         found |= {"repo": f"{snapshot['owner']}/{snapshot['name']}", "revision": snapshot["revision"]}
-    return found if found.keys() & LICENCE_KEYS else found | licence_of(folder)
+    return linked(found if found.keys() & LICENCE_KEYS else found | licence_of(folder))
 
 
 def _converted_from(folder: Path) -> dict[str, Any]:
@@ -61,7 +90,34 @@ def licence_of(folder: Path) -> dict[str, str]:
     return {key: metadata[key] for key in LICENCE_KEYS if isinstance(metadata.get(key), str)}
 
 
-def dataset_metadata(settings: Settings) -> dict[str, Any]:
+def linked(found: dict[str, str]) -> dict[str, str]:
+    """The same with a `license_link` that leads somewhere from everywhere, where the repository is known."""
+    link = found.get("license_link", "")
+    if "repo" not in found or not link or urlsplit(link).scheme:
+        return found
+    path = posixpath.normpath(link.lstrip("/"))
+    return found | {"license_link": f"{HUB}/{found['repo']}/blob/{found.get('revision', 'main')}/{path}"}
+
+
+def licence_file(folder: Path, about: dict[str, Any]) -> Path | None:
+    """The file of a folder that the `license_link` of its model names; None for other links, and where it is not there.
+
+    A model card is no licence, whatever the link says."""
+    link = about.get("license_link")
+    name = posixpath.normpath(link) if isinstance(link, str) else ""
+    path = folder / name
+    return path if name not in ("", CARD) and Path(name).name == name and path.is_file() else None
+
+
+def copy_licence(source: Path, target: Path, about: dict[str, Any], but: Collection[str] = ()) -> None:
+    """Copy the licence that a model's `license_link` names to another folder of its files, unless its name is in `but`
+    or taken."""
+    path = licence_file(source, about)
+    if path is not None and path.name not in but and not (target / path.name).exists():
+        shutil.copyfile(path, target / path.name)
+
+
+def dataset_metadata(settings: DatasetSettings) -> dict[str, Any]:
     """How a dataset was collected: its manifest's settings, without what draft.json says elsewhere."""
     elsewhere = {"teacher", "tokenizer_hash"}
     return {key: value for key, value in settings.values.items() if key not in elsewhere}

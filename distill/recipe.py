@@ -1,7 +1,7 @@
 """Recipes: TOML files that hold every setting of a run, read with plain errors.
 
 A recipe has `teacher`, `out` and the sections `[collect]`, `[train]` and `[evaluate]`, each with an `out` of its own
-and the keys of its command's settings (distill.settings); what is left out has the commands' default.
+and the keys of its command's settings (decode.settings); what is left out has the commands' default.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from decode.models.checkpoint import ROOT, RUNS
+from decode.settings import Settings
 from distill.data.settings import CollectSettings
 from distill.release.settings import EvaluateSettings
-from distill.settings import Settings
 from distill.training.settings import TrainSettings
 from kernels.errors import UserError
 

@@ -16,7 +16,7 @@ import typer
 from tqdm import tqdm
 
 from kernels.errors import UserError
-from kernels.files import replacing
+from kernels.files import NO_ROOM, replacing
 
 JsonOption = Annotated[
     str | None,
@@ -34,16 +34,19 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", callback=_quiet, hel
 
 
 class Interrupted(Exception):
-    """Ctrl-C, with what the user should know of it."""
+    """Ctrl-C or SIGTERM, with what the user should know of it."""
 
 
 def run(app: typer.Typer, name: str) -> None:
-    """Run a command line: 0 done, 1 a check failed, 2 the user's input is at fault, 130 interrupted.
+    """Run a command line: 0 done, 1 a check failed, 2 the user's input is at fault, 130 interrupted, by Ctrl-C or
+    SIGTERM.
 
     name: of the command, before each error. A reader that goes away (`| head`) ends it quietly with 141, as a shell
     says of other programs that SIGPIPE ended.
     """
     _mend_streams()
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _as_ctrl_c)
     try:
         # typer swallows typer.Exit and KeyboardInterrupt, and returns their codes; no command returns a value.
         code = app(prog_name=name, standalone_mode=False) or 0
@@ -61,7 +64,9 @@ def run(app: typer.Typer, name: str) -> None:
         print(f"\n{name}: interrupted{f': {error}' if str(error) else ''}", file=sys.stderr)
         raise SystemExit(130) from None
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
+        # What is written to files names them; a disk that is full below a redirected output does not.
+        where = error.filename or ("standard output" if error.errno in NO_ROOM else "")
+        where = f"{where}: " if where else ""
         fail(name, f"{where}{error.strerror or error}")
     except MemoryError:
         fail(name, "this needs more memory than there is")
@@ -78,6 +83,14 @@ def run(app: typer.Typer, name: str) -> None:
         _finish_computing()
         print(f"\n{name}: interrupted", file=sys.stderr)
     raise SystemExit(code)
+
+
+def _as_ctrl_c(number: int, frame: Any) -> None:
+    """Do what Ctrl-C would do now; a command in a script's background ignores that one, but not the order to end."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler):
+        raise KeyboardInterrupt
+    handler(signal.SIGINT, frame)
 
 
 def _finish_computing() -> None:

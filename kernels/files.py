@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import glob
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from typing import Any
 from kernels.errors import UserError, first_line
 
 TEMPORARY = ".tmp-"  # what the names of files begin with that have not taken their place yet
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+CONFIG = "config.json"  # makes a folder one of a model
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -31,6 +31,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: is not a JSON object")
     return value
+
+
+def json_hash(content: Any) -> str:
+    """sha256 of JSON, whatever its white space and order of keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_json_lines(path: Path) -> list[Any]:
@@ -83,7 +88,7 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
 
 def cannot_write(error: OSError) -> str:
     """What stands against writing, to be followed by the place."""
-    return "no room left in" if error.errno in _NO_ROOM else "cannot write to"
+    return "no room left in" if error.errno in NO_ROOM else "cannot write to"
 
 
 def sync(path: Path) -> None:
@@ -93,6 +98,15 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def append_line(path: Path, value: Any) -> None:
+    """Add a value as a line of JSON. Raises UserError naming the folder."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(value) + "\n")
+    except OSError as error:
+        raise UserError(f"{cannot_write(error)} {path.parent} ({path.name}: {error.strerror})") from error
 
 
 # Folders
@@ -112,71 +126,122 @@ def lock_folder(folder: Path) -> int:
     return descriptor
 
 
+@contextmanager
+def working_in(folder: Path, room: float = 0) -> Iterator[None]:
+    """Make a folder and hold its lock. What would fail at the end of long work is tried at its start: writing,
+    renaming, and whether there is `room`, in bytes.
+
+    UserError names the folder. One that was made and is empty in the end goes again.
+    """
+    made = not folder.exists()
+    try:
+        lock = _begin(folder, room)
+        try:
+            yield
+        finally:
+            os.close(lock)
+    finally:
+        if made:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _begin(folder: Path, room: float) -> int:
+    """Make, lock and try a folder; the lock's descriptor."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file, not a folder")
+    try:
+        Path(os.path.realpath(folder)).mkdir(parents=True, exist_ok=True)  # a link may lead to one that is not there
+        lock = lock_folder(folder)
+        try:
+            tried = folder / f"{TEMPORARY}tried"
+            write_atomic(tried, b"whether this can be written")
+            tried.unlink()
+            disk = shutil.disk_usage(folder)
+            if disk.free < room and disk.total:  # some file systems do not tell
+                raise UserError(f"no room left in {folder}: {room / 1e9:.2f} GB are needed, {disk.free / 1e9:.2f} free")
+        except BaseException:
+            os.close(lock)
+            raise
+    except OSError as error:
+        raise UserError(f"{cannot_write(error)} {folder} ({error.strerror})") from error
+    return lock
+
+
 def holds_current(folder: Path) -> bool:
-    """Whether a folder is the current one or above it, as the root always is: neither is ever replaced."""
+    """Whether a folder is the current one or above it, as the root always is: neither is a model's own."""
     return Path.cwd().is_relative_to(os.path.realpath(folder))  # Path.resolve raises where links go round
 
 
 @contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder` that takes its place, by renames, when the block ends well.
+def replacing_files(folder: Path, record: str) -> Iterator[Path]:
+    """An empty folder whose files take their places in `folder` when the block ends well: all of them or none.
 
-    folder: absolute, and not one that `holds_current`. Whatever is raised inside, OSError too, passes on, and `folder`
-    is as it was; `recover_folder` undoes what a kill between the renames leaves.
+    record: the JSON file whose `files` lists, by their hashes, those that a folder has of ours. What it listed before
+    and is not there any more goes; all else in `folder` stays. A kill while files take their places leaves no
+    config.json, so nothing that could be taken for a model, and `finish_replacing` ends what was begun.
     """
-    for path in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):  # of processes that were killed
-        number = path.name.removeprefix(f".{folder.name}.").removesuffix(".tmp")
-        if number.isdigit() and not _runs(int(number)):
-            shutil.rmtree(path, ignore_errors=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    replaced = _replaced(folder)
+    new = folder / f"{TEMPORARY}new"
+    shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for path in temporary.iterdir():
-            if path.is_file():
-                sync(path)
-        shutil.rmtree(replaced, ignore_errors=True)
-        if folder.exists():
-            folder.rename(replaced)
-        temporary.rename(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+        new.mkdir()
+        yield new
+        for path in new.iterdir():
+            sync(path)
+        sync(new)
+        new.rename(_whole(folder))
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        recover_folder(folder)
+        shutil.rmtree(new, ignore_errors=True)
+    finish_replacing(folder, record)
 
 
-def recover_folder(folder: Path) -> None:
-    """Undo a replacement that was killed between its two renames."""
-    if not folder.exists() and _replaced(folder).is_dir():
-        _replaced(folder).rename(folder)
+def finish_replacing(folder: Path, record: str) -> None:
+    """Let the files take their places that a kill kept from it."""
+    whole = _whole(folder)
+    if not whole.is_dir():
+        return
+    waiting = {path.name for path in whole.iterdir()}
+    if record in waiting:  # else the folder's is the new one already, and lists what has taken its place
+        gone = listed_files(folder / record).keys() - waiting
+        for name in (*waiting & {CONFIG}, *gone, record):  # no model from here on, until all is in its place
+            (folder / name).unlink(missing_ok=True)
+    for name in sorted(waiting, key=lambda name: (name == record, name == CONFIG)):
+        (whole / name).replace(folder / name)
+    sync(folder)
+    whole.rmdir()
 
 
-def _replaced(folder: Path) -> Path:
-    """Where a folder stands while another takes its place."""
-    folder = Path(os.path.abspath(folder))  # noqa: PTH100  ("." and ".." have no name; Path.absolute keeps "..")
-    return folder.with_name(f".{folder.name}.replaced")
+def _whole(folder: Path) -> Path:
+    """Where files wait to take their places, all of them written."""
+    return folder / f"{TEMPORARY}whole"
 
 
-def _runs(process: int) -> bool:
+def listed_files(record: Path) -> dict[str, str]:
+    """Names and hashes of the files of ours in a folder, as its record lists them; none where it does not say."""
     try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # someone else's
-        return True
-    return True
+        files = read_json(record).get("files")
+    except UserError:
+        return {}
+    return {n: h for n, h in files.items() if Path(n).name == n} if isinstance(files, dict) else {}
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """A file or a folder of files again at another place: the old one stays valid meanwhile."""
-    if source.is_dir():
-        target.mkdir()
-        for path in source.iterdir():
-            link_or_copy(path, target / path.name)
-    elif source.is_file():
-        try:
-            target.hardlink_to(source)
-        except OSError:
-            shutil.copyfile(source, target)
+def unlisted_files(folder: Path, record: str) -> set[str]:
+    """The names in a folder that its record does not list: they are not ours."""
+    return {path.name for path in folder.iterdir()} - listed_files(folder / record).keys()
+
+
+def check_own_files(folder: Path, record: str, names: Collection[str]) -> None:
+    """UserError where writing `names` and weights into a folder would replace files that are not ours, or that were
+    edited, and where other weights would be read with them.
+
+    Ours are those that the folder's record lists. Weights of ours that differ are damaged, not edited.
+    """
+    listed = listed_files(folder / record)
+    for path in sorted(folder.iterdir()):
+        weights = path.match("model*.safetensors")
+        if not (weights or path.name in names or path.name in listed):
+            continue
+        if not path.is_file() or path.name not in listed:
+            raise UserError(f"{path}: is in the way: bitdraft did not write it; move it elsewhere")
+        if not weights and sha256(path) != listed[path.name]:
+            raise UserError(f"{path}: was changed, and would be replaced; move it elsewhere")

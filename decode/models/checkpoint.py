@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from decode.models.hub import fetch_by_name
 from decode.models.transformer import Precision, Transformer
 from kernels import UserError, swap_bitlinear
 from kernels.errors import first_line
-from kernels.files import read_json
+from kernels.files import json_hash, read_json
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEFAULT_TEACHER = ROOT / "checkpoints" / "bitnet-smol-116m"
@@ -113,9 +112,20 @@ class Checkpoint:
 
 
 def tokenizer_hash(folder: Path) -> str:
-    """Hash of a folder's `tokenizer.json`, independent of white space and key order."""
-    path = folder / "tokenizer.json"
-    return hashlib.sha256(json.dumps(read_json(path), sort_keys=True).encode()).hexdigest()
+    """sha256 of a tokenizer's tokens, merges and special tokens, however its `tokenizer.json` writes them.
+
+    Tools that save a tokenizer again write merges as pairs or as words, and fill in what has no effect.
+    """
+    table = sorted((token_id, *entry) for token_id, entry in token_table(folder).items())
+    model = read_json(folder / "tokenizer.json")["model"]
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges") or []]
+    scores = model["vocab"] if isinstance(model["vocab"], list) else []
+    return json_hash([table, merges, scores])
+
+
+def has_tokenizer(folder: Path, recorded: str) -> bool:
+    """Whether a dataset's `tokenizer_hash` is that of a folder. Until 0.2.0 it was of all that tokenizer.json holds."""
+    return recorded in (tokenizer_hash(folder), json_hash(read_json(folder / "tokenizer.json")))
 
 
 def embedded_teacher(option: str) -> Path:
@@ -242,14 +252,18 @@ def token_table(folder: Path) -> dict[int, tuple[str, bool]]:
     data = read_json(path)
     model = data.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
-    if not isinstance(vocab, dict):
+    if not vocab or not isinstance(vocab, dict | list):
         raise UserError(f"{path}: has no vocabulary")
+    try:  # as a list (Unigram), tokens with their scores, in the order of their ids
+        ids = vocab.items() if isinstance(vocab, dict) else [(text, i) for i, (text, _) in enumerate(vocab)]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: its vocabulary is damaged ({error})") from error
     try:
         entries = data.get("added_tokens") or []
         added = [(entry["id"], entry["content"], bool(entry.get("special"))) for entry in entries]
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: its added_tokens are damaged ({error!r})") from error
-    tokens = [(token_id, text, False) for text, token_id in vocab.items()] + added
+    tokens = [(token_id, text, False) for text, token_id in ids] + added
     for token_id, text, _ in tokens:
         if type(token_id) is not int:
             raise UserError(f"{path}: is damaged (the id of token {text!r} is {token_id!r})")

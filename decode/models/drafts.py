@@ -13,6 +13,7 @@ from decode.models.checkpoint import ROOT, RUNS, Checkpoint, find_model
 from kernels.backends import backend
 from kernels.device import device_name
 from kernels.errors import UserError
+from kernels.files import read_json
 
 ABOUT, EVALUATION = "draft.json", "evaluation.json"
 SHIPPED = ROOT / "checkpoints"
@@ -28,7 +29,18 @@ class Choice:
 
 def find_draft(name: str | None, teacher: Checkpoint) -> Choice:
     """A draft by path or Hub name, else the `default_draft`."""
-    return Choice(find_model(name, "--draft"), "named by --draft") if name is not None else default_draft(teacher)
+    if name is None:
+        return default_draft(teacher)
+    draft = find_model(name, "--draft")
+    return Choice(draft, "named by --draft" + ("; its training is not finished" if is_unfinished(draft) else ""))
+
+
+def is_unfinished(draft: Checkpoint) -> bool:
+    """Whether a draft is what an interrupted training has left."""
+    try:
+        return read_json(draft.folder / ABOUT).get("complete") is False
+    except UserError:  # it does not say, as drafts of others don't
+        return False
 
 
 def newest_draft(teacher: Checkpoint | None, runs: Path = RUNS) -> Path | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kernels import UserError
 from kernels.errors import first_line
+from kernels.files import NO_ROOM
 
 LOG_IN = "log in with `hf auth login`"
 
@@ -76,6 +77,8 @@ def explain(error: BaseException, repo: str) -> str:
     def any_is(kind: type[BaseException]) -> bool:
         return any(isinstance(link, kind) for link in links)
 
+    if any(isinstance(link, OSError) and link.errno in NO_ROOM for link in links):
+        return f"no room left in {constants.HF_HUB_CACHE}, where the Hub's client keeps files"
     partly, never = any_is(IncompleteSnapshotError), any_is(OfflineModeIsEnabled)
     if (partly or never) and constants.is_offline_mode() and not _told_to_stay_offline():
         had = "only a part of it was" if partly else "it was never"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distill.data.manifest import MAX_BITS, Settings
+from distill.data.manifest import MAX_BITS, DatasetSettings
 
 Tensors = dict[str, np.ndarray]
 Layout = dict[str, tuple[np.dtype, tuple[int, ...]]]  # what tensors should be: dtype and shape by name
@@ -138,7 +138,7 @@ def sum_tolerance(k: int) -> float:
     return 1.1 * float(np.sqrt(CODE_RANGE * np.log(k + 1))) / CODE_MAX
 
 
-def layout(rows: int, settings: Settings) -> Layout:
+def layout(rows: int, settings: DatasetSettings) -> Layout:
     """Name -> (dtype, shape) of the tensors that a shard of `rows` rows holds."""
     seq_len, k, vocab_size = settings.seq_len, settings.k, settings.vocab_size
     return {
@@ -151,7 +151,7 @@ def layout(rows: int, settings: Settings) -> Layout:
     }
 
 
-def encode(block: Block, settings: Settings) -> Tensors:
+def encode(block: Block, settings: DatasetSettings) -> Tensors:
     """Block -> the tensors of its shard, as `layout` describes them."""
     rows, seq_len, k = block.top_ids.shape
     vocab_size = settings.vocab_size
@@ -174,7 +174,7 @@ def decode_text(tensors: Tensors) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tensors["tokens"].astype(np.int32), mask.view(np.bool_), tensors[SEGMENTS].view(np.uint8)
 
 
-def decode(tensors: Tensors, settings: Settings) -> Block:
+def decode(tensors: Tensors, settings: DatasetSettings) -> Block:
     """The tensors of a shard -> Block; the inverse of `encode` up to the coding of probabilities."""
     rows, seq_len = tensors["tokens"].shape
     k, vocab_size = settings.k, settings.vocab_size
@@ -195,7 +195,7 @@ def decode(tensors: Tensors, settings: Settings) -> Block:
     )
 
 
-def faults(block: Block, settings: Settings, coded: bool) -> list[str]:
+def faults(block: Block, settings: DatasetSettings, coded: bool) -> list[str]:
     """What is wrong with a block's shapes, dtypes and values, one line each; empty if nothing is.
 
     `coded`: the block was read from a shard, so that its probabilities have the error of coding.

@@ -9,7 +9,7 @@ elsewhere. The last two can be stopped at any instant and go on.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from decode.metal import limit_memory
-from decode.models.checkpoint import RUNS, Checkpoint
+from decode.models.checkpoint import RUNS, Checkpoint, has_tokenizer
 from decode.models.dimensions import Dimensions
 from decode.models.transformer import Transformer
 from decode.tokenizer import Tokenizer, check_tokenizer
-from distill.data.manifest import FORMAT, MANIFEST, Manifest, ScoredFrom, Settings, folder_name
+from distill.data.manifest import FORMAT, MANIFEST, DatasetSettings, Manifest, Omission, ScoredFrom, folder_name
 from distill.data.packing import MIN_SEGMENT, Row, cut, pack, segment
 from distill.data.prompts import Chosen, choose_documents, wants_reply
 from distill.data.replies import generate_replies
@@ -30,7 +30,8 @@ from distill.data.reply_pass import Progress, ReplyPass
 from distill.data.scoring import Scorer, bytes_per_token
 from distill.data.settings import OF_REPLIES, OF_SCORES, CollectSettings, complete_settings
 from distill.data.shards import Dataset, ShardWriter
-from distill.data.sources import Skipped, at_commit, is_hub, load_excluded, read_source, source_fingerprint
+from distill.data.sources import at_commit, is_hub, load_excluded, read_source, shown_name, source_fingerprint
+from distill.provenance import teacher_files
 from kernels import UserError
 from kernels.files import sha256
 
@@ -48,9 +49,9 @@ class Plan:
     teacher: Checkpoint
     settings: CollectSettings
     folder: Path
-    manifest: Settings
+    manifest: DatasetSettings
     replies: Path
-    reply_manifest: Settings
+    reply_manifest: DatasetSettings
     sources: tuple[str, ...] | None
     excluded: frozenset[str] = field(default=frozenset(), repr=False)
 
@@ -86,13 +87,18 @@ def plan_collection(teacher: Checkpoint, settings: CollectSettings, out: Path | 
         ],
         "exclude": [source_fingerprint(name) for name in settings.exclude],
     }
+    values |= _named_as({} if out is None else _begun(out), teacher)
     scores = settings.recorded(OF_SCORES)
-    folder = out or RUNS / folder_name("data", Settings(values | scores))
-    replies = folder.parent / folder_name("replies", Settings(values))
-    begun = [source for place in (replies, folder) for source in _sources_of(place)]
-    sources = tuple(at_commit(name, begun) for name in settings.sources)
+    folder = out or RUNS / folder_name("data", DatasetSettings(values | scores))
+    replies = folder.parent / folder_name("replies", DatasetSettings(values))
+    begun = [_begun(place) for place in (replies, folder)]
+    known = [source for one in begun if isinstance(one.get("sources"), list) for source in one["sources"]]
+    sources = tuple(at_commit(name, known) for name in settings.sources)
     values["sources"] = [source_fingerprint(name, read) for name, read in zip(settings.sources, sources, strict=True)]
-    manifest, reply_manifest = Settings(values | scores), Settings(values)
+    if "template_time" in values:
+        times = [one["template_time"] for one in begun if "template_time" in one]
+        values["template_time"] = next(iter(times), values["template_time"])
+    manifest, reply_manifest = DatasetSettings(values | scores), DatasetSettings(values)
     excluded = load_excluded(settings.exclude)
     return Plan(teacher, settings, folder, manifest, replies, reply_manifest, sources, excluded)
 
@@ -115,9 +121,10 @@ def plan_scoring(
     mine, values = _of_teacher(teacher), complete_settings(replies.settings.values)
     if replies.settings.teacher_hash != teacher.weights_hash:
         raise UserError(f"--replies {folder}: was written by {replies.settings.teacher_name}, not by {teacher.name}")
-    for name, value in mine.items():
-        if name != "teacher" and values.get(name, value) != value:
-            raise UserError(f"--replies {folder}: was written with another {name} than that of {teacher.folder}")
+    mine |= _named_as(values, teacher)
+    here = {name: value for name, value in mine.items() if name in values and name != "template_time"}
+    if difference := replies.settings.difference(DatasetSettings(values | here)):
+        raise UserError(f"--replies {folder}: was written with another {difference[0]} than that of {teacher.folder}")
     try:
         known = {name: values[name] for name in OF_REPLIES}
         settings = CollectSettings(
@@ -130,31 +137,42 @@ def plan_scoring(
         raise UserError(f"{folder / MANIFEST}: is damaged (settings: {error})") from None
     replace(settings, max_reply=1).check(teacher.config)
     of_teacher = {name: values[name] for name in mine if name in values}
-    manifest = Settings(of_teacher | known | settings.recorded(OF_SCORES))
+    manifest = DatasetSettings(of_teacher | known | settings.recorded(OF_SCORES))
     return Plan(
         teacher, settings, out or RUNS / folder_name("data", manifest), manifest, folder, replies.settings, sources=None
     )
 
 
 def _of_teacher(teacher: Checkpoint) -> dict[str, Any]:
-    """What decides replies of a teacher: its weights, token ids, chat template and end tokens."""
+    """What decides replies of a teacher: its weights, what forms its prompts, and where it ends."""
     tokenizer = Tokenizer(teacher.folder)
-    return {
+    values = {
         "teacher": {"name": teacher.name, "hash": teacher.weights_hash},
         "tokenizer_hash": teacher.tokenizer_hash,
         "chat_template_hash": tokenizer.template_hash,
         "end_tokens": sorted(tokenizer.end_tokens),
+        "teacher_files": teacher_files(tokenizer),
         "vocab_size": int(teacher.config["vocab_size"]),
     }
+    time = tokenizer.template_time
+    return values if time is None else values | {"template_time": time}
 
 
-def _sources_of(folder: Path) -> list[Any]:
-    """The sources in a folder's manifest; what is wrong with one is said when the folder is opened."""
+def _named_as(begun: dict[str, Any], teacher: Checkpoint) -> dict[str, Any]:
+    """What names a teacher and its tokenizer in the settings of a dataset that was begun with them: models move, and
+    until 0.2.0 a tokenizer's hash was another."""
+    if not begun or begun["teacher"]["hash"] != teacher.weights_hash:
+        return {}
+    known = has_tokenizer(teacher.folder, begun["tokenizer_hash"])
+    return {name: begun[name] for name in (("teacher", "tokenizer_hash") if known else ("teacher",))}
+
+
+def _begun(folder: Path) -> dict[str, Any]:
+    """The settings in a folder's manifest; what is wrong with one is said when the folder is opened."""
     try:
-        sources = Manifest.read(folder).settings.values.get("sources")
+        return Manifest.read(folder).settings.values
     except UserError:
-        return []
-    return sources if isinstance(sources, list) else []
+        return {}
 
 
 class Collector:
@@ -168,9 +186,8 @@ class Collector:
         """
         self.plan, self.settings, self.progress = plan, plan.settings, progress
         limit_memory()
-        self.tokenizer = Tokenizer(plan.teacher.folder)
+        self.tokenizer = Tokenizer(plan.teacher.folder, plan.reply_manifest.values.get("template_time"))
         self.model: Transformer = plan.teacher.load()
-        self.skipped: dict[str, Skipped] = {}
 
     def check_folder(self) -> bool:
         """Begin or take up the folder, so that one that cannot be used is refused before any work; whether the
@@ -207,28 +224,31 @@ class Collector:
             return Replies.open(self.plan.replies)
         with ReplyWriter.open(self.plan.replies, self.plan.reply_manifest) as writer:
             if not writer.manifest.complete:
-                self._reply_pass().run(writer, self.choose())
+                chosen = self.choose()
+                try:
+                    self._reply_pass().run(writer, chosen)
+                finally:
+                    for one in chosen:
+                        one.documents.close()
+                omissions = self._omissions(chosen)
                 if not writer.manifest.entries:
-                    raise self._nothing()
+                    raise self._nothing(omissions)
+                writer.note_omissions(omissions)
                 writer.finish()
         return Replies.open(self.plan.replies)
 
     def choose(self) -> list[Chosen]:
         """The first pass: the documents of each source."""
-        settings, chosen = self.settings, []
-        for index, name in enumerate(self.plan.sources or ()):
-            skipped = self.skipped[settings.sources[index]] = Skipped()
-            chosen.append(
-                choose_documents(
-                    name,
-                    excluded=self.plan.excluded,
-                    longest=4 * settings.seq_len,
-                    seed=(settings.seed, index),
-                    reply=settings.reply,
-                    skipped=skipped,
-                )
+        settings = self.settings
+        return [
+            choose_documents(
+                name,
+                excluded=self.plan.excluded,
+                longest=4 * settings.seq_len,
+                seed=(settings.seed, index),
             )
-        return chosen
+            for index, name in enumerate(self.plan.sources or ())
+        ]
 
     def rows(self, examples: Iterable[Example]) -> list[Row]:
         """Examples in segments, shuffled and packed: tokens int32, trained positions bool, segment ids uint8,
@@ -241,26 +261,33 @@ class Collector:
         return pack([segments[i] for i in order], seq_len)
 
     def remarks(self, dataset: Dataset) -> list[str]:
-        """What a user should know of a collection that is done: rows left out, and tokens that no source had."""
-        remarks, asked = self._skips(), self.settings.tokens
+        """What a user should know of a collection that is done: what was left out, and tokens that no source had."""
+        remarks, asked = [str(omission) for omission in self.left_out()], self.settings.tokens
         if self.plan.sources is not None and dataset.tokens < asked - MIN_SEGMENT * len(self.settings.sources):
             remarks.append(
                 f"{dataset.folder}: the sources had only {dataset.tokens:,} of the {asked:,} tokens asked for"
             )
         return remarks
 
-    def _nothing(self) -> UserError:
+    def left_out(self) -> tuple[Omission, ...]:
+        """What of the sources is not in a collection that is done; nothing where its replies are not here."""
+        try:
+            return Replies.open(self.plan.replies).left_out
+        except UserError:
+            return ()
+
+    def _omissions(self, chosen: Sequence[Chosen]) -> tuple[Omission, ...]:
+        return tuple(
+            Omission(shown_name(source), reason, count, one.left_out.firsts[reason])
+            for source, one in zip(self.settings.sources, chosen, strict=True)
+            for reason, count in one.left_out.counts.items()
+        )
+
+    def _nothing(self, omissions: Sequence[Omission] = ()) -> UserError:
         if self.plan.sources is None:
             return UserError(f"--replies {self.plan.replies}: nothing to score")
-        reasons = "; ".join(["empty or all excluded", *self._skips()])
+        reasons = "; ".join(map(str, omissions)) or "nothing is there"
         return UserError(f"{', '.join(self.settings.sources)}: nothing to collect from ({reasons})")
-
-    def _skips(self) -> list[str]:
-        return [
-            f"{name}: {skipped.count:,} {'row was' if skipped.count == 1 else 'rows were'} skipped: {skipped.first}"
-            for name, skipped in self.skipped.items()
-            if skipped.count
-        ]
 
     def _reply_pass(self) -> ReplyPass:
         shape = Dimensions.of(self.plan.teacher.config, str(self.plan.teacher.folder))
@@ -283,7 +310,7 @@ class Collector:
         row = np.full(settings.seq_len, min(self.tokenizer.end_tokens, default=0), np.int32)
         prompt = row[: min(64, settings.seq_len // 2)].tolist()
         if any(asked):
-            self._reply_pass().check_caches([(number, prompt) for number in range(settings.reply_batch)])
+            self._reply_pass().check_caches([len(prompt)] * settings.reply_batch)
         rows = [(row, np.ones_like(row, bool), np.ones_like(row, np.uint8))] * settings.batch
         scorer = replace(self._scorer(), advance=lambda tokens: None)
         seconds = []

@@ -19,7 +19,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from distill.data.codec import Layout, Tensors
-from distill.data.manifest import FORMAT, MANIFEST, SHARD_FILE, Entry, Manifest, Settings
+from distill.data.manifest import FORMAT, MANIFEST, SHARD_FILE, DatasetSettings, Entry, Manifest
 from kernels.errors import UserError
 from kernels.files import TEMPORARY, lock_folder, write_atomic
 
@@ -35,7 +35,7 @@ class Writer:
         self.folder, self.manifest, self._lock = folder, manifest, lock
 
     @classmethod
-    def open(cls, folder: Path | str, settings: Settings) -> Self:
+    def open(cls, folder: Path | str, settings: DatasetSettings) -> Self:
         """Begins a dataset, or goes on with one that was begun with the same settings.
 
         Listed files that have gone count as missing. One process at a time may write to a folder.
@@ -80,6 +80,7 @@ class Writer:
         if difference := old.settings.difference(self.manifest.settings):
             name, was, now = difference
             raise UserError(f"{self.folder}: was begun with {name} = {_short(was)}, not {_short(now)}")
+        self.check_resumable(old)
         for index, entry in list(old.entries.items()):
             path = self.folder / entry.file
             if not path.is_file() or path.stat().st_size != entry.bytes:
@@ -87,8 +88,11 @@ class Writer:
                 old.complete = False
         self.manifest = old
 
+    def check_resumable(self, old: Manifest) -> None:
+        """UserError where what an older version began cannot be gone on with."""
+
     @property
-    def settings(self) -> Settings:
+    def settings(self) -> DatasetSettings:
         return self.manifest.settings
 
     @property
@@ -158,7 +162,7 @@ class Reader:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.settings, self.complete = folder, manifest.settings, manifest.complete
-        self.format, self.scored_from = manifest.format, manifest.scored_from
+        self.format, self.scored_from, self.left_out = manifest.format, manifest.scored_from, manifest.left_out
         self.shards = [manifest.entries[index] for index in sorted(manifest.entries)]
 
     @classmethod

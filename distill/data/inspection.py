@@ -18,7 +18,7 @@ from kernels.files import sha256
 
 SAMPLED_SHARDS = 8
 # What a manifest's settings say that `distill inspect` shows elsewhere, or only as JSON.
-SHOWN_APART = {"teacher", "tokenizer_hash", "chat_template_hash", "vocab_size", "sources", "exclude"}
+SHOWN_APART = {"teacher", "tokenizer_hash", "chat_template_hash", "teacher_files", "vocab_size", "sources", "exclude"}
 OF_SHARDS_APART = {"k", "temperatures", "seq_len", "collection_format"}
 
 
@@ -198,7 +198,9 @@ def _where(dataset: Dataset, replies: ScoredFrom) -> dict[str, Any]:
 
 def _inspect_replies(replies: Replies) -> dict[str, Any]:
     count = sum(example.replied for example in replies)
-    return _summary(replies, {}, {"examples_replied": count, "sha256": sha256(replies.folder / MANIFEST)})
+    left_out = [vars(omission) for omission in replies.left_out]
+    last = {"examples_replied": count, "sha256": sha256(replies.folder / MANIFEST), "left_out": left_out}
+    return _summary(replies, {}, last)
 
 
 def _summary(reader: Reader, first: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
@@ -263,6 +265,10 @@ def table(summary: dict[str, Any]) -> str:
     for title, name in (("sources", "sources"), ("prompts left out", "exclude")):
         if rows := [_source(entry) for entry in settings.get(name) or []]:
             text += f"\n\n{title}\n{_columns(rows)}"
+    if rows := [
+        (one["source"], f"{one['count']:,}", one["reason"], one["first"]) for one in summary.get("left_out", [])
+    ]:
+        text += f"\n\nleft out of the sources\n{_columns(rows)}"
     apart = SHOWN_APART | OF_SHARDS_APART if of_shards else SHOWN_APART
     others = [(name, _joined(value)) for name, value in settings.items() if name not in apart]
     return text + (f"\n\nsettings\n{_columns(others)}" if others else "")

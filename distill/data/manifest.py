@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,19 @@ MANIFEST = "manifest.json"
 FORMAT = 3
 OLD_FORMATS = {1: 2}  # of what 0.1.0 wrote: the manifest's version, and the format it stands for
 MAX_BITS = 25  # a packed value and the up to seven bits before it have to fit one 32-bit window
+# What manifests began to pin after others had been written without it, and what no folder is named after: where one of
+# these differs, the same command must find the folder and refuse it, or take the time from it.
+PINNED_LATER = ("teacher_files", "template_time")
 SHARD_FILE = re.compile(r"(shard|reply)-\d{5,9}\.safetensors", re.ASCII)
 
 
 @dataclass(frozen=True)
-class Settings:
+class DatasetSettings:
     """All that decides a dataset's content, as plain JSON; two datasets with equal settings are equal.
 
     Every dataset has `teacher` {name, hash}, `tokenizer_hash` and `vocab_size`; shards of logits also
-    have `k`, `temperatures` (1.0 first) and `seq_len`. Whoever collects adds the rest: sources,
-    seeds, exclusions, budgets. Raises ValueError where one of these is missing or impossible.
+    have `k`, `temperatures` (1.0 first) and `seq_len`. Whoever collects adds the rest: the teacher's
+    other files, sources, seeds, exclusions, budgets. Raises ValueError where one of these is missing or impossible.
     """
 
     values: dict[str, Any]
@@ -37,6 +41,8 @@ class Settings:
             raise ValueError("settings: teacher must have a name and a hash")
         if not isinstance(values.get("tokenizer_hash"), str):
             raise ValueError("settings: tokenizer_hash is missing")
+        if "template_time" in values:
+            datetime.fromisoformat(str(values["template_time"]))
         whole = [name for name in ("vocab_size", "k", "seq_len") if name in values or name == "vocab_size"]
         for name in whole:
             if type(values.get(name)) is not int or not 1 <= values[name] < 2**MAX_BITS:
@@ -80,10 +86,14 @@ class Settings:
     def seq_len(self) -> int:
         return self.values["seq_len"]
 
-    def difference(self, other: "Settings") -> tuple[str, Any, Any] | None:
+    def difference(self, other: "DatasetSettings") -> tuple[str, Any, Any] | None:
         """The first setting that differs, as (dotted name, value here, value there); None if none does. Either may be
-        of an older version: what it does not know was at its default."""
-        here, there = (_flat("", complete_settings(settings.values)) for settings in (self, other))
+        of an older version: what it does not know was at its default, or is not known."""
+        unknown = {name for name in PINNED_LATER if not (name in self.values and name in other.values)}
+        here, there = (
+            _flat("", {k: v for k, v in complete_settings(settings.values).items() if k not in unknown})
+            for settings in (self, other)
+        )
         for name in [*here, *(name for name in there if name not in here)]:
             if here.get(name, "absent") != there.get(name, "absent"):
                 return name, here.get(name, "absent"), there.get(name, "absent")
@@ -136,18 +146,33 @@ class ScoredFrom:
     sha256: str
 
 
+@dataclass(frozen=True)
+class Omission:
+    """What of a source is not in the dataset, for one reason: how many documents, and which was the first."""
+
+    source: str
+    reason: str
+    count: int
+    first: str
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.count:,} left out, {self.reason} (the first: {self.first})"
+
+
 @dataclass
 class Manifest:
     """What `manifest.json` says. `kind` is "shards" or "replies" and names the files as well.
 
-    scored_from: of shards, the reply datasets that their tokens come from, once those are complete.
+    scored_from: of shards, the reply datasets that their tokens come from, once those are complete. left_out: of
+    complete replies, what was met in the sources and not used.
     """
 
     kind: str
-    settings: Settings
+    settings: DatasetSettings
     entries: dict[int, Entry] = field(default_factory=dict)
     complete: bool = False
     scored_from: tuple[ScoredFrom, ...] = ()
+    left_out: tuple[Omission, ...] = ()
     format: int = FORMAT
 
     def __post_init__(self) -> None:
@@ -161,12 +186,14 @@ class Manifest:
     def dump(self) -> bytes:
         listed = [asdict(self.entries[index]) for index in sorted(self.entries)]
         scored_from = {"scored_from": [asdict(replies) for replies in self.scored_from]} if self.scored_from else {}
+        left_out = {"left_out": [asdict(omission) for omission in self.left_out]} if self.left_out else {}
         content = {
             "format": f"bitdraft {self.kind}",
             "version": FORMAT,
             "complete": self.complete,
             "settings": self.settings.values,
             **scored_from,
+            **left_out,
             "shards": listed,
         }
         return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
@@ -205,9 +232,10 @@ class Manifest:
         try:
             manifest = cls(
                 found.split()[1],
-                Settings(content["settings"]),
+                DatasetSettings(content["settings"]),
                 complete=content["complete"] is True,
                 scored_from=tuple(_scored_from(entry) for entry in content.get("scored_from", [])),
+                left_out=tuple(_omission(entry) for entry in content.get("left_out", [])),
                 format=OLD_FORMATS.get(version, FORMAT),
             )
             for line in content["shards"]:
@@ -236,12 +264,23 @@ def _scored_from(values: dict[str, str]) -> ScoredFrom:
     return replies
 
 
-def folder_name(prefix: str, settings: Settings) -> str:
+def _omission(values: dict[str, Any]) -> Omission:
+    omission = Omission(**values)
+    if type(omission.count) is not int or not all(
+        isinstance(text, str) for text in (omission.source, omission.reason, omission.first)
+    ):
+        raise ValueError(f"left_out: {values!r} is no source, reason, count and first document")
+    return omission
+
+
+def folder_name(prefix: str, settings: DatasetSettings) -> str:
     """The name that a dataset's folder has by default: prefix, teacher, and 8 digits that its settings decide.
 
     A dataset of the Hub counts by its name, whatever is uploaded meanwhile.
     """
     values: dict[str, Any] = {"format": FORMAT, **CollectSettings.without_added(settings.values)}
+    for name in PINNED_LATER:
+        values.pop(name, None)
     for name in ("sources", "exclude"):
         values[name] = [
             entry["name"] if isinstance(entry, dict) and entry.get("kind") == "hub" else entry

@@ -1,13 +1,13 @@
 """A reply dataset: what is scored, as tokens. The teacher's replies behind their prompts, and the texts beside them."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from distill.data import codec
 from distill.data.dataset import Reader, Writer
-from distill.data.manifest import FORMAT, Entry
+from distill.data.manifest import FORMAT, Entry, Manifest, Omission
 from kernels.errors import UserError
 
 EXAMPLES_PER_FILE = 128
@@ -39,6 +39,19 @@ class ReplyWriter(Writer):
     """Writes examples file by file, so that generation killed at any instant goes on where it was."""
 
     kind = "replies"
+
+    def check_resumable(self, old: Manifest) -> None:
+        """Examples of two orders may not be mixed."""
+        if not old.complete and "teacher_files" in self.settings.values.keys() - old.settings.values.keys():
+            raise UserError(
+                f"{self.folder}: was begun by an older version of bitdraft, which chose prompts in another order; begin"
+                " anew in another folder, or delete this one"
+            )
+
+    def note_omissions(self, left_out: tuple[Omission, ...]) -> None:
+        """Record what of the sources was not used."""
+        if self.manifest.left_out != left_out:
+            self._write(replace(self.manifest, left_out=left_out))
 
     def write(self, examples: Sequence[Example], index: int | None = None) -> Entry:
         """Writes examples as file `index`, by default the first that is missing."""

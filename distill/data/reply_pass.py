@@ -1,7 +1,9 @@
 """The second pass of a collection: the teacher answers the prompts, and all that will be scored becomes tokens.
 
-The prompt that a reply answers, its temperature and its random numbers follow from its number alone. How many are
-answered depends on how long the replies are, and nothing else does: batches only decide how fast it goes.
+Which documents are taken is the beginning of their order, whatever the lengths of prompts and replies: long and short
+ones, prompts and texts, as often as the source has them. A reply's temperature and random numbers follow from its
+prompt's number. How many are answered depends on how long the replies are, and nothing else does: batches only decide
+how fast it goes.
 (Until generation is independent of its batch by bits, another `reply_batch` can also turn a near tie.)
 """
 
@@ -16,13 +18,16 @@ from decode.models.dimensions import Dimensions
 from decode.models.transformer import Transformer
 from decode.tokenizer import Tokenizer
 from distill.data.packing import MIN_SEGMENT, cut, segment
-from distill.data.prompts import Chosen, Numbered, encode_prompt, encode_text
+from distill.data.prompts import Chosen, Numbered, encode_prompt, encode_text, wants_reply
 from distill.data.replies import generate_replies
 from distill.data.reply_dataset import EXAMPLES_PER_FILE, Example, Replies, ReplyWriter
 from distill.data.settings import CollectSettings
+from kernels.errors import UserError
 from kernels.memory import check_fits
 
-WINDOW = 4  # batches of prompts among which lengths are sorted, so that little of a batch is padding
+WINDOW = 4  # batches of documents among whose prompts lengths are sorted, so that little of a batch is padding
+REFUSED = "refused by the chat template or tokenizer"
+TOO_SHORT = f"fewer than {MIN_SEGMENT} tokens"
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -40,49 +45,75 @@ class Quota:
         return self.size - self.taken
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A document as tokens, before the teacher has said anything."""
+
+    number: int
+    ids: list[int]
+    prompt_length: int
+    asks: bool  # whether the teacher is to reply
+
+
 class Supply:
-    """What one source can still give: its prompts first, in the order of their numbers, then its texts."""
+    """What one source can still give, in the order of its numbers."""
 
-    def __init__(self, source: int, chosen: Chosen, tokenizer: Tokenizer, longest: int) -> None:
-        """longest: tokens of a prompt; those with more are left out."""
-        self.source = source
-        self._prompts = self._encoded(chosen.prompts, tokenizer, longest)
-        self._texts = iter(chosen.texts)
-        self._tokenizer = tokenizer
-        self._ahead: list[tuple[int, list[int]]] = []
+    def __init__(
+        self, source: int, chosen: Chosen, tokenizer: Tokenizer, settings: CollectSettings, context: int
+    ) -> None:
+        """context: tokens that the teacher can work on."""
+        self.source, self.left_out = source, chosen.left_out
+        self._tokenizer, self._settings = tokenizer, settings
+        self._longest = min(context, settings.seq_len) - settings.max_reply
+        self._candidates = self._encoded(chosen.documents)
+        self._ahead: list[Candidate] = []
 
-    def prompts(self, room: int, max_reply: int, batch: int) -> list[tuple[int, list[int]]]:
-        """The next prompts, (number, ids) each, that are surely or probably needed for `room` tokens. They stay here
-        until `taken` says how many were used."""
-        window: list[tuple[int, list[int]]] = []
+    def window(self, room: int) -> list[Candidate]:
+        """The next documents, those that are surely or probably needed for `room` tokens. They stay here until `taken`
+        says how many were used."""
+        batch, max_reply = self._settings.reply_batch, self._settings.max_reply
+        window: list[Candidate] = []
         sure = 0
         while len(window) < WINDOW * batch and (sure < room or len(window) < batch // 4):
             if len(window) == len(self._ahead):
-                entry = next(self._prompts, None)
-                if entry is None:
+                candidate = next(self._candidates, None)
+                if candidate is None:
                     break
-                self._ahead.append(entry)
+                self._ahead.append(candidate)
             window.append(self._ahead[len(window)])
-            sure += len(window[-1][1]) + max_reply
+            sure += len(window[-1].ids) + (max_reply if window[-1].asks else 0)
         return window
 
-    def taken(self, prompts: int) -> None:
-        del self._ahead[:prompts]
+    def taken(self, documents: int) -> None:
+        del self._ahead[:documents]
 
-    def text(self) -> Example | None:
-        """The next text, None where there is no more."""
-        entry = next(self._texts, None)
-        if entry is None:
-            return None
-        ids, prompt_length = encode_text(self._tokenizer, entry[1])
-        return Example(self.source, entry[0], np.array(ids, np.int32), prompt_length, replied=False)
+    def _encoded(self, documents: Iterator[Numbered]) -> Iterator[Candidate]:
+        for number, document in documents:
+            asks = self._settings.reply and wants_reply(document)
+            try:
+                if asks:
+                    ids = encode_prompt(self._tokenizer, document)
+                    prompt_length = len(ids)
+                else:
+                    ids, prompt_length = encode_text(self._tokenizer, document)
+            except UserError as error:
+                self.left_out.add(REFUSED, str(error))
+                continue
+            if asks and len(ids) > self._longest:
+                self.left_out.add(
+                    f"more than {self._longest} tokens, which --seq-len less --max-reply leaves for a prompt",
+                    f"{document.where} has {len(ids):,}",
+                )
+            elif not ids or not (asks or size_in_rows(ids, prompt_length, self._settings.seq_len)):
+                self.left_out.add(TOO_SHORT, document.where)
+            else:
+                yield Candidate(number, ids, prompt_length, asks)
 
-    @staticmethod
-    def _encoded(prompts: Sequence[Numbered], tokenizer: Tokenizer, longest: int) -> Iterator[tuple[int, list[int]]]:
-        for number, document in prompts:
-            ids = encode_prompt(tokenizer, document)
-            if 1 <= len(ids) <= longest:
-                yield number, ids
+
+def size_in_rows(tokens: Sequence[int] | np.ndarray, prompt_length: int, seq_len: int) -> int:
+    """How many of an example's tokens will stand in rows."""
+    parts = cut(segment(np.asarray(tokens, np.int32), prompt_length), seq_len)
+    return sum(len(part.tokens) for part in parts)
 
 
 class ReplyPass:
@@ -109,8 +140,10 @@ class ReplyPass:
         for i, entry in enumerate(replies.shards):
             first = entry.index * EXAMPLES_PER_FILE
             self._written.update(enumerate(replies.read(i), first))
-        longest = min(self.model.context, self.settings.seq_len) - self.settings.max_reply
-        supplies = [Supply(source, documents, self.tokenizer, longest) for source, documents in enumerate(chosen)]
+        supplies = [
+            Supply(source, documents, self.tokenizer, self.settings, self.model.context)
+            for source, documents in enumerate(chosen)
+        ]
         left = self.settings.tokens
         while supplies:
             before, more = left, []
@@ -125,34 +158,28 @@ class ReplyPass:
     def _turn(self, writer: ReplyWriter, supply: Supply, quota: Quota) -> bool:
         """Let a source fill its quota; whether it has nothing more to give."""
         while quota.left >= MIN_SEGMENT:
-            window = supply.prompts(quota.left, self.settings.max_reply, self.settings.reply_batch)
+            window = supply.window(quota.left)
             if not window:
-                break
-            known = self._known(supply.source, window, quota.left)
-            for example in self._answer(supply, window, quota) if known is None else known:
-                self._add(writer, example, quota)
+                return True
+            for example in self._known(supply, window, quota.left) or self._answer(supply, window, quota):
+                self._add(writer, example, supply, quota)
                 supply.taken(1)
                 if quota.left < MIN_SEGMENT:
-                    return False
-        while quota.left >= MIN_SEGMENT:
-            text = supply.text()
-            if text is None:
-                return True
-            if self._size(text):
-                self._add(writer, text, quota)
+                    break
         return False
 
     def _size(self, example: Example) -> int:
-        """How many of its tokens will stand in rows."""
-        parts = cut(segment(example.tokens, example.prompt_length), self.settings.seq_len)
-        return sum(len(part.tokens) for part in parts)
+        return size_in_rows(example.tokens, example.prompt_length, self.settings.seq_len)
 
-    def _add(self, writer: ReplyWriter, example: Example, quota: Quota) -> None:
+    def _add(self, writer: ReplyWriter, example: Example, supply: Supply, quota: Quota) -> None:
         """Take an example, its end cut off where it is more than the quota has left."""
         if self._size(example) > quota.left:
             tokens = example.tokens[: quota.left]
             example = replace(example, tokens=tokens, prompt_length=min(example.prompt_length, len(tokens)))
-        quota.taken += self._size(example)
+        size = self._size(example)
+        if not size:
+            supply.left_out.add(TOO_SHORT, f"prompt {example.number} with its reply")
+        quota.taken += size
         self._pending.append(example)
         self._at += 1
         if self._at % EXAMPLES_PER_FILE == 0:
@@ -164,53 +191,63 @@ class ReplyPass:
             writer.write(self._pending, index)
         self._pending = []
 
-    def _known(self, source: int, window: list[tuple[int, list[int]]], room: int) -> list[Example] | None:
-        """The replies to a window that an earlier run has written, as far as `room` goes; None if one is missing."""
+    def _known(self, supply: Supply, window: list[Candidate], room: int) -> list[Example]:
+        """A window with the replies that an earlier run wrote, as far as `room` goes; nothing if one is missing."""
         known = []
-        for place, (number, _) in enumerate(window, self._at):
+        for place, candidate in enumerate(window, self._at):
             example = self._written.get(place)
-            if example is None or (example.source, example.number) != (source, number):
-                return None
+            if example is None or (example.source, example.number) != (supply.source, candidate.number):
+                return []
             known.append(example)
             room -= self._size(example)
             if room < MIN_SEGMENT:
                 break
         return known
 
-    def _answer(self, supply: Supply, window: list[tuple[int, list[int]]], quota: Quota) -> list[Example]:
-        """Replies to a window of prompts, in the order of their numbers."""
-        if not quota.announced:
+    def _answer(self, supply: Supply, window: list[Candidate], quota: Quota) -> list[Example]:
+        """A window with the teacher's replies, in the order of its numbers."""
+        asked = sorted((one for one in window if one.asks), key=lambda one: (len(one.ids), one.number))
+        if asked and not quota.announced:
             quota.announced = True
             self.progress("replies", quota.taken, quota.size)
-        order = sorted(range(len(window)), key=lambda i: (len(window[i][1]), i))
-        examples: dict[int, Example] = {}
-        for start in range(0, len(order), self.settings.reply_batch):
-            batch = [window[i] for i in order[start : start + self.settings.reply_batch]]
-            self.progress("replies", sum(len(ids) for _, ids in batch), None)  # the total counts them too
-            for (number, ids), reply in zip(batch, self._generate(supply.source, batch), strict=True):
-                tokens = np.concatenate([np.array(ids, np.int32), reply])
-                examples[number] = Example(supply.source, number, tokens, len(ids), replied=True)
-        return [examples[number] for number, _ in window]
+        replies: dict[int, np.ndarray] = {}
+        for start in range(0, len(asked), self.settings.reply_batch):
+            batch = asked[start : start + self.settings.reply_batch]
+            self.progress("replies", sum(len(one.ids) for one in batch), None)  # the total counts them too
+            for one, reply in zip(batch, self._generate(supply.source, batch), strict=True):
+                replies[one.number] = reply
+        nothing = np.zeros(0, np.int32)
+        return [
+            Example(
+                supply.source,
+                one.number,
+                np.concatenate([np.array(one.ids, np.int32), replies.get(one.number, nothing)]),
+                one.prompt_length,
+                replied=one.asks,
+            )
+            for one in window
+        ]
 
-    def _generate(self, source: int, batch: list[tuple[int, list[int]]]) -> list[np.ndarray]:
+    def _generate(self, source: int, batch: list[Candidate]) -> list[np.ndarray]:
         settings = self.settings
-        self.check_caches(batch)
+        self.check_caches([len(one.ids) for one in batch])
         temperatures = settings.reply_temperatures
         return generate_replies(
             self.model,
-            [ids for _, ids in batch],
-            [(settings.seed, source, number) for number, _ in batch],
-            temperatures=[temperatures[number % len(temperatures)] for number, _ in batch],
+            [one.ids for one in batch],
+            [(settings.seed, source, one.number) for one in batch],
+            temperatures=[temperatures[one.number % len(temperatures)] for one in batch],
             max_reply=settings.max_reply,
             end_tokens=self.tokenizer.end_tokens,
             advance=lambda tokens: self.progress("replies", tokens, None),
         )
 
-    def check_caches(self, batch: Sequence[tuple[int, list[int]]]) -> None:
-        """Refuse, before anything is allocated, a batch whose caches alone are more than there is memory."""
-        longest = max(len(ids) for _, ids in batch) + self.settings.max_reply
+    def check_caches(self, prompts: Sequence[int]) -> None:
+        """Refuse, before anything is allocated, a batch of prompts of these lengths whose caches alone are more than
+        there is memory."""
+        longest = max(prompts) + self.settings.max_reply
         check_fits(
-            len(batch) * self.shape.cache_bytes(longest),
-            f"--reply-batch {self.settings.reply_batch}: the caches of {len(batch)} prompts and their replies need",
+            len(prompts) * self.shape.cache_bytes(longest),
+            f"--reply-batch {self.settings.reply_batch}: the caches of {len(prompts)} prompts and their replies need",
             "choose a smaller one",
         )

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from decode.models.checkpoint import ROOT
+from decode.settings import Settings, option
 from distill.data.packing import MIN_SEGMENT
 from distill.data.sources import shown_name
-from distill.settings import Settings, option
 from kernels.errors import UserError
 
 HELD_OUT = ROOT / "data" / "eval.jsonl"
@@ -22,7 +22,7 @@ class PromptSettings(Settings):
 
     sources: tuple[str, ...] = option(
         DEFAULT_SOURCES,
-        "Text (.txt), JSONL with `text`, `prompt` or `messages`, parquet, arrow, a folder of these, or a Hub dataset."
+        "Text (.txt), JSON with `text`, `prompt` or `messages`, parquet, arrow, a folder of these, or a Hub dataset."
         " Repeatable; each gives an equal share. Default: the samples in data/.",
         flag="--source",
         metavar="PATH|REPO",

@@ -1,31 +1,34 @@
-"""Reading sources into documents: plain text, JSON lines, columnar files, datasets of the Hub.
+"""Reading sources into documents: plain text, JSON, columnar files, datasets of the Hub.
 
-Files are read line by line, and the same files give the same documents in the same order. (Whoever shuffles the
-documents of a source, as `prompts` does, holds all of them.)
+Files are read line by line, datasets of the Hub row by row, and the same source gives the same documents in the same
+order. (Whoever shuffles the documents of a source, as `prompts` does, holds all of them.)
 """
 
+import gc
 import gzip
 import hashlib
-import json
 import lzma
 import re
 import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
+from decode.prompts import ANSWERED, SURROGATE, Message, conversation, read_entries, text_lines, text_of
 from kernels.errors import UserError, first_line
 
 Kind = Literal["text", "prompt", "messages"]
 
-TEXT, LINES, COLUMNS = (".txt",), (".jsonl",), (".parquet", ".arrow")
+TEXT, LINES, COLUMNS = (".txt",), (".jsonl", ".ndjson", ".json"), (".parquet", ".arrow")
 SUFFIXES = tuple(f"{s}{c}" for s in TEXT + LINES for c in ("", ".xz", ".gz")) + COLUMNS
 COLUMN_NAMES = ("messages", "prompt", "text")
+BESIDE = ("completion", "tools")  # columns that are read where they stand beside those
 MAX_TEXT = 1 << 20  # characters; a text file longer than this is cut at its next blank line
 _HUB = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?", re.ASCII)
+_OBJECT = re.compile(r'\s*\[?\s*\{(.*,)?\s*"(messages|prompt|text)"\s*:')  # the first line of what is JSON by any name
 _COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
 
 
@@ -35,66 +38,74 @@ class Document:
 
     kind: Kind
     text: str | None  # the text or the prompt
-    messages: list[dict[str, str]] | None  # role (system, user, assistant) and content
-    line: int  # the line or row it begins at, from 1
+    messages: list[Message] | None
+    line: int  # the line, row or entry of a list that it begins at, from 1
+    where: str = field(default="", compare=False)  # file and line, for messages
 
     @property
     def user_texts(self) -> list[str]:
         """What a user says in it: the prompt, every user message, or the text."""
         if self.messages is None:
             return [self.text or ""]
-        return [message["content"] for message in self.messages if message["role"] == "user"]
+        return [text_of(message) for message in self.messages if message["role"] == "user"]
 
 
 @dataclass
-class Skipped:
-    """Rows that were left out, and what the first of them is like."""
+class LeftOut:
+    """What of a source is not used: how many documents for each reason, and what the first of them is."""
 
-    count: int = 0
-    first: str = ""
+    counts: dict[str, int] = field(default_factory=dict)
+    firsts: dict[str, str] = field(default_factory=dict)
 
-    def add(self, reason: str) -> None:
-        self.first = self.first or reason
-        self.count += 1
+    def add(self, reason: str, first: str) -> None:
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        self.firsts.setdefault(reason, first)
 
 
-def read_source(path: str | Path, skipped: Skipped | None = None) -> Iterator[Document]:
+EMPTY, NO_DOCUMENT, EXCLUDED, OTHER_FILE = "empty", "no document", "excluded", "a file of another kind"
+
+
+def read_source(path: str | Path, left_out: LeftOut | None = None) -> Iterator[Document]:
     """The documents of a file, of all files of a folder in sorted order, or of a Hub dataset.
 
-    `.txt` is one document of plain text; `.jsonl`, `.parquet` and `.arrow` hold an object a line
-    or row, which counts as `messages` if it has them, else as `prompt`, else as `text`. Text files
-    may be compressed (`.xz`, `.gz`). Empty texts are skipped. A Hub dataset is written
-    `owner/name`, `owner/name:config` or `owner/name@revision`, and its split `train` is read.
-    Raises UserError naming file and line. A row of columns that is no document, however, is left out and counted in
-    `skipped`: whoever collects did not write a dataset of a million rows and cannot mend it.
+    `.txt` is one document of plain text, unless it holds JSON; `.jsonl`, `.ndjson`, `.json`, `.parquet` and `.arrow`
+    hold objects, which count as `messages` if they have them, else as `prompt`, else as `text`. Files of text may be
+    compressed (`.xz`, `.gz`). A Hub dataset is written `owner/name`, `owner/name:config` or `owner/name@revision`, and
+    its split `train` is read, no further than documents are taken.
+    Raises UserError naming file and line. What is empty is left out and counted in `left_out`; so is a row of columns
+    that is no document: whoever collects did not write a dataset of a million rows and cannot mend it.
     """
-    skipped = skipped or Skipped()
+    left_out = left_out or LeftOut()
     if hub := _hub_name(path):
-        yield from _row_documents(str(path), _hub_rows(hub), skipped)
+        yield from _row_documents(str(path), str(hub["name"]), _hub_rows(hub), left_out)
         return
-    for file in source_files(path):
+    for file in source_files(path, left_out):
         kind = _kind(file)
-        if kind in TEXT:
-            yield from _text_documents(file)
-        elif kind in LINES:
-            yield from _line_documents(file)
+        if kind in COLUMNS:
+            yield from _row_documents(str(file), file.name, _column_rows(file), left_out)
+        elif kind in LINES or _holds_objects(file):
+            yield from _line_documents(file, left_out)
         else:
-            yield from _row_documents(str(file), _column_rows(file), skipped)
+            yield from _text_documents(file, left_out)
 
 
-def source_files(path: str | Path) -> list[Path]:
-    """The files that a local source consists of, sorted by their names inside it."""
+def source_files(path: str | Path, left_out: LeftOut | None = None) -> list[Path]:
+    """The files that a local source consists of, sorted by their names inside it. left_out: counts the others of a
+    folder, hidden ones aside."""
     path = Path(path)
     if path.is_dir():
         inside = ((file.relative_to(path), file) for file in path.rglob("*") if file.is_file())
-        files = sorted(
-            (name.as_posix(), file)
-            for name, file in inside
-            if _kind(file) and not any(part.startswith(".") for part in name.parts)
+        visible = sorted(
+            (name.as_posix(), file) for name, file in inside if not any(part.startswith(".") for part in name.parts)
         )
+        # In a folder a .json describes a dataset more often than it is one; by its own name it is read.
+        files = [file for _, file in visible if _kind(file) not in ("", ".json")]
         if not files:
-            raise UserError(f"{path}: holds none of {', '.join(SUFFIXES)}")
-        return [file for _, file in files]
+            raise UserError(f"{path}: holds none of {', '.join((*TEXT, '.jsonl', '.ndjson', *COLUMNS))}")
+        for name, file in visible:
+            if left_out is not None and file not in files:
+                left_out.add(OTHER_FILE, name)
+        return files
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if not _kind(path):
@@ -165,16 +176,21 @@ def normalise_prompt(text: str) -> str:
 
 
 def load_excluded(paths: Iterable[str | Path]) -> frozenset[str]:
-    """The normalised prompts of prompts files: JSON lines, or plain text with one prompt a line."""
-    prompts: set[str] = set()
+    """The normalised prompts of prompts files: JSON, or plain text with one prompt a line. UserError where one holds
+    none: whoever names it means to leave something out."""
+    excluded: set[str] = set()
     for path in paths:
+        prompts: set[str] = set()
         for file in source_files(path):
-            if _kind(file) in TEXT:
+            if _kind(file) in TEXT and not _holds_objects(file):
                 prompts.update(normalise_prompt(line) for _, line in _lines(file))
             else:
                 said = (text for document in read_source(file) for text in document.user_texts)
                 prompts.update(normalise_prompt(text) for text in said)
-    return frozenset(prompts - {""})
+        if not prompts - {""}:
+            raise UserError(f"--exclude {path}: holds no prompt")
+        excluded |= prompts
+    return frozenset(excluded - {""})
 
 
 def is_excluded(document: Document, excluded: frozenset[str]) -> bool:
@@ -209,24 +225,18 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             file = lzma.open(raw)  # noqa: SIM115  (closed with the file under it)
         elif path.name.lower().endswith(".gz"):
             file = gzip.open(raw)  # noqa: SIM115
-        offset = 0
-        lines = iter(file)
-        for number in range(1, 1 << 62):
-            try:
-                line = next(lines, b"")
-            except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-                raise UserError(f"{path}: cannot be decompressed ({error})") from None
-            if not line:
-                return
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                at = offset + error.start
-                raise UserError(f"{path}: line {number} (byte {at}) is not valid UTF-8") from None
-            offset += len(line)
+        try:
+            yield from text_lines(file, str(path))
+        except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+            raise UserError(f"{path}: cannot be decompressed ({error})") from None
 
 
-def _text_documents(path: Path) -> Iterator[Document]:
+def _holds_objects(path: Path) -> bool:
+    """Whether a file of text is one of JSON objects with messages, prompts or texts, by its first line."""
+    return bool(_OBJECT.match(next((line for _, line in _lines(path) if line.strip()), "")))
+
+
+def _text_documents(path: Path, left_out: LeftOut) -> Iterator[Document]:
     """The file as one document, or as several where it is longer than MAX_TEXT."""
     parts: list[str] = []
     size, first, number = 0, 1, 0
@@ -235,24 +245,12 @@ def _text_documents(path: Path) -> Iterator[Document]:
         parts.append(line)
         size += len(line)
         if size >= MAX_TEXT and not line.strip():
-            yield Document("text", "".join(parts), None, first)
+            yield Document("text", "".join(parts), None, first, f"{path.name}: line {first}")
             parts, size, first = [], 0, number + 1
     if (text := "".join(parts)).strip():
-        yield Document("text", text, None, first)
-
-
-def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of a `.jsonl` file; blank lines are skipped. Raises UserError naming the line."""
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: line {number} is not JSON: {error}") from None
-        if not isinstance(value, dict):
-            raise UserError(f"{path}: line {number} is not a JSON object")
-        yield number, value
+        yield Document("text", text, None, first, f"{path.name}: line {first}")
+    elif first == 1:
+        left_out.add(EMPTY, path.name)
 
 
 def _column_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -261,10 +259,9 @@ def _column_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     import pyarrow.parquet
 
     def wanted(schema: Any) -> list[str]:
-        names = [name for name in COLUMN_NAMES if name in schema.names]
-        if not names:
+        if not any(name in schema.names for name in COLUMN_NAMES):
             raise UserError(f"{path}: has no column messages, prompt or text")
-        return names
+        return [name for name in (*COLUMN_NAMES, *BESIDE) if name in schema.names]
 
     try:
         if _kind(path) == ".parquet":
@@ -320,6 +317,9 @@ def _hub_rows(hub: Mapping[str, str | None]) -> Iterator[tuple[int, dict[str, An
         yield from enumerate(rows, 1)
     except Exception as error:
         raise _unreachable(hub, error) from None
+    finally:
+        rows = None
+        gc.collect()  # a parquet file that was left early has a thread, which would abort Python as it ends
 
 
 def _unreachable(hub: Mapping[str, str | None], error: Exception) -> UserError:
@@ -330,69 +330,61 @@ def _unreachable(hub: Mapping[str, str | None], error: Exception) -> UserError:
 # --- objects
 
 
-def _line_documents(path: Path) -> Iterator[Document]:
-    for number, row in json_lines(path):
+def _line_documents(path: Path, left_out: LeftOut) -> Iterator[Document]:
+    for entry in read_entries(_lines(path), str(path), is_json=True):
+        assert isinstance(entry.value, dict)
         try:
-            document = parse(row, number)
+            document = parse(entry.value, entry.number, f"{path.name}: {entry.place}")
         except ValueError as error:
-            raise UserError(f"{path}: line {number} {error}") from None
-        if document is not None:
+            raise UserError(f"{path}: {entry.place} {error}") from None
+        if document is None:
+            left_out.add(EMPTY, f"{path.name}: {entry.place}")
+        else:
             yield document
 
 
-def _row_documents(name: str, rows: Iterable[tuple[int, Mapping[str, Any]]], skipped: Skipped) -> Iterator[Document]:
+def _row_documents(
+    name: str, shown: str, rows: Iterable[tuple[int, Mapping[str, Any]]], left_out: LeftOut
+) -> Iterator[Document]:
     for number, row in rows:
         if not any(column in row for column in COLUMN_NAMES):
             raise UserError(f"{name}: has no column messages, prompt or text")
+        where = f"{shown}: row {number}"
         try:
-            document = parse(row, number)
+            document = parse(row, number, where)
         except ValueError as error:
-            skipped.add(f"row {number} {error}")
+            left_out.add(NO_DOCUMENT, f"{where} {error}")
             continue
-        if document is not None:
+        if document is None:
+            left_out.add(EMPTY, where)
+        else:
             yield document
 
 
-def parse(row: Mapping[str, Any], line: int) -> Document | None:
+def parse(row: Mapping[str, Any], line: int, where: str = "") -> Document | None:
     """An object -> its document, None for an empty text. Raises ValueError saying what it lacks.
 
-    `messages` go before `prompt` and `prompt` before `text`; null counts as absent.
+    `messages` go before `prompt` and `prompt` before `text`; null counts as absent. A prompt with a `completion` is a
+    conversation of the two.
     """
-    if row.get("messages") is not None:
-        return Document("messages", None, _messages(row["messages"]), line)
-    for kind in ("prompt", "text"):
-        value = row.get(kind)
-        if value is None:
-            continue
-        text = _string(value, kind)
-        if text.strip():
-            return Document(cast(Kind, kind), text, None, line)
-        if kind == "prompt":
-            raise ValueError("has an empty prompt")
-        return None
-    raise ValueError("has none of messages, prompt and text")
-
-
-def _messages(value: Any) -> list[dict[str, str]]:
-    if not isinstance(value, list) or not value:
-        raise ValueError("has messages that are not a list of messages")
-    messages = []
-    for message in value:
-        role = message.get("role") if isinstance(message, dict) else None
-        if role not in ("system", "user", "assistant"):
-            raise ValueError(f"has a message with the role {role!r}, not system, user or assistant")
-        content = _string(message.get("content"), "content of a message")
-        if role == "user" and not content.strip():
-            raise ValueError("has an empty prompt (a user message)")
-        messages.append({"role": role, "content": content})
-    if not any(message["role"] == "user" for message in messages):
-        raise ValueError("has messages, but none of a user")
-    return messages
+    if row.get("messages") is None and row.get("prompt") is None:
+        if row.get("text") is None:
+            raise ValueError("has none of messages, prompt and text")
+        text = _string(row["text"], "text")
+        return Document("text", text, None, line, where) if text.strip() else None
+    messages = conversation(row)
+    if row.get("messages") is None:
+        if row.get("completion") is None:
+            return Document("prompt", text_of(messages[0]), None, line, where)
+        messages.append({"role": "assistant", "content": _string(row["completion"], "completion")})
+    if messages[-1]["role"] not in (*ANSWERED, "assistant"):
+        raise ValueError(f"ends with a turn of the role {messages[-1]['role']}: there is nothing to answer or to learn")
+    return Document("messages", None, messages, line, where)
 
 
 def _string(value: Any, what: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"has a {what} that is not a string")
-    if any("\ud800" <= character <= "\udfff" for character in value):
+    if SURROGATE.search(value):
         raise ValueError(f"has a {what} with half a surrogate pair, which no UTF-8 text can hold")
     return value

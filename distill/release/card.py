@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 from collections.abc import Sequence
@@ -125,7 +126,19 @@ def model_card(subject: Subject) -> str:
     """The README.md of a published draft: YAML front matter and Markdown."""
     parts = [_front_matter(subject), _opening(subject), _use(subject), _acceptance(subject), _training(subject)]
     parts += [_data(subject), _again(subject), _origin(subject), _licence(subject)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return _marked("\n\n".join(part for part in parts if part) + "\n")
+
+
+def _marked(text: str) -> str:
+    """A card with a line that nobody sees, by which `is_unchanged` knows it."""
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f"{text}\n<!-- written by bitdraft, which replaces this card unless it is edited: {digest} -->\n"
+
+
+def is_unchanged(card: str) -> bool:
+    """Whether a card is one of bitdraft's that nobody has edited."""
+    text, _, _ = card.replace("\r\n", "\n").rpartition("\n<!-- ")
+    return bool(text) and _marked(text) == card.replace("\r\n", "\n")
 
 
 def _front_matter(subject: Subject) -> str:
@@ -208,8 +221,8 @@ def _acceptance(subject: Subject) -> str:
         ("the teacher's head", _cell(found.get("head"))),
         ("outputs identical to plain decoding", f"{same} of {len(outputs)}" if outputs else ""),
         ("tokens drafted a round (k)", _cell(found.get("k"))),
-        ("acceptance rate (accepted / drafted)", _number(found.get("acceptance_rate"), 3)),
-        ("tokens a verification", _number(found.get("mean_acceptance_length"))),
+        ("acceptance rate (accepted / drafted)", _rate(found, "acceptance_rate", 3)),
+        ("tokens a verification", _rate(found, "mean_acceptance_length", 2)),
         ("accepted, by position", _positions(found)),
         ("speculative, tok/s", _number(found.get("tok_per_s"), 1)),
         ("plain, tok/s, same engine and run", _number(found.get("baseline_tok_per_s"), 1)),
@@ -229,8 +242,8 @@ def _acceptance(subject: Subject) -> str:
             (
                 _cell(one.get("category")),
                 _number(one.get("prompts")),
-                _number(one.get("acceptance_rate"), 3),
-                _number(one.get("mean_acceptance_length")),
+                _rate(one, "acceptance_rate", 3),
+                _rate(one, "mean_acceptance_length", 2),
                 _positions(one),
                 _number(one.get("speedup")),
                 _number(one.get("looping")),
@@ -280,7 +293,7 @@ def _training(subject: Subject) -> str:
 def _data(subject: Subject) -> str:
     settings = subject.get("training", "data", "settings") or {}
     rows = [
-        ("tokens", _number(subject.get("training", "data", "tokens"))),
+        ("tokens", _number(subject.get("training", "data", "tokens")) + _unfinished(subject)),
         ("sha256 of the dataset's manifest", _hash(subject.get("training", "data", "sha256"))),
         ("logits kept a token", _number(settings.get("k"))),
         ("tokens a row", _number(settings.get("seq_len"))),
@@ -288,6 +301,8 @@ def _data(subject: Subject) -> str:
     if (reply := settings.get("reply")) is not None:
         temperatures = ", ".join(f"{t:g}" for t in settings.get("reply_temperatures") or [])
         rows.append(("prompts", f"answered by the teacher, at temperature {temperatures}" if reply else "not answered"))
+    if (told := settings.get("template_time")) is not None:
+        rows.append(("time that the chat template was told", _cell(told)))
     text = "## Data\n\n" + _table(("", ""), rows)
     for title, key in (("source", "sources"), ("held out: no prompt of", "exclude")):
         entries = [entry for entry in settings.get(key) or [] if isinstance(entry, dict)]
@@ -295,6 +310,14 @@ def _data(subject: Subject) -> str:
         if lines:
             text += "\n\n" + _table((title, "kind", "sha256"), lines)
     return text
+
+
+def _unfinished(subject: Subject) -> str:
+    """What to add to the tokens of a dataset that was not complete."""
+    if subject.get("training", "data", "complete") is not False:
+        return ""
+    asked = _number(subject.get("training", "data", "settings", "tokens"))
+    return f"{f' of {asked}' if asked else ''}: its collection was not finished"
 
 
 def _again(subject: Subject) -> str:
@@ -311,7 +334,10 @@ def _again(subject: Subject) -> str:
     start = subject.started_from
     teacher = ["--teacher", start] if start else subject.option
     train = ["distill", "train", *teacher, "--data", "runs/data", *TrainSettings.command_line(training)]
-    text = "## Making it again\n\nSources are named without their folders; their hashes are above.\n\n"
+    text = "## Making it again\n\nSources are named without their folders; their hashes are above."
+    if _unfinished(subject):
+        text += " These collect the whole dataset, of which this draft saw a part."
+    text += "\n\n"
     return text + _code("\n".join((_wrapped([*collect, "--out", "runs/data"]), _wrapped(train))), "sh")
 
 
@@ -377,6 +403,11 @@ def _number(value: Any, digits: int = 2) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return ""
     return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
+
+
+def _rate(found: Metadata, name: str, digits: int) -> str:
+    """A figure of acceptance: none where nothing was drafted; empty where the evaluation does not have it."""
+    return "none" if found.get(name, ...) is None else _number(found.get(name), digits)
 
 
 def _positions(found: Metadata) -> str:

@@ -7,8 +7,8 @@ the original gives, and every other tensor is copied as it is (what mlx-lm has q
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,22 @@ from decode.metal import limit_memory
 from decode.models.checkpoint import Checkpoint
 from decode.models.formats import Family, dequantized, packed_tensors
 from decode.tokenizer import Tokenizer, copy_tokenizer_file
-from distill.provenance import CONVERTED, origin
+from distill.provenance import CONVERTED, copy_licence, origin
+from distill.training.tensors import write_tensors
 from kernels import UserError
 from kernels.errors import first_line
-from kernels.files import holds_current, read_json, recover_folder, replacing_folder
+from kernels.files import (
+    TEMPORARY,
+    cannot_write,
+    check_own_files,
+    finish_replacing,
+    holds_current,
+    read_json,
+    replacing_files,
+    sha256,
+    unlisted_files,
+    working_in,
+)
 from kernels.packing import check_codes
 
 FORMAT = "bitdraft-packed-1"  # in converted.json, marks a folder as one that may be replaced
@@ -39,6 +51,7 @@ COPIED = (
     "chat_template.jinja",
     "generation_config.json",
 )
+WRITTEN = ("config.json", "model.safetensors.index.json", *COPIED)
 
 
 @dataclass(frozen=True)
@@ -52,51 +65,55 @@ class Converted:
 
 
 def check_converted_folder(folder: Path, source: Path) -> None:
-    """Refuse a folder that holds anything but an earlier conversion, or that is the original."""
+    """Refuse a folder that cannot be written, that holds anything but an earlier conversion, or that is the original,
+    and files of a conversion that would be replaced and are not as they were written."""
+    with _own_folder(folder, source):
+        pass
+
+
+@contextmanager
+def _own_folder(folder: Path, source: Path) -> Iterator[None]:
+    """Hold a folder's lock, after all of `check_converted_folder`."""
     if holds_current(folder):
         raise UserError(f"--out {folder.resolve()}: is the current folder or holds it; give it a folder of its own")
-    recover_folder(folder)
     if folder.exists() and folder.resolve() == source.resolve():
         raise UserError(f"--out {folder}: is the checkpoint that is read")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {folder}: is a file")
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if names and not _is_ours(folder):
-        raise UserError(f"--out {folder}: holds {names[0]} and is no conversion of bitdraft's: not overwritten")
-    above = next(p for p in folder.absolute().parents if p.exists())
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(f"--out {folder}: cannot be written (no permission in {above})")
-
-
-def _is_ours(folder: Path) -> bool:
-    try:
-        return read_json(folder / CONVERTED).get("format") == FORMAT
-    except UserError:
-        return False
+    with working_in(folder):
+        finish_replacing(folder, CONVERTED)
+        names = sorted(path.name for path in folder.iterdir() if not path.name.startswith(TEMPORARY))
+        try:
+            about = read_json(folder / CONVERTED)
+        except UserError:
+            about = {}
+        if names and about.get("format") != FORMAT:
+            raise UserError(f"--out {folder}: holds {names[0]} and is no conversion of bitdraft's: not overwritten")
+        if names and "files" not in about:
+            raise UserError(f"--out {folder}: an older version wrote it and did not list its files; delete it")
+        check_own_files(folder, CONVERTED, WRITTEN)
+        yield
 
 
 def convert(
     checkpoint: Checkpoint, folder: Path, report: Callable[[int], object], shard_bytes: int = SHARD_BYTES
 ) -> Converted:
-    """Write a BitNet checkpoint in Microsoft's packing, in one go: beside `folder`, then renamed.
+    """Write a BitNet checkpoint in Microsoft's packing: all files or none, in place of those of an earlier conversion.
 
     report: called with the bytes read since the last call; shard_bytes: where the weights are
     cut into files. UserError names what cannot be converted; then, as when interrupted, nothing is left behind.
     """
-    folder = folder.absolute()
     limit_memory()
-    check_converted_folder(folder, checkpoint.folder)
-    _check_copied(checkpoint.folder)
-    try:
-        with replacing_folder(folder) as temporary:
-            result = _write(checkpoint, temporary, report, shard_bytes)
-            Checkpoint(temporary, checkpoint.name, read_json(temporary / "config.json")).check()
-    except UserError as error:
-        raise UserError(f"{checkpoint.folder}: {str(error).removeprefix(f'{temporary}: ')}") from None
-    except OSError as error:
-        raise UserError(f"--out {folder}: cannot be written: {error.strerror or error}") from error
-    except RuntimeError as error:  # MLX's, of files it cannot read or write
-        raise UserError(f"{checkpoint.folder}: cannot be converted: {first_line(error)}") from error
+    with _own_folder(folder, checkpoint.folder):
+        _check_copied(checkpoint.folder)
+        try:
+            with replacing_files(folder, CONVERTED) as new:
+                result = _write(checkpoint, new, report, shard_bytes)
+                Checkpoint(new, checkpoint.name, read_json(new / "config.json")).check()
+        except UserError as error:
+            raise UserError(f"{checkpoint.folder}: {str(error).removeprefix(f'{new}: ')}") from None
+        except OSError as error:
+            raise UserError(f"{cannot_write(error)} {folder} (--out: {error.strerror or error})") from error
+        except RuntimeError as error:  # MLX's, of files it cannot read
+            raise UserError(f"{checkpoint.folder}: cannot be converted: {first_line(error)}") from error
     return result
 
 
@@ -119,7 +136,7 @@ def _write(checkpoint: Checkpoint, folder: Path, report: Callable[[int], object]
 
     def flush() -> None:
         nonlocal size
-        mx.save_safetensors(str(folder / f"part-{len(shards)}.safetensors"), shard, {"format": "pt"})
+        write_tensors(folder / f"part-{len(shards)}.safetensors", shard, {"format": "pt"})
         shards.append(list(shard))
         shard.clear()
         size = 0
@@ -153,7 +170,9 @@ def _write(checkpoint: Checkpoint, folder: Path, report: Callable[[int], object]
         if (checkpoint.folder / name).is_file():
             copy_tokenizer_file(checkpoint.folder / name, folder / name)
     source = {"name": checkpoint.name, "hash": checkpoint.weights_hash} | origin(checkpoint.folder)
-    _write_json(folder / CONVERTED, {"format": FORMAT, "from": source, "was": family.name})
+    copy_licence(checkpoint.folder, folder, source, unlisted_files(folder.parent, CONVERTED))
+    hashes = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+    _write_json(folder / CONVERTED, {"format": FORMAT, "from": source, "was": family.name, "files": hashes})
     return Converted(family.name, len(shards), len(weight_map), written)
 
 

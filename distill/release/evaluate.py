@@ -13,17 +13,19 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from decode.metrics import VERSION, Metrics, is_looping
+from decode.metrics import VERSION, Metrics, in_words, is_looping
 from decode.models.checkpoint import RUNS, Checkpoint
-from decode.models.drafts import find_draft, newest_draft
+from decode.models.drafts import find_draft, is_unfinished, newest_draft
 from decode.prompts import Prompt, read_prompts
 from decode.session import Completion, Session
+from decode.tokenizer import Tokenizer
+from distill.provenance import config_hashes, teacher_files
 from distill.release.plots import acceptance_by_category, acceptance_by_position
 from distill.release.settings import EvaluateSettings
 from kernels import UserError, backend
 from kernels.console import progress, say
 from kernels.device import device_name, versions
-from kernels.files import read_json_lines, sha256, write_atomic
+from kernels.files import append_line, read_json_lines, sha256, working_in, write_atomic
 
 REPORT, TABLE, UNFINISHED = "evaluation.json", "evaluation.md", "evaluation-unfinished.jsonl"
 CATEGORY_PLOT, POSITION_PLOT = "evaluation-categories.png", "evaluation-positions.png"
@@ -34,6 +36,8 @@ Pair = tuple[Completion, Completion]  # of one prompt: speculative, plain
 
 def select(settings: EvaluateSettings) -> list[Prompt]:
     """The prompts of an evaluation, in the file's order."""
+    if not Path(settings.prompts).is_file():
+        raise UserError(f"--prompts {settings.prompts}: is no file, which an evaluation that goes on reads again")
     selected, counts = [], dict[str, int]()
     for prompt in read_prompts(Path(settings.prompts)):
         number = counts[category_of(prompt)] = counts.get(category_of(prompt), 0) + 1
@@ -49,6 +53,9 @@ def fingerprint(settings: EvaluateSettings, teacher: Checkpoint, draft: Checkpoi
         "teacher": teacher.weights_hash,
         "draft": draft.weights_hash,
         "prompts": sha256(Path(settings.prompts)),
+        "tokenizer": teacher.tokenizer_hash,
+        "teacher_files": teacher_files(Tokenizer(teacher.folder)),
+        "draft_files": config_hashes(draft.folder),
     }
     return settings.record() | hashes
 
@@ -78,8 +85,20 @@ def finished_report(folder: Path, of: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _same(identity: Any, of: dict[str, Any]) -> bool:
-    """Whether a fingerprint, perhaps of an older version, is this one: what it does not know was at its default."""
-    return isinstance(identity, dict) and EvaluateSettings.with_defaults(identity) == of
+    """Whether a fingerprint is this one. What one of an older version does not know was at its default; the time that a
+    chat template was told may be another."""
+    if not isinstance(identity, dict):
+        return False
+    told = {"template_time": of.get("template_time")}
+    return EvaluateSettings.with_defaults(identity | told) == of | told
+
+
+def _begun_time(path: Path, measured: dict[str, Any]) -> str | None:
+    """The time that the chat template was told when this evaluation was begun, if it was."""
+    lines: list[Any] = read_json_lines(path) if path.is_file() else []
+    identity: Any = lines[0].get("identity") if lines and isinstance(lines[0], dict) else None
+    time = identity.get("template_time") if _same(identity, measured) else None
+    return time if isinstance(time, str) else None
 
 
 def evaluate(
@@ -93,49 +112,78 @@ def evaluate(
     settings.check()
     prompts = select(settings)
     measured = fingerprint(settings, teacher, draft)
-    session = Session(
-        teacher,
-        draft,
-        k=settings.k,
-        max_tokens=settings.max_tokens,
-        seed=settings.seed,
-        head="int8" if settings.head == "int8" else "float",
-    )
-    encoded = session.encode(prompts)
-    here = {"backend": backend().NAME, "device": device_name(), "versions": versions()}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
-    unfinished = Unfinished(out / UNFINISHED, {"identity": measured, **here})
-    pairs = unfinished.read(prompts, encoded)
     note = say(quiet)
-    note(f"draft: {draft.folder}")
-    if pairs:
-        note(f"going on after {len(pairs)} of {len(prompts)} prompts")
-    bar = progress(len(prompts), "evaluate", " prompts", quiet, initial=len(pairs), scale=False)
-    try:
-        if len(pairs) < len(prompts):
-            session.warm_up()
-        total, plain = totals(pairs)
-        for index in range(len(pairs), len(prompts)):
-            pair = _answer(session, prompts[index], encoded[index], index)
-            unfinished.add(pair)
-            pairs.append(pair)
-            total.merge(pair[0].metrics)
-            plain.merge(pair[1].metrics)
-            bar.set_postfix(acceptance=f"{total.acceptance_rate:.3f}", speedup=f"{total.speedup(plain):.2f}")
-            bar.update()
-    except KeyboardInterrupt:
-        if not pairs:
-            raise KeyboardInterrupt("before the first prompt was done") from None
-    finally:
-        bar.close()
-    report = _report(session, pairs, settings, measured, complete=len(pairs) == len(prompts))
-    _write(out, report)
-    if report["complete"]:
-        unfinished.path.unlink(missing_ok=True)
+    with working_in(out):
+        _check_own(out)
+        session = Session(
+            teacher,
+            draft,
+            k=settings.k,
+            max_tokens=settings.max_tokens,
+            seed=settings.seed,
+            head=settings.precision,
+            template_time=_begun_time(out / UNFINISHED, measured),
+        )
+        measured |= {"template_time": session.tokenizer.template_time}
+        encoded = session.encode(prompts)
+        here = {"backend": backend().NAME, "device": device_name(), "versions": versions()}
+        unfinished = Unfinished(out / UNFINISHED, {"identity": measured, **here})
+        done = unfinished.read(prompts, encoded)
+        note(f"draft: {draft.folder}{' (its training is not finished)' if is_unfinished(draft) else ''}")
+        if done:
+            note(f"going on after {len(done)} of {len(prompts)} prompts")
+        bar = progress(len(prompts), "evaluate", " prompts", quiet, initial=len(done), scale=False)
+        try:
+            if len(done) < len(prompts):
+                session.warm_up()
+            total, plain = totals(list(done.values()))
+            for index, prompt in enumerate(prompts):
+                if index in done:
+                    continue
+                pair = _answer(session, prompt, encoded[index], index)
+                unfinished.add(index, pair)
+                done[index] = pair
+                total.merge(pair[0].metrics)
+                plain.merge(pair[1].metrics)
+                bar.set_postfix(acceptance=in_words(total.acceptance_rate), speedup=f"{total.speedup(plain):.2f}")
+                bar.update()
+        except KeyboardInterrupt:
+            if not done:
+                raise KeyboardInterrupt("before the first prompt was done") from None
+        finally:
+            bar.close()
+        pairs = [done[index] for index in sorted(done)]
+        report = _report(session, pairs, settings, measured, complete=len(pairs) == len(prompts))
+        _write(out, report)
+        if report["complete"]:
+            unfinished.path.unlink(missing_ok=True)
     return report
+
+
+def check_evaluation_folder(out: Path) -> None:
+    """UserError for a folder that results cannot be written to, or that has files of their names which are not ours."""
+    with working_in(out):
+        _check_own(out)
+
+
+def _check_own(out: Path) -> None:
+    """Refuse files with the names of results that are not ours: pages and pictures are where JSON of ours is."""
+    marks = {REPORT: "acceptance_rate", UNFINISHED: "identity"}
+    ours = {name for name, key in marks.items() if key in _first_object(out / name)}
+    for name in (*marks, TABLE, CATEGORY_PLOT, POSITION_PLOT):
+        path = out / name
+        if path.exists() and (not path.is_file() or not ours or (name in marks and name not in ours)):
+            raise UserError(f"{path}: is in the way: it was not written by `distill evaluate`; move it elsewhere")
+
+
+def _first_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file is, or that is on its first line; an empty one where there is none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text.partition("\n")[0] if path.suffix == ".jsonl" else text)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _answer(session: Session, prompt: Prompt, ids: list[int], index: int) -> Pair:
@@ -157,7 +205,7 @@ def totals(pairs: Sequence[Pair]) -> tuple[Metrics, Metrics]:
 
 
 def figures(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """The metrics of decode.metrics over some prompts; zero where there are none."""
+    """The metrics of decode.metrics over some prompts."""
     total, plain = totals(pairs)
     return {
         "prompts": len(pairs),
@@ -201,35 +249,39 @@ def _report(
 
 class Unfinished:
     """The prompts that an evaluation has done so far: a first line that says which evaluation on which machine, then
-    one line a prompt."""
+    one line a prompt, with its place in the file and its token ids: what was kept of one is never taken for another."""
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
         self.path, self.header = path, header
 
-    def read(self, prompts: list[Prompt], encoded: list[list[int]]) -> list[Pair]:
-        """What an earlier run of the same evaluation on the same machine has done; else a file begun anew. UserError
-        where an older version began it."""
+    def read(self, prompts: list[Prompt], encoded: list[list[int]]) -> dict[int, Pair]:
+        """What an earlier run of the same evaluation on the same machine has done, by the prompts' places; else a file
+        begun anew. UserError where an older version began it."""
         lines: list[Any] = read_json_lines(self.path) if self.path.is_file() else []
-        pairs: list[Pair] = []
-        if lines and _version(lines[0]) != VERSION:
+        if lines and (_version(lines[0]) != VERSION or not all(isinstance(line, dict) for line in lines)):
             raise UserError(f"{self.path}: was begun by another version of bitdraft; delete it to begin anew")
+        done: dict[int, Pair] = {}
         if (
             lines
             and _same(lines[0]["identity"], self.header["identity"])
             and lines[0] | {"identity": self.header["identity"]} == self.header
         ):
-            try:
-                for (spec, plain), prompt, ids in zip(lines[1:], prompts, encoded, strict=False):
-                    pairs.append((_completion(spec, prompt, ids), _completion(plain, prompt, ids)))
-            except (KeyError, TypeError, ValueError):
-                pass  # from here on, prompts are answered anew
-        whole = "".join(json.dumps(line) + "\n" for line in [self.header, *map(_lines, pairs)])
+            for line in lines[1:]:
+                try:
+                    index, ids = line["prompt"], line["prompt_ids"]
+                    if encoded[index] == ids:
+                        done[index] = (
+                            _completion(line["speculative"], prompts[index], ids),
+                            _completion(line["plain"], prompts[index], ids),
+                        )
+                except (LookupError, TypeError, ValueError):
+                    continue  # it is answered anew
+        whole = "".join(json.dumps(line) + "\n" for line in [self.header, *(_line(*one) for one in done.items())])
         write_atomic(self.path, whole.encode())  # without a last line that a kill cut short
-        return pairs
+        return done
 
-    def add(self, pair: Pair) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_lines(pair)) + "\n")
+    def add(self, index: int, pair: Pair) -> None:
+        append_line(self.path, _line(index, pair))
 
 
 def _version(header: Any) -> Any:
@@ -238,11 +290,12 @@ def _version(header: Any) -> Any:
     return measured.get("metrics_version") if isinstance(measured, dict) else None
 
 
-def _lines(pair: Pair) -> list[dict[str, Any]]:
-    return [
-        {"tokens": output.tokens, "metrics": asdict(output.metrics), "finish_reason": output.finish_reason}
-        for output in pair
-    ]
+def _line(index: int, pair: Pair) -> dict[str, Any]:
+    answers = {
+        name: {"tokens": output.tokens, "metrics": asdict(output.metrics), "finish_reason": output.finish_reason}
+        for name, output in zip(("speculative", "plain"), pair, strict=True)
+    }
+    return {"prompt": index, "prompt_ids": pair[0].prompt_ids, **answers}
 
 
 def _completion(line: dict[str, Any], prompt: Prompt, ids: list[int]) -> Completion:
@@ -272,8 +325,8 @@ def markdown(report: dict[str, Any]) -> str:
         f" {report['verify_ratio']:.2f} plain steps. Outputs identical to plain decoding:"
         f" {sum(entry['identical'] for entry in report['outputs'])} of {report['prompts']}.\n\n"
         "Acceptance rate: accepted / drafted tokens. By position: the share of verifications that accepted draft"
-        " position 1, 2, ... Looping: replies that end in a loop, which flatters acceptance; the last three columns"
-        " leave them out.\n"
+        " position 1, 2, ...; a step before which nothing was drafted is none. Looping: replies that end in a loop,"
+        " which flatters acceptance; the last three columns leave them out.\n"
     )
 
 
@@ -297,7 +350,7 @@ def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _rates(row: dict[str, Any]) -> tuple[str, str]:
-    return f"{row['acceptance_rate']:.3f}", f"{row['mean_acceptance_length']:.2f}"
+    return in_words(row["acceptance_rate"]), in_words(row["mean_acceptance_length"], 2)
 
 
 def overview(report: dict[str, Any]) -> str:

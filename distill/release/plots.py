@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from decode.metrics import in_words
 from distill.plotting import pyplot, save
 
 
@@ -16,11 +17,11 @@ def acceptance_by_category(categories: list[dict[str, Any]], picture: Path, titl
         (-0.2, "C0", "all replies", categories),
         (0.2, "C1", "without looping replies", [row["without_looping"] for row in categories]),
     ):
-        heights = [row["acceptance_rate"] for row in rows]
+        heights = [row["acceptance_rate"] or 0.0 for row in rows]  # none where nothing was drafted
         axis.bar([x + shift for x in at], heights, width=0.38, color=colour, label=label)
-        for x, row in zip(at, rows, strict=True):
-            text = f"{row['acceptance_rate']:.2f}\nn={row['prompts']}" if row["prompts"] else "none"
-            axis.annotate(text, (x + shift, row["acceptance_rate"]), ha="center", va="bottom", fontsize=7)
+        for x, height, row in zip(at, heights, rows, strict=True):
+            text = in_words(row["acceptance_rate"], 2) + (f"\nn={row['prompts']}" if row["prompts"] else "")
+            axis.annotate(text, (x + shift, height), ha="center", va="bottom", fontsize=7)
     axis.set_xticks(at, [row["category"] for row in categories])
     axis.set_ylabel("acceptance rate")
     axis.set_ylim(0, 1.1)

@@ -10,22 +10,24 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from decode.models.checkpoint import CARD, RUNS, find_model
 from decode.models.drafts import newest_draft
 from decode.models.hub import LOG_IN, chain, explain, server_message, status
 from decode.tokenizer import TOKENIZER_FILES
-from distill.provenance import LICENCE_KEYS, licence_of
+from distill.provenance import LICENCE_KEYS, licence_file, licence_of, linked
 from distill.recipe import RECIPE_FILE
-from distill.release.card import CURVES, EVALUATION, Metadata, Subject, model_card
+from distill.release.card import CURVES, EVALUATION, Metadata, Subject, is_unchanged, model_card
 from distill.training.checkpoint import FORMAT, OPTIONAL_FILES, WEIGHTS, check_files
 from kernels import UserError
 from kernels.errors import first_line
-from kernels.files import read_json, recover_folder, sha256
+from kernels.files import read_json, sha256
 
 DRAFT = "draft.json"
+LICENCE = "LICENSE"
 REQUIRED = ("config.json", DRAFT, WEIGHTS, *TOKENIZER_FILES)
-FILES = (*REQUIRED, *OPTIONAL_FILES, EVALUATION, RECIPE_FILE, "log.jsonl", CURVES, "LICENSE")
+FILES = (*REQUIRED, *OPTIONAL_FILES, EVALUATION, RECIPE_FILE, "log.jsonl", CURVES, LICENCE)
 # What makes a model of a repository, by suffix: of other formats too, for a card of ours would replace that model's.
 MODEL_FILES = (".json", ".safetensors", ".jinja", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".h5", ".npz")
 
@@ -49,13 +51,15 @@ class Package:
 
 @dataclass(frozen=True)
 class Published:
-    """What came of it. commit: of the repository now; changed: whether there was anything to upload."""
+    """What came of it. commit: of the repository now; changed: whether there was anything to upload; card_kept: the
+    card there is one that somebody wrote or edited, and stays."""
 
     url: str
     commit: str
     private: bool
     changed: bool
     deleted: list[str]
+    card_kept: bool
 
 
 def draft_to_publish() -> Path:
@@ -83,7 +87,6 @@ def prepare(
             raise UserError(f"{option} {name}: {error}") from None
         if name is not None and name.count("/") != 1:
             raise UserError(f"{option} {name}: a name on the Hub is owner/name")
-    recover_folder(folder.absolute())
     if not folder.is_dir():
         raise UserError(f"--draft {folder}: no such folder")
     about = read_json(folder / DRAFT)
@@ -96,20 +99,36 @@ def prepare(
     files = {name: folder / name for name in FILES if (folder / name).is_file()}
     if missing := [name for name in REQUIRED if name not in files]:
         raise UserError(f"{folder / missing[0]}: missing")
-    _check_links(folder, files, about)
     _check_recipe(folder, about)
     subject = Subject.read(folder, repo)
     _check_evaluation(folder, subject, model.weights_hash, force)
     teacher = subject.get("teacher") or {}
+    of_teacher = base_model or hub_name(teacher)
     known = {key: teacher[key] for key in LICENCE_KEYS if isinstance(teacher.get(key), str)} or licence_of(folder)
-    terms = {"license": licence} if licence else known
-    subject = replace(subject, licence=terms, base_model=base_model or hub_name(teacher))
+    terms, text = _reachable({"license": licence} if licence else known, folder, of_teacher)
+    if text is not None:
+        files[text.name] = text
+    _check_links(folder, files, about)
+    subject = replace(subject, licence=terms, base_model=of_teacher)
     try:
         card = model_card(subject)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         named = f"{DRAFT}, {EVALUATION} or log.jsonl"
         raise UserError(f"{folder}: {named} is damaged, no card can be written ({first_line(error)})") from error
     return Package(repo, folder, files, card, terms, teacher)
+
+
+def _reachable(terms: Metadata, folder: Path, teacher: str | None) -> tuple[Metadata, Path | None]:
+    """A licence whose link leads somewhere, or has none, and the file in the folder that it leads to.
+
+    teacher: its name on the Hub, where the file is if it is not here.
+    """
+    if (text := licence_file(folder, terms)) is not None:
+        return terms | {"license_link": text.name}, text
+    if teacher:
+        terms = linked({"repo": teacher, **terms})
+    has_link = bool(urlsplit(str(terms.get("license_link", ""))).scheme)
+    return {key: terms[key] for key in LICENCE_KEYS if key in terms and (key != "license_link" or has_link)}, None
 
 
 def _check_links(folder: Path, files: dict[str, Path], about: Metadata) -> None:
@@ -157,7 +176,8 @@ def hub_name(teacher: Metadata) -> str | None:
 def publish(package: Package, *, private: bool | None = None, force: bool = False) -> Published:
     """Upload, in one commit, whatever the repository does not hold yet.
 
-    private: None leaves a repository as it is and makes a new one private; force: also in place of another model.
+    private: None leaves a repository as it is and makes a new one private; force: also in place of another model, and
+    of a card that was edited there.
     Interrupted, the same call goes on: what the Hub already has is not sent again. UserError for what stands against
     it, naming the repository.
     """
@@ -180,12 +200,13 @@ def publish(package: Package, *, private: bool | None = None, force: bool = Fals
             info = api.model_info(repo)
         there = [sibling.rfilename for sibling in info.siblings or []]
         stale = _stale(api, package, there, str(info.sha), force)
+        card_kept = CARD in there and not force and not _is_ours(api, package, str(info.sha))
         if private and not info.private:  # before anything can be seen
             api.update_repo_settings(repo, private=True)
         commit = api.create_commit(
             repo,
             [
-                CommitOperationAdd(CARD, package.card.encode()),
+                *([] if card_kept else [CommitOperationAdd(CARD, package.card.encode())]),
                 *(CommitOperationAdd(name, path) for name, path in package.files.items()),
                 *(CommitOperationDelete(name) for name in stale),
             ],
@@ -199,7 +220,13 @@ def publish(package: Package, *, private: bool | None = None, force: bool = Fals
     except Exception as error:  # the client raises errors of several libraries
         raise UserError(f"{repo}: {_refusal(error, repo)}") from error
     now_private = bool(info.private) if private is None else private
-    return Published(f"{api.endpoint}/{repo}", commit.oid, now_private, commit.oid != info.sha, stale)
+    return Published(f"{api.endpoint}/{repo}", commit.oid, now_private, commit.oid != info.sha, stale, card_kept)
+
+
+def _is_ours(api: Any, package: Package, commit: str) -> bool:
+    """Whether the card in the repository is as bitdraft wrote it: this one, or one whose last line has its hash."""
+    text = Path(api.hf_hub_download(package.repo, CARD, revision=commit)).read_text(encoding="utf-8", errors="replace")
+    return text == package.card or is_unchanged(text)
 
 
 def _stale(api: Any, package: Package, there: list[str], commit: str, force: bool) -> list[str]:
@@ -223,7 +250,8 @@ def _stale(api: Any, package: Package, there: list[str], commit: str, force: boo
         return []
     if not same and not force:
         raise UserError(f"{repo}: holds {holds}; choose another --repo, or replace it with --force")
-    stale = (name for name in there if name not in {CARD, *package.files})
+    kept = {CARD, *package.files, *([LICENCE] if same else [])}  # a licence may be there by hand
+    stale = (name for name in there if name not in kept)
     return [name for name in stale if name in FILES or (not same and name.lower().endswith(MODEL_FILES))]
 
 

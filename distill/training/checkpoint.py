@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +14,31 @@ import numpy as np
 from mlx.utils import tree_map
 
 from decode.models.draft_vocabulary import check_kept
+from decode.models.drafts import ABOUT
 from decode.tokenizer import TOKENIZER_FILES, check_tokenizer, copy_tokenizer_file
+from distill.provenance import copy_licence
 from distill.training.draft_config import GROUP_SIZE, DraftConfig
 from distill.training.drafts.llama import build, named_weights
-from distill.training.tensors import load_tensors
+from distill.training.state import STATE, is_begun
+from distill.training.tensors import load_tensors, write_tensors
 from kernels.errors import UserError
-from kernels.files import holds_current, link_or_copy, read_json, recover_folder, replacing_folder, sha256
+from kernels.files import (
+    TEMPORARY,
+    cannot_write,
+    check_own_files,
+    finish_replacing,
+    holds_current,
+    read_json,
+    replacing_files,
+    sha256,
+    unlisted_files,
+)
 
 FORMAT = "bitdraft-draft-1"
 WEIGHTS = "model.safetensors"
 D2T = "kept"  # the tensor of the draft vocabulary's ids, as files call it
 OPTIONAL_FILES = ("generation_config.json", "chat_template.jinja", "special_tokens_map.json")
+SAVED = ("config.json", WEIGHTS, *TOKENIZER_FILES, *OPTIONAL_FILES)  # listed in draft.json by their hashes
 
 
 @dataclass(frozen=True)
@@ -41,22 +53,33 @@ class Draft:
 
 
 def check_draft_folder(folder: Path) -> None:
-    """Refuse a folder that holds something else than a draft of ours, or cannot be written."""
+    """Refuse a folder that is no draft's or unfinished run's of ours, and files in ours that would be replaced and are
+    not as we wrote them. What else lies in ours stays. For who holds the folder's lock, if anyone may."""
     if holds_current(folder):
         raise UserError(f"{folder.resolve()}: is the current folder or holds it; a draft needs a folder of its own")
-    recover_folder(folder)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file, not a folder for a draft")
-    if folder.is_dir() and (names := {p.name for p in folder.iterdir()} - {"state", "log.jsonl", "curves.png"}):
-        try:
-            ours = read_json(folder / "draft.json").get("format") == FORMAT
-        except UserError:
-            ours = False
-        if not ours:
-            raise UserError(f"{folder}: holds {sorted(names)[0]} and is no draft of bitdraft's: not overwritten")
-    above = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(f"{folder}: cannot be written (no permission in {above})")
+    if not folder.is_dir():
+        return
+    finish_replacing(folder, ABOUT)
+    names = _names(folder)
+    if is_begun(folder / STATE):
+        names &= {ABOUT}  # of a run of ours, whatever else is there
+    elif STATE in names and not _names(folder / STATE):
+        names -= {STATE}  # killed before it had begun
+    if names and not _is_ours(folder):
+        raise UserError(f"{folder}: holds {min(names)} and is no draft of bitdraft's: not overwritten")
+    check_own_files(folder, ABOUT, SAVED)
+
+
+def _names(folder: Path) -> set[str]:
+    """What is in a folder, without the files that a process was killed over."""
+    return {path.name for path in folder.iterdir() if not path.name.startswith(TEMPORARY)} if folder.is_dir() else {""}
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        return read_json(folder / ABOUT).get("format") == FORMAT
+    except UserError:
+        return False
 
 
 def save(
@@ -66,22 +89,20 @@ def save(
     teacher_folder: Path,
     provenance: dict[str, Any],
     quantize_bits: int | None = None,
-    preserve: Iterable[str] = (),
     d2t: np.ndarray | None = None,
 ) -> None:
-    """Write a draft in one go: a temporary folder beside, then a rename.
+    """Write a draft, all of its files or none, in place of the one that the folder has; other files there stay.
 
     quantize_bits: None (bfloat16), 4 or 8; provenance: what draft.json says beside format and file
-    hashes; preserve: names in the folder replaced that move on into the new one; d2t: the ids that a
-    trimmed head has rows for, as many as `config.draft_vocab_size` says.
+    hashes; d2t: the ids that a trimmed head has rows for, as many as `config.draft_vocab_size` says.
     """
     if quantize_bits is not None and quantize_bits not in GROUP_SIZE:
         raise UserError(f"--bits {quantize_bits}: 4, 8 or none")
-    folder = folder.absolute()
     check_draft_folder(folder)
     check_tokenizer(teacher_folder)
     try:
-        with replacing_folder(folder) as temporary:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing_files(folder, ABOUT) as new:
             saved = build(config)
             saved.update(tree_map(lambda w: w.astype(mx.bfloat16), model.parameters()))
             description = config.to_json()
@@ -90,19 +111,18 @@ def save(
                 nn.quantize(saved, group_size=group, bits=quantize_bits)
                 description["quantization"] = {"group_size": group, "bits": quantize_bits}
             tensors = named_weights(saved) | ({} if d2t is None else {D2T: mx.array(d2t, mx.int32)})
-            mx.save_safetensors(str(temporary / WEIGHTS), tensors, {"format": "mlx"})
-            (temporary / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+            write_tensors(new / WEIGHTS, tensors, {"format": "mlx"})
+            (new / "config.json").write_text(json.dumps(description, indent=2) + "\n")
             for name in TOKENIZER_FILES + OPTIONAL_FILES:
                 source = teacher_folder / name
                 if source.is_file():
-                    copy_tokenizer_file(source, temporary / name)
-            hashes = {p.name: sha256(p) for p in sorted(temporary.iterdir())}
+                    copy_tokenizer_file(source, new / name)
+            copy_licence(teacher_folder, new, provenance.get("teacher", {}), unlisted_files(folder, ABOUT))
+            hashes = {p.name: sha256(p) for p in sorted(new.iterdir())}
             about = {"format": FORMAT, **provenance, "config": config.record(), "files": hashes}
-            (temporary / "draft.json").write_text(json.dumps(about, indent=2, default=str) + "\n")
-            for name in preserve:
-                link_or_copy(folder / name, temporary / name)
+            (new / ABOUT).write_text(json.dumps(about, indent=2, default=str) + "\n")
     except OSError as error:
-        raise UserError(f"{folder}: cannot write the draft ({error.strerror or error})") from error
+        raise UserError(f"{cannot_write(error)} {folder} (the draft: {error.strerror or error})") from error
 
 
 def rounded(weights: dict[str, mx.array], bits: int | None) -> dict[str, mx.array]:
@@ -139,8 +159,7 @@ def load(folder: Path) -> Draft:
 
     The module is ready to call like any of mlx-lm's; a quantised one stays quantised.
     """
-    folder = Path(folder).absolute()
-    recover_folder(folder)
+    folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such draft")
     description = read_json(folder / "config.json")
@@ -148,7 +167,7 @@ def load(folder: Path) -> Draft:
         config = DraftConfig.from_json(description)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / 'config.json'}: not a Llama's ({error})") from error
-    provenance = read_json(folder / "draft.json") if (folder / "draft.json").is_file() else {}
+    provenance = read_json(folder / ABOUT) if (folder / ABOUT).is_file() else {}
     check_files(folder, provenance)
     path = folder / WEIGHTS
     if not path.is_file():

@@ -42,10 +42,23 @@ def estimate_memory(
     return max(start, peak)
 
 
-def check_memory(config: DraftConfig, batch: int, seq_len: int, teacher_hidden: int = 0) -> None:
-    """Refuse, before anything is allocated, what would not fit."""
-    gpu = mx.default_device() == mx.Device(mx.gpu)
-    need = estimate_memory(config, batch, seq_len, gpu=gpu, teacher_hidden=teacher_hidden)
+def is_narrow(dtype: str) -> bool:
+    """Whether training with this setting computes in bfloat16 on the present device."""
+    return dtype == "bfloat16" or (dtype == "auto" and mx.default_device() == mx.Device(mx.gpu))
+
+
+def check_memory(config: DraftConfig, batch: int, seq_len: int, teacher_hidden: int = 0, dtype: str = "auto") -> None:
+    """Refuse, before anything is allocated, what would not fit. dtype: the setting."""
+    narrow = is_narrow(dtype)
+    # In bfloat16 a CPU computes scores and logits as a GPU does.
+    gpu = narrow or mx.default_device() == mx.Device(mx.gpu)
+    need = estimate_memory(config, batch, seq_len, gpu=gpu, narrow=narrow, teacher_hidden=teacher_hidden)
     size = f"{config.layers} layers x {config.hidden} ({config.parameters / 1e6:,.0f} M parameters)"
     advice = "choose fewer --layers, a smaller --hidden or --batch"
     check_fits(need, f"a draft of {size} needs about {{}} to train", advice)
+
+
+def disk_bytes(config: DraftConfig) -> int:
+    """Bytes that a run has on disk at most: weights and two moments of the last step and of the one before it, the best
+    weights of both, in float32. A draft takes the place of a state."""
+    return 4 * config.parameters * (2 * 3 + 2)

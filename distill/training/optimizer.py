@@ -41,7 +41,8 @@ def adamw(
 
     schedule: as `schedule` returns it. Returns new weights, m and v, and the norm before clipping.
     """
-    norm = mx.sqrt(sum((mx.square(g).sum() for g in gradients.values()), start=mx.array(0.0)))
+    # In the order of their names: a run that is resumed has its weights in another order, which the sum would show.
+    norm = mx.sqrt(sum((mx.square(gradients[name]).sum() for name in sorted(gradients)), start=mx.array(0.0)))
     factor = mx.minimum(1.0, clip / (norm + 1e-6))
     rate, c1, c2 = scheduled[0], scheduled[1], scheduled[2]
     new: tuple[Tensors, Tensors, Tensors] = ({}, {}, {})

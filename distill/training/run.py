@@ -1,9 +1,9 @@
 """`distill train`: a dataset of teacher logits in, a draft model out.
 
 While it runs, the output folder holds `log.jsonl`, `curves.png` and `state/`; the draft itself
-appears in one rename, at the end or when interrupted. Running the same command again goes on from
-`state/`, and ends with the same weights as a run that was never stopped; once it is finished, the
-same command says what came out.
+appears at the end or when interrupted, all its files at once. What else lies there stays. Running
+the same command again goes on from `state/`, and ends with the same weights as a run that was
+never stopped; once it is finished, the same command says what came out.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ import numpy as np
 from tqdm import tqdm
 
 from decode.metal import limit_memory
-from decode.models.checkpoint import RUNS, Checkpoint, tokenizer_hash
-from decode.tokenizer import check_tokenizer
+from decode.models.checkpoint import RUNS, Checkpoint, has_tokenizer
+from decode.tokenizer import Tokenizer, check_tokenizer
 from distill.data.manifest import MANIFEST
 from distill.data.shards import Dataset
-from distill.provenance import dataset_metadata, made_with, origin, teacher_metadata
+from distill.provenance import dataset_metadata, made_with, origin, teacher_files, teacher_metadata
 from distill.training import cpu
 from distill.training.checkpoint import check_draft_folder, check_files, rounded, save
 from distill.training.cpu import CpuHead
@@ -38,17 +38,17 @@ from distill.training.draft_config import DraftConfig
 from distill.training.drafts import llama
 from distill.training.loader import DataLoader
 from distill.training.losses import FusedHead
-from distill.training.memory import check_memory
+from distill.training.memory import check_memory, disk_bytes, is_narrow
 from distill.training.optimizer import learning_rate
 from distill.training.plots import training_curves
 from distill.training.settings import TrainSettings
-from distill.training.state import State, difference
+from distill.training.state import STATE, State, difference, discard, stored_bytes
 from distill.training.step import Step, TrimmedHead, measure
 from distill.training.vocabulary import DraftVocabulary, select_draft_vocabulary
 from kernels.backends import use_fast_blas
 from kernels.console import say
 from kernels.errors import UserError
-from kernels.files import read_json, read_json_lines, sha256
+from kernels.files import append_line, cannot_write, read_json, read_json_lines, sha256, working_in
 
 DRAW_SECONDS = 20.0  # a picture takes part of a second
 READ_EVERY = 20  # most steps that run before the host looks at their losses
@@ -96,18 +96,22 @@ def train(
     settings.check(dataset.settings.vocab_size)
     check_tokenizer(teacher_folder)
     other = other_teacher(dataset, teacher_folder)
-    check_draft_folder(out)
     fingerprint = settings.record() | {"data": sha256(data / MANIFEST)}
+    fingerprint["teacher_files"] = teacher_files(Tokenizer(teacher_folder))
     if other is not None:
         fingerprint["teacher"] = other["hash"]
     if (summary := finished_run(out, fingerprint)) is not None:
         return summary
+    tell = say(quiet)
     if other is not None:
         name = dataset.settings.teacher_name
-        say(quiet)(
+        tell(
             f"{data}: was collected from {name}, not from {teacher_folder}, which has the same tokenizer: the draft"
             f" learns to agree with {name}, and is kept as a draft for it"
         )
+    if not dataset.complete:
+        asked = f" of {dataset.settings.values['tokens']:,}" if "tokens" in dataset.settings.values else ""
+        tell(f"{data}: is not complete: trained on the {dataset.tokens:,}{asked} tokens that are there")
     if mx.default_device() == mx.Device(mx.cpu):
         use_fast_blas()
     limit_memory()
@@ -120,12 +124,16 @@ def train(
             f" {teacher_folder / 'config.json'} one of {config.vocab_size}"
         )
     teacher_hidden = int(read_json(teacher_folder / "config.json")["hidden_size"]) if settings.teacher_embedding else 0
-    check_memory(config, settings.batch, dataset.settings.seq_len, teacher_hidden)
+    check_memory(config, settings.batch, dataset.settings.seq_len, teacher_hidden, settings.dtype)
     loader = DataLoader(
         dataset, settings.temperature, settings.batch, settings.seed, settings.eval_share, settings.eval_rows
     )
-    state = State.open(out / "state", fingerprint)
-    return _Run(loader, teacher_folder, other, out, settings, config, state, vocabulary, progress, quiet).go()
+    with working_in(out, room=disk_bytes(config) - stored_bytes(out / STATE)):
+        check_draft_folder(out)
+        if (summary := finished_run(out, fingerprint)) is not None:  # a kill had kept it from its place
+            return summary
+        state = State.open(out / STATE, fingerprint)
+        return _Run(loader, teacher_folder, other, out, settings, config, state, vocabulary, progress, quiet).go()
 
 
 def default_folder(settings: TrainSettings, data: Path, teacher: str, teacher_hash: str) -> Path:
@@ -140,7 +148,7 @@ def other_teacher(dataset: Dataset, teacher_folder: Path) -> dict[str, Any] | No
 
     Refuses one with another tokenizer: the dataset's token ids are not its own.
     """
-    if tokenizer_hash(teacher_folder) != dataset.settings.tokenizer_hash:
+    if not has_tokenizer(teacher_folder, dataset.settings.tokenizer_hash):
         raise UserError(
             f"{dataset.folder}: was collected from {dataset.settings.teacher_name}, whose tokenizer"
             f" is not that of {teacher_folder}"
@@ -163,6 +171,7 @@ def finished_run(out: Path, fingerprint: dict[str, Any]) -> Summary | None:
     try:
         training = about["training"]
         begun = training["settings"] | {"data": training["data"]["sha256"]}
+        begun |= {"teacher_files": training["teacher_files"]} if "teacher_files" in training else {}
         if "started_from" in training:
             begun["teacher"] = training["started_from"]["hash"]
         parameters = DraftConfig.from_record(about["config"]).parameters
@@ -172,6 +181,7 @@ def finished_run(out: Path, fingerprint: dict[str, Any]) -> Summary | None:
     if text := difference(begun, fingerprint):
         raise UserError(f"{out}: holds a finished draft that was trained with {text}; give another --out or delete it")
     check_files(out, about)
+    discard(out / STATE)
     log = out / "log.jsonl"
     lines = read_json_lines(log) if log.is_file() else []
     best = [line for line in lines if (line.get("kind"), line.get("step")) == ("eval", figures["best_step"])]
@@ -213,7 +223,7 @@ class _Run:
         self.steps = math.ceil(settings.tokens / self.step_tokens)
         self.every = max(1, math.ceil(self.steps / settings.evals))
         on_gpu = mx.default_device() == mx.Device(mx.gpu)
-        narrow = settings.dtype == "bfloat16" or (settings.dtype == "auto" and on_gpu)
+        narrow = is_narrow(settings.dtype)
         self.model = llama.build(config)
         plain = on_gpu or narrow
         head_type = FusedHead if plain else CpuHead
@@ -340,11 +350,7 @@ class _Run:
         self._write(lambda: training_curves(self.log, self.out / "curves.png", title))
 
     def _line(self, line: dict[str, Any]) -> None:
-        def append() -> None:
-            with self.log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-
-        self._write(append)
+        append_line(self.log, line)
         if self.progress is not None:
             self.progress(line)
 
@@ -352,12 +358,10 @@ class _Run:
         try:
             action(*arguments)
         except OSError as error:
-            raise UserError(f"{self.out}: cannot be written ({error.strerror or error})") from error
+            raise UserError(f"{cannot_write(error)} {self.out} ({error.strerror or error})") from error
 
     def _stop(self, done: int) -> None:
         """Keep what an interrupted run has learned, as state and as a draft."""
-        if self.state.best_weights is None:
-            self._evaluate(done)
         self._draw()
         self._write(self.state.save, done)
         self._save(done, complete=False)
@@ -367,9 +371,14 @@ class _Run:
         )
 
     def _save(self, steps: int, complete: bool) -> dict[str, Any]:
-        """Write the best weights as a draft; returns how it does on the held-out rows as saved."""
-        best = self.state.best_weights
-        assert best is not None
+        """Write the best weights as a draft; returns how it does on the held-out rows as saved.
+
+        Before the first evaluation those are the present ones, which the state doesn't learn: a run that is stopped
+        has the evaluations of one that is not.
+        """
+        best, best_step = self.state.best_weights, self.state.best_step
+        if best is None:
+            best, best_step = self.state.weights, steps
         as_saved = rounded(best, self.settings.bits)
         figures = self._measure(as_saved)
         self.model.load_weights(list(best.items()))
@@ -385,11 +394,13 @@ class _Run:
                 "tokenizer_hash": source.tokenizer_hash,
                 "training": {
                     "settings": self.settings.record(),
+                    "teacher_files": self.state.fingerprint["teacher_files"],
                     "data": {"sha256": self.state.fingerprint["data"], "tokens": self.loader.dataset.tokens}
+                    | ({} if self.loader.dataset.complete else {"complete": False})
                     | {"settings": dataset_metadata(source)},
                     "steps": steps,
                     "tokens": steps * self.step_tokens,
-                    "best_step": self.state.best_step,
+                    "best_step": best_step,
                 }
                 | figures
                 # Whose embedding and tokenizer files these are, where they are not the teacher's.
@@ -398,13 +409,13 @@ class _Run:
             }
             | ({} if self.vocabulary is None else {"vocabulary": self.vocabulary.metadata()}),
             self.settings.bits,
-            preserve=("log.jsonl", "curves.png") if complete else ("log.jsonl", "curves.png", "state"),
             d2t=None if self.vocabulary is None else self.vocabulary.d2t,
         )
         return figures
 
     def _finish(self, trained: int) -> Summary:
         figures = self._save(self.steps, complete=True)
+        self._write(discard, self.state.folder)
         assert self.state.best_loss is not None
         return Summary(
             out=self.out,

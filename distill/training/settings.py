@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from distill.settings import Settings, option
+from decode.settings import Settings, option
 from distill.training.draft_config import GROUP_SIZE, check_size
 from distill.training.losses import bucket_loss
 

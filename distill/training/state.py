@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,11 @@ import mlx.core as mx
 from distill.training.settings import TrainSettings
 from distill.training.tensors import Tensors, load_tensors, save_tensors
 from kernels.errors import UserError
-from kernels.files import read_json, write_atomic
+from kernels.files import TEMPORARY, cannot_write, read_json, write_atomic
 
+STATE = "state"  # the folder of a run that is not finished, beside its draft
 RUN = "run.json"
+OURS = re.compile(r"run\.json|(step|best)-\d+\.safetensors|" + re.escape(TEMPORARY) + ".*")
 
 
 class State:
@@ -51,7 +56,7 @@ class State:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
+                raise UserError(f"{cannot_write(error)} {folder} ({error.strerror})") from error
             state._write_run()
         return state
 
@@ -91,9 +96,7 @@ class State:
             if tensors is not None and not (kind == "best" and path.exists()):
                 save_tensors(path, tensors)
         self._write_run()
-        for path in self.folder.iterdir():
-            if path.name not in current:
-                path.unlink()
+        _remove(self.folder, but=current)
 
     def _file(self, kind: str, step: int) -> Path:
         return self.folder / f"{kind}-{step}.safetensors"
@@ -114,12 +117,46 @@ class State:
         write_atomic(self.folder / RUN, (json.dumps(run, indent=1) + "\n").encode())
 
 
+def is_begun(folder: Path) -> bool:
+    """Whether a folder holds the state of a run that was begun."""
+    try:
+        return "identity" in read_json(folder / RUN)
+    except UserError:
+        return False
+
+
+def discard(folder: Path) -> None:
+    """Remove the state of a run that is finished; the folder too, unless there is something else in it."""
+    if is_begun(folder):
+        _remove(folder)
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def stored_bytes(folder: Path) -> int:
+    """What the state in a folder, if there is one, takes of the disk."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
+
+
+def _remove(folder: Path, but: Collection[str] = ()) -> None:
+    """Delete the files of a state, which may lie elsewhere behind a link; nothing else that is there."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == RUN):  # run.json says whose they are: last
+        if OURS.fullmatch(path.name) and path.name not in but and not path.is_dir():
+            path.unlink()
+
+
 def difference(begun: Any, fingerprint: dict[str, Any]) -> str | None:
     """What an earlier run had that this one has not, in words; None where both make the same draft.
 
-    begun: the fingerprint of that run, perhaps of an older version: settings it does not know had today's defaults.
+    begun: the fingerprint of that run, perhaps of an older version: settings it does not know had today's defaults, and
+    the teacher's files are taken to be as they were.
     """
     begun = TrainSettings.with_defaults(begun if isinstance(begun, dict) else {})
+    files, files_now = begun.pop("teacher_files", None), fingerprint.get("teacher_files")
+    if files is not None and files_now is not None and files != files_now:
+        names = files.keys() | files_now.keys()
+        return f"another {min(name for name in names if files.get(name) != files_now.get(name))} of the teacher"
+    fingerprint = {name: value for name, value in fingerprint.items() if name != "teacher_files"}
     for name in sorted(fingerprint.keys() | begun.keys()):
         was, now = begun.get(name), fingerprint.get(name)
         if was != now:

@@ -23,9 +23,12 @@ def load_tensors(path: Path) -> Tensors:
 
 
 def save_tensors(path: Path, tensors: Tensors) -> None:
-    """Write a safetensors file, wholly or not at all."""
-    try:
-        with replacing(path) as temporary:
-            mx.save_safetensors(str(temporary), tensors)
-    except RuntimeError as error:  # MLX's, of a file it cannot write
-        raise UserError(f"{path.parent}: cannot be written ({error})") from error
+    """Write a safetensors file, wholly or not at all. UserError naming the folder where it cannot be written."""
+    with replacing(path) as temporary:
+        write_tensors(temporary, tensors)
+
+
+def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file. OSError where it cannot be, which MLX says only of files that Python has opened."""
+    with path.open("wb") as file:
+        mx.save_safetensors(file, tensors, metadata)

@@ -96,8 +96,8 @@ def test_a_terminal_without_unicode(command: Command) -> None:
         (["plain", "--prompt", "a", "--prompts", "b"], ["--prompt or --prompts"]),
         (["plain", "--prompts", "gone.jsonl"], ["gone.jsonl"]),
         (["plain", "--prompts", "bad.jsonl"], ["bad.jsonl: line 2 is not JSON"]),
-        (["plain", "--prompts", "latin1.txt"], ["latin1.txt: line 1 is not valid UTF-8"]),
-        (["plain", "--prompts", "long.txt"], ["prompt 1", "2048"]),
+        (["plain", "--prompts", "latin1.txt"], ["latin1.txt: line 1 (byte 3) is not valid UTF-8"]),
+        (["plain", "--prompts", "long.txt"], ["long.txt: line 1", "2048"]),
         (["plain", "--prompt", "a", "--json", "no/such/x.json"], ["--json no/such/x.json", "no/such"]),
         (["plain", "--prompt", "a", "--json", "."], ["--json .", "folder"]),
         (["plain", "--prompt", "a", "--temperature", "-1"], ["--temperature -1.0"]),
@@ -186,17 +186,31 @@ def test_a_shell_can_complete(command: Command) -> None:
     assert done.code == 0 and "--max-tokens" in done.out and "--draft" not in done.out, done.err
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
+def test_a_full_disk_below_the_output_is_named(work: Path) -> None:
+    for more in ((), ("--json", "-")):
+        with Path("/dev/full").open("w") as full:
+            options = arguments("decode", "plan", "--chip", "M1", *more)
+            done = subprocess.run(options, stdout=full, stderr=subprocess.PIPE, env=environment(), cwd=work, text=True)
+        assert done.returncode == 2 and done.stderr.splitlines() == [
+            "decode: error: standard output: No space left on device"
+        ]
+
+
 @pytest.mark.slow
-def test_interrupt(work: Path, prompts: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt(work: Path, prompts: Path, number: int) -> None:
+    """SIGTERM is as good as Ctrl-C, also where that one is ignored, as it is in the background of scripts."""
     many = work / "many.jsonl"
     many.write_text(prompts.read_text(encoding="utf-8") * 200, encoding="utf-8")
     process = subprocess.Popen(
         arguments("decode", "plain", "--prompts", many, "--max-tokens", 500, "-q", "--json", "out.json"),
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), cwd=work,
+        preexec_fn=lambda: number == signal.SIGTERM and signal.signal(signal.SIGINT, signal.SIG_IGN),
     )  # fmt: skip
     assert process.stdout is not None
     process.stdout.read(1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     try:
         _, err = process.communicate(timeout=60)
     finally:
@@ -222,6 +236,30 @@ def test_a_check_that_fails_gives_one(weak_draft: Path, work: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert "identical to plain decoding: 0 of 1" in done.stderr and "prompt 1 differs at token 0" in done.stderr
+
+
+def test_nothing_drafted_is_no_acceptance_of_zero(inside: Command, weak_draft: Path, small_teacher: Path) -> None:
+    """The only token of a reply is the teacher's own."""
+    models = ("--teacher", small_teacher, "--draft", weak_draft)
+    for options in (("plain", "--teacher", small_teacher), ("spec", *models), ("spec", *models, "--compare")):
+        done = inside("decode", *options, "--prompt", "Hi", "--max-tokens", 1, "--json", "-")
+        assert done.code == 0, done.err
+        report = json.loads(done.out)
+        assert report["acceptance_rate"] is report["mean_acceptance_length"] is None
+        assert report["tokens"] == 1 and report["rounds"] == report["drafted"] == 0
+        assert ("acceptance rate none: nothing was drafted" in done.err) is (options[0] == "spec")
+
+
+def test_what_is_compared_is_printed_too(
+    inside: Command, weak_draft: Path, small_teacher: Path, tmp_path: Path
+) -> None:
+    models, report = ("--teacher", small_teacher, "--draft", weak_draft), tmp_path / "r.json"
+    options = ("--prompt", "Hi", "--max-tokens", 8, "--json", report)
+    streamed = inside("decode", "spec", *models, *options)
+    compared = inside("decode", "spec", *models, *options, "--compare")
+    assert compared.code == 0, compared.err
+    (output,) = json.loads(report.read_text(encoding="utf-8"))["outputs"]
+    assert streamed.out == compared.out == output["text"] + "\n" != "\n"
 
 
 @pytest.mark.slow

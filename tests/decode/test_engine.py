@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, SHIPPED, TEACHER, environment
+from conftest import ROOT, SHIPPED, TEACHER, changed_copy, environment
 
 from decode.drafters import Hidden, Proposal
 from decode.drafters.model import ModelDrafter
@@ -427,6 +429,48 @@ def test_report(session: Session) -> None:
     assert [entry["identical"] for entry in broken["outputs"]] == [False, True]
     assert broken["outputs"][0]["first_difference"] == 5
     assert broken["outputs"][0]["logit_margin"] > 0
+
+
+@pytest.mark.parametrize("queues", [False, True])
+def test_printing_is_time_that_a_user_waits(session: Session, queues: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the device computes the next token meanwhile: it would seem to take no time at all."""
+    monkeypatch.setattr(session.teacher, "async_decode", queues)
+    pause = 0.02
+    for speculative in (False, True):
+        texts: list[str] = []
+
+        def show(text: str, texts: list[str] = texts) -> None:
+            texts.append(text)
+            time.sleep(pause)
+
+        ids = session.encode([make_prompt("Hi", "1")])[0]
+        began = time.perf_counter()
+        found = session.answer(Prompt([], "1"), ids, 0, speculative=speculative, show=show, limit=6).metrics
+        whole = time.perf_counter() - began
+        waited = pause * (len(texts) - 2)  # what is printed behind the last token keeps nobody waiting
+        assert waited > 0 and waited <= found.decode_seconds < whole - found.prefill_seconds
+        assert found.tok_per_s == found.tokens / found.decode_seconds
+
+
+@pytest.mark.parametrize(("k", "context", "rows"), [(200, 2048, 201), (3, 2048, 4), (400, 150, 150)])
+def test_a_verification_is_measured_with_all_its_rows(
+    k: int, context: int, rows: int, small_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or, where the teacher's context ends before them, with as many as it takes."""
+    config = json.loads((small_teacher / "config.json").read_text()) | {"max_position_embeddings": context}
+    folder = changed_copy(small_teacher, tmp_path / "teacher", config__json=json.dumps(config).encode())
+    teacher = find_teacher(str(folder))
+    session = Session(teacher, teacher, k=k)
+    taken: list[tuple[int, int]] = []
+    step = Transformer.step
+
+    def noted(model: Transformer, tokens: list[int], cache: KVCache, taps: tuple[int, ...] = ()) -> Forward:
+        taken.append((len(tokens), cache.offset + len(tokens)))
+        return step(model, tokens, cache, taps)
+
+    monkeypatch.setattr(Transformer, "step", noted)
+    assert session.verify_ratio > 0
+    assert {count for count, _ in taken} == {1, rows} and max(end for _, end in taken) <= context
 
 
 def test_finish_reason_and_streamed_text(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,10 +30,15 @@ def test_figures() -> None:
     metrics = Metrics(prefill_seconds=5.0)
     for step in rounds():
         metrics.add(*step)
-    assert (metrics.tokens, metrics.rounds, metrics.drafted, metrics.accepted) == (8, 4, 8, 4)
+    assert (metrics.tokens, metrics.rounds, metrics.drafted, metrics.accepted) == (
+        8,
+        3,
+        8,
+        4,
+    )  # the last drafts nothing
     assert metrics.acceptance_rate == 0.5
-    assert metrics.mean_acceptance_length == 2.0 == metrics.tokens / metrics.rounds
-    assert metrics.acceptance_per_position == [0.5, 0.25, 0.25]
+    assert metrics.mean_acceptance_length == 1 + 4 / 3
+    assert metrics.acceptance_per_position == [2 / 3, 1 / 3, 1 / 3]
     assert metrics.times() == pytest.approx(
         {"prefill_seconds": 5.0, "decode_seconds": 1.0, "draft_seconds": 0.3, "verify_seconds": 0.7}
     )
@@ -53,8 +58,10 @@ def test_merging_equals_adding() -> None:
 
 def test_nothing_done() -> None:
     metrics = Metrics()
-    assert metrics.tok_per_s == metrics.acceptance_rate == metrics.mean_acceptance_length == 0.0
-    assert metrics.acceptance_per_position == []
+    assert metrics.tok_per_s == 0.0
+    metrics.add(Round([8]), 0.0, 0.5)
+    assert metrics.acceptance_rate is metrics.mean_acceptance_length is None
+    assert metrics.acceptance_per_position == [] and metrics.tok_per_s == 2.0
 
 
 @pytest.mark.parametrize(

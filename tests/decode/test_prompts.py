@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import sys
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, TEACHER, changed_copy
+from conftest import ROOT, TEACHER, Command, changed_copy
 
 from decode.prompts import Prompt, gather_prompts, make_prompt, read_prompts
 from decode.tokenizer import Tokenizer
@@ -46,11 +48,63 @@ def test_json_lines(tmp_path: Path) -> None:
 
 
 def test_plain_text(tmp_path: Path) -> None:
-    prompts = read_prompts(write(tmp_path / "p.txt", '\ufefffirst\r\n\n  \nsecond {"prompt": 1}'))
-    assert [(p.id, p.messages) for p in prompts] == [
-        ("1", [{"role": "user", "content": "first"}]),
-        ("4", [{"role": "user", "content": 'second {"prompt": 1}'}]),
-    ]
+    text = '\ufefffirst\r\n\n  \nsecond {"prompt": 1}\n[INST] {name} (1)'
+    for content in (text, text.replace("\r\n", "\r").replace("\n", "\r")):
+        prompts = read_prompts(write(tmp_path / "p.txt", content))
+        assert [(p.id, p.messages) for p in prompts] == [
+            ("1", [{"role": "user", "content": "first"}]),
+            ("4", [{"role": "user", "content": 'second {"prompt": 1}'}]),
+            ("5", [{"role": "user", "content": "[INST] {name} (1)"}]),
+        ]
+
+
+LINES = b'\xef\xbb\xbf{"prompt": "one\\ntwo"}\n\n{"messages": [{"role": "user", "content": "three"}], "id": "c"}\n'
+LIST = b'[\n {"prompt": "one\\ntwo"},\n {"prompt": "three", "id": "c"}\n]\n'
+OBJECT = b'{\n "messages": [\n  {"role": "user", "content": "one\\ntwo"}\n ]\n}\n'
+
+
+@pytest.mark.parametrize("name", ["p.json", "p.jsonl", "p.ndjson", "P.JSON", "p.txt", "p", "a pipe", "standard input"])
+@pytest.mark.parametrize(("data", "asked"), [(LINES, 2), (LIST, 2), (OBJECT, 1)])
+def test_what_is_json_is_read_as_such_by_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, data: bytes, asked: int
+) -> None:
+    if name == "standard input":
+        standard_input(monkeypatch, data)
+        prompts = gather_prompts(None, None, Path())
+    elif name == "a pipe":
+        reader, writer = os.pipe()
+        os.write(writer, data)
+        os.close(writer)
+        prompts = read_prompts(Path(f"/dev/fd/{reader}"))
+        os.close(reader)
+    else:
+        prompts = read_prompts(write(tmp_path / name, data))
+    assert [prompt.messages[0]["content"] for prompt in prompts] == ["one\ntwo", "three"][:asked]
+    assert [prompt.id for prompt in prompts][1:] == ["c"][: asked - 1]
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ('{"prompt": "a"', "line 1 is not JSON"),
+        ("{'prompt': 'a'}", "line 1 is not JSON"),
+        ("{prompt: a}", "line 1 is not JSON"),
+        ('[\n{"prompt": "a"},\n{"prompt": b}\n]', "line 3 is not JSON"),
+        ('[{"prompt": "a"}]\n[{"prompt": "b"}]', "line 1 is not a JSON object"),
+        ('[{"prompt": "a"}, 3]', "entry 2 is not a JSON object"),
+        ('{"prompt": "a"}\nplain', "line 2 is not JSON"),
+        ('plain\n\n{"prompt": "a"}', "line 3 looks like JSON, which line 1 is not"),
+    ],
+)
+@pytest.mark.parametrize("name", ["p.txt", "standard input"])
+def test_what_looks_like_json_and_cannot_be_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str, line: str
+) -> None:
+    standard_input(monkeypatch, content.encode())
+    file = write(tmp_path / name, content)
+    with pytest.raises(UserError, match=re.escape(line)) as caught:
+        gather_prompts(None, None if name == "standard input" else file, Path())
+    assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_the_projects_own_prompts() -> None:
@@ -68,18 +122,34 @@ def test_the_projects_own_prompts() -> None:
         ("[" * 100_000, "is not JSON"),
         ('["a list"]', "is not a JSON object"),
         ('{"text": "t"}', "neither `prompt` nor `messages`"),
-        ('{"prompt": 3}', "neither `prompt` nor `messages`"),
-        ('{"prompt": "  "}', "prompt is empty"),
-        ('{"messages": []}', "its messages are not"),
-        ('{"messages": "hello"}', "its messages are not"),
-        ('{"messages": [{"role": "user"}]}', "its messages are not"),
-        ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": ""}]}', "prompt is empty"),
-        ('{"prompt": "fine", "category": 3}', "its category is 3, not a name of one line"),
-        ('{"prompt": "fine", "category": ["a"]}', "its category is ['a']"),
-        ('{"prompt": "fine", "category": "two\\nlines"}', "its category is 'two\\nlines'"),
+        ('{"prompt": 3}', "a prompt that is not a string"),
+        ('{"prompt": "  "}', "an empty prompt"),
+        ('{"messages": []}', "messages that are not a list"),
+        ('{"messages": "hello"}', "messages that are not a list"),
+        ('{"messages": [{"role": "user"}]}', "a content of a message that is not a string"),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": ""}]}', "an empty prompt"),
+        ('{"messages": [{"role": "user", "content": []}]}', "a content of a message that is not a string"),
+        ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "a part of the type 'image_url'"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+            "nothing to answer",
+        ),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]}', "nothing to answer"),
+        ('{"messages": [{"role": "system", "content": "a"}]}', "none of a user"),
+        ('{"messages": [{"role": "human", "content": "a"}]}', "the role 'human'"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [3]}]}',
+            "tool_calls",
+        ),
+        ('{"prompt": "a", "tools": [{"name": "f"}]}', "`tools`, which are not read"),
+        ('{"prompt": "fine", "category": 3}', "the category 3"),
+        ('{"prompt": "fine", "category": ["a"]}', "the category ['a']"),
+        ('{"prompt": "fine", "category": "two\\nlines"}', "the category 'two\\nlines'"),
         ('{"prompt": "half \\ud83d"}', "half a surrogate pair"),
         ('{"prompt": "fine", "id": "\\udc00"}', "half a surrogate pair"),
-        (b'{"prompt": "caf\xe9"}', "is not valid UTF-8 (byte 16)"),
+        (b'{"prompt": "caf\xe9"}', "is not valid UTF-8"),
+        ('{"prompt": "a"}'.encode("utf-16-le"), "is a null byte"),
+        ("plain text", "is not JSON"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, line: str | bytes, complaint: str) -> None:
@@ -94,7 +164,7 @@ def test_bad_files(tmp_path: Path) -> None:
     for name, content in (("empty.jsonl", ""), ("blank.txt", "\n \n")):
         with pytest.raises(UserError, match=f"{name}: holds no prompt"):
             read_prompts(write(tmp_path / name, content))
-    with pytest.raises(UserError, match=r"binary.txt: line 2 is not valid UTF-8"):
+    with pytest.raises(UserError, match=r"binary.txt: line 2 \(byte 5\) is not valid UTF-8"):
         read_prompts(write(tmp_path / "binary.txt", b"fine\n\xff\xfe"))
     with pytest.raises(UserError, match=r"missing.jsonl: cannot be read"):
         read_prompts(tmp_path / "missing.jsonl")
@@ -125,14 +195,14 @@ def test_sources_of_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(UserError, match="prompt is not valid UTF-8"):
         asked("caf\udce9")  # how Python passes on a byte that is not UTF-8
 
-    standard_input(monkeypatch, "two lines\nof one prompt ü\n".encode())
-    assert asked() == ["two lines\nof one prompt ü"]
+    standard_input(monkeypatch, "\ufefftwo lines\nare two prompts ü\n".encode())
+    assert asked() == ["two lines", "are two prompts ü"]
     standard_input(monkeypatch, b'\n{"prompt": "a"}\n{"prompt": "b"}\n')
     assert asked() == ["a", "b"]
     standard_input(monkeypatch, b"\xff")
-    with pytest.raises(UserError, match="standard input is not valid UTF-8"):
+    with pytest.raises(UserError, match=r"standard input: line 1 .* is not valid UTF-8"):
         asked()
-    standard_input(monkeypatch, b" \n")
+    standard_input(monkeypatch, b"\xef\xbb\xbf \n")
     assert asked() == ["sample one", "sample two"]
     standard_input(monkeypatch, b"typed", terminal=True)
     assert asked() == ["sample one", "sample two"]
@@ -152,6 +222,77 @@ def test_chat_template(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(tokenizer.encode_prompt(make_prompt("Hi", "1"), raw=True)) == "Hi"
 
 
+def templated(folder: Path, template: str) -> Tokenizer:
+    config = json.loads((TEACHER / "tokenizer_config.json").read_text()) | {"chat_template": template}
+    return Tokenizer(changed_copy(TEACHER, folder, tokenizer_config__json=json.dumps(config).encode()))
+
+
+PARTS = """{% for m in messages %}{{ m.role }}:{% if m.content is string %}{{ m.content }}{% else %}
+{%- for part in m.content %}{{ part.text }}{% endfor %}{% endif %};{% endfor %}"""
+TOOLS = """{% for m in messages %}{{ m.role }}:{{ m.content or '' }}
+{%- for call in m.tool_calls or [] %}{{ call.function.name }}({{ call.function.arguments }}){% endfor %};{% endfor %}"""
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"place": "Rome"}}}
+
+
+def one_prompt(tmp_path: Path, *messages: dict[str, object]) -> Prompt:
+    (prompt,) = read_prompts(write(tmp_path / "p.jsonl", json.dumps({"messages": messages})))
+    return prompt
+
+
+def test_content_in_parts_where_the_template_reads_them(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "Hello "}, {"type": "text", "text": "there", "image": None}]
+    prompt = one_prompt(tmp_path, {"role": "user", "content": parts})
+    assert prompt.title == "Hello there"
+    reading = templated(tmp_path / "m", PARTS)
+    assert reading.decode(reading.encode_prompt(prompt)) == "user:Hello there;"
+    assert reading.decode(reading.encode_prompt(prompt, raw=True)) == "Hello there"
+    with pytest.raises(UserError, match=r"line 1: the chat template refuses it: it does not read .* in parts"):
+        tokenizer.encode_prompt(prompt)
+    with pytest.raises(UserError, match="the chat template refuses it: it does not read content in parts"):
+        templated(tmp_path / "n", "{% for m in messages %}{{ m.content }}{% endfor %}").encode_prompt(prompt)
+
+
+def test_tool_turns_where_the_template_writes_them(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    asked = {"role": "user", "content": "Is it warm?"}
+    answered = {"role": "tool", "content": "30 degrees", "tool_call_id": "1"}
+    prompt = one_prompt(tmp_path, asked, {"role": "assistant", "content": None, "tool_calls": [CALL]}, answered)
+    writing = templated(tmp_path / "m", TOOLS)
+    said = "user:Is it warm?;assistant:weather({'place': 'Rome'});tool:30 degrees;"
+    assert writing.decode(writing.encode_prompt(prompt)) == said
+    with pytest.raises(UserError, match=r"p.jsonl: line 1: the chat template refuses it: .*"):
+        tokenizer.encode_prompt(prompt)
+    with pytest.raises(UserError, match=r"p.jsonl: line 1: calls tools"):
+        tokenizer.encode_prompt(prompt, raw=True)
+
+
+def test_the_template_is_told_one_time_a_run(tmp_path: Path) -> None:
+    dated = (
+        "{{ strftime_now('%d %b %Y, %-H') }}{% macro hour() %}{{ strftime_now('%H:%M:%S') }}{% endmacro %} {{ hour() }}"
+    )
+    prompt = make_prompt("Hi", "1")
+    told = templated(tmp_path / "m", dated)
+    time = datetime.fromisoformat(str(told.template_time))
+    assert abs(datetime.now() - time).total_seconds() < 60
+    assert told.decode(told.encode_prompt(prompt)) == time.strftime("%d %b %Y, %-H %H:%M:%S")
+    then = Tokenizer(tmp_path / "m", "2024-02-03T04:05:06")
+    assert then.decode(then.encode_prompt(prompt)) == "03 Feb 2024, 4 04:05:06"
+
+
+@pytest.mark.slow
+def test_decode_says_the_time_that_the_template_was_told(small_teacher: Path, inside: Command, tmp_path: Path) -> None:
+    config = json.loads((TEACHER / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{{ strftime_now('%Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    dated = changed_copy(small_teacher, tmp_path / "m", tokenizer_config__json=json.dumps(config).encode())
+
+    def time(*options: object) -> object:
+        run = inside("decode", "plain", "--prompt", "Hi", "--max-tokens", 2, "--json", tmp_path / "p.json", *options)
+        assert run.code == 0, run.err
+        return json.loads((tmp_path / "p.json").read_text())["template_time"]
+
+    assert datetime.fromisoformat(str(time("--teacher", dated))).year >= 2024
+    assert time("--teacher", dated, "--raw") is None and time("--teacher", small_teacher) is None
+
+
 def test_conversations_end_with_the_end_token(tokenizer: Tokenizer) -> None:
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there."}]
     ids, start = tokenizer.encode_conversation(messages)
@@ -165,8 +306,7 @@ def test_conversations_end_with_the_end_token(tokenizer: Tokenizer) -> None:
     [("{{ raise_exception('roles must take turns') }}", "roles must take turns"), ("{{ 1 / 0 }}", "division by zero")],
 )
 def test_a_template_that_refuses_is_one_line(tmp_path: Path, template: str, complaint: str) -> None:
-    config = json.loads((TEACHER / "tokenizer_config.json").read_text()) | {"chat_template": template}
-    picky = Tokenizer(changed_copy(TEACHER, tmp_path / "m", tokenizer_config__json=json.dumps(config).encode()))
+    picky = templated(tmp_path / "m", template)
     with pytest.raises(UserError, match=f"prompt p7: the chat template refuses it: {complaint}"):
         picky.encode_prompt(Prompt([{"role": "user", "content": "a"}], "p7"))
 
@@ -212,7 +352,7 @@ def test_tokens_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
         ("tokenizer.json", b'{"added_tokens": [], "model": {"type": "BPE", "vocab": [1]}}', ": the tokenizer cannot"),
         ("tokenizer_config.json", b"nope", ""),
         ("tokenizer_config.json", b'{"chat_template_type": "zzz"}', ": the tokenizer cannot be loaded"),
-        ("config.json", b'{"model_type": "bitnet", "eos_token_id": "a"}', "/config.json: Validation error for field"),
+        ("config.json", b'{"model_type": "bitnet", "eos_token_id": "a"}', "/config.json: eos_token_id is 'a', not"),
         ("config.json", b'{"model_type": "bitnet", "rms_norm_eps": "a"}', "/config.json: Validation error for field"),
     ],
 )

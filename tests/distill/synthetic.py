@@ -9,7 +9,7 @@ import numpy as np
 
 from decode.models.checkpoint import Checkpoint, tokenizer_hash
 from distill.data.codec import Block
-from distill.data.manifest import Settings
+from distill.data.manifest import DatasetSettings
 from distill.data.shards import ShardWriter
 
 VOCAB = 96
@@ -69,7 +69,7 @@ def block(rows: int, seed: int, mask: bool = True, vocab: int = VOCAB, k: int = 
 
 def dataset(folder: Path, teacher: Path, shards: int = 3, rows: int = 16, mask: bool = True) -> Path:
     """A finished dataset for the teacher."""
-    settings = Settings(
+    settings = DatasetSettings(
         {
             "teacher": {"name": "synthetic", "hash": Checkpoint(teacher, teacher.name, {}).weights_hash},
             "tokenizer_hash": tokenizer_hash(teacher),

@@ -77,6 +77,11 @@ def test_inspect_and_verify(inside: Command, data: Path) -> None:
     fine = inside("distill", "verify", data)
     assert (fine.code, fine.err) == (0, "") and "all well" in fine.out
 
+    manifest = data / "manifest.json"
+    whole = manifest.read_text()
+    manifest.write_text(whole.replace('"complete": true', '"complete": false'))
+    assert "not complete" in inside("distill", "verify", data).out
+    manifest.write_text(whole)
     shard = sorted(data.glob("shard-*"))[1]
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1

@@ -185,7 +185,7 @@ def test_run(inside: Command, small_teacher: Path, tmp_path: Path) -> None:
     until = time.monotonic() + 120
     while not (out / "draft" / "log.jsonl").exists() and time.monotonic() < until:
         time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)  # as Ctrl-C
     assert b"same command goes on" in process.communicate(timeout=60)[1] and process.returncode == 130
     shards = {path.name: path.stat().st_mtime_ns for path in (out / "dataset").iterdir()}
 

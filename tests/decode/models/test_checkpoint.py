@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import TEACHER, changed_copy
 
-from decode.models.checkpoint import check_same_tokenizer, find_model, find_teacher
+from decode.models.checkpoint import check_same_tokenizer, find_model, find_teacher, token_table, tokenizer_hash
 from kernels import UserError
 from kernels.ops import TernaryWeight
 
@@ -46,6 +46,12 @@ def test_the_embedded_teacher() -> None:
     assert len(teacher.weights_hash) == len(teacher.tokenizer_hash) == 64
 
 
+def hash_of(tokenizer: Json, folder: Path) -> str:
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return tokenizer_hash(folder)
+
+
 @pytest.mark.slow
 def test_hashes_tell_content_not_layout(tmp_path: Path) -> None:
     teacher = find_teacher(None)
@@ -53,6 +59,19 @@ def test_hashes_tell_content_not_layout(tmp_path: Path) -> None:
     respelled = json.dumps(dict(reversed(tokenizer.items())), indent=3).encode()
     same = find_model(str(changed_copy(TEACHER, tmp_path / "same", tokenizer__json=respelled)), "--teacher")
     assert (same.tokenizer_hash, same.weights_hash) == (teacher.tokenizer_hash, teacher.weights_hash)
+    tokenizer["post_processor"] = {"type": "ByteLevel"}
+    tokenizer["model"]["merges"] = [" ".join(pair) for pair in tokenizer["model"]["merges"]]
+    assert hash_of(tokenizer, tmp_path / "saved-again") == teacher.tokenizer_hash
+    for change in (
+        rename_token,
+        swap_tokens,
+        drop_token,
+        swap_merges,
+        lambda c: c["added_tokens"][2].update(special=0),
+    ):
+        changed = json.loads(json.dumps(tokenizer))
+        change(changed)
+        assert hash_of(changed, tmp_path / f"other-{change.__name__}") != teacher.tokenizer_hash
     data = bytearray((TEACHER / "model.safetensors").read_bytes())
     data[-1] ^= 1
     other = find_model(str(changed_copy(TEACHER, tmp_path / "other", model__safetensors=bytes(data))), "--teacher")
@@ -223,6 +242,11 @@ def swap_tokens(content: Json) -> None:
     vocab[a], vocab[b] = vocab[b], vocab[a]
 
 
+def swap_merges(content: Json) -> None:
+    merges = content["model"]["merges"]
+    merges[10], merges[11] = merges[11], merges[10]
+
+
 def drop_token(content: Json) -> None:
     vocab = content["model"]["vocab"]
     del vocab[max(vocab, key=vocab.__getitem__)]
@@ -239,6 +263,7 @@ def drop_token(content: Json) -> None:
         (lambda content: content["added_tokens"][2].update(special=False), "disagree on token 2"),
         (lambda content: content["model"].update(vocab=[]), "has no vocabulary"),
         (lambda content: content.update(model=[]), "has no vocabulary"),
+        (lambda content: content["model"].update(vocab=[1]), "its vocabulary is damaged"),
         (lambda content: content["model"]["vocab"].update({"a": "b"}), "is damaged \\(the id of token 'a' is 'b'\\)"),
         (lambda content: content.update(added_tokens=[{}]), "added_tokens are damaged"),
     ],
@@ -255,6 +280,26 @@ def test_other_vocabulary_size(tmp_path: Path) -> None:
     draft = find_model(str(changed_copy(TEACHER, tmp_path / "d", config__json=config(vocab_size=16640))), "--draft")
     with pytest.raises(UserError, match="sizes 16640 and 16384"):
         check_same_tokenizer(find_teacher(None), draft)
+
+
+def test_a_vocabulary_with_scores(tmp_path: Path) -> None:
+    """As Unigram's are: their order decides the ids, and their scores what a text becomes."""
+
+    def written(**model: Any) -> Path:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        special = [{"id": 0, "content": "<unk>", "special": True}]
+        content = {"added_tokens": special, "model": {"type": "Unigram", "unk_id": 0} | model}
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+        return folder
+
+    folder = written(vocab=[["<unk>", 0.0], ["a", -1.5], ["b", -2.0]])
+    assert token_table(folder) == {0: ("<unk>", True), 1: ("a", False), 2: ("b", False)}
+    assert tokenizer_hash(written(vocab=[["<unk>", 0.0], ["a", -1.5], ["b", -2.0]], unk_id=None)) == tokenizer_hash(
+        folder
+    )
+    assert tokenizer_hash(written(vocab=[["<unk>", 0.0], ["a", -2.0], ["b", -2.0]])) != tokenizer_hash(folder)
+    assert tokenizer_hash(written(vocab=[["<unk>", 0.0], ["b", -1.5], ["a", -2.0]])) != tokenizer_hash(folder)
 
 
 def test_same_tokenizer_in_another_layout(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from conftest import TEACHER, changed_copy
+from conftest import SHIPPED, TEACHER, changed_copy
 
 from decode.metrics import VERSION
 from decode.models import drafts
@@ -130,3 +130,11 @@ def test_an_evaluation_with_another_teacher_says_nothing(runs: Path, teacher: Ch
     evaluated(slow, slow, 0.5, teacher)
     evaluated(fast, fast, 2.0, Checkpoint(fast, "another", {}))
     assert default_draft(teacher, runs).draft.folder == slow
+
+
+def test_an_unfinished_draft_is_told(tmp_path: Path) -> None:
+    about = json.loads((SHIPPED / "draft.json").read_text())
+    for complete in (True, False):
+        changed = json.dumps(about | {"complete": complete}).encode()
+        folder = changed_copy(SHIPPED, tmp_path / str(complete), draft__json=changed)
+        assert ("not finished" in find_draft(str(folder), find_teacher(None)).reason) is not complete

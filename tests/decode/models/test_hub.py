@@ -147,7 +147,7 @@ def test_who_may_not(command: Command, hub: Hub) -> None:
 def test_a_hub_teacher_leaves_its_revision_and_licence_in_the_draft(tmp_path: Path) -> None:
     """What distill.training.run writes of a teacher, where the folder is in the Hub client's cache."""
     from decode.models.checkpoint import find_teacher
-    from distill.data.manifest import Settings
+    from distill.data.manifest import DatasetSettings
     from distill.provenance import made_with, teacher_metadata
     from distill.release.publish import hub_name
 
@@ -156,11 +156,11 @@ def test_a_hub_teacher_leaves_its_revision_and_licence_in_the_draft(tmp_path: Pa
     folder.symlink_to(TEACHER)
     teacher = {"name": "maker/a--b@main", "hash": find_teacher(None).weights_hash}
     values = {"teacher": teacher, "tokenizer_hash": "x", "vocab_size": 16384}
-    facts = teacher_metadata(folder, Settings(values))
+    facts = teacher_metadata(folder, DatasetSettings(values))
     assert facts == {**teacher, "repo": "maker/a--b", "revision": "0a" * 20, "license": "apache-2.0"}
     assert hub_name(facts) == hub_name({"name": "maker/a--b@main"}) == "maker/a--b"
     other = {"name": "other", "hash": "0" * 64}  # trained with this folder's tokenizer, on another teacher's logits
-    assert teacher_metadata(folder, Settings({**values, "teacher": other})) == other
+    assert teacher_metadata(folder, DatasetSettings({**values, "teacher": other})) == other
     about = made_with()
     assert about["versions"]["mlx"] == mx.__version__
     assert about["commit"] is None or len(about["commit"].split(",")[0]) == 40

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -11,18 +12,21 @@ import time
 import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, arguments, environment
+from conftest import ROOT, Command, arguments, changed_copy, environment
 
 from decode.models.checkpoint import Checkpoint, find_teacher
+from decode.prompts import make_prompt
+from decode.tokenizer import Tokenizer
 from distill.data.collect import Collector, plan_collection, plan_scoring
 from distill.data.inspection import inspect_dataset, table, verify
-from distill.data.manifest import Settings, folder_name
+from distill.data.manifest import DatasetSettings, folder_name
 from distill.data.packing import Segment, cut, pack
 from distill.data.prompts import split_text, wants_reply
 from distill.data.replies import generate_replies, sample_tokens
@@ -30,7 +34,7 @@ from distill.data.reply_dataset import Replies
 from distill.data.scoring import top_of
 from distill.data.settings import CollectSettings
 from distill.data.shards import Dataset
-from distill.data.sources import Document, normalise_prompt
+from distill.data.sources import Document, normalise_prompt, read_source
 from kernels import UserError
 from kernels.files import sha256
 
@@ -273,7 +277,7 @@ def test_what_the_last_source_lacks_the_first_gives(
     stopped.progress = whole.progress
     datasets = [stopped.run(), whole.run()]
     assert files(tmp_path / "stopped") == files(tmp_path / "whole")
-    assert 600 - 16 < datasets[1].tokens <= 600 and whole.remarks(datasets[1]) == []
+    assert 600 - 16 < datasets[1].tokens <= 600 and len(whole.remarks(datasets[1])) == 1  # what is excluded
 
 
 @pytest.mark.slow
@@ -301,7 +305,7 @@ def test_of_a_hub_dataset_that_was_begun_the_commit_stays(
             raise ConnectionError("offline")
         return SimpleNamespace(sha=commit)
 
-    def load_dataset(*name: object, revision: str, **options: object) -> list[dict[str, str]]:
+    def load_dataset(*name: object, revision: str, **options: object) -> list[dict[str, object]]:
         read.append(revision)
         return [{"text": ""}, *({"text": f"Line {i}. " + "The ship sailed on. " * 20} for i in range(9)), {"text": 5}]
 
@@ -313,7 +317,7 @@ def test_of_a_hub_dataset_that_was_begun_the_commit_stays(
         read.clear()
         collector = Collector(plan_collection(teacher, chosen, tmp_path / "d"))
         remarks = collector.remarks(collector.run())
-        assert remarks == (["owner/name: 1 row was skipped: row 11 has a text that is not a string"] if read else [])
+        assert remarks == ["owner/name: 1 left out, empty (the first: owner/name: row 1)"]  # row 11 was never read
         return files(tmp_path / "d"), list(read)
 
     first, asked = run()
@@ -404,7 +408,9 @@ def test_what_an_older_version_made_is_taken_up(
 
     late = [replace(one, option=replace(one.option, added=one.name == "seed")) for one in CollectSettings.schema()]
     monkeypatch.setattr(CollectSettings, "schema", lambda: tuple(late))
-    names = [folder_name("replies", Settings(replies["settings"] | seed)) for seed in ({}, {"seed": 0}, {"seed": 1})]
+    names = [
+        folder_name("replies", DatasetSettings(replies["settings"] | seed)) for seed in ({}, {"seed": 0}, {"seed": 1})
+    ]
     assert names[0] == names[1] != names[2]
 
 
@@ -443,14 +449,15 @@ def of_prompts(teacher: Checkpoint, settings: CollectSettings, tmp_path_factory:
 def test_reply_n_answers_prompt_n_of_a_seeded_order(of_prompts: Collector) -> None:
     """Whatever the batch, and however long the replies before it: they decide only how many there are."""
     (chosen,) = of_prompts.choose()
-    numbers = [number for number, _ in chosen.prompts]
-    assert [document.line for _, document in chosen.prompts] != sorted(document.line for _, document in chosen.prompts)
+    documents = list(chosen.documents)
+    numbers = [number for number, _ in documents]
+    assert [document.line for _, document in documents] != sorted(document.line for _, document in documents)
     replies = list(of_prompts.replies())
     assert [reply.number for reply in replies] == numbers[: len(replies)] and len(replies) > 25
     assert sum(len(reply.tokens) for reply in replies) == 1500  # the last one is cut off
-    for reply, (_, document) in zip(replies[:-1], chosen.prompts, strict=False):
+    for reply, (_, document) in zip(replies[:-1], documents, strict=False):
         said = of_prompts.tokenizer.decode(reply.tokens[: reply.prompt_length].tolist())
-        assert document.text is not None and document.text in said
+        assert document.user_texts[-1] in said and reply.replied == (document.kind == "prompt")
 
     counts = {}
     for name, value in (("reply_batch", 1), ("reply_batch", 9), ("max_reply", 5), ("tokens", 700)):
@@ -458,7 +465,7 @@ def test_reply_n_answers_prompt_n_of_a_seeded_order(of_prompts: Collector) -> No
         other.settings = replace(of_prompts.settings, **{name: value})  # type: ignore[arg-type]
         recorded = {} if name == "reply_batch" else {name: value}
         folder = of_prompts.plan.folder.parent / f"{name}-{value}"
-        manifest = Settings(of_prompts.plan.reply_manifest.values | recorded)
+        manifest = DatasetSettings(of_prompts.plan.reply_manifest.values | recorded)
         other.plan = replace(of_prompts.plan, replies=folder, reply_manifest=manifest)
         found = list(other.replies())
         counts[name] = len(found)
@@ -498,6 +505,195 @@ def test_stopped_anywhere_the_replies_end_the_same(of_prompts: Collector, tmp_pa
     (tmp_path / "reply-00000.safetensors").unlink()
     again.replies()
     assert files(tmp_path) == whole
+
+
+# --- what a dataset is made from
+
+
+PICKY = """{% for m in messages %}{% if m.role == 'system' or loop.index0 % 2 != (m.role == 'assistant') | int %}
+{{ raise_exception('no ' + m.role + ' here') }}{% endif %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}
+{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"""
+DATED = "{{ strftime_now('%Y-%m-%d %H:%M:%S') }}{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}"
+
+
+def with_template(teacher: Path, folder: Path, template: str) -> Path:
+    config = json.loads((teacher / "tokenizer_config.json").read_text()) | {"chat_template": template}
+    left = {"chat_template__jinja": None} if (teacher / "chat_template.jinja").exists() else {}
+    return changed_copy(teacher, folder, tokenizer_config__json=json.dumps(config).encode(), **left)
+
+
+def turns(*roles: str) -> dict[str, object]:
+    return {"messages": [{"role": role, "content": f"Something of the {role}'s, said at length."} for role in roles]}
+
+
+@pytest.mark.slow
+def test_what_is_left_out_is_counted_by_reason(small_teacher: Path, inside: Command, tmp_path: Path) -> None:
+    """A template that refuses a conversation costs that conversation, and not the hours before it."""
+    folder, used = tmp_path / "sources", tmp_path / "sources" / "mixed.jsonl"
+    folder.mkdir()
+    rows = [
+        {"prompt": "Tell me something about ships."},
+        {"prompt": "Leave this one out."},
+        {"prompt": "word " * 200},
+        {"text": " "},
+        {"text": "Short."},
+        turns("system", "user"),
+        turns("user", "assistant", "assistant"),
+        turns("user", "assistant"),
+        {"prompt": "What is 2 + 2?", "completion": "It is 4, as everybody knows."},
+    ]
+    used.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "notes.md").write_text("Not read.")
+    (tmp_path / "held-out.txt").write_text('{"prompt": "leave THIS one out."}\n')
+    picky = with_template(small_teacher, tmp_path / "picky", PICKY)
+    options = ("--teacher", picky, "--exclude", tmp_path / "held-out.txt", *OPTIONS, "--out", tmp_path / "d")
+    done = inside("distill", "collect", "--source", folder, *options, "--json", tmp_path / "c.json")
+    assert done.code == 0, done.err
+    left_out = json.loads((tmp_path / "c.json").read_text())["left_out"]
+    assert {one["source"] for one in left_out} == {"sources"}
+    counts = {one["first"].split(" has")[0].split(": the chat")[0]: one["count"] for one in left_out}
+    names = ["notes.md", *(f"mixed.jsonl: line {line}" for line in (2, 3, 4, 5))]
+    assert counts == dict.fromkeys(names, 1) | {next(x for x in counts if x not in names): 2}
+    for one in left_out:
+        assert f"sources: {one['count']} left out, {one['reason']} (the first: {one['first']})" in done.err
+    (refused,) = (one for one in left_out if one["count"] == 2)
+    assert re.match(
+        r"mixed.jsonl: line [67]: the chat template refuses it: no (system|assistant) here", refused["first"]
+    )
+    (replies,) = tmp_path.glob("replies-*")
+    assert sorted(example.replied for example in Replies.open(replies)) == [False, False, True]
+    assert "mixed.jsonl: line 2" in inside("distill", "inspect", replies).out
+    assert "mixed.jsonl: line 2" in inside("distill", "collect", "--source", folder, *options).err  # all is done
+
+    used.write_text("".join(json.dumps(row) + "\n" for row in rows[1:7]))
+    nothing = inside("distill", "collect", "--source", folder, *options[:-1], tmp_path / "e")
+    assert nothing.code == 2
+    for reason in ("notes.md", "excluded", "more than 112 tokens", "empty", "fewer than 8 tokens", "refused"):
+        assert reason in nothing.err.splitlines()[-1]
+
+
+def test_long_prompts_and_conversations_are_taken_as_often_as_they_are_there(
+    small_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The teacher is stood in for by one that says a word: which documents are taken is what is tested."""
+    rng = np.random.default_rng(0)
+    pool = [int(n) for n in rng.integers(4, 90, 600)]
+    said: list[dict[str, object]] = [{"prompt": "word " * n} for n in pool]
+    said += [turns("user", "assistant")] * 200
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(one) + "\n" for one in said))
+    settings = CollectSettings(sources=(str(tmp_path / "p.jsonl"),), tokens=9000, seq_len=256, max_reply=64)
+
+    def short(teacher: object, prompts: list[list[int]], *args: object, **options: object) -> list[np.ndarray]:
+        return [np.array([5, 2], np.int32) for _ in prompts]
+
+    monkeypatch.setattr("distill.data.reply_pass.generate_replies", short)
+    monkeypatch.setattr(Checkpoint, "load", lambda self: SimpleNamespace(context=2048))
+    monkeypatch.setattr("distill.data.reply_pass.EXAMPLES_PER_FILE", 128)
+    replies = list(Collector(plan_collection(find_teacher(str(small_teacher)), settings, tmp_path / "d")).replies())
+    assert [one.number for one in replies] == list(range(len(replies)))
+    asked = [len(one.tokens) - 2 for one in replies if one.replied]
+    tokenizer = Tokenizer(small_teacher)
+    there = [len(tokenizer.encode_prompt(make_prompt(str(one["prompt"]), "1"))) for one in said[: len(pool)]]
+    assert np.mean(asked) == pytest.approx(np.mean(there), rel=0.1)
+    assert len(asked) / len(replies) == pytest.approx(600 / 800, abs=0.08)
+
+
+@pytest.mark.slow
+def test_a_teachers_files_belong_to_a_dataset(
+    small_teacher: Path, inside: Command, sources: tuple[str, ...], tmp_path: Path
+) -> None:
+    """What decides a prompt's tokens; not how a file writes it, nor what tools put beside it for themselves."""
+    teacher = changed_copy(small_teacher, tmp_path / "t")
+    options = ("collect", "--teacher", teacher, "--source", sources[1], "--tokens", 300, *OPTIONS[2:])
+    assert inside("distill", *options, "--out", tmp_path / "d").code == 0
+    (replies,) = tmp_path.glob("replies-*")
+    before = files(tmp_path / "d")
+
+    def write(name: str, content: dict[str, object]) -> None:
+        (teacher / name).unlink(missing_ok=True)
+        (teacher / name).write_text(json.dumps(content, indent=7, sort_keys=True))
+
+    kept = {path.name: json.loads(path.read_text()) for path in teacher.glob("*.json")}
+    about = {"transformers_version": "9.9.9"}
+    for name in ("config.json", "generation_config.json"):
+        write(name, kept[name] | about)
+    write("tokenizer_config.json", kept["tokenizer_config.json"] | {"backend": "tokenizers", "is_local": True})
+    assert inside("distill", *options, "--out", tmp_path / "d").code == 0
+
+    digits = {"type": "Digits", "individual_digits": False}
+    for name, change in (
+        ("config.json", {"rope_theta": 5.0}),
+        ("generation_config.json", {"temperature": 0.5}),
+        ("tokenizer_config.json", {"bos_token": "<|endoftext|>"}),
+        ("tokenizer.json", {"pre_tokenizer": digits}),
+    ):
+        write(name, kept[name] | change)
+        inside("distill", *options, "--out", tmp_path / "d").refused("distill", str(tmp_path / "d"), name)
+        if name == "tokenizer.json":
+            again = inside("distill", "collect", "--replies", replies, "--teacher", teacher, "--out", tmp_path / "e")
+            again.refused("distill", str(replies), name)
+        write(name, kept[name])
+    assert files(tmp_path / "d") == before and not (tmp_path / "e").exists()
+
+
+@pytest.mark.slow
+def test_a_dataset_is_of_one_time(small_teacher: Path, sources: tuple[str, ...], tmp_path: Path) -> None:
+    """A template that prints the time is told that of the first run, which ends up in the manifest."""
+    teacher = find_teacher(str(with_template(small_teacher, tmp_path / "t", DATED)))
+    settings = CollectSettings(sources=sources[:1], tokens=900, seq_len=128, max_reply=4, reply_batch=2)
+
+    def stop(stage: str, done: int, total: int | None) -> None:
+        if list(tmp_path.glob("replies-*/reply-*")):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Collector(plan_collection(teacher, settings, tmp_path / "d"), stop).run()
+    time.sleep(1.1)
+    collector = Collector(plan_collection(teacher, settings, tmp_path / "d"))
+    collector.run()
+    told = collector.plan.manifest.values["template_time"].replace("T", " ")
+    replies = list(Replies.open(collector.plan.replies))
+    assert len(replies) > 10
+    assert {collector.tokenizer.decode(one.tokens[: one.prompt_length].tolist())[:19] for one in replies} == {told}
+    assert {json.loads(path.read_text())["settings"]["template_time"] for path in tmp_path.glob("*/manifest.json")} == {
+        told.replace(" ", "T")
+    }
+    assert Collector(plan_collection(teacher, settings, tmp_path / "d")).run().complete  # is done, whatever the time
+
+
+def test_of_a_hub_dataset_no_more_is_read_than_is_taken(
+    small_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub's client is stood in for: what is asked of it is what is tested."""
+    datasets, read = pytest.importorskip("datasets"), list[int]()
+
+    def rows(*name: object, **options: object) -> Iterator[dict[str, str]]:
+        for number in range(300_000):
+            read.append(number)
+            yield (
+                {"prompt": f"Tell me of the number {number}."} if number % 2 else {"text": f"{number} ships sail. " * 9}
+            )
+
+    monkeypatch.setattr(datasets, "load_dataset", rows)
+    settings = CollectSettings(sources=(f"owner/name@{40 * 'a'}",), tokens=600, seq_len=128, max_reply=8, reply_batch=4)
+    plan = plan_collection(find_teacher(str(small_teacher)), settings, tmp_path / "d")
+    assert 500 < Collector(plan).run().tokens <= 600
+    assert 10 < len(read) < 60
+    assert [one.number for one in Replies.open(plan.replies)][:4] == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+def test_replies_that_an_older_version_began_are_refused(collector: tuple[Collector, Dataset], tmp_path: Path) -> None:
+    """It chose another order; whole ones are taken up."""
+    again = copied(collector[0], tmp_path)
+    manifest = again.plan.replies / "manifest.json"
+    content = json.loads(manifest.read_text())
+    del content["settings"]["teacher_files"]
+    manifest.write_text(json.dumps(content))
+    again.replies()
+    manifest.write_text(json.dumps(content | {"complete": False}))
+    with pytest.raises(UserError, match=re.escape(f"{again.plan.replies}: was begun by an older version")):
+        again.replies()
 
 
 # --- rows
@@ -541,6 +737,20 @@ def test_split_text() -> None:
     assert max(len(part.text or "") for part in parts) <= 300 < len(text)
     prompt = Document("prompt", text, None, 1)
     assert list(split_text(prompt, 300)) == [prompt]
+
+
+def test_texts_are_not_cut_inside_words() -> None:
+    """Behind an empty line too, where the next one is far, and at white space of any kind."""
+    novels = [document.text or "" for document in islice(read_source(str(ROOT / "data" / "novels.jsonl.xz")), 60)]
+    hard = ["\n\n" + "word " * 200, "one\ttwo\nthree\u3000" * 99, ("x" * 299 + " ") * 3, "\n\n".join(["ab " * 99] * 9)]
+    cuts = 0
+    for text in [*hard, *novels]:
+        parts = [part.text or "" for part in split_text(Document("text", text, None, 1), 300)]
+        assert "".join(parts) == text and max(map(len, parts)) <= 300
+        for before, after in pairwise(parts):
+            assert before and (before[-1].isspace() or after[0].isspace()), (before[-20:], after[:20])
+        cuts += len(parts) - 1
+    assert cuts > 100
 
 
 def test_wants_reply() -> None:

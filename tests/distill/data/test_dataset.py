@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distill.data.manifest import Settings
+from distill.data.manifest import DatasetSettings
 from distill.data.reply_dataset import Example, Replies, ReplyWriter
 from distill.data.shards import Dataset
 from kernels.errors import UserError
@@ -18,8 +18,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def reply_settings(vocab_size: int = BIG) -> Settings:
-    return Settings({"teacher": {"name": "t", "hash": "h"}, "tokenizer_hash": "x", "vocab_size": vocab_size})
+def reply_settings(vocab_size: int = BIG) -> DatasetSettings:
+    return DatasetSettings({"teacher": {"name": "t", "hash": "h"}, "tokenizer_hash": "x", "vocab_size": vocab_size})
 
 
 def make_replies(batch: int, vocab_size: int = BIG) -> list[Example]:

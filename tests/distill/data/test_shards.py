@@ -23,7 +23,7 @@ from safetensors.numpy import load, save
 
 from distill.data.codec import Block
 from distill.data.inspection import inspect_dataset, table, verify
-from distill.data.manifest import Settings
+from distill.data.manifest import DatasetSettings
 from distill.data.shards import Dataset, ShardWriter, newest_dataset
 from distill.training.run import train
 from distill.training.settings import TrainSettings
@@ -40,8 +40,8 @@ def make_settings(
     temperatures: tuple[float, ...] = (1.0,),
     teacher: str = "h",
     **more: Any,
-) -> Settings:
-    return Settings(
+) -> DatasetSettings:
+    return DatasetSettings(
         {
             "teacher": {"name": "t", "hash": teacher},
             "tokenizer_hash": "x",
@@ -54,7 +54,7 @@ def make_settings(
     )
 
 
-def make_block(settings: Settings, rows: int = 4, seed: int = 0) -> Block:
+def make_block(settings: DatasetSettings, rows: int = 4, seed: int = 0) -> Block:
     """A block as a collector would make it: true log-sum-exps, documents, padding at the end of a row."""
     rng = np.random.default_rng(seed)
     n, k, vocab_size = settings.seq_len, settings.k, settings.vocab_size
@@ -77,7 +77,7 @@ def make_block(settings: Settings, rows: int = 4, seed: int = 0) -> Block:
     )
 
 
-def collect(folder: Path, shards: int, settings: Settings | None = None) -> None:
+def collect(folder: Path, shards: int, settings: DatasetSettings | None = None) -> None:
     settings = settings or make_settings()
     with ShardWriter.open(folder, settings) as writer:
         for index in writer.missing(shards):
@@ -320,13 +320,13 @@ def test_other_settings_are_refused_by_name(tmp_path: Path, change: dict[str, An
 
 def test_settings_are_checked_and_copied() -> None:
     values = make_settings().values
-    later = Settings(values)
+    later = DatasetSettings(values)
     values["k"] = 3
     assert later.k == 8 and later.temperatures == (1.0,) and later == make_settings()
     wrongs = ({"k": 0}, {"k": 301}, {"vocab_size": "9"}, {"temperatures": (0.5,)}, {"teacher": "t"})
     for wrong in wrongs:
         with pytest.raises(ValueError, match="settings"):
-            Settings({**later.values, **wrong})
+            DatasetSettings({**later.values, **wrong})
 
 
 # --- folders

@@ -14,7 +14,7 @@ import pytest
 from distill.data import sources
 from distill.data.sources import (
     Document,
-    Skipped,
+    LeftOut,
     is_excluded,
     load_excluded,
     normalise_prompt,
@@ -67,11 +67,30 @@ def test_jsonl(tmp_path: Path, ending: str) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["a.ndjson", "a.json", "a.json.gz", "a.txt", "a.txt.xz"])
+def test_json_by_any_name(tmp_path: Path, name: str) -> None:
+    rows = [{"id": 1, "prompt": "A prompt?"}, {"prompt": "One?", "completion": "Two."}, {"text": "A text."}]
+    answered = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}]
+    contents = [lines(*rows)] + ([json.dumps(rows, indent=1).encode()] if "json" in name else [])
+    for content in contents:
+        path = write(tmp_path / name, content)
+        assert [(one.kind, one.text, one.messages) for one in read_source(path)] == [
+            ("prompt", "A prompt?", None),
+            ("messages", None, answered),
+            ("text", "A text.", None),
+        ]
+    assert "line 2 is not JSON" in refusal(write(tmp_path / name, lines(rows[0]) + b'{"prompt": \n'))
+
+
 @pytest.mark.parametrize("ending", ["", ".xz", ".gz"])
 def test_plain_text(tmp_path: Path, ending: str) -> None:
     path = write(tmp_path / f"a.txt{ending}", "Größe\r\n\r\nzwei  \nAbsätze".encode())
     assert list(read_source(path)) == [Document("text", "Größe\n\nzwei  \nAbsätze", None, 1)]
-    assert list(read_source(write(tmp_path / "empty.txt", b"\n \n"))) == []
+    left_out = LeftOut()
+    assert list(read_source(write(tmp_path / "empty.txt", b"\n \n"), left_out)) == []
+    assert left_out == LeftOut({"empty": 1}, {"empty": "empty.txt"})
+    code = "{\n  int text;\n}\n"  # begins with a brace, and is a text all the same
+    assert [one.text for one in read_source(write(tmp_path / "c.txt", code.encode()))] == [code]
 
 
 def test_long_text_is_cut_at_paragraphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,8 +116,14 @@ def test_long_text_is_cut_at_paragraphs(tmp_path: Path, monkeypatch: pytest.Monk
         (b'{"messages": []}', "not a list of messages"),
         (b'{"messages": "hello"}', "not a list of messages"),
         (b'{"messages": ["hello"]}', "the role None"),
-        (b'{"messages": [{"role": "tool", "content": "a"}]}', "the role 'tool'"),
-        (b'{"messages": [{"role": "user", "content": [1]}]}', "content of a message that is not a string"),
+        (b'{"messages": [{"role": "tool", "content": "a"}]}', "none of a user"),
+        (b'{"messages": [{"role": "human", "content": "a"}]}', "the role 'human'"),
+        (b'{"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]}', "nothing to answer"),
+        (b'{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "a part of the type 'image'"),
+        (b'{"prompt": "a", "completion": 3}', "a completion that is not a string"),
+        (b'{"prompt": "a", "tools": [{}]}', "`tools`, which are not read"),
+        (b'{"text": "a\0"}', "(byte 28) is a null byte"),
+        (b'{"messages": [{"role": "user", "content": 1}]}', "content of a message that is not a string"),
         (b'{"messages": [{"role": "user", "content": " "}]}', "an empty prompt"),
         (b'{"messages": [{"role": "assistant", "content": "a"}]}', "none of a user"),
     ],
@@ -131,7 +156,10 @@ def test_folder_is_its_files_in_order(tmp_path: Path) -> None:
         write(tmp_path / name, lines({"text": name}) if "jsonl" in name else name.encode())
     for ignored in ("README.md", ".git/config.txt", "a/.hidden.txt"):
         write(tmp_path / ignored, b"no")
-    assert [d.text for d in read_source(tmp_path)] == ["C.TXT", "a/b.jsonl.gz", "a/z.txt", "b.txt"]
+    write(tmp_path / "a" / "dataset_info.json", b"{}")
+    left_out = LeftOut()
+    assert [d.text for d in read_source(tmp_path, left_out)] == ["C.TXT", "a/b.jsonl.gz", "a/z.txt", "b.txt"]
+    assert left_out == LeftOut({"a file of another kind": 2}, {"a file of another kind": "README.md"})
 
 
 @pytest.mark.slow
@@ -163,9 +191,9 @@ def test_columns(tmp_path: Path, form: str) -> None:
     save(path, table.select(["n"]))
     assert "no column messages, prompt or text" in refusal(path)
     save(path, pyarrow.table({"prompt": ["", "good", "  "]}))
-    skipped = Skipped()
-    assert list(read_source(path, skipped)) == [Document("prompt", "good", None, 2)]
-    assert skipped == Skipped(2, "row 1 has an empty prompt")
+    left_out = LeftOut()
+    assert list(read_source(path, left_out)) == [Document("prompt", "good", None, 2)]
+    assert left_out == LeftOut({"no document": 2}, {"no document": f"{path.name}: row 1 has an empty prompt"})
 
 
 @pytest.mark.parametrize(
@@ -199,13 +227,35 @@ def test_hub_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     rows = [{"prompt": "one"}, {"prompt": ""}, {"prompt": "three"}]
-    skipped = Skipped()
-    assert [document.line for document in read_source("owner/name:c@r", skipped)] == [1, 3]
-    assert skipped == Skipped(1, "row 2 has an empty prompt")
+    left_out = LeftOut()
+    assert [document.line for document in read_source("owner/name:c@r", left_out)] == [1, 3]
+    assert left_out.firsts == {"no document": "owner/name: row 2 has an empty prompt"}
     assert asked == [(("owner/name", "c"), "r")]
     rows = [{"question": "one"}]
     with pytest.raises(UserError, match="owner/name: has no column messages, prompt or text"):
         list(read_source("owner/name"))
+
+
+@pytest.mark.slow
+def test_hub_datasets_of_parquet_can_be_left_early(tmp_path: Path) -> None:
+    """Their readers have threads, which abort a Python that ends before them: often, not each time, as they race."""
+    script = f"""
+import datasets, pyarrow, pyarrow.parquet
+from distill.data.sources import read_source
+rows = [f"{{i}} ships sail on the sea" for i in range(300_000)]
+pyarrow.parquet.write_table(pyarrow.table({{"text": rows}}), {str(tmp_path / "a.parquet")!r}, row_group_size=9_000)
+real = datasets.load_dataset
+datasets.load_dataset = lambda *name, **options: real(
+    "parquet", data_files={str(tmp_path / "a.parquet")!r}, split="train", streaming=True
+)
+streams = [read_source("owner/name@" + 40 * "a") for _ in range(4)]
+print([next(documents).line for documents in streams])
+for documents in streams:
+    documents.close()
+"""
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=offline, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr, done.stdout.splitlines()) == (0, "", [str([1] * 4)])
 
 
 @pytest.mark.slow
@@ -254,6 +304,11 @@ def test_exclusion(tmp_path: Path) -> None:
     prompts = write(tmp_path / "b.jsonl", lines({"prompt": "Count to 3."}, {"messages": CHAT}))
     excluded = load_excluded([plain, str(prompts)])
     assert excluded == {"what is love?", "sing!", "count to 3.", "hello?"}
+    held = lines({"prompt": "Count to 3."})
+    for name in ("c.txt", "c.json", "c.ndjson"):
+        assert load_excluded([write(tmp_path / name, b"\xef\xbb\xbf" + held)]) == {"count to 3."}
+    with pytest.raises(UserError, match=r"--exclude .*d.txt: holds no prompt"):
+        load_excluded([plain, write(tmp_path / "d.txt", b" \n")])
 
     def hit(kind: Any, text: str | None, messages: Any = None) -> bool:
         return is_excluded(Document(kind, text, messages, 1), excluded)

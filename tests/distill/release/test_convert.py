@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from conftest import Command
 from safetensors import safe_open
 
 from decode.models.checkpoint import find_teacher
-from distill.data.manifest import Settings
+from distill.data.manifest import DatasetSettings
 from distill.provenance import origin, teacher_metadata
 from distill.release.convert import convert
 from kernels import UserError
+from kernels.files import working_in
 
 IDS = np.random.default_rng(0).integers(0, small.VOCAB, 12).tolist()
 
@@ -128,6 +130,43 @@ def test_command(tmp_path: Path, inside: Command) -> None:
         convert(teacher, original, lambda _: None)
 
 
+def test_files_of_others_stay(tmp_path: Path, inside: Command) -> None:
+    """In a conversion that is made again, through a link, with fewer files than before."""
+    original, out, target = small.master(tmp_path / "original"), tmp_path / "link", tmp_path / "target"
+    out.symlink_to("target")
+    convert(find_teacher(str(original)), out, lambda _: None, shard_bytes=20_000)
+    assert len(list(target.glob("model-*"))) > 2
+    (target / "NOTES.txt").write_text("mine")
+    options = ("convert", "--teacher", original, "--out", out, "-q")
+    edited = target / "tokenizer_config.json"
+    before = edited.read_bytes()
+    edited.write_text("{}")
+    inside("distill", *options).refused("distill", str(out / edited.name))
+    assert edited.read_text() == "{}"
+    edited.write_bytes(before)
+    (target / "model-mine.safetensors").write_bytes(b"mine")  # would be read with the others
+    inside("distill", *options).refused("distill", "model-mine.safetensors")
+    (target / "model-mine.safetensors").unlink()
+    with working_in(out):
+        inside("distill", *options).refused("distill", str(out), "another process")
+    assert inside("distill", *options).code == 0
+    assert out.is_symlink() and (target / "NOTES.txt").read_text() == "mine"
+    assert [path.name for path in target.glob("model*")] == ["model.safetensors"]
+    np.testing.assert_array_equal(logits(target), logits(original))
+
+
+def test_a_full_disk_is_named(tmp_path: Path, inside: Command) -> None:
+    """And not the checkpoint that is read. A limit on file sizes stands in for it."""
+    original, hard = small.master(tmp_path / "original"), resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        full = inside("distill", "convert", "--teacher", original, "--out", tmp_path / "out", "-q")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    full.refused("distill", f"no room left in {tmp_path / 'out'}")
+    assert str(original) not in full.err and not (tmp_path / "out").exists()
+
+
 def test_where_it_comes_from_is_kept(tmp_path: Path) -> None:
     """A draft of a conversion has the licence and the name on the Hub of what was converted."""
     snapshot = tmp_path / "models--maker--masters" / "snapshots" / ("12" * 20)
@@ -140,10 +179,19 @@ def test_where_it_comes_from_is_kept(tmp_path: Path) -> None:
     convert(original, tmp_path / "out", lambda _: None)
     teacher = find_teacher(str(tmp_path / "out"))
     named = {"teacher": {"name": "out", "hash": teacher.weights_hash}, "tokenizer_hash": teacher.tokenizer_hash}
-    facts = teacher_metadata(teacher.folder, Settings(named | {"vocab_size": small.VOCAB}))
+    facts = teacher_metadata(teacher.folder, DatasetSettings(named | {"vocab_size": small.VOCAB}))
     assert facts == {"name": "out", "hash": teacher.weights_hash, "converted_from": original.weights_hash} | known
     (tmp_path / "out" / "converted.json").write_text("{")
     assert origin(tmp_path / "out") == {}
+    # A relative link leads into the repository, where that is known; else the file comes along.
+    (snapshot / "README.md").write_text(card.replace("https://example.org", "./TERMS.md"))
+    absolute = f"https://huggingface.co/maker/masters/blob/{'12' * 20}/TERMS.md"
+    assert origin(snapshot)["license_link"] == absolute
+    local = small.master(tmp_path / "local")
+    (local / "README.md").write_text(card.replace("https://example.org", "./TERMS.md"))
+    (local / "TERMS.md").write_text("the terms")
+    convert(find_teacher(str(local)), tmp_path / "again", lambda _: None)
+    assert (tmp_path / "again" / "TERMS.md").read_text() == "the terms"
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -11,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Command, arguments, environment
+from conftest import Command, arguments, changed_copy, environment
 
 from decode.metrics import Metrics
 from decode.models.checkpoint import find_model, find_teacher
 from decode.prompts import Prompt
 from decode.session import Completion, Session
+from distill.release import evaluate as evaluation
 from distill.release.evaluate import evaluate, figures, finished_report, without_looping
 from distill.release.settings import EvaluateSettings
 from kernels import UserError
@@ -109,7 +111,28 @@ def test_looping_replies_are_set_apart() -> None:
     apart = figures(without_looping([loop, fine]))
     assert (apart["looping"], apart["prompts"], apart["acceptance_rate"]) == (0, 1, 0.4)
     assert (apart["tok_per_s"], apart["baseline_tok_per_s"], apart["speedup"]) == (12, 6, 2)
-    assert figures([])["acceptance_rate"] == figures([])["speedup"] == 0
+    assert figures([])["acceptance_rate"] is None and figures([])["speedup"] == 0
+
+
+@pytest.mark.slow
+def test_nothing_drafted_is_no_acceptance_of_zero(inside: Command, tmp_path: Path) -> None:
+    """In the report, its table, its pictures, on the screen and on the card: the only token is the teacher's own."""
+    draft = tmp_path / "runs" / "mine"
+    shutil.copytree(SHIPPED, draft)
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text(json.dumps({"prompt": "Why is the sky blue?", "category": "chat"}) + "\n")
+    options = ("--draft", draft, "--prompts", prompts, "--max-tokens", 1)
+    done = inside("distill", "evaluate", *options, cwd=tmp_path)
+    assert done.code == 0, done.err
+    report = json.loads((draft / "evaluation.json").read_text(encoding="utf-8"))
+    for row in (report, report["without_looping"], *report["categories"]):
+        assert row["acceptance_rate"] is row["mean_acceptance_length"] is None and row["rounds"] == 0
+    assert "| chat | 1 | none | none | - |" in (draft / "evaluation.md").read_text(encoding="utf-8")
+    assert any(line.split()[:4] == ["chat", "1", "none", "none"] for line in (done.out + done.err).splitlines())
+    shown = inside("distill", "publish", "--draft", draft, "--repo", "a/b", "--dry-run", "--json", "-", cwd=tmp_path)
+    assert shown.code == 0, shown.err
+    card = json.loads(shown.out)["card"]
+    assert "| acceptance rate (accepted / drafted) | none |" in card and "| chat | 1 | none | none |" in card
 
 
 @pytest.mark.slow
@@ -125,7 +148,10 @@ def test_interrupted_it_goes_on_and_tells_a_difference(
     until = time.monotonic() + 120
     while not (unfinished.exists() and unfinished.read_bytes().count(b"\n") >= 3) and time.monotonic() < until:
         time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGSTOP)
+    inside("distill", *options, "-q").refused("distill", str(out), "another process")
+    process.send_signal(signal.SIGTERM)  # as Ctrl-C
+    process.send_signal(signal.SIGCONT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     report = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
@@ -134,12 +160,13 @@ def test_interrupted_it_goes_on_and_tells_a_difference(
 
     # What is taken up is what was kept: a token changed there is a difference to be told.
     lines = unfinished.read_text().splitlines()
-    spec, plain = json.loads(lines[2])
-    plain["tokens"][1] += 1
+    changed = json.loads(lines[2])
+    changed["plain"]["tokens"][1] += 1
     header = json.loads(lines[0])
     del header["identity"]["seed"]  # as an older version would have begun it that has no such setting
     lines[0] = json.dumps(header)
-    unfinished.write_text("\n".join([*lines[:2], json.dumps([spec, plain]), *lines[3:]]) + '\n{"cut sho')
+    # What a full disk cut short in the middle costs that prompt alone: the others keep their own replies.
+    unfinished.write_text("\n".join([lines[0], lines[1][:-9], json.dumps(changed), *lines[3:]]) + '\n{"cut sho')
     rest = inside("distill", *options, "-q", "--json", "-")
     assert rest.code == 1, rest.err
     whole = json.loads(rest.out)
@@ -149,7 +176,8 @@ def test_interrupted_it_goes_on_and_tells_a_difference(
     (out / "evaluation.json").write_text(json.dumps(whole | {"identity": header["identity"]}))
     assert finished_report(out, whole["identity"]) and not finished_report(out, whole["identity"] | {"seed": 1})
     kept = report["prompts"]
-    for before, after in zip(report["outputs"][:kept], whole["outputs"][:kept], strict=True):
+    assert [entry["id"] for entry in whole["outputs"]] == [f"p{i}" for i in range(6)]
+    for before, after in zip(report["outputs"][1:kept], whole["outputs"][1:kept], strict=True):
         assert (before["token_ids"], before["decode_seconds"]) == (after["token_ids"], after["decode_seconds"])
 
     # Other settings begin anew: one prompt of each category, shorter, and nothing of what was kept before.
@@ -158,6 +186,46 @@ def test_interrupted_it_goes_on_and_tells_a_difference(
     assert short.code == 0, short.err
     assert [o["id"] for o in json.loads(short.out)["outputs"]] == ["p0", "p1", "p2"]
     assert all(len(o["token_ids"]) <= 4 for o in json.loads(short.out)["outputs"])
+
+
+@pytest.mark.slow
+def test_what_forms_the_prompts_belongs_to_an_evaluation(
+    small_teacher: Path, weak_draft: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A template that prints the time is told that of the run that began; another generation config begins anew."""
+    config = json.loads((small_teacher / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{{ strftime_now('%H:%M:%S') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    folder = changed_copy(small_teacher, tmp_path / "t", tokenizer_config__json=json.dumps(config).encode())
+    teacher, draft, out = find_teacher(str(folder)), find_model(str(weak_draft), "--draft"), tmp_path / "out"
+    settings = EvaluateSettings(prompts=str(prompts), max_tokens=2, limit=1)
+    answer = evaluation._answer
+
+    def stop(session: Session, prompt: Prompt, ids: list[int], index: int) -> Any:
+        if index == 1:
+            raise KeyboardInterrupt
+        return answer(session, prompt, ids, index)
+
+    for picture in ("acceptance_by_category", "acceptance_by_position"):
+        monkeypatch.setattr(evaluation, picture, lambda *arguments: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "_answer", stop)
+        begun = evaluate(teacher, draft, settings, out, quiet=True)
+    time.sleep(1.1)
+    whole = evaluate(teacher, draft, settings, out, quiet=True)
+    assert (begun["prompts"], whole["prompts"]) == (1, 3)
+    assert begun["template_time"] == whole["template_time"] == whole["identity"]["template_time"] is not None
+    assert begun["outputs"] == whole["outputs"][:1]
+    assert finished_report(out, evaluation.fingerprint(settings, teacher, draft))
+    for change in ("generation_config", "config", "chat_template.jinja"):
+        file = folder / (change if "." in change else f"{change}.json")
+        data = file.read_bytes() if file.exists() else b""
+        file.unlink(missing_ok=True)
+        file.write_text(json.dumps(json.loads(data or b"{}") | {"added": 1}))
+        assert not finished_report(out, evaluation.fingerprint(settings, teacher, draft))
+        file.unlink()
+        if data:
+            file.write_bytes(data)
+    assert finished_report(out, evaluation.fingerprint(settings, teacher, draft))
 
 
 @pytest.mark.slow
@@ -181,6 +249,7 @@ def test_what_an_older_version_began_is_not_taken_up(weak_draft: Path, prompts: 
         (["--limit", 0], ["--limit 0"]),
         (["--head", "int4"], ["--head int4", "int8"]),
         (["--prompts", "gone.jsonl"], ["gone.jsonl"]),
+        (["--prompts", "/dev/stdin"], ["/dev/stdin"]),
         (["--out", "taken/sub"], ["taken"]),
     ],
 )
@@ -191,3 +260,35 @@ def test_bad_input_is_one_line(
     before = sorted(work.rglob("*"))
     inside("distill", "evaluate", "--draft", weak_draft, *options).refused("distill", *named)
     assert sorted(work.rglob("*")) == before
+
+
+def test_files_of_others_stay(
+    inside: Command, small_teacher: Path, weak_draft: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """Results have their names, and replace nothing that `distill evaluate` did not write."""
+    options = ("evaluate", "--teacher", small_teacher, "--draft", weak_draft, "--prompts", prompts, "--max-tokens", 4)
+    for name, text in (
+        ("evaluation.json", '{"mine": 1}'),
+        ("evaluation.md", "# mine"),
+        ("evaluation-positions.png", "mine"),
+        ("evaluation-unfinished.jsonl", '{"prompt": "mine"}\n'),
+    ):
+        out = tmp_path / name.replace(".", "-")
+        out.mkdir()
+        (out / name).write_text(text)
+        inside("distill", *options, "--out", out, "-q").refused("distill", str(out / name))
+        assert {path.name: path.read_text() for path in out.iterdir()} == {name: text}
+
+
+def test_a_full_disk_is_named(
+    inside: Command, small_teacher: Path, weak_draft: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """A limit on file sizes stands in for it, too small for the prompts that are done."""
+    options = ("evaluate", "--teacher", small_teacher, "--draft", weak_draft, "--prompts", prompts, "--max-tokens", 4)
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, hard))
+    try:
+        full = inside("distill", *options, "--out", tmp_path / "out", "-q")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    full.refused("distill", f"no room left in {tmp_path / 'out'}")

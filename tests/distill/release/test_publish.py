@@ -443,6 +443,44 @@ def test_again_sends_nothing_and_changes_nothing(command: Command, hub: Hub, sma
 
 
 @pytest.mark.slow
+def test_a_card_that_was_edited_stays(command: Command, hub: Hub, small: Path, tmp_path: Path) -> None:
+    """And so does a licence that was put there; both are told or left alone, and --force replaces the card."""
+    assert publish(command, hub, small, "-q").code == 0
+    repository = hub.repositories[REPO]
+    ours = repository.files["README.md"]
+    after = make_draft(tmp_path / "after", bits=4)
+    assert publish(command, hub, after, "-q").code == 0  # as it was written: replaced
+    card = repository.files["README.md"]
+    assert card != ours and b"4 bits" in card
+    edited = card.replace(b"# small-draft", b"# small-draft\n\nDo not use this in a hospital.")
+    repository.commit({**repository.files, "README.md": edited, "LICENSE": b"by hand"})
+    kept = publish(command, hub, small, "--json", hub.home / "kept.json")
+    assert kept.code == 0 and f"{REPO}: README.md" in kept.err and "--force" in kept.err
+    assert json.loads((hub.home / "kept.json").read_text())["card_kept"] is True
+    assert repository.files["README.md"] == edited and repository.files["LICENSE"] == b"by hand"
+    assert repository.files["model.safetensors"] == (small / "model.safetensors").read_bytes()
+    assert publish(command, hub, small, "-q", "--force").code == 0
+    assert repository.files["README.md"] == ours and repository.files["LICENSE"] == b"by hand"
+
+
+def test_a_licence_travels_with_its_link(tmp_path: Path) -> None:
+    """Or the link leads to where the file is; one that leads nowhere is left out."""
+    terms = {"license": "other", "license_name": "our-terms", "license_link": "TERMS.md"}
+    teacher = {"name": TEACHER.name, "hash": find_teacher(None).weights_hash, **terms}
+    folder = make_draft(tmp_path / "d", teacher)
+    without = prepare(folder, REPO)
+    assert "TERMS.md" not in without.files and "TERMS.md" not in without.card and "our-terms" in without.card
+    known = prepare(folder, REPO, base_model="maker/bitnet")
+    assert 'license_link: "https://huggingface.co/maker/bitnet/blob/main/TERMS.md"' in known.card
+    (folder / "TERMS.md").write_text("the terms")
+    package = prepare(folder, REPO)
+    assert package.files["TERMS.md"] == folder / "TERMS.md" and 'license_link: "TERMS.md"' in package.card
+    for link in ("../TERMS.md", "/etc/hostname", "state/step-7.safetensors"):
+        elsewhere = make_draft(tmp_path / str(len(link)), teacher | {"license_link": link})
+        assert prepare(elsewhere, REPO).files.keys() <= UPLOADED and link not in prepare(elsewhere, REPO).card
+
+
+@pytest.mark.slow
 def test_large_files_go_in_parts(command: Command, hub: Hub, small: Path) -> None:
     hub.part_size = 300_000
     done = publish(command, hub, small)
@@ -567,7 +605,7 @@ def test_a_change_by_someone_else_meanwhile_is_not_lost(hub: Hub, small: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_stopped_while_uploading_and_resumed(command: Command, hub: Hub, small: Path, number: int) -> None:
     weights, picture = (
         hashlib.sha256((small / name).read_bytes()).hexdigest() for name in ("model.safetensors", "curves.png")
@@ -584,7 +622,7 @@ def test_stopped_while_uploading_and_resumed(command: Command, hub: Hub, small: 
         process.wait(30)
     hold.set()
     out, err = process.communicate(timeout=60)
-    if number == signal.SIGINT:
+    if number != signal.SIGKILL:
         assert process.returncode == 130, err
         assert f"interrupted: the same command goes on from what {REPO} has" in err and "Traceback" not in err
     assert out == "" and len(hub.repositories[REPO].commits) == 1

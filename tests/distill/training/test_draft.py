@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import resource
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -88,7 +87,7 @@ def test_save_replaces_drafts_and_nothing_else(tmp_path: Path, teacher: Path, co
     out = tmp_path / "draft"
     checkpoint.save(out, model, config, teacher, provenance())
     (out / "log.jsonl").write_text("kept\n")
-    checkpoint.save(out, model, config, teacher, provenance() | {"note": "second"}, preserve=["log.jsonl", "none"])
+    checkpoint.save(out, model, config, teacher, provenance() | {"note": "second"})
     assert checkpoint.load(out).provenance["note"] == "second"
     assert (out / "log.jsonl").read_text() == "kept\n"
     foreign = tmp_path / "thesis"
@@ -98,16 +97,66 @@ def test_save_replaces_drafts_and_nothing_else(tmp_path: Path, teacher: Path, co
         checkpoint.save(foreign, model, config, teacher, provenance())
     assert [p.name for p in foreign.iterdir()] == ["chapter1.tex"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["draft", "teacher", "thesis"]
-    # Killed between its two renames, a replacement is undone by the next reader.
-    out.rename(tmp_path / ".draft.replaced")
-    assert checkpoint.load(out).provenance["note"] == "second"
-    # What saves that were killed left beside it is cleared, unless whoever writes it still runs.
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    for number in (ended.pid, os.getppid()):
-        (tmp_path / f".draft.{number}.tmp").mkdir()
-    checkpoint.save(out, model, config, teacher, provenance())
-    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == [f".draft.{os.getppid()}.tmp"]
+
+
+def test_killed_while_files_take_their_places(
+    tmp_path: Path, teacher: Path, config: DraftConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At whatever instant: what is there is no draft or a whole one, and whoever comes next ends what was begun."""
+
+    class Killed(BaseException):
+        """What ends a process at once, as nothing catches it."""
+
+    (teacher / "generation_config.json").write_text("{}")
+    rename, delete = Path.replace, Path.unlink
+    for instant in range(30):
+        out = tmp_path / f"draft-{instant}"
+        checkpoint.save(out, llama.create(config, 0), config, teacher, provenance() | {"note": "first"})
+        (out / "NOTES.txt").write_text("mine")
+        left = [instant]
+
+        def counted(action: Any, path: Path, *others: Any, left: list[int] = left, **named: Any) -> Any:
+            if not left[0]:
+                raise Killed
+            left[0] -= 1
+            return action(path, *others, **named)
+
+        # The next one has no generation_config.json, so that the old one's has to go.
+        (teacher / "generation_config.json").rename(teacher / "away")
+        killed = False
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", lambda *given: counted(rename, *given))
+            patch.setattr(Path, "unlink", lambda *given, **named: counted(delete, *given, **named))
+            try:
+                checkpoint.save(out, llama.create(config, 1), config, teacher, provenance() | {"note": "second"})
+            except Killed:
+                killed = True
+        (teacher / "away").rename(teacher / "generation_config.json")
+        if (out / "config.json").exists():
+            checkpoint.load(out)
+        checkpoint.check_draft_folder(out)
+        assert checkpoint.load(out).provenance["note"] == "second"
+        names = {path.name for path in out.iterdir()}
+        expected = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "draft.json"}
+        assert names == expected | {"NOTES.txt"} and (out / "NOTES.txt").read_text() == "mine"
+        if not killed:
+            break
+    assert 5 < instant < 29
+
+
+def test_a_full_disk_is_named(tmp_path: Path, teacher: Path, config: DraftConfig) -> None:
+    """A limit on file sizes stands in for it. The draft that was there stays."""
+    out, hard = tmp_path / "draft", resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    checkpoint.save(out, llama.create(config, 0), config, teacher, provenance() | {"note": "first"})
+    before = {path.name for path in out.iterdir()}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(UserError, match=f"no room left in {out}"):
+            checkpoint.save(out, llama.create(config, 1), config, teacher, provenance() | {"note": "second"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert {path.name for path in out.iterdir()} == before
+    assert checkpoint.load(out).provenance["note"] == "first"
 
 
 @pytest.mark.parametrize("name", [".", "..", "", "/", "../draft/."])

@@ -243,6 +243,23 @@ def test_runs_of_older_versions_go_on(made: tuple[Path, Path], begun: Path, whol
             resumed(made, begun, tmp_path / f"other-{number}", older | change)
 
 
+@pytest.mark.slow
+def test_a_teachers_files_belong_to_a_run(made: tuple[Path, Path], begun: Path, whole: Path, tmp_path: Path) -> None:
+    data, teacher = made
+    other = shutil.copytree(teacher, tmp_path / "teacher")
+    config = json.loads((teacher / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rope_theta": 77.0}))
+    with pytest.raises(UserError, match=r"begun there with another config\.json of the teacher"):
+        train(data, other, shutil.copytree(begun, tmp_path / "begun"), SMALL, quiet=True)
+    finished = shutil.copytree(whole, tmp_path / "whole")
+    with pytest.raises(UserError, match=r"trained with another config\.json of the teacher"):
+        train(data, other, finished, SMALL, quiet=True)
+    about = json.loads((finished / "draft.json").read_text())
+    del about["training"]["teacher_files"]  # as an older version left it
+    (finished / "draft.json").write_text(json.dumps(about))
+    assert train(data, other, finished, SMALL, quiet=True).done_before
+
+
 def test_the_default_folder_is_the_one_of_older_versions() -> None:
     """0.1.0 hashed this very text; a setting that came later must not change it."""
     text = (

@@ -8,9 +8,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from decode.settings import Settings, option, takes_settings
 from distill.data.settings import CollectSettings
 from distill.release.settings import EvaluateSettings
-from distill.settings import Settings, option, takes_settings
 from distill.training.settings import TrainSettings
 from kernels import UserError
 
