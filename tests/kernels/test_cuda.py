@@ -161,7 +161,14 @@ def test_the_fused_step_equals_its_rows_alone_by_bits_and_the_single_operations_
     model.fused_step = None
     cache = model.new_cache()
     model.prefill(prompt, cache)
-    assert close(together, model.step(tokens, cache).logits, 0.05)
+    assert divergence(model.step(tokens, cache).logits, together) < 0.05
+
+
+def divergence(x: mx.array, y: mx.array) -> float:
+    """The largest KL divergence of a row's distribution in y from that in x, in nats. One activation that is rounded to
+    another int8 moves all that follows a little, over 30 layers by a few hundredths of the largest logit."""
+    p, q = (logits - mx.logsumexp(logits, axis=-1, keepdims=True) for logits in (x, y))
+    return float((mx.exp(p) * (p - q)).sum(axis=-1).max())
 
 
 @pytest.mark.parametrize("head", ["float", "int8"])
