@@ -78,13 +78,13 @@ class Bench:
         if code and (fatal or code != 1):
             raise SystemExit(code)
         self.codes[name] = code
-        facts = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
-        tokens = facts.get("tokens")
-        rate = facts.get("tok_per_s") or (tokens / seconds if tokens else None)
+        figures = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
+        tokens = figures.get("tokens")
+        rate = figures.get("tok_per_s") or (tokens / seconds if tokens else None)
         gpu = int(memory.read_text()) if memory.exists() else None
         disk = size_of(wrote) if wrote else 0
         self.stages.append(Stage(name, shlex.join(shown), seconds, peak, gpu, disk, tokens, rate))
-        return facts
+        return figures
 
     def check(self, right: bool, text: str) -> str:
         """A line of the report, remembered where it is a failure."""
@@ -259,7 +259,7 @@ def markdown(bench: Bench, reports: dict[str, Any], checked: list[str], predicte
         f"| --- |{' ---: |' * len(chips)}",
     ]
     for what, (key, form) in rows.items():
-        lines.append(f"| {what} | {' | '.join(form.format(facts[key]) for facts in chips.values())} |")
+        lines.append(f"| {what} | {' | '.join(form.format(figures[key]) for figures in chips.values())} |")
     return "\n".join(lines)
 
 

@@ -116,12 +116,12 @@ class Setting:
             fits = math.isfinite(part) and (about.above is None or part > about.above)
             fits = fits and (about.low is None or part >= about.low) and (high is None or part <= high)
             if not fits:
-                if about.above is not None:
-                    allowed = f"above {about.above:g}"
-                elif about.low is not None and high is not None:
-                    allowed = f"{about.low:g} to {high:g}"
+                if about.low is not None:
+                    allowed = f"at least {about.low:g}" if high is None else f"{about.low:g} to {high:g}"
+                elif about.above is not None:
+                    allowed = f"above {about.above:g} and " + ("finite" if high is None else f"at most {high:g}")
                 else:
-                    allowed = "a finite number" if about.low is None else f"at least {about.low:g}"
+                    allowed = "a finite number"
                 raise UserError(f"{self.flag} {part}: must be {allowed}")
 
     def words(self, value: Any) -> list[str]:

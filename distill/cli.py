@@ -111,7 +111,8 @@ def collect(
         result["left_out"] = [vars(omission) for omission in collector.left_out()]
         for remark in collector.remarks(dataset):
             note(remark)
-        note(f"{plan.folder}: {dataset.tokens:,} tokens in {len(dataset.shards)} shards, {size / 1e6:.1f} MB")
+        shards = "1 shard" if len(dataset.shards) == 1 else f"{len(dataset.shards)} shards"
+        note(f"{plan.folder}: {dataset.tokens:,} tokens in {shards}, {size / 1e6:.1f} MB")
     write_json(json_file, result)
 
 

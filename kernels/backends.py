@@ -6,12 +6,13 @@ import importlib
 import os
 import platform
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import cache
 from types import SimpleNamespace
 from typing import Any, cast
 
 import mlx.core as mx
+import numpy as np
 
 from kernels import reference, tuning
 from kernels.errors import UserError
@@ -110,11 +111,31 @@ def with_fallbacks(native: Backend, failed: Collection[str]) -> Backend:
     return found if self_test(found) is None else reference
 
 
-def use_fast_blas() -> None:
+def use_fast_blas() -> bool:
     """Large products on Linux CPUs deserve a fast BLAS, whichever backend runs: MLX's wheels multiply float32 matrices
-    there some 50 times slower."""
+    there some 50 times slower. Returns whether there is one."""
     try:
         from kernels import cpu
     except ImportError:
-        return
-    cpu.use_fast_blas()
+        return False
+    return cpu.use_fast_blas()
+
+
+def numpy_matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """np.matmul of float32 matrices, on the threads of our own CPU operations where those are there.
+
+    a: [m, k], b: [k, n]; out: [m, n] with contiguous rows, no part of the others. Beside other programs numpy's own
+    threads lose time waiting for one another (kernels/cpu/native/blas.cpp).
+    """
+    out = np.empty((a.shape[0], b.shape[1]), np.float32) if out is None else out
+    _numpy_product()(a, b, out)
+    return out
+
+
+@cache
+def _numpy_product() -> Callable[[np.ndarray, np.ndarray, np.ndarray], object]:
+    if not use_fast_blas():
+        return np.matmul
+    from kernels import cpu
+
+    return cpu.matmul

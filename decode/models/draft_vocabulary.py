@@ -39,7 +39,7 @@ def model_classes(config: dict[str, Any]) -> tuple[type, type]:
     return Model, Args
 
 
-def check_kept(kept: mx.array, vocab_size: int) -> np.ndarray:
+def check_d2t(kept: mx.array, vocab_size: int) -> np.ndarray:
     """The ids of a trimmed head, int32 [v]; UserError where they are not ascending ids of the vocabulary."""
     ids = np.array(kept)
     if ids.dtype != np.int32 or ids.ndim != 1 or not len(ids):

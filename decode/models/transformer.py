@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 
 from decode.models.cache import KVCache, Packed
-from decode.models.draft_vocabulary import check_kept
+from decode.models.draft_vocabulary import check_d2t
 from kernels import BitLinear, UserError, backend
 from kernels.backends import device_backend
 from kernels.ops import (
@@ -99,7 +99,7 @@ class Transformer:
         self.d2t: np.ndarray | None = None
         self._d2t: mx.array | None = None
         if "kept" in model:
-            self.d2t = check_kept(model.kept, self.vocab_size)
+            self.d2t = check_d2t(model.kept, self.vocab_size)
             self._d2t = mx.array(self.d2t, mx.uint32)
             mx.eval(self._d2t)
             float_head = float_head[self._d2t]

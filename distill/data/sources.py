@@ -25,7 +25,7 @@ Kind = Literal["text", "prompt", "messages"]
 TEXT, LINES, COLUMNS = (".txt",), (".jsonl", ".ndjson", ".json"), (".parquet", ".arrow")
 SUFFIXES = tuple(f"{s}{c}" for s in TEXT + LINES for c in ("", ".xz", ".gz")) + COLUMNS
 COLUMN_NAMES = ("messages", "prompt", "text")
-BESIDE = ("completion", "tools")  # columns that are read where they stand beside those
+COMPANIONS = ("completion", "tools")  # columns that are read where they stand beside those
 MAX_TEXT = 1 << 20  # characters; a text file longer than this is cut at its next blank line
 _HUB = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?", re.ASCII)
 _OBJECT = re.compile(r'\s*\[?\s*\{(.*,)?\s*"(messages|prompt|text)"\s*:')  # the first line of what is JSON by any name
@@ -102,8 +102,9 @@ def source_files(path: str | Path, left_out: LeftOut | None = None) -> list[Path
         files = [file for _, file in visible if _kind(file) not in ("", ".json")]
         if not files:
             raise UserError(f"{path}: holds none of {', '.join((*TEXT, '.jsonl', '.ndjson', *COLUMNS))}")
+        read = set(files)
         for name, file in visible:
-            if left_out is not None and file not in files:
+            if left_out is not None and file not in read:
                 left_out.add(OTHER_FILE, name)
         return files
     if not path.exists():
@@ -261,7 +262,7 @@ def _column_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     def wanted(schema: Any) -> list[str]:
         if not any(name in schema.names for name in COLUMN_NAMES):
             raise UserError(f"{path}: has no column messages, prompt or text")
-        return [name for name in (*COLUMN_NAMES, *BESIDE) if name in schema.names]
+        return [name for name in (*COLUMN_NAMES, *COMPANIONS) if name in schema.names]
 
     try:
         if _kind(path) == ".parquet":

@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
-from decode.models.draft_vocabulary import check_kept
+from decode.models.draft_vocabulary import check_d2t
 from decode.models.drafts import ABOUT
 from decode.tokenizer import TOKENIZER_FILES, check_tokenizer, copy_tokenizer_file
 from distill.provenance import copy_licence
@@ -190,7 +190,7 @@ def load(folder: Path) -> Draft:
             raise UserError(f"{path}: {name} is {found}, config.json asks for {expected.get(name)}")
     ids = weights.pop(D2T, None)
     try:
-        d2t = None if ids is None else check_kept(ids, config.vocab_size)
+        d2t = None if ids is None else check_d2t(ids, config.vocab_size)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     model.load_weights(list(weights.items()))

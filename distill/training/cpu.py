@@ -1,9 +1,9 @@
 """The two expensive parts of a training step for CPUs, in numpy.
 
-MLX's CPU backend takes exp and softmax element by element; numpy's are vectorised, its wheels bring
-a fast BLAS on every platform, and in-place operations keep a chunk in cache. Both parts are
-differentiable by MLX through explicit gradients, and tested equal to the plain ones: the head to
-`losses.FusedHead`, attention to `draft.masked_attention`. Neither works under mx.compile.
+MLX's CPU backend takes exp and softmax element by element; numpy's are vectorised, and in-place operations keep a chunk
+in cache. Products are the CPU backend's, or numpy's where that was not built. Both parts are differentiable by MLX
+through explicit gradients, and tested equal to the plain ones: the head to `losses.FusedHead`, attention to
+`drafts.llama.masked_attention`. Neither works under mx.compile.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from distill.training.losses import FusedHead
-from kernels.openblas import matmul
+from kernels.backends import numpy_matmul as matmul
 
 BLOCK = 128  # queries at a time: keys behind a block are never touched
 

@@ -39,7 +39,7 @@ def adamw(
     """AdamW (Loshchilov and Hutter, arXiv:1711.05101) with bias correction, after clipping the
     gradient's global norm. Vectors (norms) do not decay.
 
-    schedule: as `schedule` returns it. Returns new weights, m and v, and the norm before clipping.
+    scheduled: as `schedule` returns it. Returns new weights, m and v, and the norm before clipping.
     """
     # In the order of their names: a run that is resumed has its weights in another order, which the sum would show.
     norm = mx.sqrt(sum((mx.square(gradients[name]).sum() for name in sorted(gradients)), start=mx.array(0.0)))

@@ -23,7 +23,7 @@ class Shared(Settings):
 @dataclass(frozen=True)
 class Example(Shared):
     files: tuple[str, ...] = option(("a", "b"), "Files.", flag="--file", metavar="FILE")
-    heats: tuple[float, ...] = option((1.0,), "Heats.", above=0)
+    rates: tuple[float, ...] = option((1.0,), "Rates.", above=0)
     batch_size: int = option(8, "Rows.", low=1, high=64)
     limit: int | None = option(None, "Most.", low=1)
     rate: float = option(0.5, "Rate.", above=0)
@@ -50,8 +50,8 @@ def settings_of(*words: str) -> Example:
 
 def test_a_command_line_becomes_settings() -> None:
     assert settings_of() == Example()
-    words = ["--file", "x", "--file", "y z", "--heats", "0.5", "--batch-size", "4", "--limit", "3", "--no-reply"]
-    expected = Example(files=("x", "y z"), heats=(0.5,), batch_size=4, limit=3, reply=False, seed=7)
+    words = ["--file", "x", "--file", "y z", "--rates", "0.5", "--batch-size", "4", "--limit", "3", "--no-reply"]
+    expected = Example(files=("x", "y z"), rates=(0.5,), batch_size=4, limit=3, reply=False, seed=7)
     assert settings_of(*words, "--seed", "7", "--teacher", "t") == expected
 
 
@@ -59,7 +59,7 @@ def test_a_command_line_becomes_settings() -> None:
     "settings",
     [
         Example(),
-        Example(files=("x",), heats=(0.1, 2.0), limit=5, rate=1e-05, reply=False),
+        Example(files=("x",), rates=(0.1, 2.0), limit=5, rate=1e-05, reply=False),
         TrainSettings(vocab=60, loss="tv", lr=0.00123, bits=4, temperature=2.0),
         EvaluateSettings(prompts="a b.jsonl", limit=2, head="int8"),
         CollectSettings(sources=("a", "owner/name@v1.0"), reply=False, temperatures=(1.0, 0.7), max_reply=17),
@@ -88,10 +88,10 @@ def test_the_command_of_a_record_makes_the_same_settings(settings: Settings) -> 
         ({"batch_size": 0}, "--batch-size 0: must be 1 to 64"),
         ({"batch_size": 65}, "--batch-size 65: must be 1 to 64"),
         ({"limit": 0}, "--limit 0: must be at least 1"),
-        ({"rate": 0.0}, "--rate 0.0: must be above 0"),
-        ({"rate": float("nan")}, "--rate nan: must be above 0"),
-        ({"rate": float("inf")}, "--rate inf: must be above 0"),
-        ({"heats": (1.0, -1.0)}, "--heats -1.0: must be above 0"),
+        ({"rate": 0.0}, "--rate 0.0: must be above 0 and finite"),
+        ({"rate": float("nan")}, "--rate nan: must be above 0 and finite"),
+        ({"rate": float("inf")}, "--rate inf: must be above 0 and finite"),
+        ({"rates": (1.0, -1.0)}, "--rates -1.0: must be above 0 and finite"),
         ({"mode": "slwo"}, "--mode slwo: must be fast or slow"),
         ({"secret": 1.5}, "--secret 1.5: must be 0 to 1"),
         ({"seed": -1}, "--seed -1: must be at least 0"),

@@ -26,7 +26,7 @@ using std::chrono::milliseconds;
 
 constexpr auto kSpin = microseconds(50);        // longer than the gap between a layer's operations
 constexpr auto kLongSpin = milliseconds(2);     // for a helper's last chunk, where the cores are ours: waking up is slow
-constexpr auto kTurn = microseconds(500);       // how long a helper stays awake beside other programs
+constexpr auto kAwake = microseconds(500);      // how long a helper stays awake beside other programs
 constexpr auto kLost = microseconds(800);       // by that it knows them: they take turns of a millisecond or more
 constexpr auto kContended = milliseconds(100);  // how long it is believed that they are there
 constexpr auto kCrowded = milliseconds(1);      // how long no helper is woken after one came up on the caller's core
@@ -76,23 +76,23 @@ class ForNow {
 };
 
 // The time since a helper last slept. A thread that is put aside while it holds a chunk keeps the others waiting for
-// milliseconds, and one that has just slept is put aside last: so beside other programs its turn is over after kTurn.
-class Turn {
+// milliseconds, and one that has just slept is put aside last: so beside other programs it is awake for kAwake at a time.
+class TimeAwake {
  public:
-  explicit Turn(ForNow& contended) : contended_(contended) { begin(); }
+  explicit TimeAwake(ForNow& contended) : contended_(contended) { begin(); }
 
   void begin() {
     began_ = Clock::now();
     used_ = cpu_time();
   }
 
-  bool over() {
-    const auto awake = Clock::now() - began_;
-    if (awake < kTurn) {
+  bool long_enough() {
+    const auto time = Clock::now() - began_;
+    if (time < kAwake) {
       return false;
     }
-    const auto lost = awake - (cpu_time() - used_);
-    if (lost > kLost && lost * 4 > awake) {
+    const auto lost = time - (cpu_time() - used_);
+    if (lost > kLost && lost * 4 > time) {
       contended_.set(kContended);
     }
     if (contended_.holds()) {
@@ -211,9 +211,9 @@ class Pool {
   void help(Helper& self) {
     take_short_slices();
     uint32_t job = 0;
-    Turn turn(contended_);
+    TimeAwake awake(contended_);
     for (;;) {
-      job = wait_for_job(self, job, turn);
+      job = wait_for_job(self, job, awake);
       while (!on_callers_core() && claim_and_run(job)) {
         if (unfinished_.fetch_sub(1, std::memory_order_acq_rel) == (kAsleep | 1)) {
           wake(unfinished_);
@@ -222,7 +222,7 @@ class Pool {
     }
   }
 
-  uint32_t wait_for_job(Helper& self, uint32_t last, Turn& turn) {
+  uint32_t wait_for_job(Helper& self, uint32_t last, TimeAwake& awake) {
     uint32_t job = last;
     const auto told = [&] { return (job = self.job.load(std::memory_order_acquire)) != last; };
     if (told()) {
@@ -230,7 +230,7 @@ class Pool {
     }
     if (on_callers_core()) {
       crowded_.set(contended_.holds() ? kCrowded : kCrowded / 5);
-    } else if (!turn.over() && spin_until(told)) {
+    } else if (!awake.long_enough() && spin_until(told)) {
       return job;
     }
     do {
@@ -239,7 +239,7 @@ class Pool {
       wait(self.job, last);
     } while (!told());
     self.asleep.store(false, std::memory_order_relaxed);
-    turn.begin();
+    awake.begin();
     return job;
   }
 
