@@ -229,6 +229,8 @@ def _answer_all(
     speculative = session.draft is not None
     sink, note = text_sink(json_file), say(quiet)
     silent = quiet and json_file == "-"
+    if session.tokenizer.template_hash is None and not session.raw:
+        note(f"{session.teacher_checkpoint.name} has no chat template: prompts are given as they are, as with --raw")
     session.warm_up()
 
     def show(text: str) -> None:

@@ -22,6 +22,7 @@ CONVERTED = "converted.json"  # what `distill convert` leaves in a folder: where
 HUB = "https://huggingface.co"
 LICENCE_KEYS = ("license", "license_name", "license_link")
 CONFIG_FILES = ("config.json", "generation_config.json")
+FORMS_PROMPTS = ("chat template", "tokenizer.json or tokenizer_config.json")
 # What tools write into these as they save a model again, and no model reads.
 BOOKKEEPING = ("_name_or_path", "_from_model_config", "transformers_version")
 ORIGIN_KEYS = ("repo", "revision", *LICENCE_KEYS)
@@ -35,8 +36,8 @@ def teacher_files(tokenizer: Tokenizer) -> dict[str, str]:
     template = tokenizer.template_hash
     return (
         config_hashes(tokenizer.folder)
-        | ({} if template is None else {"chat template": template})
-        | {"tokenizer.json or tokenizer_config.json": tokenizer.spelling_hash}
+        | ({} if template is None else {FORMS_PROMPTS[0]: template})
+        | {FORMS_PROMPTS[1]: tokenizer.spelling_hash}
     )
 
 

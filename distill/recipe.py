@@ -98,6 +98,8 @@ def read_recipe(path: Path) -> Recipe:
         raise UserError(f"{path}: is not valid UTF-8 (byte {error.start})") from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: is not TOML: {error}") from None
+    if not values:
+        raise UserError(f"{path}: holds no settings")
     source = _Source(path, content.decode("utf-8"))
     top = source.checked("", values)
     parts = {name: source.checked(name, top.get(name, {})) for name in STAGES}

@@ -19,7 +19,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from distill.data.codec import Layout, Tensors
-from distill.data.manifest import FORMAT, MANIFEST, SHARD_FILE, DatasetSettings, Entry, Manifest
+from distill.data.manifest import FORMAT, MANIFEST, DatasetSettings, Entry, Manifest
 from kernels.errors import UserError
 from kernels.files import TEMPORARY, lock_folder, write_atomic
 
@@ -62,9 +62,9 @@ class Writer:
             self._resume()
         elif foreign := sorted(name for name in names if not _TEMPORARY.fullmatch(name)):
             raise UserError(f"{self.folder}: is no dataset and not empty (it holds {foreign[0]})")
-        listed = {entry.file for entry in self.manifest.entries.values()}
+        # A shard that is not listed stays until it is written again: it may be someone's.
         for name in names:
-            if _TEMPORARY.fullmatch(name) or (SHARD_FILE.fullmatch(name) and name not in listed):
+            if _TEMPORARY.fullmatch(name):
                 (self.folder / name).unlink()
         data = self.manifest.dump()
         if MANIFEST not in names or path.read_bytes() != data:

@@ -72,13 +72,13 @@ def check_converted_folder(folder: Path, source: Path) -> None:
 
 
 @contextmanager
-def _own_folder(folder: Path, source: Path) -> Iterator[None]:
-    """Hold a folder's lock, after all of `check_converted_folder`."""
+def _own_folder(folder: Path, source: Path, room: float = 0) -> Iterator[None]:
+    """Hold a folder's lock, after all of `check_converted_folder`. room: bytes that will be written at least."""
     if holds_current(folder):
         raise UserError(f"--out {folder.resolve()}: is the current folder or holds it; give it a folder of its own")
     if folder.exists() and folder.resolve() == source.resolve():
         raise UserError(f"--out {folder}: is the checkpoint that is read")
-    with working_in(folder):
+    with working_in(folder, room):
         finish_replacing(folder, CONVERTED)
         names = sorted(path.name for path in folder.iterdir() if not path.name.startswith(TEMPORARY))
         try:
@@ -102,7 +102,11 @@ def convert(
     cut into files. UserError names what cannot be converted; then, as when interrupted, nothing is left behind.
     """
     limit_memory()
-    with _own_folder(folder, checkpoint.folder):
+    size = sum(path.stat().st_size for path in checkpoint.folder.glob("model*.safetensors"))
+    # A packed checkpoint keeps its size; of float master weights at least two bits in 32 remain.
+    declared = checkpoint.config.get("quantization_config")
+    packed = isinstance(declared, dict) and declared.get("quantization_mode") == "offline"
+    with _own_folder(folder, checkpoint.folder, size if packed else size / 16):
         _check_copied(checkpoint.folder)
         try:
             with replacing_files(folder, CONVERTED) as new:

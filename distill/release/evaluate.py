@@ -113,7 +113,7 @@ def evaluate(
     prompts = select(settings)
     measured = fingerprint(settings, teacher, draft)
     note = say(quiet)
-    with working_in(out):
+    with working_in(out, room=1e6 + 2e4 * len(prompts)):  # the pictures, and a line and an entry a prompt
         _check_own(out)
         session = Session(
             teacher,

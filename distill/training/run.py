@@ -30,7 +30,7 @@ from decode.models.checkpoint import RUNS, Checkpoint, has_tokenizer
 from decode.tokenizer import Tokenizer, check_tokenizer
 from distill.data.manifest import MANIFEST
 from distill.data.shards import Dataset
-from distill.provenance import dataset_metadata, made_with, origin, teacher_files, teacher_metadata
+from distill.provenance import FORMS_PROMPTS, dataset_metadata, made_with, origin, teacher_files, teacher_metadata
 from distill.training import cpu
 from distill.training.checkpoint import check_draft_folder, check_files, rounded, save
 from distill.training.cpu import CpuHead
@@ -97,7 +97,9 @@ def train(
     check_tokenizer(teacher_folder)
     other = other_teacher(dataset, teacher_folder)
     fingerprint = settings.record() | {"data": sha256(data / MANIFEST)}
-    fingerprint["teacher_files"] = teacher_files(Tokenizer(teacher_folder))
+    files = teacher_files(Tokenizer(teacher_folder))
+    fingerprint["teacher_files"] = files
+    _check_template(dataset, teacher_folder, files)
     if other is not None:
         fingerprint["teacher"] = other["hash"]
     if (summary := finished_run(out, fingerprint)) is not None:
@@ -157,6 +159,14 @@ def other_teacher(dataset: Dataset, teacher_folder: Path) -> dict[str, Any] | No
     if teacher.weights_hash == dataset.settings.teacher_hash:
         return None
     return {"name": teacher.name, "hash": teacher.weights_hash} | origin(teacher_folder)
+
+
+def _check_template(dataset: Dataset, teacher_folder: Path, files: dict[str, str]) -> None:
+    """Refuse a teacher that writes prompts in another way than those of the dataset: its draft gets its template."""
+    collected = dataset.settings.values.get("teacher_files", {})
+    for name in FORMS_PROMPTS if collected else ():
+        if collected.get(name) != files.get(name):
+            raise UserError(f"{dataset.folder}: was collected with another {name} than that of {teacher_folder}")
 
 
 def finished_run(out: Path, fingerprint: dict[str, Any]) -> Summary | None:

@@ -92,6 +92,8 @@ def test_raw_prompts_and_sources_have_the_bos_token_once(llama: Path, inside: Co
         whole = Tokenizer(llama).decode(Tokenizer(llama).encode_text(prompt) + output["token_ids"])
         assert "Once upon a time" + output["text"] == whole  # the space at the border is there
     assert replies[0] == replies[1]
+    done = inside("decode", "plain", "--teacher", llama, "--prompt", "Once", "--max-tokens", 1)
+    assert done.code == 0 and "no chat template" in done.err  # that it is given bare is said
 
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": "<s>" + "Once upon a time. " * 40}) + "\n")
     options = ("--tokens", 100, "--seq-len", 64, "--batch", 1, "--source", tmp_path / "text.jsonl")

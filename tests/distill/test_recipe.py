@@ -58,6 +58,8 @@ BITNET_2B = {
 @pytest.mark.parametrize(
     ("text", "named"),
     [
+        ("", "holds no settings"),
+        ("# only a remark\n", "holds no settings"),
         ("[train]\nlayres = 2\n", "line 2: [train] layres: no such key; did you mean layers?"),
         ('tokens = 5\n[collect]\n[train]\ntoken = "x"', "line 1: tokens: no such key; it belongs into [collect]"),
         ("\n[trian]\nlayers = 2\n", "line 2: trian: no such key; did you mean train?"),

@@ -280,7 +280,7 @@ def test_resume(tmp_path: Path) -> None:
     (tmp_path / ".tmp-shard-00000.safetensors").write_bytes(b"half")
     (tmp_path / "shard-00001.safetensors").write_bytes(b"renamed, but never listed")
     with ShardWriter.open(tmp_path, settings) as writer:
-        assert contents(tmp_path).keys() == {"manifest.json", "shard-00002.safetensors"}
+        assert not (tmp_path / ".tmp-shard-00000.safetensors").exists()
         for _ in range(3):  # without an index, the first that is missing
             writer.write(make_block(settings, seed=writer.missing(4)[0]))
         writer.finish()
@@ -406,10 +406,14 @@ def test_damaged_shard(tmp_path: Path, damage: str) -> None:
         dataset.read(1)
     problems = verify(tmp_path)
     assert [problem.file for problem in problems] == ["shard-00001.safetensors"]
+    mine = tmp_path / "shard-99999.safetensors"
+    mine.write_bytes(b"someone's")
     verify(tmp_path, repair=True)
     assert not Dataset.open(tmp_path).complete and len(Dataset.open(tmp_path).shards) == 2
     assert verify(tmp_path) == []
     collect(tmp_path, 3)
+    assert mine.read_bytes() == b"someone's"
+    mine.unlink()
     assert contents(tmp_path) == whole
 
 

@@ -21,8 +21,10 @@ from conftest import Command, arguments, environment
 from small_bitnets import PACKED
 from synthetic import VOCAB, block, dataset, teacher_folder
 
+from decode.tokenizer import Tokenizer
 from distill.data.manifest import DatasetSettings
 from distill.data.shards import Dataset, ShardWriter
+from distill.provenance import teacher_files
 from distill.release.publish import prepare
 from distill.training.draft_config import DraftConfig
 from distill.training.memory import check_memory, disk_bytes, estimate_memory
@@ -267,6 +269,18 @@ def test_an_unfinished_dataset_is_told(
     card = prepare(tmp_path / "out", "a/b").card
     assert f"| tokens | {tokens:,} of 30,000" in card and "not finished" in card
     assert "not finished" not in prepare(whole, "a/b").card
+
+
+def test_a_teacher_with_another_template_is_refused(made: tuple[Path, Path], tmp_path: Path) -> None:
+    """A draft gets its teacher's template: it must be the one that its dataset was collected with."""
+    teacher = shutil.copytree(made[1], tmp_path / "teacher")
+    values = Dataset.open(made[0]).settings.values | {"teacher_files": teacher_files(Tokenizer(teacher))}
+    with ShardWriter.open(tmp_path / "data", DatasetSettings(values)) as writer:
+        writer.write(block(16, seed=1))
+    config = json.loads((teacher / "tokenizer_config.json").read_text()) | {"chat_template": "Q: {{ messages }}"}
+    (teacher / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"data: .*chat template.*teacher"):
+        train(tmp_path / "data", teacher, tmp_path / "out", TINY, quiet=True)
 
 
 @pytest.mark.parametrize(("dtype", "fits"), [("float32", False), ("bfloat16", True), ("auto", True)])
