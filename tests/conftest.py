@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,3 +152,14 @@ def trimmed_copy(source: Path, target: Path, kept: np.ndarray) -> Path:
     weights = dict(mx.load(str(source / "model.safetensors")))  # type: ignore[arg-type]
     mx.save_safetensors(str(target / "model.safetensors"), weights | {"kept": mx.array(kept)}, {"format": "mlx"})
     return target
+
+
+def mounted(folder: Path, size: str, program: str) -> subprocess.CompletedProcess[str]:
+    """Run a program whose first argument is `folder`, a file system of its own that ends with it."""
+    script = f'mount -t tmpfs -o size={size} none "$1" && exec "$0" -c "$2" "$1"'
+    command = ["unshare", "-rm", "sh", "-c", script, sys.executable]
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here")
+    return subprocess.run(
+        [*command, str(folder), program], env=environment(), capture_output=True, text=True, timeout=60
+    )

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import small_bitnets as small
-from conftest import Command
+from conftest import TEACHER, Command, mounted
 from safetensors import safe_open
 
 from decode.models.checkpoint import find_teacher
@@ -165,6 +165,18 @@ def test_a_full_disk_is_named(tmp_path: Path, inside: Command) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     full.refused("distill", f"no room left in {tmp_path / 'out'}")
     assert str(original) not in full.err and not (tmp_path / "out").exists()
+
+
+def test_a_disk_without_room_is_found_before_the_work(tmp_path: Path) -> None:
+    program = f"""
+import sys
+from pathlib import Path
+from decode.models.checkpoint import find_teacher
+from distill.release.convert import convert
+convert(find_teacher({str(TEACHER)!r}), Path(sys.argv[1], "out"), lambda count: print("work began"))
+"""
+    done = mounted(tmp_path, "4m", program)
+    assert f"no room left in {tmp_path / 'out'}" in done.stderr and "work began" not in done.stdout
 
 
 def test_where_it_comes_from_is_kept(tmp_path: Path) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from conftest import Command, arguments, environment
+from conftest import Command, arguments, environment, mounted
 from small_bitnets import PACKED
 from synthetic import VOCAB, block, dataset, teacher_folder
 
@@ -181,24 +179,9 @@ def test_through_a_link(made: tuple[Path, Path], whole: Path, tmp_path: Path) ->
         train(*made, tmp_path / "round", TINY, quiet=True)
 
 
-def mounted(size: str, program: str) -> subprocess.CompletedProcess[str]:
-    """Run a program whose first argument is a file system of its own, which ends with it."""
-    script = f'mount -t tmpfs -o size={size} none "$1" && exec "$0" -c "$2" "$1"'
-    command = ["unshare", "-rm", "sh", "-c", script, sys.executable]
-    folder = Path(os.environ["MOUNT"])
-    if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
-        pytest.skip("nothing can be mounted here")
-    return subprocess.run(
-        [*command, str(folder), program], env=environment(), capture_output=True, text=True, timeout=60
-    )
-
-
 @pytest.mark.slow
-def test_a_mount_and_a_full_disk(
-    made: tuple[Path, Path], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mount_and_a_full_disk(made: tuple[Path, Path], whole: Path, tmp_path: Path) -> None:
     """A folder that cannot be renamed does; one without room for the run is refused before it."""
-    monkeypatch.setenv("MOUNT", str(tmp_path))
     program = f"""
 import sys
 from pathlib import Path
@@ -215,7 +198,7 @@ try:
 except UserError as error:
     print(error, (disk / "full").exists())
 """
-    done = mounted("40m", program)
+    done = mounted(tmp_path, "40m", program)
     same, refused = done.stdout.splitlines()
     assert same == "True", done.stderr
     assert refused.startswith(f"no room left in {tmp_path / 'full'}: ") and refused.endswith(" False"), done.stderr
