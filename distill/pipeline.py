@@ -28,14 +28,13 @@ from distill.data.shards import Dataset
 from distill.provenance import teacher_files
 from distill.recipe import RECIPE_FILE, STAGES, Recipe
 from distill.release.evaluate import check_evaluation_folder, evaluate, fingerprint, finished_report, select
-from distill.training.checkpoint import check_draft_folder
 from distill.training.draft_config import DraftConfig
-from distill.training.memory import check_memory, disk_bytes
-from distill.training.run import train
-from distill.training.state import STATE, difference, stored_bytes
+from distill.training.memory import check_memory
+from distill.training.run import train, working_on_draft
+from distill.training.state import difference
 from kernels.console import say
 from kernels.errors import UserError
-from kernels.files import read_json, sha256, working_in, write_atomic
+from kernels.files import read_json, sha256, write_atomic
 
 OTHERWISE = "give the recipe another `out`, or delete it"
 
@@ -110,8 +109,8 @@ class Pipeline:
         if not trained:
             hidden = int(self.teacher.config["hidden_size"]) if training.teacher_embedding else 0
             check_memory(config, training.batch, recipe.collect.seq_len, hidden, training.dtype)
-            with working_in(recipe.draft, room=disk_bytes(config) - stored_bytes(recipe.draft / STATE)):
-                check_draft_folder(recipe.draft)
+            with working_on_draft(recipe.draft, config):
+                pass
         check_evaluation_folder(recipe.evaluation)
 
     def _check_recipe_file(self) -> None:

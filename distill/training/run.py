@@ -130,12 +130,19 @@ def train(
     loader = DataLoader(
         dataset, settings.temperature, settings.batch, settings.seed, settings.eval_share, settings.eval_rows
     )
-    with working_in(out, room=disk_bytes(config) - stored_bytes(out / STATE)):
-        check_draft_folder(out)
+    with working_on_draft(out, config):
         if (summary := finished_run(out, fingerprint)) is not None:  # a kill had kept it from its place
             return summary
         state = State.open(out / STATE, fingerprint)
         return _Run(loader, teacher_folder, other, out, settings, config, state, vocabulary, progress, quiet).go()
+
+
+@contextmanager
+def working_on_draft(out: Path, config: DraftConfig) -> Iterator[None]:
+    """Hold the folder of a draft that is to be trained, after all that can be found wrong with it before the work."""
+    with working_in(out, room=disk_bytes(config) - stored_bytes(out / STATE)):
+        check_draft_folder(out)
+        yield
 
 
 def default_folder(settings: TrainSettings, data: Path, teacher: str, teacher_hash: str) -> Path:
