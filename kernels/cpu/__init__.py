@@ -178,6 +178,10 @@ def argmax(x: mx.array) -> mx.array:
     return _native.argmax(x)
 
 
+choose = reference.choose
+top_k = reference.top_k
+
+
 def clock(x: mx.array) -> mx.array:
     """When x had been computed: `time.perf_counter_ns`, int64, not evaluated."""
     return _native.clock(x)
