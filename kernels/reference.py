@@ -211,9 +211,9 @@ def choose(logits: mx.array, temperature: mx.array, uniform: mx.array) -> mx.arr
 
     logits: float32 [m, n]; temperature, uniform: float32 [m], uniform in [0, 1). Returns uint32 [m].
     """
-    p = mx.softmax(logits / mx.maximum(temperature, 1e-3)[:, None], axis=-1)
-    below = (mx.cumsum(p, axis=-1) <= uniform[:, None]).sum(axis=-1)
-    sampled = mx.minimum(below, logits.shape[1] - 1).astype(mx.uint32)
+    sums = mx.cumsum(mx.softmax(logits / mx.maximum(temperature, 1e-3)[:, None], axis=-1), axis=-1)
+    total = sums[:, -1:]  # 1 but for rounding; what lies behind it has no probability
+    sampled = ((sums <= uniform[:, None] * total) & (sums < total)).sum(axis=-1).astype(mx.uint32)
     return mx.where(temperature == 0, argmax(logits), sampled)
 
 
