@@ -45,6 +45,8 @@ def run(app: typer.Typer, name: str) -> None:
     says of other programs that SIGPIPE ended.
     """
     _mend_streams()
+    if not callable(signal.getsignal(signal.SIGINT)):  # ignored in a script's background, where `kill -INT` still ends it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _as_ctrl_c)
     try:
@@ -86,10 +88,9 @@ def run(app: typer.Typer, name: str) -> None:
 
 
 def _as_ctrl_c(number: int, frame: Any) -> None:
-    """Do what Ctrl-C would do now; a command in a script's background ignores that one, but not the order to end."""
+    """Do what Ctrl-C would do now."""
     handler = signal.getsignal(signal.SIGINT)
-    if not callable(handler):
-        raise KeyboardInterrupt
+    assert callable(handler)
     handler(signal.SIGINT, frame)
 
 

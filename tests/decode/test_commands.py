@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import TEACHER, Command, arguments, changed_copy, environment
+from conftest import TEACHER, Command, arguments, changed_copy, environment, in_background
 
 PLAIN_KEYS = {
     "teacher", "draft", "k", "prompts", "tokens", "rounds", "drafted", "accepted", "acceptance_rate",
@@ -200,13 +200,13 @@ def test_a_full_disk_below_the_output_is_named(work: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt(work: Path, prompts: Path, number: int) -> None:
-    """SIGTERM is as good as Ctrl-C, also where that one is ignored, as it is in the background of scripts."""
+    """SIGTERM is as good as Ctrl-C, and both do the same in the background of scripts, where that one is ignored."""
     many = work / "many.jsonl"
     many.write_text(prompts.read_text(encoding="utf-8") * 200, encoding="utf-8")
     process = subprocess.Popen(
         arguments("decode", "plain", "--prompts", many, "--max-tokens", 500, "-q", "--json", "out.json"),
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), cwd=work,
-        preexec_fn=lambda: number == signal.SIGTERM and signal.signal(signal.SIGINT, signal.SIG_IGN),
+        preexec_fn=in_background,
     )  # fmt: skip
     assert process.stdout is not None
     process.stdout.read(1)
