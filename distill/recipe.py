@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from decode.models.checkpoint import ROOT, RUNS
+from decode.prompts import STANDARD_INPUT, read_content
 from decode.settings import Settings
 from distill.data.settings import CollectSettings
 from distill.release.settings import EvaluateSettings
@@ -62,6 +63,18 @@ class Recipe:
 
         self.attempt("train", check_vocab)
         self.attempt("collect", lambda: self.collect.check(config))
+
+    def prompts(self) -> bytes:
+        """What the prompts file of its evaluation holds. UserError, naming the line, where it is none: a run that goes
+        on reads it again."""
+        name = self.evaluate.prompts
+
+        def check() -> None:
+            if name == STANDARD_INPUT or not Path(name).is_file():
+                raise UserError(f"--prompts {name}: is no file")
+
+        self.attempt("evaluate", check)
+        return read_content(Path(name))
 
     def attempt(self, section: str, check: Callable[[], object]) -> None:
         """Run a check of a section's options, and say of what it refuses where it stands in the file."""

@@ -7,6 +7,7 @@ are kept in a file of lines, so that an evaluation that was stopped goes on; one
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
@@ -16,7 +17,7 @@ from typing import Any
 from decode.metrics import VERSION, Metrics, in_words, is_looping
 from decode.models.checkpoint import RUNS, Checkpoint
 from decode.models.drafts import find_draft, is_unfinished, newest_draft
-from decode.prompts import Prompt, read_prompts
+from decode.prompts import Prompt, parse_prompts, read_content
 from decode.session import Completion, Session
 from decode.tokenizer import Tokenizer
 from distill.provenance import config_hashes, teacher_files
@@ -25,7 +26,7 @@ from distill.release.settings import EvaluateSettings
 from kernels import UserError, backend
 from kernels.console import progress, say
 from kernels.device import device_name, versions
-from kernels.files import append_line, read_json_lines, sha256, working_in, write_atomic
+from kernels.files import append_line, read_json_lines, working_in, write_atomic
 
 REPORT, TABLE, UNFINISHED = "evaluation.json", "evaluation.md", "evaluation-unfinished.jsonl"
 CATEGORY_PLOT, POSITION_PLOT = "evaluation-categories.png", "evaluation-positions.png"
@@ -34,25 +35,26 @@ NO_CATEGORY = "uncategorised"
 Pair = tuple[Completion, Completion]  # of one prompt: speculative, plain
 
 
-def select(settings: EvaluateSettings) -> list[Prompt]:
-    """The prompts of an evaluation, in the file's order."""
-    if not Path(settings.prompts).is_file():
-        raise UserError(f"--prompts {settings.prompts}: is no file, which an evaluation that goes on reads again")
+def select(settings: EvaluateSettings, content: bytes) -> list[Prompt]:
+    """The prompts of an evaluation, in the file's order. content: of the file."""
     selected, counts = [], dict[str, int]()
-    for prompt in read_prompts(Path(settings.prompts)):
+    for prompt in parse_prompts(content, settings.prompts):
         number = counts[category_of(prompt)] = counts.get(category_of(prompt), 0) + 1
         if settings.limit is None or number <= settings.limit:
             selected.append(prompt)
     return selected
 
 
-def fingerprint(settings: EvaluateSettings, teacher: Checkpoint, draft: Checkpoint) -> dict[str, Any]:
-    """What two evaluations have in common that measure the same in the same way; files count by their content."""
+def fingerprint(
+    settings: EvaluateSettings, content: bytes, teacher: Checkpoint, draft: Checkpoint
+) -> dict[str, Any]:
+    """What two evaluations have in common that measure the same in the same way; files count by their content.
+    content: of the prompts file."""
     hashes = {
         "metrics_version": VERSION,
         "teacher": teacher.weights_hash,
         "draft": draft.weights_hash,
-        "prompts": sha256(Path(settings.prompts)),
+        "prompts": hashlib.sha256(content).hexdigest(),
         "tokenizer": teacher.tokenizer_hash,
         "teacher_files": teacher_files(Tokenizer(teacher.folder)),
         "draft_files": config_hashes(draft.folder),
@@ -110,8 +112,9 @@ def evaluate(
     there; KeyboardInterrupt where none is.
     """
     settings.check()
-    prompts = select(settings)
-    measured = fingerprint(settings, teacher, draft)
+    content = read_content(Path(settings.prompts))  # once: it may be a pipe
+    prompts = select(settings, content)
+    measured = fingerprint(settings, content, teacher, draft)
     note = say(quiet)
     with working_in(out, room=1e6 + 2e4 * len(prompts)):  # the pictures, and a line and an entry a prompt
         _check_own(out)

@@ -95,6 +95,7 @@ def test_a_terminal_without_unicode(command: Command) -> None:
         (["plain", "--prompt", ""], ["prompt is empty"]),
         (["plain", "--prompt", "a", "--prompts", "b"], ["--prompt or --prompts"]),
         (["plain", "--prompts", "gone.jsonl"], ["gone.jsonl"]),
+        (["plain", "--prompts", "-"], ["standard input", "holds no prompt"]),
         (["plain", "--prompts", "bad.jsonl"], ["bad.jsonl: line 2 is not JSON"]),
         (["plain", "--prompts", "latin1.txt"], ["latin1.txt: line 1 (byte 3) is not valid UTF-8"]),
         (["plain", "--prompts", "long.txt"], ["long.txt: line 1", "2048"]),
@@ -201,8 +202,8 @@ def test_a_full_disk_below_the_output_is_named(work: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt(work: Path, prompts: Path, number: int) -> None:
     """SIGTERM is as good as Ctrl-C, and both do the same in the background of scripts, where that one is ignored."""
-    many = work / "many.jsonl"
-    many.write_text(prompts.read_text(encoding="utf-8") * 200, encoding="utf-8")
+    many = work / "many.txt"
+    many.write_text("Why is the sky blue?\n" * 200, encoding="utf-8")
     process = subprocess.Popen(
         arguments("decode", "plain", "--prompts", many, "--max-tokens", 500, "-q", "--json", "out.json"),
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), cwd=work,

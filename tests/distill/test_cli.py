@@ -30,6 +30,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["verify", "."], ["not a dataset"]),
         (["collect", "--tokens", 0], ["--tokens 0"]),
         (["collect", "--source", "gone.jsonl"], ["gone.jsonl"]),
+        (["collect", "--source", "-"], ["--source -"]),
+        (["collect", "--exclude", "-"], ["--exclude -"]),
         (["collect", "--source", "bad.jsonl", "--dry-run", "--max-reply", 4], ["bad.jsonl: line 1 is not JSON"]),
         (["collect", "--teacher", "gone"], ["--teacher gone"]),
         (["collect", "--temperature", 0], ["--temperature 0.0"]),
