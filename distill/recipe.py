@@ -85,7 +85,7 @@ class Recipe:
             if option is None:
                 raise
             key = option[1].replace("-", "_")
-            source = _Source(self.path, self.content.decode("utf-8"))
+            source = _Source(self.path, self.content.decode("utf-8-sig"))
             raise source.error(section, key, key + str(error)[option.end() :]) from None
 
 
@@ -104,7 +104,7 @@ def read_recipe(path: Path) -> Recipe:
     """Read and check a recipe. UserError names the file, the line and the key at fault."""
     try:
         content = path.read_bytes()
-        values = tomllib.loads(content.decode("utf-8"))
+        values = tomllib.loads(content.decode("utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
@@ -113,7 +113,7 @@ def read_recipe(path: Path) -> Recipe:
         raise UserError(f"{path}: is not TOML: {error}") from None
     if not values:
         raise UserError(f"{path}: holds no settings")
-    source = _Source(path, content.decode("utf-8"))
+    source = _Source(path, content.decode("utf-8-sig"))
     top = source.checked("", values)
     parts = {name: source.checked(name, top.get(name, {})) for name in STAGES}
     out = Path(top.get("out", RUNS / path.stem))

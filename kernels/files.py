@@ -17,13 +17,14 @@ from kernels.errors import UserError, first_line
 
 TEMPORARY = ".tmp-"  # what the names of files begin with that have not taken their place yet
 CONFIG = "config.json"  # makes a folder one of a model
+BOM = b"\xef\xbb\xbf"  # a byte order mark: what editors on Windows put before UTF-8
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or a UserError that names it."""
+    """A JSON object from a file, perhaps behind a byte order mark, or a UserError that names it."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: missing") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -31,6 +32,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: is not a JSON object")
     return value
+
+
+def begins_with_bom(path: Path) -> bool:
+    """Whether a byte order mark stands before a file's text: libraries that read it would fail, or take it for text."""
+    with path.open("rb") as file:
+        return file.read(len(BOM)) == BOM
 
 
 def json_hash(content: Any) -> str:
@@ -41,7 +48,7 @@ def json_hash(content: Any) -> str:
 def read_json_lines(path: Path) -> list[Any]:
     """The values of a file that has one a line; a line that a kill cut short is left out."""
     values = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8-sig").splitlines():
         try:
             values.append(json.loads(line))
         except ValueError:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from decode.models.hub import fetch_by_name
 from decode.models.transformer import Precision, Transformer
 from kernels import UserError, swap_bitlinear
 from kernels.errors import first_line
-from kernels.files import json_hash, read_json
+from kernels.files import CONFIG, json_hash, read_json
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEFAULT_TEACHER = ROOT / "checkpoints" / "bitnet-smol-116m"
@@ -81,7 +83,8 @@ class Checkpoint:
             # What is left for mlx-lm to do is what it does to float layers, as `quantization` says.
             own["model_config"] = self.packed_config() | {"quantization_config": None}
             own["get_model_classes"] = lambda config: formats.model_classes(family)
-        model, config = load_model(self.folder, lazy=True, **own)
+        with _with_plain_config(self.folder) as folder:
+            model, config = load_model(folder, lazy=True, **own)
         return swap_bitlinear(model, formats.PACKED), config
 
     def packed_config(self) -> dict[str, Any]:
@@ -109,6 +112,20 @@ class Checkpoint:
     def tokenizer_hash(self) -> str:
         """sha256 of what decides token ids: vocabulary, merges and special tokens, not file layout."""
         return tokenizer_hash(self.folder)
+
+
+@contextmanager
+def _with_plain_config(folder: Path) -> Iterator[Path]:
+    """A model's folder, or one of links to its weights while its config.json is other than ASCII, with a byte order
+    mark perhaps: mlx-lm reads it in the encoding of the terminal."""
+    if (folder / CONFIG).read_bytes().isascii():
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as name:
+        for file in folder.glob("model*.safetensors"):
+            (Path(name) / file.name).symlink_to(file.resolve())
+        (Path(name) / CONFIG).write_text(json.dumps(read_json(folder / CONFIG)), encoding="ascii")
+        yield Path(name)
 
 
 def tokenizer_hash(folder: Path) -> str:

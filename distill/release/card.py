@@ -73,7 +73,7 @@ class Subject:
             if not isinstance(line, dict):
                 raise UserError(f"{folder / 'log.jsonl'}: is damaged (holds {line!r}, not an object)")
         try:
-            recipe = (folder / RECIPE_FILE).read_text(encoding="utf-8") if (folder / RECIPE_FILE).is_file() else ""
+            recipe = (folder / RECIPE_FILE).read_text(encoding="utf-8-sig") if (folder / RECIPE_FILE).is_file() else ""
         except UnicodeDecodeError as error:
             raise UserError(f"{folder / RECIPE_FILE}: is not valid UTF-8 (byte {error.start})") from error
         evaluation = read_json(folder / EVALUATION) if (folder / EVALUATION).is_file() else {}

@@ -26,7 +26,7 @@ from distill.release.settings import EvaluateSettings
 from kernels import UserError, backend
 from kernels.console import progress, say
 from kernels.device import device_name, versions
-from kernels.files import append_line, read_json_lines, working_in, write_atomic
+from kernels.files import append_line, read_json, read_json_lines, working_in, write_atomic
 
 REPORT, TABLE, UNFINISHED = "evaluation.json", "evaluation.md", "evaluation-unfinished.jsonl"
 CATEGORY_PLOT, POSITION_PLOT = "evaluation-categories.png", "evaluation-positions.png"
@@ -79,10 +79,10 @@ def default_folder(draft: Checkpoint) -> Path:
 def finished_report(folder: Path, of: dict[str, Any]) -> dict[str, Any] | None:
     """The report in a folder, if it is a whole one of the evaluation with this fingerprint."""
     try:
-        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        report = read_json(folder / REPORT)
+    except UserError:
         return None
-    whole = isinstance(report, dict) and report.get("complete") is True and _same(report.get("identity"), of)
+    whole = report.get("complete") is True and _same(report.get("identity"), of)
     return report if whole else None
 
 
@@ -182,7 +182,7 @@ def _check_own(out: Path) -> None:
 def _first_object(path: Path) -> dict[str, Any]:
     """The JSON object that a file is, or that is on its first line; an empty one where there is none."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         value = json.loads(text.partition("\n")[0] if path.suffix == ".jsonl" else text)
     except (OSError, ValueError, RecursionError):
         return {}

@@ -263,6 +263,26 @@ def test_what_is_compared_is_printed_too(
     assert streamed.out == compared.out == output["text"] + "\n" != "\n"
 
 
+def test_a_byte_order_mark_before_a_models_files(
+    inside: Command, weak_draft: Path, small_teacher: Path, tmp_path: Path
+) -> None:
+    """As an editor on Windows leaves it; a template would send it to the model."""
+    options = ("--prompt", "Hi", "--max-tokens", 4, "-q", "--json", "-")
+    plain = inside("decode", "spec", "--teacher", small_teacher, "--draft", weak_draft, *options)
+    assert plain.code == 0, plain.err
+    template = json.loads((small_teacher / "tokenizer_config.json").read_text())["chat_template"]
+    folders = []
+    for source in (small_teacher, weak_draft):
+        texts = {path.name.replace(".", "__"): b"\xef\xbb\xbf" + path.read_bytes() for path in source.glob("*.json")}
+        texts["chat_template__jinja"] = b"\xef\xbb\xbf" + template.encode()
+        folders.append(changed_copy(source, tmp_path / source.name, **texts))
+    done = inside("decode", "spec", "--teacher", folders[0], "--draft", folders[1], *options)
+    assert done.code == 0, done.err
+    ids = [json.loads(result.out)["outputs"][0]["token_ids"] for result in (plain, done)]
+    prompts = [json.loads(result.out)["outputs"][0]["prompt_tokens"] for result in (plain, done)]
+    assert ids[0] == ids[1] and prompts[0] == prompts[1]
+
+
 @pytest.mark.slow
 def test_samples_are_not_compared(command: Command, weak_draft: Path) -> None:
     """Those of two ways of decoding are of one distribution, not the same text."""

@@ -94,7 +94,8 @@ def test_a_wrong_recipe_is_refused_where_it_is_wrong(text: str, named: str, tmp_
 
 
 def test_defaults_are_those_of_the_commands(tmp_path: Path) -> None:
-    (tmp_path / "mine.toml").write_text("[collect]\nseq_len = 256\n[train]\nlr = 1\n")
+    text = "\ufeff[collect]\nseq_len = 256\n[train]\nlr = 1\n"  # behind a byte order mark
+    (tmp_path / "mine.toml").write_text(text, encoding="utf-8")
     recipe = read_recipe(tmp_path / "mine.toml")
     assert recipe.collect.max_reply == 128 and recipe.collect.temperatures == (1.0,)
     assert [Path(name).name for name in recipe.collect.exclude] == ["eval.jsonl"]
