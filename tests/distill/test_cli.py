@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,40 @@ def test_inspect_and_verify(inside: Command, data: Path) -> None:
     assert report["ok"] is False and report["problems"][0]["file"] == shard.name
     told = inside("distill", "verify", data)
     assert told.code == 1 and str(shard) in told.out
+
+
+def test_verify_tells_a_damaged_dataset_from_none(inside: Command, data: Path, tmp_path: Path) -> None:
+    """Where files of a dataset are, a manifest that says nothing of one is a check that failed, whatever it holds."""
+    damaged, none = shutil.copytree(data, tmp_path / "damaged"), tmp_path / "none"
+    none.mkdir()
+    for content in (b"", b"[]", b"{}", b"null", b'{"format": "other"}', None):
+        for folder in (damaged, none):
+            (folder / "manifest.json").unlink(missing_ok=True)
+            if content is not None:
+                (folder / "manifest.json").write_bytes(content)
+        done = inside("distill", "verify", damaged, "--repair", "--json", "-")
+        assert done.code == 1, (content, done.err)
+        assert [problem["file"] for problem in json.loads(done.out)["problems"]] == ["manifest.json"]
+        inside("distill", "verify", none).refused("distill", str(none))
+
+
+def test_a_folder_in_a_files_place_is_named(inside: Command, data: Path, tmp_path: Path) -> None:
+    """Nothing is dropped, and no folder of the user's deleted."""
+    folder = shutil.copytree(data, tmp_path / "data")
+    before = (folder / "manifest.json").read_bytes()
+    for place in (sorted(folder.glob("shard-*"))[1], folder / ".tmp-manifest.json"):
+        kept = place.read_bytes() if place.exists() else None
+        place.unlink(missing_ok=True)
+        (place / "mine").mkdir(parents=True)
+        if kept is not None:
+            assert inside("distill", "verify", folder).code == 1
+        else:
+            sorted(folder.glob("shard-*"))[0].write_bytes(b"damaged")
+        inside("distill", "verify", folder, "--repair").refused("distill", str(place))
+        assert (place / "mine").is_dir() and (folder / "manifest.json").read_bytes() == before
+        shutil.rmtree(place)
+        if kept is not None:
+            place.write_bytes(kept)
 
 
 @pytest.mark.slow
