@@ -16,7 +16,7 @@ import typer
 from tqdm import tqdm
 
 from kernels.errors import UserError
-from kernels.files import NO_ROOM, replacing
+from kernels.files import NO_ROOM, goes_round, replacing
 
 JsonOption = Annotated[
     str | None,
@@ -154,11 +154,14 @@ def check_json_target(target: str | None) -> None:
     if target is None or target == "-":
         return
     path = Path(target)
+    if goes_round(path):
+        raise UserError(f"--json {target}: goes through a link that leads back to itself")
     if path.is_dir():
         raise UserError(f"--json {target}: is a folder")
-    if not path.parent.is_dir():
-        raise UserError(f"--json {target}: the folder {path.parent} does not exist")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    folder = Path(os.path.realpath(path)).parent  # behind a link, as it is written
+    if not folder.is_dir():
+        raise UserError(f"--json {target}: the folder {folder} does not exist")
+    if not os.access(path if path.exists() else folder, os.W_OK):
         raise UserError(f"--json {target}: cannot be written: no permission")
 
 

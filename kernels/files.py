@@ -119,6 +119,24 @@ def append_line(path: Path, value: Any) -> None:
 # Folders
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder where there is none, also where a link leads to. UserError where it cannot be one."""
+    if goes_round(folder):
+        raise UserError(f"{folder}: goes through a link that leads back to itself")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file, not a folder")
+    Path(os.path.realpath(folder)).mkdir(parents=True, exist_ok=True)
+
+
+def goes_round(path: Path) -> bool:
+    """Whether links on the way to a path lead back to themselves."""
+    try:
+        path.stat()
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
+
+
 def lock_folder(folder: Path) -> int:
     """A descriptor that holds the folder's lock until it is closed or the process ends. Raises UserError if another
     process holds it."""
@@ -155,10 +173,8 @@ def working_in(folder: Path, room: float = 0) -> Iterator[None]:
 
 def _begin(folder: Path, room: float) -> int:
     """Make, lock and try a folder; the lock's descriptor."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file, not a folder")
     try:
-        Path(os.path.realpath(folder)).mkdir(parents=True, exist_ok=True)  # a link may lead to one that is not there
+        make_folder(folder)
         lock = lock_folder(folder)
         try:
             tried = folder / f"{TEMPORARY}tried"

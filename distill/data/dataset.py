@@ -21,7 +21,7 @@ from safetensors.numpy import save as save_tensors
 from distill.data.codec import Layout, Tensors
 from distill.data.manifest import FORMAT, MANIFEST, SHARD_FILE, DatasetSettings, Entry, Manifest
 from kernels.errors import UserError
-from kernels.files import TEMPORARY, lock_folder, write_atomic
+from kernels.files import TEMPORARY, lock_folder, make_folder, write_atomic
 
 _TEMPORARY = re.compile(rf"{re.escape(TEMPORARY)}(manifest\.json|(shard|reply)-\d+\.safetensors)")
 
@@ -43,7 +43,7 @@ class Writer:
         """
         folder, manifest = Path(folder), Manifest(cls.kind, settings)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             writer = cls(folder, manifest, lock_folder(folder))
             try:
                 writer._begin()

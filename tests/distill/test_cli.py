@@ -40,6 +40,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["convert", "--out", "."], ["is the current folder or holds it"]),
         (["convert", "--out", ""], ["is the current folder or holds it"]),
         (["convert", "--out", "/"], ["--out /: is the current folder or holds it"]),
+        (["convert", "--out", "round"], ["round: goes through a link"]),
+        (["collect", "--out", "round"], ["round: goes through a link"]),
+        (["collect", "--out", "round/below"], ["round/below: goes through a link"]),
+        (["evaluate", "--out", "round"], ["round: goes through a link"]),
+        (["run", "round.toml"], ["round/", ": goes through a link"]),
+        (["train", "--json", "round"], ["--json round: goes through a link"]),
+        (["train", "--json", "astray"], ["--json astray", "nowhere"]),
         (["publish", "--repo", "a/b", "--draft", "/"], ["/draft.json: missing"]),
         (["collect", "--json", "no/x.json"], ["--json no/x.json"]),
         (["collect", "--replies", "gone"], ["gone: no such dataset folder"]),
@@ -64,6 +71,9 @@ def test_bad_input_is_one_line(inside: Command, work: Path, options: list[object
         mx.save_safetensors(str(work / "spoilt.safetensors"), arrays, {"format": "mlx"})
         changed_copy(TEACHER, work / "spoilt", model__safetensors=(work / "spoilt.safetensors").read_bytes())
         changed_copy(TEACHER, work / "bare", tokenizer_config__json=None)
+        (work / "round").symlink_to("round")
+        (work / "astray").symlink_to("nowhere/x.json")
+        (work / "round.toml").write_text('out = "round"\n')
         (work / "bare.toml").write_text('teacher = "bare"\n')
         (work / "foreign").mkdir()
         (work / "foreign" / "thesis.txt").write_text("years of work")
