@@ -180,15 +180,26 @@ def _begin(folder: Path, room: float) -> int:
             tried = folder / f"{TEMPORARY}tried"
             write_atomic(tried, b"whether this can be written")
             tried.unlink()
-            disk = shutil.disk_usage(folder)
-            if disk.free < room and disk.total:  # some file systems do not tell
-                raise UserError(f"no room left in {folder}: {room / 1e9:.2f} GB are needed, {disk.free / 1e9:.2f} free")
+            check_room(folder, room)
         except BaseException:
             os.close(lock)
             raise
     except OSError as error:
         raise UserError(f"{cannot_write(error)} {folder} ({error.strerror})") from error
     return lock
+
+
+def check_room(folder: Path, room: float) -> None:
+    """UserError where there are less than `room` bytes for a folder, be it made or not."""
+    real = Path(os.path.realpath(folder))
+    disk = shutil.disk_usage(next(path for path in (real, *real.parents) if path.exists()))
+    if disk.free < room and disk.total:  # some file systems do not tell
+        raise UserError(f"no room left in {folder}: {room / 1e9:.2f} GB are needed, {disk.free / 1e9:.2f} free")
+
+
+def stored_bytes(folder: Path) -> int:
+    """What the tensors in a folder, if there is one, take of the disk."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
 
 
 def holds_current(folder: Path) -> bool:

@@ -53,6 +53,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["collect", "--replies", "gone", "--tokens", 9], ["--replies gone", "--tokens would decide new ones"]),
         (["collect", "--out", "foreign"], ["foreign", "holds thesis.txt"]),
         (["collect", "--out", "bad.jsonl"], ["bad.jsonl"]),
+        (["collect", "--out", "new/huge", "--tokens", 10**15], ["no room left in new/huge"]),
         (["collect", "--teacher", "spoilt"], ["spoilt", "no positive number"]),
         (["collect", "--teacher", "bare"], ["bare/tokenizer_config.json: not there"]),
         (["run", "bare.toml"], ["bare/tokenizer_config.json: not there"]),
