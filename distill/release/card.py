@@ -354,7 +354,8 @@ def _origin(subject: Subject) -> str:
         ("bitdraft's commit", _hash(subject.get("made_with", "commit"))),
         *((_cell(name), _cell(version)) for name, version in versions.items()),
     ]
-    text = "`draft.json` holds every setting and the sha256 of each file, `log.jsonl` every step."
+    logged = ", `log.jsonl` every step" if subject.log else ""
+    text = f"`draft.json` holds every setting and the sha256 of each file{logged}."
     return "## Where it comes from\n\n" + _table(("", ""), rows) + "\n\n" + text
 
 
