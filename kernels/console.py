@@ -45,7 +45,7 @@ def run(app: typer.Typer, name: str) -> None:
     says of other programs that SIGPIPE ended.
     """
     _mend_streams()
-    if not callable(signal.getsignal(signal.SIGINT)):  # ignored in a script's background, where `kill -INT` still ends it
+    if not callable(signal.getsignal(signal.SIGINT)):  # ignored in a script's background; `kill -INT` shall end it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _as_ctrl_c)

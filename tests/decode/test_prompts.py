@@ -63,7 +63,10 @@ LIST = b'[\n {"prompt": "one\\ntwo"},\n {"prompt": "three", "id": "c"}\n]\n'
 OBJECT = b'{\n "messages": [\n  {"role": "user", "content": "one\\ntwo"}\n ]\n}\n'
 
 
-@pytest.mark.parametrize("name", ["p.json", "p.jsonl", "p.ndjson", "P.JSON", "p.txt", "p", "a pipe", "standard input", "-"])
+NAMES = ["p.json", "p.jsonl", "p.ndjson", "P.JSON", "p.txt", "p", "a pipe", "standard input", "-"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("data", "asked"), [(LINES, 2), (LIST, 2), (OBJECT, 1)])
 def test_what_is_json_is_read_as_such_by_any_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, data: bytes, asked: int

@@ -190,7 +190,12 @@ def test_interrupted_it_goes_on_and_tells_a_difference(
 
 @pytest.mark.slow
 def test_what_forms_the_prompts_belongs_to_an_evaluation(
-    small_teacher: Path, weak_draft: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_teacher: Path,
+    weak_draft: Path,
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A template that prints the time is told that of the run that began; another generation config begins anew."""
     config = json.loads((small_teacher / "tokenizer_config.json").read_text())
@@ -210,6 +215,7 @@ def test_what_forms_the_prompts_belongs_to_an_evaluation(
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "_answer", stop)
         begun = evaluate(teacher, draft, settings, out, quiet=True)
+        evaluate(teacher, draft, settings, tmp_path / "other", quiet=True)
     time.sleep(1.1)
     whole = evaluate(teacher, draft, settings, out, quiet=True)
     assert (begun["prompts"], whole["prompts"]) == (1, 3)
@@ -226,6 +232,10 @@ def test_what_forms_the_prompts_belongs_to_an_evaluation(
         if data:
             file.write_bytes(data)
     assert finished_report(out, evaluation.fingerprint(settings, prompts.read_bytes(), teacher, draft))
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}Q: {{ m.content }}{% endfor %}")
+    evaluate(teacher, draft, settings, tmp_path / "other")  # what was kept is of the other template: it is said
+    told = [line for line in capsys.readouterr().err.splitlines() if "again" in line]
+    assert len(told) == 1 and all(part in told[0] for part in (str(tmp_path / "other"), "chat template", "1 of its 1"))
 
 
 @pytest.mark.slow
