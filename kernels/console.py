@@ -45,6 +45,11 @@ def run(app: typer.Typer, name: str) -> None:
     says of other programs that SIGPIPE ended.
     """
     _mend_streams()
+    if sys.getfilesystemencoding() != "utf-8":  # in which MLX and others would look for other files than were named
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    for argument in sys.argv[1:]:
+        if not _is_text(argument):  # which no manifest or report could name, and MLX could not open
+            fail(name, f"{argument}: is not valid UTF-8")
     if not callable(signal.getsignal(signal.SIGINT)):  # ignored in a script's background; `kill -INT` shall end it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
@@ -85,6 +90,15 @@ def run(app: typer.Typer, name: str) -> None:
         _finish_computing()
         print(f"\n{name}: interrupted", file=sys.stderr)
     raise SystemExit(code)
+
+
+def _is_text(argument: str) -> bool:
+    """Whether an argument is text: Python passes on bytes that are not UTF-8 as halves of surrogate pairs."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _as_ctrl_c(number: int, frame: Any) -> None:

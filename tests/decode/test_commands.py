@@ -85,6 +85,18 @@ def test_a_terminal_without_unicode(command: Command) -> None:
 
 
 @pytest.mark.slow
+def test_a_locale_without_unicode(command: Command, small_teacher: Path, tmp_path: Path) -> None:
+    """Where Python would take names for ASCII, and MLX find none of the files."""
+    teacher, report = changed_copy(small_teacher, tmp_path / "Lehrer für 東京"), tmp_path / "ö.json"
+    (tmp_path / "ä.txt").write_text("Zoë 🙂\n", encoding="utf-8")
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    options = ("--teacher", teacher, "--prompts", tmp_path / "ä.txt", "--max-tokens", 4, "-q", "--json", report)
+    done = command("decode", "plain", *options, **ascii_only)
+    assert done.code == 0, done.err
+    assert json.loads(report.read_text(encoding="utf-8"))["teacher"] == teacher.name
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -96,6 +108,7 @@ def test_a_terminal_without_unicode(command: Command) -> None:
         (["plain", "--prompt", "a", "--prompts", "b"], ["--prompt or --prompts"]),
         (["plain", "--prompts", "gone.jsonl"], ["gone.jsonl"]),
         (["plain", "--prompts", "-"], ["standard input", "holds no prompt"]),
+        (["plain", "--prompts", "b\udcff.txt"], ["b?.txt: is not valid UTF-8"]),  # a byte of a name
         (["plain", "--prompts", "bad.jsonl"], ["bad.jsonl: line 2 is not JSON"]),
         (["plain", "--prompts", "latin1.txt"], ["latin1.txt: line 1 (byte 3) is not valid UTF-8"]),
         (["plain", "--prompts", "long.txt"], ["long.txt: line 1", "2048"]),

@@ -33,6 +33,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["collect", "--source", "gone.jsonl"], ["gone.jsonl"]),
         (["collect", "--source", "-"], ["--source -"]),
         (["collect", "--exclude", "-"], ["--exclude -"]),
+        (["collect", "--source", "odd"], ["odd: holds a file whose name is not valid UTF-8: b?.txt"]),
+        (["collect", "--source", "odd/b\udcff.txt"], ["odd/b?.txt: is not valid UTF-8"]),
         (["collect", "--source", "bad.jsonl", "--dry-run", "--max-reply", 4], ["bad.jsonl: line 1 is not JSON"]),
         (["collect", "--teacher", "gone"], ["--teacher gone"]),
         (["collect", "--temperature", 0], ["--temperature 0.0"]),
@@ -72,6 +74,8 @@ def test_bad_input_is_one_line(inside: Command, work: Path, options: list[object
         mx.save_safetensors(str(work / "spoilt.safetensors"), arrays, {"format": "mlx"})
         changed_copy(TEACHER, work / "spoilt", model__safetensors=(work / "spoilt.safetensors").read_bytes())
         changed_copy(TEACHER, work / "bare", tokenizer_config__json=None)
+        (work / "odd").mkdir()
+        (work / "odd" / "b\udcff.txt").write_text("It was a bright cold day in April.")
         (work / "round").symlink_to("round")
         (work / "astray").symlink_to("nowhere/x.json")
         (work / "round.toml").write_text('out = "round"\n')
