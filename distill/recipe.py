@@ -195,6 +195,8 @@ def keys(section: str) -> list[str]:
 
 def _unlike(section: str, key: str, value: Any) -> str | None:
     """What a value must be in words, where it is not that."""
+    if any(isinstance(text, str) and "\0" in text for text in (value if isinstance(value, list) else [value])):
+        return "without null characters"  # no file's name can hold one
     if section and key != "out":
         return next(setting for setting in SETTINGS[section].schema() if setting.key == key).unlike(value)
     if key in STAGES:

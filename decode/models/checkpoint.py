@@ -154,7 +154,7 @@ def embedded_teacher(option: str) -> Path:
 
 def find_teacher(name: str | None) -> Checkpoint:
     """A BitNet checkpoint by path or Hub name; the embedded one by default."""
-    checkpoint = find_model(name or str(embedded_teacher("--teacher")), "--teacher")
+    checkpoint = find_model(str(embedded_teacher("--teacher")) if name is None else name, "--teacher")
     try:
         formats.Family.of(checkpoint.config)
     except UserError as error:
