@@ -98,6 +98,8 @@ def source_files(path: str | Path, left_out: LeftOut | None = None) -> list[Path
         visible = sorted(
             (name.as_posix(), file) for name, file in inside if not any(part.startswith(".") for part in name.parts)
         )
+        if odd := next((name for name, _ in visible if SURROGATE.search(name)), None):
+            raise UserError(f"{path}: holds a file whose name is not valid UTF-8: {odd}")
         # In a folder a .json describes a dataset more often than it is one; by its own name it is read.
         files = [file for _, file in visible if _kind(file) not in ("", ".json")]
         if not files:
