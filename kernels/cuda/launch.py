@@ -23,7 +23,7 @@ from kernels.errors import UserError
 from kernels.files import replacing
 
 FOLDER = Path(__file__).parent
-HEADERS = ("ptx.cuh", "rows.cuh", "products.cuh", "attention.cuh", "exchange.cuh", "fused_step.cuh")
+HEADERS = ("ptx.cuh", "rows.cuh", "products.cuh", "attention.cuh", "choices.cuh", "exchange.cuh", "fused_step.cuh")
 TYPES = {  # ptx.cuh defines those that are no words of CUDA C++
     mx.float32: "float",
     mx.bfloat16: "bfloat16",
@@ -122,9 +122,14 @@ class Launch:
     shared_memory: int
     dtypes: tuple[mx.Dtype, ...]  # of the outputs
 
-    def __call__(self, inputs: Sequence[mx.array], shapes: Sequence[tuple[int, ...]]) -> list[mx.array]:
-        """The outputs, of these shapes, for inputs of the dtypes that it was prepared for."""
-        x, y, z = self.blocks
+    def __call__(
+        self,
+        inputs: Sequence[mx.array],
+        shapes: Sequence[tuple[int, ...]],
+        blocks: tuple[int, int, int] | None = None,
+    ) -> list[mx.array]:
+        """The outputs, of these shapes, for inputs of the dtypes that it was prepared for; blocks: of another grid."""
+        x, y, z = blocks or self.blocks
         result: list[mx.array] = mx.fast.precompiled_cuda_kernel(
             name=self.symbol,
             compiled_source=self.code,
@@ -160,6 +165,9 @@ def prepare(
     return Launch(symbol, code, blocks, threads, shared_memory, tuple(dtype for _, dtype in outputs))
 
 
+_prepared: dict[tuple[object, ...], Launch] = {}
+
+
 def launch(
     name: str,
     inputs: dict[str, mx.array],
@@ -170,19 +178,28 @@ def launch(
     *,
     shared_memory: int = 0,
 ) -> list[mx.array]:
-    """Run NAME.cu once, as `prepare` has it; returns its outputs in order."""
-    prepared = prepare(
-        name,
-        tuple((key, array.dtype) for key, array in inputs.items()),
-        tuple((key, dtype) for key, (_, dtype) in outputs.items()),
-        blocks,
-        threads,
-        constants,
-        shared_memory=shared_memory,
-    )
-    return prepared(list(inputs.values()), [shape for shape, _ in outputs.values()])
+    """Run NAME.cu once, as `prepare` has it; returns its outputs in order.
+
+    A generation step launches hundreds of kernels, so what they are is looked up by as little as tells them apart: names
+    and types of inputs and outputs follow from NAME, its constants and the types of the arrays.
+    """
+    arrays = list(inputs.values())
+    key = (name, threads, shared_memory, *constants.values(), *[array.dtype for array in arrays])
+    prepared = _prepared.get(key)
+    if prepared is None:
+        prepared = _prepared[key] = prepare(
+            name,
+            tuple((key, array.dtype) for key, array in inputs.items()),
+            tuple((key, dtype) for key, (_, dtype) in outputs.items()),
+            blocks,
+            threads,
+            constants,
+            shared_memory=shared_memory,
+        )
+    return prepared(arrays, [shape for shape, _ in outputs.values()], blocks)
 
 
+@cache
 def float_bits(value: float) -> int:
     """A float32's bits as the int that a constant can be."""
     bits: int = struct.unpack("<i", struct.pack("<f", value))[0]

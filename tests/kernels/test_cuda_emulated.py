@@ -43,7 +43,9 @@ def emulator(
     session_emulator.seed, session_emulator.multiprocessors, session_emulator.resident = 0, 4, None
     monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", session_emulator.precompiled_cuda_kernel)
     monkeypatch.setattr(LAUNCH, "machine_code", session_emulator.machine_code)
-    monkeypatch.setattr(fused, "device_attribute", lambda name: cuda_emulator.attribute(session_emulator, name))
+    for module in (cuda, fused):
+        monkeypatch.setattr(module, "device_attribute", lambda name: cuda_emulator.attribute(session_emulator, name))
+    monkeypatch.setattr(LAUNCH, "_prepared", {})
     kernel.cache_clear()
     with mx.stream(mx.cpu):
         yield session_emulator

@@ -27,8 +27,8 @@ FLAGS = [
     *("-fsanitize=bounds,alignment,signed-integer-overflow,shift", "-fsanitize-undefined-trap-on-error"),
 ]
 GUARD = 1024  # bytes behind dynamic shared memory, as in cuda_emulator.cpp
-# Inputs that the fused step changes in place: its packets and the caches.
-IN_PLACE = re.compile(r"packets|[kv]\d+")
+# Inputs that change in place: the fused step's packets, and the caches, of which it and rope know.
+IN_PLACE = {"fused_step": re.compile(r"packets|[kv]\d+"), "rope": re.compile(r"keys|values")}
 
 
 class Emulator:
@@ -74,7 +74,11 @@ class Emulator:
         self.launches.append(kernel)
         arrays = [in_memory(array) for array in inputs]
         arrays += [np.empty(s, storage(d)) for s, d in zip(output_shapes, output_dtypes, strict=True)]
-        written = [not kind.startswith("const ") or IN_PLACE.fullmatch(name) is not None for kind, name in parameters]
+        in_place = IN_PLACE.get(kernel)
+        written = [
+            not kind.startswith("const ") or (in_place is not None and in_place.fullmatch(name) is not None)
+            for kind, name in parameters
+        ]
         count, why = len(arrays), ctypes.create_string_buffer(1000)
         assert count == len(parameters) and threadgroup[1:] == (1, 1)
         failed = library.run_emulated(
