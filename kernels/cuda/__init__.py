@@ -197,6 +197,7 @@ def _product(
         block.threads,
         constants | block.constants,
         shared_memory=block.shared_memory,
+        residents=512 // block.threads,
     )[0]
 
 

@@ -81,16 +81,7 @@ for (int step = 0; step < steps; step++) {
   }
   __syncthreads();  // read, before the next part but one comes
 }
-// Every level of the tree halves a lane's sums: it keeps those of its own bit, and gives its partner the others.
-#pragma unroll
-for (int level = 16, half = rows * columns / 2; level > 0; level /= 2, half /= 2) {
-  const bool upper = lane & level;
-#pragma unroll
-  for (int i = 0; i < half; i++) {
-    const float other = __shfl_xor_sync(kAllLanes, upper ? sums[i] : sums[half + i], level);
-    sums[i] = __fadd_rn(upper ? sums[half + i] : sums[i], other);
-  }
-}
+sum_lanes_apart<16, rows * columns>(sums);
 #pragma unroll
 for (int r = 0; r < 2; r++) {
   const int row = first_row + rows * warp_m + 8 * r + lane / 4;

@@ -11,7 +11,7 @@ import hashlib
 import re
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -37,6 +37,7 @@ Constant = int | bool | mx.Dtype
 ConstantItems = tuple[tuple[str, Constant], ...]
 Constants = dict[str, Constant]  # what a body uses by name
 Parameters = tuple[tuple[str, mx.Dtype], ...]
+Bounds = tuple[int, int]  # threads a block, and blocks that a multiprocessor's registers are shared by
 
 
 @cache
@@ -52,10 +53,10 @@ def kernel(
     outputs: Parameters,
     constants: ConstantItems,
     prelude: str,
-    bound: int,
+    bounds: Bounds | None,
 ) -> tuple[str, bytes]:
     """The symbol and the machine code of the kernel that `kernel_text` writes."""
-    symbol, whole = kernel_text(name, inputs, outputs, constants, prelude, bound)
+    symbol, whole = kernel_text(name, inputs, outputs, constants, prelude, bounds)
     return symbol, machine_code(symbol, whole)
 
 
@@ -65,18 +66,19 @@ def kernel_text(
     outputs: Parameters,
     constants: ConstantItems,
     prelude: str,
-    bound: int,
+    bounds: Bounds | None,
 ) -> tuple[str, str]:
     """The symbol and the text of the kernel whose body is NAME.cu, behind `prelude`.
 
-    bound: threads a block, alone on its multiprocessor; 0: any. The symbol names all that the machine code depends on.
+    The symbol names all that the machine code depends on.
     """
     parameters = [f"const {TYPES[dtype]}* {key}" for key, dtype in inputs]
     parameters += [f"{TYPES[dtype]}* {key}" for key, dtype in outputs]
     lines = [_constant(key, value) for key, value in constants]
 
     def whole(symbol: str) -> str:
-        head = f"{f'__launch_bounds__({bound}, 1) ' if bound else ''}{symbol}({', '.join(parameters)})"
+        bound = f"__launch_bounds__({bounds[0]}, {bounds[1]}) " if bounds else ""
+        head = f"{bound}{symbol}({', '.join(parameters)})"
         body = [f'extern "C" __global__ void {head} {{', *lines, prelude, text(f"{name}.cu"), "}"]
         return "\n".join([*map(text, HEADERS), "namespace bitdraft {", *body, "}\n"])
 
@@ -155,13 +157,14 @@ def prepare(
     *,
     shared_memory: int = 0,
     prelude: str = "",
-    alone: bool = False,
+    residents: int = 0,
 ) -> Launch:
-    """NAME.cu on a grid of `blocks`. alone: a block may have a multiprocessor's registers to itself.
+    """NAME.cu on a grid of `blocks`. residents: how many of them a multiprocessor's registers are shared by; 0: any.
 
     constants: what the body uses by name.
     """
-    symbol, code = kernel(name, inputs, outputs, tuple(constants.items()), prelude, threads if alone else 0)
+    bounds = (threads, residents) if residents else None
+    symbol, code = kernel(name, inputs, outputs, tuple(constants.items()), prelude, bounds)
     return Launch(symbol, code, blocks, threads, shared_memory, tuple(dtype for _, dtype in outputs))
 
 
@@ -177,6 +180,7 @@ def launch(
     constants: Constants,
     *,
     shared_memory: int = 0,
+    residents: int = 0,
 ) -> list[mx.array]:
     """Run NAME.cu once, as `prepare` has it; returns its outputs in order.
 
@@ -184,19 +188,25 @@ def launch(
     and types of inputs and outputs follow from NAME, its constants and the types of the arrays.
     """
     arrays = list(inputs.values())
+    shapes = [shape for shape, _ in outputs.values()]
     key = (name, threads, shared_memory, *constants.values(), *[array.dtype for array in arrays])
-    prepared = _prepared.get(key)
-    if prepared is None:
-        prepared = _prepared[key] = prepare(
-            name,
-            tuple((key, array.dtype) for key, array in inputs.items()),
-            tuple((key, dtype) for key, (_, dtype) in outputs.items()),
-            blocks,
-            threads,
-            constants,
-            shared_memory=shared_memory,
-        )
-    return prepared(arrays, [shape for shape, _ in outputs.values()], blocks)
+    if key in _prepared:
+        return _prepared[key](arrays, shapes, blocks)
+    prepared = prepare(
+        name,
+        tuple((key, array.dtype) for key, array in inputs.items()),
+        tuple((key, dtype) for key, (_, dtype) in outputs.items()),
+        blocks,
+        threads,
+        constants,
+        shared_memory=shared_memory,
+        residents=residents,
+    )
+    results = prepared(arrays, shapes)
+    # MLX copies the machine code at every launch, and looks into it at a symbol's first only.
+    mx.eval(results)
+    _prepared[key] = replace(prepared, code=b"")
+    return results
 
 
 @cache

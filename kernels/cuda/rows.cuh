@@ -18,6 +18,22 @@ __device__ inline float sum_lanes(float x) {
   return x;
 }
 
+// The bits of `sum_lanes` of 32 or more values at once: each level of its tree halves what a lane has, which keeps the
+// upper half, or with the level's bit in its number the lower one, and gives its partner the other. The first
+// COUNT / 32 of lane i are in the end the sums of values COUNT / 32 * i and those behind it.
+template <int LEVEL, int COUNT, int ALL>
+__device__ inline void sum_lanes_apart(float (&x)[ALL]) {
+  const bool lower = threadIdx.x & LEVEL;
+#pragma unroll
+  for (int i = 0; i < COUNT / 2; i++) {
+    const float theirs = __shfl_xor_sync(kAllLanes, lower ? x[i] : x[COUNT / 2 + i], LEVEL);
+    x[i] = __fadd_rn(lower ? x[COUNT / 2 + i] : x[i], theirs);
+  }
+  if constexpr (LEVEL > 1) {
+    sum_lanes_apart<LEVEL / 2, COUNT / 2>(x);
+  }
+}
+
 __device__ inline float max_lanes(float x) {
   for (int lane = 16; lane > 0; lane /= 2) {
     x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, lane));
