@@ -1,9 +1,9 @@
 """The CUDA backend: the operations of `kernels.reference` as kernels of our own, through MLX's CUDA build.
 
-Products use the int8 tensor cores; those of 1..8 rows read the weights once for all rows; BitLinear equals the reference
-bit for bit. A row's bits are its own however many there are, in float products too. Attention works in chunks of keys that
-are combined in order, for any number of rows and sequences, so that no library plans anew for every length of context.
-`fused` runs a decoding step of a whole model as one launch.
+Products use the int8 tensor cores; those of 1..8 rows read the weights once for all rows; BitLinear equals the
+reference bit for bit. A row's bits are its own however many there are, in float products too. Attention works in chunks
+of keys that are combined in order, for any number of rows and sequences, so that no library plans anew for every length
+of context. `fused` runs a decoding step of a whole model as one launch.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TUNABLE = {"tiles": (1, 2, 4), "threads": (64, 128, 256, 512)}
 _tuning = {"tiles": 1, "threads": 128}
 
 _GATES: dict[str | None, int] = {None: 0, "relu2_mul": 1, "silu_mul": 2}
-_ROW_THREADS = 256  # of the kernels that take a row a block
+_ROW_THREADS = 256  # of blocks that take a few rows
 _TILE, _SPAN = 16, 128  # outputs and inputs, as in products.cuh
 _CHUNK = 32  # keys, as in attention.cuh
 _HEAD_DIMS = (32, 64, 128, 256)  # what attention is written for
@@ -65,10 +65,11 @@ def _spans(k: int) -> int:
 
 
 def _on_device(array: np.ndarray) -> mx.array:
-    """A copy in the GPU's own memory: what comes from NumPy stays in memory that both sides share."""
-    moved = mx.contiguous(mx.array(array) + 0)
-    mx.eval(moved)
-    return moved
+    """A copy in the GPU's own memory: what comes from NumPy stays in memory that both sides share.
+
+    Not evaluated: that would wait for all that is queued.
+    """
+    return mx.contiguous(mx.array(array) + 0)
 
 
 def _fragments(weight: mx.array, fill: int) -> mx.array:
@@ -90,8 +91,9 @@ def prepare_ternary(ternary: np.ndarray, scale: np.ndarray) -> TernaryWeight:
     # The step first: bits 2s..2s+1 of the bytes of a word, which is one of the operands a0..a3.
     c = codes.transpose(5, 0, 3, 2, 4, 6, 1, 7)
     data = mx.contiguous(c[0] | c[1] << 2 | c[2] << 4 | c[3] << 6).view(mx.uint32).reshape(-1)
-    mx.eval(data)
-    return TernaryWeight(data, _on_device(scale.astype(np.float32)), n, k)
+    scales = _on_device(scale.astype(np.float32))
+    mx.eval(data, scales)
+    return TernaryWeight(data, scales, n, k)
 
 
 def prepare_int8(weight: mx.array) -> Int8Weight:
@@ -134,10 +136,15 @@ def _quantize_padded(x: mx.array, norm: mx.array | None, eps: float) -> tuple[mx
         {"x": x, "norm": x if norm is None else norm.astype(mx.float32), "sizes": _sizes(k, padded, m)},
         {"xq": ((m, padded), mx.int8), "s": ((2, m), mx.float32)},
         (m, 1, 1),
-        _ROW_THREADS,
-        {"NORM": norm is not None, "EPS": float_bits(eps), "THREADS": _ROW_THREADS},
+        _threads_of_row(k),
+        {"NORM": norm is not None, "EPS": float_bits(eps), "THREADS": _threads_of_row(k)},
     )
     return xq, s
+
+
+def _threads_of_row(k: int) -> int:
+    """Of a block that has a row of k: most of them with two or three pieces of four to do, for more blocks at once."""
+    return 64 if k <= 768 else 128 if k <= 1536 else 256
 
 
 def _given(xq: mx.array, s: mx.array) -> tuple[mx.array, mx.array]:
@@ -287,8 +294,8 @@ def _rms_norm(x: mx.array, norm: mx.array, eps: float) -> mx.array:
         {"x": x, "norm": norm.astype(mx.float32), "sizes": _sizes(k)},
         {"y": ((m, k), mx.float32)},
         (m, 1, 1),
-        _ROW_THREADS,
-        {"EPS": float_bits(eps), "THREADS": _ROW_THREADS},
+        _threads_of_row(k),
+        {"EPS": float_bits(eps), "THREADS": _threads_of_row(k)},
     )[0]
 
 

@@ -184,8 +184,8 @@ def launch(
 ) -> list[mx.array]:
     """Run NAME.cu once, as `prepare` has it; returns its outputs in order.
 
-    A generation step launches hundreds of kernels, so what they are is looked up by as little as tells them apart: names
-    and types of inputs and outputs follow from NAME, its constants and the types of the arrays.
+    A generation step launches hundreds of kernels, so what they are is looked up by as little as tells them apart:
+    names and types of inputs and outputs follow from NAME, its constants and the types of the arrays.
     """
     arrays = list(inputs.values())
     shapes = [shape for shape, _ in outputs.values()]
