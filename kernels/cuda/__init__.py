@@ -17,7 +17,7 @@ import numpy as np
 
 from kernels import reference
 from kernels.cuda.fused import CudaFusedStep
-from kernels.cuda.launch import Constants, float_bits, launch
+from kernels.cuda.launch import Constants, Outputs, float_bits, launch
 from kernels.cuda.nvrtc import device_attribute
 from kernels.errors import UserError
 from kernels.ops import (
@@ -181,7 +181,7 @@ def _product(
     width = weight.n // 2 if gate else weight.n
     inputs = {"xq": xq, "s": s, "weight": weight.data, "scale": weight.scale}
     inputs["residual"] = s if residual is None else residual
-    outputs = {"out": ((m, width), mx.float32)}
+    outputs: Outputs = {"out": ((m, width), mx.float32)}
     kind = int(isinstance(weight, Int8Weight))
     constants: Constants = {"KIND": kind, "GATE": gate, "RESIDUAL": residual is not None}
     if m <= SMALL_ROWS:
@@ -228,7 +228,7 @@ def _large_block(kind: int, n: int, m: int) -> _Block:
         shared_memory = stages * (rows * (_SPAN + 16) + outputs // _TILE * _PIECE_BYTES[kind])
         if -(-m // rows) * -(-n // outputs) >= fewest and shared_memory <= device_attribute(_SHARED_MEMORY):
             break
-    constants = {"GROUPS": groups, "TILES": tiles, "WARPS_M": warps_m, "WARPS_N": warps_n, "STAGES": stages}
+    constants: Constants = {"GROUPS": groups, "TILES": tiles, "WARPS_M": warps_m, "WARPS_N": warps_n, "STAGES": stages}
     return _Block(rows, outputs, 32 * warps_m * warps_n, shared_memory, constants)
 
 
@@ -257,7 +257,7 @@ def linear(
     m, gate = x.shape[0], _GATES[epilogue]
     width = weight.n // 2 if gate else weight.n
     inputs = {"x": x, "weight": weight.data, "residual": x if residual is None else residual}
-    outputs = {"out": ((m, width), mx.float32)}
+    outputs: Outputs = {"out": ((m, width), mx.float32)}
     constants: Constants = {"GATE": gate, "RESIDUAL": residual is not None}
     if m > SMALL_ROWS and weight.data.dtype == mx.bfloat16 and weight.k % 8 == 0:
         return launch(
@@ -395,7 +395,7 @@ def _rope(
     strides: tuple[int, int, int],
     shape: AttentionShape,
     inputs: dict[str, mx.array],
-    outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]],
+    outputs: Outputs,
 ) -> list[mx.array]:
     """Rotated queries, and keys and values where the inputs or outputs of these names are. strides: as rope.cu has
     them."""
@@ -436,7 +436,8 @@ def _attend(
     group, longest, chunks = heads // kv_heads, rows.spans.longest, rows.chunks
     model: Constants = {"HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim}
     inputs = {"queries": queries, "keys": keys, "values": values}
-    sizes, whole = _sizes(m, *strides), {"out": ((m, heads * dim), mx.float32)}
+    sizes = _sizes(m, *strides)
+    whole: Outputs = {"out": ((m, heads * dim), mx.float32)}
     part_floats = chunks * m * heads * (dim + 2)
     if longest > SMALL_ROWS or (longest > 1 and 4 * part_floats > _PARTS_BYTES):
         lines = _lines(dim)

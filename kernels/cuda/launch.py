@@ -37,6 +37,7 @@ Constant = int | bool | mx.Dtype
 ConstantItems = tuple[tuple[str, Constant], ...]
 Constants = dict[str, Constant]  # what a body uses by name
 Parameters = tuple[tuple[str, mx.Dtype], ...]
+Outputs = dict[str, tuple[tuple[int, ...], mx.Dtype]]  # shapes and dtypes by name
 Bounds = tuple[int, int]  # threads a block, and blocks that a multiprocessor's registers are shared by
 
 
@@ -174,7 +175,7 @@ _prepared: dict[tuple[object, ...], Launch] = {}
 def launch(
     name: str,
     inputs: dict[str, mx.array],
-    outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]],
+    outputs: Outputs,
     blocks: tuple[int, int, int],
     threads: int,
     constants: Constants,
