@@ -356,7 +356,8 @@ def attention(
     """As `reference.attention`, and rows' bits are their own however many there are; unusual shapes are left to it.
 
     New keys and values go into the caches in place, which MLX does not know of: attention and fused steps wait for each
-    other, and whoever else reads the caches has to wait for them (`mx.synchronize`).
+    other, and whoever else reads or replaces the caches has to wait for them (`mx.eval` of the caches that were
+    returned). They have to be contiguous, or a copy would be written to.
     """
     check_attention(qkv, k_cache, v_cache, spans, shape)
     if not _supported(shape) or not spans.rows:
