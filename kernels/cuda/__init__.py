@@ -219,7 +219,7 @@ class _Block:
     constants: Constants
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4096)
 def _large_block(kind: int, n: int, m: int) -> _Block:
     """Large blocks where they occupy a large GPU and it has the shared memory, else small ones."""
     stages, tiles = (3, 2) if kind else (4, 2)
@@ -232,7 +232,7 @@ def _large_block(kind: int, n: int, m: int) -> _Block:
     return _Block(rows, outputs, 32 * warps_m * warps_n, shared_memory, constants)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4096)
 def _sizes(*values: int) -> mx.array:
     """Sizes as an input: constants would make MLX compile a kernel for every one."""
     return _on_device(np.array(values, np.int32))
