@@ -7,6 +7,7 @@ ids only.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -74,6 +75,7 @@ class Batch:
         """max_reply: most tokens of a reply."""
         self.teacher, self.max_reply, self.end_tokens = teacher, max_reply, end_tokens
         self.cache: KVCache = teacher.new_cache(slots)
+        self.prefill_seconds = 0.0  # of the time that `run` took
         self._slots: list[_Slot | None] = [None] * slots
         self._steps = STEPS_AT_ONCE if teacher.async_decode else 1
 
@@ -120,6 +122,7 @@ class Batch:
 
     def _prefill(self, which: list[int], prefilled: Callable[[int], None]) -> None:
         """Compute all but the last of the tokens that these slots are given, those of several in one pass."""
+        began = time.perf_counter()
         left = [i for i in which if len(self._fed(i)) > 1]
         most = PREFILL_ROWS[self.teacher.async_decode]
         while left:
@@ -142,6 +145,7 @@ class Batch:
                 slot.length += counts[i]
             prefilled(len(tokens))
             left = [i for i in left if len(self._fed(i)) > 1]
+        self.prefill_seconds += time.perf_counter() - began
 
     def _fed(self, i: int) -> list[int]:
         slot = self._slots[i]

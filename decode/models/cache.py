@@ -45,7 +45,8 @@ class KVCache:
         sequences, heads, capacity, dim = self.keys[0].shape
         missing = end - capacity
         if missing > 0:
-            if capacity:  # fused steps on GPUs write to caches in place, which MLX does not know of
+            if capacity:  # kernels on GPUs write to caches in place, which MLX does not know of
+                mx.eval(self.keys, self.values)
                 mx.synchronize()
             room = mx.zeros((sequences, heads, -(-missing // CACHE_STEP) * CACHE_STEP, dim))
             self.keys = [mx.concatenate([keys, room], axis=2) for keys in self.keys]

@@ -15,9 +15,9 @@ from decode.models.cache import Packed
 from decode.models.transformer import Transformer
 from distill.data.codec import Block
 from distill.data.packing import Row
+from kernels.errors import UserError
 
-LOGIT_ROWS = 512
-SORTED_BYTES = 32 << 20  # of logits that numpy works on at a time: its copies of them stay this small
+LOGIT_ROWS = 512  # whose logits are there at the same time
 
 
 @dataclass(frozen=True)
@@ -31,69 +31,53 @@ class Scorer:
     advance: Callable[[int], None] = lambda tokens: None
 
     def score(self, rows: list[Row]) -> Block:
-        """What the teacher predicts at every position of rows."""
+        """What the teacher predicts at every position of rows. UserError where a logit is not finite."""
+        return self.start(rows)()
+
+    def start(self, rows: list[Row]) -> Callable[[], Block]:
+        """As `score`, which a GPU is given to do; the block is what the result returns, when it is done."""
         parts = []
         for i in range(0, len(rows), self.batch):
             tokens, mask, segments = (np.stack(column) for column in zip(*rows[i : i + self.batch], strict=True))
-            parts.append(self._score_batch(tokens, mask, segments))
-            self.advance(int(np.count_nonzero(segments)))
-        columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-        return Block(*columns)
+            scored = self._score_batch(tokens, segments)
+            mx.async_eval(scored)
+            if not self.model.async_decode:  # what is queued on a CPU holds its memory until it has run
+                mx.eval(scored)
+                self.advance(int(np.count_nonzero(segments)))
+            parts.append((tokens, mask, segments, scored))
 
-    def _score_batch(self, tokens: np.ndarray, mask: np.ndarray, segments: np.ndarray) -> tuple[np.ndarray, ...]:
+        def finish() -> Block:
+            blocks = []
+            for tokens, mask, segments, scored in parts:
+                ids, top, lse = (np.array(mx.concatenate(column)) for column in zip(*scored, strict=True))
+                if self.model.async_decode:
+                    self.advance(int(np.count_nonzero(segments)))
+                self._check(lse.reshape(*tokens.shape, -1), segments)
+                columns = (ids.astype(np.int32), top - lse[:, :1], lse)
+                blocks.append((tokens, mask, segments, *(column.reshape(*tokens.shape, -1) for column in columns)))
+            return Block(*(np.concatenate(column) for column in zip(*blocks, strict=True)))
+
+        return finish
+
+    def _score_batch(self, tokens: np.ndarray, segments: np.ndarray) -> list[tuple[mx.array, mx.array, mx.array]]:
+        """The top and the log-sum-exps of chunks of all positions (kernels.ops, `top_k`), not evaluated."""
         last = len(self.model.layers) - 1
         flat = self.model.normed(self.model.forward(tokens, Packed(segments), taps=[last]).hidden[last])
-        ids, logprobs, lses = [], [], []
-        for start in range(0, flat.shape[0], LOGIT_ROWS):
-            logits = self.model.logits(flat[start : start + LOGIT_ROWS])
-            top_ids, top, lse = top_of(logits, self.top_k, self.temperatures)
-            ids.append(top_ids)
-            logprobs.append(top - lse[:, :1])
-            lses.append(lse)
-        shape = tokens.shape
-        return (
-            tokens,
-            mask,
-            segments,
-            np.concatenate(ids).reshape(*shape, -1),
-            np.concatenate(logprobs).reshape(*shape, -1),
-            np.concatenate(lses).reshape(*shape, -1),
-        )
+        return [
+            self.model.ops.top_k(self.model.logits(flat[start : start + LOGIT_ROWS]), self.top_k, self.temperatures)
+            for start in range(0, len(flat), LOGIT_ROWS)
+        ]
+
+    def _check(self, lse: np.ndarray, segments: np.ndarray) -> None:
+        wrong = np.argwhere(~np.isfinite(lse).all(axis=-1) & (segments != 0))
+        if len(wrong):
+            row, position = wrong[0]
+            raise UserError(
+                f"the teacher's logits are not finite (at token {position} of row {row} of those scored together)"
+            )
 
 
 def bytes_per_token(vocab_size: int, top_k: int, temperatures: int) -> int:
     """Stored bytes a position, rounded up (docs/shards.md)."""
     bits = top_k * ((vocab_size - 1).bit_length() + 12)
     return -(-bits // 8) + (2 if vocab_size <= 1 << 16 else 4) + 4 * temperatures + 2
-
-
-def top_of(logits: mx.array, k: int, temperatures: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The k highest logits, by falling logit and then by id, and log-sum-exps over all of them.
-
-    logits: float32 [n, vocab]. Returns int32 [n, k], float32 [n, k], float32 [n, temperatures].
-    """
-    if mx.default_device() == mx.cpu:
-        # numpy's partition and exp are several times faster than MLX's on a CPU.
-        whole = np.asarray(logits)
-        rows = max(1, SORTED_BYTES // whole[:1].nbytes)
-        parts = [_numpy_top_of(whole[i : i + rows], k, temperatures) for i in range(0, len(whole), rows)]
-        ids, top, lse = (np.concatenate(column) for column in zip(*parts, strict=True))
-    else:
-        picked = mx.argpartition(-logits, k - 1, axis=-1)[:, :k]
-        lse = np.array(mx.stack([mx.logsumexp(logits / t, axis=-1) for t in temperatures], axis=-1))
-        ids, top = np.array(picked).astype(np.int32), np.array(mx.take_along_axis(logits, picked, axis=-1))
-    order = np.lexsort((ids, -top), axis=-1)
-    return np.take_along_axis(ids, order, -1), np.take_along_axis(top, order, -1), lse
-
-
-def _numpy_top_of(
-    logits: np.ndarray, k: int, temperatures: tuple[float, ...]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`top_of` with the k in no order."""
-    ids = np.argpartition(logits, logits.shape[1] - k, axis=-1)[:, -k:].astype(np.int32)
-    top = np.take_along_axis(logits, ids, -1)
-    highest = top.max(axis=-1, keepdims=True)
-    sums = [np.exp((logits - highest) / np.float32(t)).sum(axis=-1) for t in temperatures]
-    scaled = [highest[:, 0] / np.float32(t) for t in temperatures]
-    lse = np.stack([peak + np.log(total) for peak, total in zip(scaled, sums, strict=True)], axis=-1)
-    return ids, top, lse

@@ -11,7 +11,7 @@ import hashlib
 import re
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -203,11 +203,8 @@ def launch(
         shared_memory=shared_memory,
         residents=residents,
     )
-    results = prepared(arrays, shapes)
-    # MLX copies the machine code at every launch, and looks into it at a symbol's first only.
-    mx.eval(results)
-    _prepared[key] = replace(prepared, code=b"")
-    return results
+    _prepared[key] = prepared
+    return prepared(arrays, shapes)
 
 
 @cache
