@@ -21,7 +21,7 @@ from decode.models.checkpoint import RUNS, Checkpoint, has_tokenizer
 from decode.models.dimensions import Dimensions
 from decode.models.transformer import Transformer
 from decode.tokenizer import Tokenizer, check_tokenizer
-from distill.data.manifest import FORMAT, MANIFEST, DatasetSettings, Manifest, Omission, ScoredFrom, folder_name
+from distill.data.manifest import MANIFEST, DatasetSettings, Manifest, Omission, ScoredFrom, folder_name
 from distill.data.packing import MIN_SEGMENT, Row, cut, pack, segment
 from distill.data.prompts import Chosen, choose_documents, wants_reply
 from distill.data.replies import generate_replies
@@ -114,7 +114,7 @@ def plan_scoring(
         if setting.key in given and setting.name not in OF_SCORES:
             raise UserError(f"--replies {folder}: these are written; {setting.flag} would decide new ones")
     replies = Replies.open(folder)
-    if replies.format != FORMAT:
+    if replies.format < 3:
         raise UserError(f"--replies {folder}: is of the older format {replies.format}, and cannot be scored again")
     if not replies.complete:
         raise UserError(f"--replies {folder}: is not complete; the command that began it goes on with it")
@@ -254,9 +254,7 @@ class Collector:
         """Examples in segments, shuffled and packed: tokens int32, trained positions bool, segment ids uint8,
         each [seq_len]."""
         seq_len = self.settings.seq_len
-        segments = [
-            part for example in examples for part in cut(segment(example.tokens, example.prompt_length), seq_len)
-        ]
+        segments = [part for example in examples for part in cut(segment(example.tokens, example.trained), seq_len)]
         order = np.random.default_rng(self.settings.seed).permutation(len(segments))
         return pack([segments[i] for i in order], seq_len)
 

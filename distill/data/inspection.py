@@ -10,7 +10,7 @@ import numpy as np
 
 from distill.data import codec, reply_dataset, shards
 from distill.data.dataset import Reader
-from distill.data.manifest import FORMAT, MANIFEST, DamagedManifest, Entry, Manifest, ScoredFrom
+from distill.data.manifest import MANIFEST, DamagedManifest, Entry, Manifest, ScoredFrom
 from distill.data.reply_dataset import Replies, ReplyWriter
 from distill.data.shards import Dataset, ShardWriter
 from kernels.errors import UserError
@@ -65,7 +65,7 @@ def _replies_of(dataset: Dataset) -> Iterator[tuple[Path, ScoredFrom | None]]:
 
     Before format 3 they lay inside the dataset, a folder a source.
     """
-    if dataset.format != FORMAT:
+    if dataset.format < 3:
         inside = sorted(dataset.folder.glob("replies-*"), key=lambda path: (len(path.name), path.name))
         yield from ((path, None) for path in inside)
     for replies in dataset.scored_from:

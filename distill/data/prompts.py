@@ -6,6 +6,7 @@ All of it follows from the files, the seed and the settings; the teacher is not 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -18,13 +19,14 @@ Numbered = tuple[int, Document]
 
 
 class Chosen(NamedTuple):
-    """The documents of one source, in the order in which they are taken, and what of it was met that is not used.
+    """The documents of one source, in the order in which they are taken; they are to be closed.
 
-    Documents that are not taken to their end are to be closed.
+    left_out: what of the source is not used, before what was taken of it; met: what was met since, further on.
     """
 
     documents: Generator[Numbered, None, None]
     left_out: LeftOut
+    met: LeftOut
 
 
 def choose_documents(name: str, *, excluded: frozenset[str], longest: int, seed: tuple[int, int]) -> Chosen:
@@ -33,13 +35,13 @@ def choose_documents(name: str, *, excluded: frozenset[str], longest: int, seed:
     Those of files come in a seeded order, for which all of them are held in memory. Those of a Hub dataset come in its
     own, and are read as they are taken. longest: characters of a text that is not split.
     """
-    left_out = LeftOut()
-    documents = _wanted(name, excluded, longest, left_out)
+    met = LeftOut()
+    documents = _wanted(name, excluded, longest, met)
     if is_hub(name):
-        return Chosen(_numbered(documents), left_out)
+        return Chosen(_numbered(documents), LeftOut(), met)
     held = list(documents)
     order = np.random.default_rng(seed).permutation(len(held))
-    return Chosen(_numbered(held[i] for i in order), left_out)
+    return Chosen(_numbered(held[i] for i in order), LeftOut(), met)
 
 
 def _numbered(documents: Iterator[Document]) -> Generator[Numbered, None, None]:
@@ -70,7 +72,7 @@ def split_text(document: Document, characters: int) -> Iterator[Document]:
     start = 0
     while start < len(text):
         end = len(text) if len(text) - start <= characters else _cut(text, start, start + characters)
-        yield Document("text", text[start:end], None, document.line, document.where)
+        yield replace(document, text=text[start:end])
         start = end
 
 
@@ -83,16 +85,27 @@ def _cut(text: str, start: int, end: int) -> int:
     return next((at for at in range(end, start, -1) if text[at].isspace()), end)
 
 
-def encode_prompt(tokenizer: Tokenizer, document: Document) -> list[int]:
-    """A document as a prompt that the teacher is to answer."""
+def encode_turns(tokenizer: Tokenizer, document: Document) -> list[list[int]]:
+    """What the teacher is given before each of its replies: one chunk, of `turns` one for each."""
+    if document.kind == "turns":
+        return tokenizer.encode_turns(document.user_texts, document.where)
+    return [_encode_prompt(tokenizer, document)]
+
+
+def encode_text(tokenizer: Tokenizer, document: Document) -> tuple[list[int], np.ndarray]:
+    """Any document as it is, and which of its tokens are learnt, bool [n]: of a conversation the assistant's turns, and
+    it ends with the last of these; of all else everything."""
+    messages = document.messages or []
+    if answered := [i for i, message in enumerate(messages, 1) if message["role"] == "assistant"]:
+        ids, turns = tokenizer.encode_conversation(messages[: answered[-1]], document.where)
+        trained = np.zeros(len(ids), bool)
+        for turn in turns:
+            trained[turn.start : turn.stop] = True
+        return ids, trained
+    ids = tokenizer.encode_text(document.text or "") if document.kind == "text" else _encode_prompt(tokenizer, document)
+    return ids, np.ones(len(ids), bool)
+
+
+def _encode_prompt(tokenizer: Tokenizer, document: Document) -> list[int]:
     messages = document.messages or [{"role": "user", "content": document.text or ""}]
     return tokenizer.encode_prompt(Prompt(messages, "", where=document.where))
-
-
-def encode_text(tokenizer: Tokenizer, document: Document) -> tuple[list[int], int]:
-    """Any document as it is, and how many of its tokens only lead up to what is to be learnt."""
-    if document.kind == "text":
-        return tokenizer.encode_text(document.text or ""), 0
-    if document.messages is not None and document.messages[-1]["role"] == "assistant":
-        return tokenizer.encode_conversation(document.messages, document.where)
-    return encode_prompt(tokenizer, document), 0

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Literal, cast
 from decode.prompts import ANSWERED, SURROGATE, Message, conversation, read_entries, text_lines, text_of
 from kernels.errors import UserError, first_line
 
-Kind = Literal["text", "prompt", "messages"]
+Kind = Literal["text", "prompt", "messages", "turns"]
 
 TEXT, LINES, COLUMNS = (".txt",), (".jsonl", ".ndjson", ".json"), (".parquet", ".arrow")
 SUFFIXES = tuple(f"{s}{c}" for s in TEXT + LINES for c in ("", ".xz", ".gz")) + COLUMNS
@@ -34,13 +34,15 @@ _COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
 
 @dataclass(frozen=True)
 class Document:
-    """One document of a source; of `text` and `messages`, one is None."""
+    """One document of a source; of `text` and `messages`, one is None. Of `turns`, messages are a user's, and each of
+    them wants a reply."""
 
     kind: Kind
     text: str | None  # the text or the prompt
     messages: list[Message] | None
     line: int  # the line, row or entry of a list that it begins at, from 1
     where: str = field(default="", compare=False)  # file and line, for messages
+    category: str = field(default="", compare=False)  # what kind of thing it is, where the source says so
 
     @property
     def user_texts(self) -> list[str]:
@@ -57,9 +59,19 @@ class LeftOut:
     counts: dict[str, int] = field(default_factory=dict)
     firsts: dict[str, str] = field(default_factory=dict)
 
-    def add(self, reason: str, first: str) -> None:
-        self.counts[reason] = self.counts.get(reason, 0) + 1
+    def add(self, reason: str, first: str, count: int = 1) -> None:
+        self.counts[reason] = self.counts.get(reason, 0) + count
         self.firsts.setdefault(reason, first)
+
+    def add_all(self, other: "LeftOut") -> None:
+        for reason, count in other.counts.items():
+            self.add(reason, other.firsts[reason], count)
+
+    def drained(self) -> "LeftOut":
+        """What is in it; nothing is left."""
+        found = LeftOut(self.counts, self.firsts)
+        self.counts, self.firsts = {}, {}
+        return found
 
 
 EMPTY, NO_DOCUMENT, EXCLUDED, OTHER_FILE = "empty", "no document", "excluded", "a file of another kind"
