@@ -116,7 +116,8 @@ class Tokenizer:
             chunks.append(self._checked(ids[self._ended(ids) :]))
         return chunks
 
-    def encode_open_turn(self) -> tuple[list[int], list[int]]:
+    @cached_property
+    def open_turn(self) -> tuple[list[int], list[int]]:
         """What stands before a user's first turn, and what between the end token of that and the reply. UserError where
         no chat template says so."""
         before, place, behind = self._text_of([{"role": "user", "content": PLACE}], str(self.folder)).partition(PLACE)

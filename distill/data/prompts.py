@@ -13,7 +13,10 @@ import numpy as np
 
 from decode.prompts import ANSWERED, Prompt
 from decode.tokenizer import Tokenizer
-from distill.data.sources import EXCLUDED, Document, LeftOut, is_excluded, is_hub, read_source
+from distill.data.exclusion import Excluded
+from distill.data.sources import Document, LeftOut, Source, read_source
+
+READ_AHEAD = 10_000  # documents of a source that are held, for one of them to be the next
 
 Numbered = tuple[int, Document]
 
@@ -21,37 +24,52 @@ Numbered = tuple[int, Document]
 class Chosen(NamedTuple):
     """The documents of one source, in the order in which they are taken; they are to be closed.
 
-    left_out: what of the source is not used, before what was taken of it; met: what was met since, further on.
+    left_out: what of the source is not used, before what was taken of it; met: what was met since, further on. weight:
+    the source's share, over the sum of all.
     """
 
     documents: Generator[Numbered, None, None]
     left_out: LeftOut
     met: LeftOut
+    weight: float
 
 
-def choose_documents(name: str, *, excluded: frozenset[str], longest: int, seed: tuple[int, int]) -> Chosen:
+def choose_documents(source: Source, *, excluded: Excluded, longest: int, seed: tuple[int, int]) -> Chosen:
     """The documents of a source without those that are excluded, long texts split, each with its number.
 
-    Those of files come in a seeded order, for which all of them are held in memory. Those of a Hub dataset come in its
-    own, and are read as they are taken. longest: characters of a text that is not split.
+    They come in a seeded order: each is drawn from READ_AHEAD that are held, and those are read in an order over the
+    whole source where `read_source` knows one, else in the source's own. longest: characters of a text that is not
+    split.
     """
-    met = LeftOut()
-    documents = _wanted(name, excluded, longest, met)
-    if is_hub(name):
-        return Chosen(_numbered(documents), LeftOut(), met)
-    held = list(documents)
-    order = np.random.default_rng(seed).permutation(len(held))
-    return Chosen(_numbered(held[i] for i in order), LeftOut(), met)
+    met, order = LeftOut(), np.random.default_rng(seed)
+    documents = _wanted(source, excluded, longest, met, order)
+    if source.kind != "self":
+        documents = _shuffled(documents, order)
+    return Chosen(_numbered(documents), LeftOut(), met, source.weight)
 
 
 def _numbered(documents: Iterator[Document]) -> Generator[Numbered, None, None]:
     yield from enumerate(documents)
 
 
-def _wanted(name: str, excluded: frozenset[str], longest: int, left_out: LeftOut) -> Iterator[Document]:
-    for document in read_source(name, left_out):
-        if is_excluded(document, excluded):
-            left_out.add(EXCLUDED, document.where)
+def _shuffled(documents: Iterator[Document], order: np.random.Generator) -> Iterator[Document]:
+    held: list[Document] = []
+    for document in documents:
+        if len(held) < READ_AHEAD:
+            held.append(document)
+        else:
+            place = int(order.integers(READ_AHEAD))
+            yield held[place]
+            held[place] = document
+    yield from (held[place] for place in order.permutation(len(held)))
+
+
+def _wanted(
+    source: Source, excluded: Excluded, longest: int, left_out: LeftOut, order: np.random.Generator
+) -> Iterator[Document]:
+    for document in read_source(source, left_out, order):
+        if reason := excluded.reason(document):
+            left_out.add(reason, document.where)
         else:
             yield from split_text(document, longest)
 
@@ -60,7 +78,7 @@ def wants_reply(document: Document) -> bool:
     """Whether a document ends where the teacher should speak."""
     if document.messages is not None:
         return document.messages[-1]["role"] in ANSWERED
-    return document.kind == "prompt"
+    return document.kind in ("prompt", "self")
 
 
 def split_text(document: Document, characters: int) -> Iterator[Document]:
@@ -86,7 +104,10 @@ def _cut(text: str, start: int, end: int) -> int:
 
 
 def encode_turns(tokenizer: Tokenizer, document: Document) -> list[list[int]]:
-    """What the teacher is given before each of its replies: one chunk, of `turns` one for each."""
+    """What the teacher is given before each of its replies: one chunk, of `turns` one for each, and of `self` one
+    before what it says as the user and one behind that."""
+    if document.kind == "self":
+        return list(tokenizer.open_turn)
     if document.kind == "turns":
         return tokenizer.encode_turns(document.user_texts, document.where)
     return [_encode_prompt(tokenizer, document)]

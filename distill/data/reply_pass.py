@@ -17,6 +17,7 @@ import numpy as np
 from decode.models.dimensions import Dimensions
 from decode.models.transformer import Transformer
 from decode.tokenizer import Tokenizer
+from distill.data.duplicates import NearDuplicates
 from distill.data.packing import MIN_SEGMENT
 from distill.data.prompts import Chosen
 from distill.data.replies import generate_replies
@@ -59,22 +60,24 @@ class ReplyPass:
         self._at = 0  # the place of the next example
 
     def run(self, writer: ReplyWriter, chosen: Sequence[Chosen]) -> None:
-        """Every source gives an equal share of the tokens; what one cannot give, the later ones do, and what is missing
-        then is shared out among those that have more, until it is there or none has any."""
+        """Every source gives its share of the tokens, by its weight; what one cannot give, the later ones do, and what
+        is missing then is shared out among those that have more, until it is there or none has any."""
         replies = Replies(writer.folder, writer.manifest)
         for i, entry in enumerate(replies.shards):
             first = entry.index * EXAMPLES_PER_FILE
             self._written.update(enumerate(replies.read(i), first))
+        asked = NearDuplicates()
         supplies = [
-            Supply(source, documents, self.tokenizer, self.settings, self.model.context)
+            Supply(source, documents, self.tokenizer, self.settings, self.model.context, asked)
             for source, documents in enumerate(chosen)
         ]
         left = self.settings.tokens
         while supplies:
             before, more = left, []
             for place, supply in enumerate(supplies):
-                quota = Quota(left // (len(supplies) - place))
+                quota = Quota(int(left * supply.weight / sum(one.weight for one in supplies[place:])))
                 ended = self._turn(writer, supply, quota)
+                supply.rest()
                 left -= quota.taken
                 more += [] if ended else [supply]
             supplies = more if left < before else []

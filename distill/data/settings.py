@@ -9,7 +9,7 @@ from typing import Any, Self
 from decode.models.checkpoint import ROOT
 from decode.settings import Settings, option
 from distill.data.packing import MIN_SEGMENT
-from distill.data.sources import shown_name
+from distill.data.sources import parse_source, shown_name
 from kernels.errors import UserError
 
 HELD_OUT = ROOT / "data" / "eval.jsonl"
@@ -95,6 +95,8 @@ class CollectSettings(ScoringSettings, ReplySettings, PromptSettings):
             raise UserError(f"--max-reply {self.max_reply}: leaves no room for prompts in --seq-len {self.seq_len}")
         if not self.sources:
             raise UserError("--source: at least one file, folder or dataset is needed")
+        if not self.reply and any(parse_source(source).kind == "self" for source in self.sources):
+            raise UserError("--source self: is what the teacher writes, which --no-reply forbids")
 
     def recorded(self, names: tuple[str, ...]) -> dict[str, Any]:
         """These settings as a manifest has them; sources as they were given."""

@@ -6,19 +6,22 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
+from typing import NamedTuple
 
 import numpy as np
 
 from decode.tokenizer import Tokenizer
+from distill.data.duplicates import NearDuplicates
 from distill.data.packing import MIN_SEGMENT, cut, segment
 from distill.data.prompts import Chosen, encode_text, encode_turns, wants_reply
 from distill.data.reply_dataset import Example
 from distill.data.settings import CollectSettings
-from distill.data.sources import LeftOut
+from distill.data.sources import Document, LeftOut, normalise_prompt
 from kernels.errors import UserError
 
 REFUSED = "refused by the chat template or tokenizer"
 TOO_SHORT = f"fewer than {MIN_SEGMENT} tokens"
+SAME, NEAR = "the same as a prompt before", "near a prompt before"
 OF_USERS = 1.0  # the temperature at which the teacher writes a user's turn
 
 
@@ -59,67 +62,117 @@ class Candidate:
         return Example(source, self.number, np.concatenate([*chain(*pairs)]), trained, self.asks, self.kind)
 
 
+class _Met(NamedTuple):
+    """A candidate, None behind the last; the prompt that others may be duplicates of, empty where there is none; its
+    place; and what was left out before it."""
+
+    candidate: Candidate | None
+    prompt: str
+    where: str
+    left_out: LeftOut
+
+
+class _Ahead(NamedTuple):
+    """A candidate that is no duplicate, None behind the last; what was left out before it; and how many were met up to
+    it."""
+
+    candidate: Candidate | None
+    left_out: LeftOut
+    met: int
+    asks: bool
+
+
 class Supply:
     """What one source can still give, in the order of its numbers.
 
-    `ahead` looks forward as far as is needed to keep the teacher busy, `take` uses what is first. Only what was met
-    before what is taken counts as left out: how far one looked ahead decides nothing.
+    `ahead` looks forward as far as is needed to keep the teacher busy, `take` uses what is first, and `rest` ends the
+    source's turn. How far one looked ahead decides nothing: only what was met before what is taken counts as left out,
+    and a prompt is a duplicate where it is near one that was taken, of this source or of another.
     """
 
     def __init__(
-        self, source: int, chosen: Chosen, tokenizer: Tokenizer, settings: CollectSettings, context: int
+        self,
+        source: int,
+        chosen: Chosen,
+        tokenizer: Tokenizer,
+        settings: CollectSettings,
+        context: int,
+        asked: NearDuplicates,
     ) -> None:
-        """context: tokens that the teacher can work on."""
-        self.source, self.left_out = source, chosen.left_out
-        self._tokenizer, self._settings, self._met = tokenizer, settings, chosen.met
+        """context: tokens that the teacher can work on; asked: the prompts that all sources have given."""
+        self.source, self.weight, self.left_out = source, chosen.weight, chosen.left_out
         self.room = min(context, settings.seq_len) - settings.max_reply  # most tokens before a reply
-        self._candidates = self._encoded(chosen)
-        self._ahead: deque[tuple[Candidate | None, LeftOut]] = deque()  # each with what was left out before it
+        self._tokenizer, self._settings, self._asked = tokenizer, settings, asked
+        self._unread: Iterator[_Met] = self._encoded(chosen)
+        self._met: deque[_Met] = deque()  # behind what was taken
+        self._ahead: deque[_Ahead] = deque()
 
     def ahead(self, place: int = 0) -> Candidate | None:
         """The candidate so many places behind the next one; None behind the last."""
-        while len(self._ahead) <= place:
-            if self._ahead and self._ahead[-1][0] is None:
-                return None
-            self._ahead.append((next(self._candidates, None), self._met.drained()))
-        return self._ahead[place][0]
+        while len(self._ahead) <= place and not (self._ahead and self._ahead[-1].candidate is None):
+            self._ahead.append(self._next())
+        return self._ahead[min(place, len(self._ahead) - 1)].candidate
 
     def take(self) -> Candidate | None:
         """The next candidate, which does not come again; None at the end."""
-        candidate = self.ahead()
-        self.left_out.add_all(self._ahead[0][1])
-        if candidate is None:
-            self._ahead[0] = (None, LeftOut())
-        else:
-            self._ahead.popleft()
-        return candidate
+        self.ahead()
+        first = self._ahead.popleft()
+        self.left_out.add_all(first.left_out)
+        for _ in range(first.met):
+            self._met.popleft()
+        return first.candidate
 
-    def _encoded(self, chosen: Chosen) -> Iterator[Candidate]:
+    def rest(self) -> None:
+        """Forget what was looked at and not taken, before other sources have their turn: it comes again, unless what
+        they give is near it."""
+        self._asked.forget(len(self._asked) - sum(one.asks for one in self._ahead))
+        self._unread = chain(self._met, self._unread)
+        self._met, self._ahead = deque(), deque()
+
+    def _next(self) -> _Ahead:
+        left_out = LeftOut()
+        for count, met in enumerate(self._unread, 1):
+            self._met.append(met)
+            left_out.add_all(met.left_out)
+            near = self._asked.add(met.prompt) if met.prompt else None
+            if near is None:
+                return _Ahead(met.candidate, left_out, count, bool(met.prompt))
+            left_out.add(SAME if near == normalise_prompt(met.prompt) else NEAR, met.where)
+        return _Ahead(None, left_out, 0, False)
+
+    def _encoded(self, chosen: Chosen) -> Iterator[_Met]:
         for number, document in chosen.documents:
-            asks = self._settings.reply and wants_reply(document)
-            trained = None
-            try:
-                if asks:
-                    turns = encode_turns(self._tokenizer, document)
-                else:
-                    ids, trained = encode_text(self._tokenizer, document)
-                    turns = [ids]
-            except UserError as error:
-                self._met.add(REFUSED, str(error))
-                continue
-            if asks and len(turns[0]) > self.room:
-                self._met.add(
-                    f"more than {self.room} tokens, which --seq-len less --max-reply leaves for a prompt",
-                    f"{document.where} has {len(turns[0]):,}",
-                )
-            elif not turns[0] or not (asks or size_in_rows(turns[0], trained, self._settings.seq_len)):
-                self._met.add(TOO_SHORT, document.where)
+            if candidate := self._candidate(number, document, chosen.met):
+                prompt = "\n".join(document.user_texts) if candidate.asks and not candidate.as_user else ""
+                yield _Met(candidate, prompt, document.where, chosen.met.drained())
+        yield _Met(None, "", "", chosen.met.drained())
+
+    def _candidate(self, number: int, document: Document, left_out: LeftOut) -> Candidate | None:
+        """A document as tokens; None where it is left out."""
+        asks, trained = self._settings.reply and wants_reply(document), None
+        try:
+            if asks:
+                turns = encode_turns(self._tokenizer, document)
             else:
-                yield Candidate(number, turns, asks, trained, document.category)
+                ids, trained = encode_text(self._tokenizer, document)
+                turns = [ids]
+        except UserError as error:
+            if document.kind == "self":  # then so is every other
+                raise
+            left_out.add(REFUSED, str(error))
+            return None
+        if asks and len(turns[0]) > self.room:
+            left_out.add(
+                f"more than {self.room} tokens, which --seq-len less --max-reply leaves for a prompt",
+                f"{document.where} has {len(turns[0]):,}",
+            )
+        elif not turns[0] or (trained is not None and not size_in_rows(turns[0], trained, self._settings.seq_len)):
+            left_out.add(TOO_SHORT, document.where)
+        else:
+            return Candidate(number, turns, asks, trained, document.category, document.kind == "self")
+        return None
 
 
-def size_in_rows(tokens: Sequence[int] | np.ndarray, trained: np.ndarray | None, seq_len: int) -> int:
-    """How many of an example's tokens will stand in rows. trained: bool [n], which are learnt; None is all."""
-    tokens = np.asarray(tokens, np.int32)
-    parts = cut(segment(tokens, np.ones(len(tokens), bool) if trained is None else trained), seq_len)
-    return sum(len(part.tokens) for part in parts)
+def size_in_rows(tokens: Sequence[int] | np.ndarray, trained: np.ndarray, seq_len: int) -> int:
+    """How many of an example's tokens will stand in rows. trained: bool [n], which are learnt."""
+    return sum(len(part.tokens) for part in cut(segment(np.asarray(tokens, np.int32), trained), seq_len))

@@ -318,7 +318,7 @@ def test_turns_that_are_answered_one_by_one_read_as_the_conversation_does(tokeni
         assert ids + chunk == tokenizer.encode_prompt(Prompt(messages, "1"))
         messages.append({"role": "assistant", "content": answer})
         ids = tokenizer.encode_conversation(messages)[0]
-    before, behind = tokenizer.encode_open_turn()
+    before, behind = tokenizer.open_turn
     hi = tokenizer.encode_prompt(Prompt([{"role": "user", "content": "Hi"}], "1"))
     assert hi[: len(before)] == before and hi[-len(behind) :] == behind
     assert tokenizer.decode(hi[len(before) : -len(behind)]) == "Hi" and hi[-len(behind) - 1] in tokenizer.end_tokens
