@@ -31,7 +31,7 @@ from distill.data.reply_pass import Progress, ReplyPass
 from distill.data.scoring import Scorer, bytes_per_token
 from distill.data.settings import OF_REPLIES, OF_SCORES, CollectSettings, complete_settings
 from distill.data.shards import Dataset, ShardWriter
-from distill.data.sources import Source, at_commit, parse_source, read_source, shown_name, source_fingerprint
+from distill.data.sources import Source, at_commit, describe, parse_source, read_source, shown_name, source_fingerprint
 from distill.provenance import teacher_files
 from kernels import UserError
 from kernels.files import sha256
@@ -181,6 +181,15 @@ def _begun(folder: Path) -> dict[str, Any]:
         return {}
 
 
+def what_is_read(plan: Plan) -> list[dict[str, Any]]:
+    """What a collection will read: each source, its share of the tokens, and what of it is read, in words."""
+    sources = plan.sources or ()
+    whole = sum(source.weight for source in sources)
+    return [
+        {"source": one.name, "kind": one.kind, "share": one.weight / whole, "reads": describe(one)} for one in sources
+    ]
+
+
 class Collector:
     """Runs a plan."""
 
@@ -232,7 +241,7 @@ class Collector:
             if not writer.manifest.complete:
                 chosen = self.choose()
                 try:
-                    self._reply_pass().run(writer, chosen)
+                    self._reply_pass().run(writer, chosen, self.plan.excluded)
                 finally:
                     for one in chosen:
                         one.documents.close()

@@ -18,6 +18,7 @@ from decode.models.dimensions import Dimensions
 from decode.models.transformer import Transformer
 from decode.tokenizer import Tokenizer
 from distill.data.duplicates import NearDuplicates
+from distill.data.exclusion import Excluded
 from distill.data.packing import MIN_SEGMENT
 from distill.data.prompts import Chosen
 from distill.data.replies import generate_replies
@@ -59,7 +60,7 @@ class ReplyPass:
         self._pending: list[Example] = []  # not yet in a file
         self._at = 0  # the place of the next example
 
-    def run(self, writer: ReplyWriter, chosen: Sequence[Chosen]) -> None:
+    def run(self, writer: ReplyWriter, chosen: Sequence[Chosen], excluded: Excluded) -> None:
         """Every source gives its share of the tokens, by its weight; what one cannot give, the later ones do, and what
         is missing then is shared out among those that have more, until it is there or none has any."""
         replies = Replies(writer.folder, writer.manifest)
@@ -68,7 +69,7 @@ class ReplyPass:
             self._written.update(enumerate(replies.read(i), first))
         asked = NearDuplicates()
         supplies = [
-            Supply(source, documents, self.tokenizer, self.settings, self.model.context, asked)
+            Supply(source, documents, self.tokenizer, self.settings, self.model.context, asked, excluded)
             for source, documents in enumerate(chosen)
         ]
         left = self.settings.tokens
@@ -112,9 +113,11 @@ class ReplyPass:
         return size_in_rows(example.tokens, example.trained, self.settings.seq_len)
 
     def _add(self, writer: ReplyWriter, example: Example, supply: Supply, quota: Quota) -> None:
-        """Take an example, its end cut off where it is more than the quota has left."""
+        """Take an example that is of use, its end cut off where it is more than the quota has left."""
         if self._size(example) > quota.left:
             example = example.first(quota.left)
+        if not supply.keeps(example):
+            return
         size = self._size(example)
         if not size:
             supply.left_out.add(TOO_SHORT, f"prompt {example.number} with its reply")

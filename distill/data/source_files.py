@@ -76,11 +76,9 @@ def read_files(files: Iterable[Path], column: str | None, left_out: LeftOut) -> 
 def read_shuffled(
     files: list[Path], column: str | None, left_out: LeftOut, order: np.random.Generator
 ) -> Iterator[Document] | None:
-    """The documents of files that can be read at any place, in an order over all of them; None of other files.
-
-    Those are uncompressed ones with a JSON object a line. 8 bytes a line are held, whatever stands in them.
-    """
-    if not all(map(_has_lines_of_objects, files)):
+    """The documents of files that can be read at any place, in an order over all of them; None of other files. 8 bytes
+    a line are held, whatever stands in them."""
+    if not has_lines_of_objects(files):
         return None
     starts = [_line_starts(file) for file in files]
     firsts = np.cumsum([0, *map(len, starts)])
@@ -89,6 +87,11 @@ def read_shuffled(
         for place in order.permutation(firsts[-1])
         for at in [int(np.searchsorted(firsts, place, side="right")) - 1]
     )
+
+
+def has_lines_of_objects(files: list[Path]) -> bool:
+    """Whether files can be read at any place: they are uncompressed, with a JSON object a line."""
+    return all(map(_has_lines_of_objects, files))
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, str]]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from distill.data.documents import Document, LeftOut, normalise_prompt, of_rows
-from distill.data.source_files import read_files, read_shuffled, readable, source_files
+from distill.data.source_files import has_lines_of_objects, read_files, read_shuffled, readable, source_files
 from distill.data.source_hub import COMMIT, commit_of, rows_of
 from distill.data.source_names import Source, parse_source, shown_name
 
@@ -55,6 +55,21 @@ def read_source(
         files = source_files(Path(source.path), left_out)
         shuffled = None if order is None else read_shuffled(files, source.column, left_out, order)
         yield from read_files(files, source.column, left_out) if shuffled is None else shuffled
+
+
+def describe(source: Source) -> str:
+    """What will be read of a source, and in which order, in words."""
+    column = f"column {source.column} of " if source.column else ""
+    if source.kind == "self":
+        return "what the teacher writes as the user and as itself"
+    if source.kind == "hub":
+        config = f"configuration {source.config}, " if source.config else ""
+        return f"{column}{config}split {source.split or 'train'}, streamed at commit {source.revision}"
+    files = source_files(Path(source.path))
+    size = sum(file.stat().st_size for file in files) / 1e6
+    named = files[0].name if len(files) == 1 else f"{len(files)} files"
+    lines = ", its lines in an order over all" if has_lines_of_objects(files) else ""
+    return f"{column}{named}, {size:,.1f} MB{lines}"
 
 
 def sha256_of(source: Source | str | Path) -> str:

@@ -11,17 +11,20 @@ from typing import NamedTuple
 import numpy as np
 
 from decode.tokenizer import Tokenizer
+from distill.data.documents import Document, LeftOut, normalise_prompt
 from distill.data.duplicates import NearDuplicates
+from distill.data.exclusion import Excluded
 from distill.data.packing import MIN_SEGMENT, cut, segment
 from distill.data.prompts import Chosen, encode_text, encode_turns, wants_reply
 from distill.data.reply_dataset import Example
 from distill.data.settings import CollectSettings
-from distill.data.sources import Document, LeftOut, normalise_prompt
 from kernels.errors import UserError
 
 REFUSED = "refused by the chat template or tokenizer"
 TOO_SHORT = f"fewer than {MIN_SEGMENT} tokens"
 SAME, NEAR = "the same as a prompt before", "near a prompt before"
+SILENT = "a reply that says nothing"
+GIVEN_UP = 1000
 OF_USERS = 1.0  # the temperature at which the teacher writes a user's turn
 
 
@@ -98,11 +101,14 @@ class Supply:
         settings: CollectSettings,
         context: int,
         asked: NearDuplicates,
+        excluded: Excluded,
     ) -> None:
-        """context: tokens that the teacher can work on; asked: the prompts that all sources have given."""
+        """context: tokens that the teacher can work on; asked: the prompts that all sources have given; excluded: those
+        that the teacher may not write itself."""
         self.source, self.weight, self.left_out = source, chosen.weight, chosen.left_out
         self.room = min(context, settings.seq_len) - settings.max_reply  # most tokens before a reply
-        self._tokenizer, self._settings, self._asked = tokenizer, settings, asked
+        self._tokenizer, self._settings, self._asked, self._excluded = tokenizer, settings, asked, excluded
+        self._dropped = 0  # of what the teacher wrote, in a row
         self._unread: Iterator[_Met] = self._encoded(chosen)
         self._met: deque[_Met] = deque()  # behind what was taken
         self._ahead: deque[_Ahead] = deque()
@@ -122,6 +128,37 @@ class Supply:
             self._met.popleft()
         return first.candidate
 
+    def keeps(self, example: Example) -> bool:
+        """Whether the next candidate is used with what the teacher wrote; what is not is counted. Left out are replies
+        that say nothing, and what it wrote as the user like any other prompt: excluded, or near one before.
+
+        example: as it will be kept, its end cut off or not, so that it is judged alike when it is read again.
+        """
+        candidate = self.ahead()
+        assert candidate is not None and candidate.number == example.number
+        reason = self._fault(candidate, example) if candidate.asks else None
+        self._dropped = self._dropped + 1 if reason else 0
+        if reason:
+            self.left_out.add(reason, f"number {candidate.number}")
+        if candidate.as_user and self._dropped == GIVEN_UP:
+            raise UserError(f"--source self: the teacher said nothing of use {GIVEN_UP} times in a row ({reason})")
+        return not reason
+
+    def _fault(self, candidate: Candidate, example: Example) -> str | None:
+        if example.trained.any() and not self._tokenizer.decode(example.tokens[example.trained].tolist()).strip():
+            return SILENT
+        if not candidate.as_user:
+            return None
+        said = example.tokens[len(candidate.turns[0]) :]
+        ends = np.flatnonzero(np.isin(said, list(self._tokenizer.end_tokens)))
+        text = self._tokenizer.decode(said[: ends[0] if len(ends) else None].tolist())
+        return self._excluded.reason(Document("prompt", text, None, 0)) or self._duplicate(text)
+
+    def _duplicate(self, prompt: str) -> str | None:
+        """What a prompt is to one that was asked before; else it counts as asked from now on."""
+        near = self._asked.add(prompt) if prompt else None
+        return None if near is None else SAME if near == normalise_prompt(prompt) else NEAR
+
     def rest(self) -> None:
         """Forget what was looked at and not taken, before other sources have their turn: it comes again, unless what
         they give is near it."""
@@ -134,10 +171,10 @@ class Supply:
         for count, met in enumerate(self._unread, 1):
             self._met.append(met)
             left_out.add_all(met.left_out)
-            near = self._asked.add(met.prompt) if met.prompt else None
-            if near is None:
+            reason = self._duplicate(met.prompt)
+            if reason is None:
                 return _Ahead(met.candidate, left_out, count, bool(met.prompt))
-            left_out.add(SAME if near == normalise_prompt(met.prompt) else NEAR, met.where)
+            left_out.add(reason, met.where)
         return _Ahead(None, left_out, 0, False)
 
     def _encoded(self, chosen: Chosen) -> Iterator[_Met]:
