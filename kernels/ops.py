@@ -210,6 +210,28 @@ class FusedStep(Protocol):
         ...
 
 
+@runtime_checkable
+class ChoosesTokens(Protocol):
+    """A fused step that also takes several sequences, and chooses."""
+
+    def choose_tokens(
+        self,
+        tokens: Sequence[int] | mx.array,
+        keys: list[mx.array],
+        values: list[mx.array],
+        sequences: Sequence[int],
+        offsets: Sequence[int],
+        temperature: np.ndarray,
+        uniform: np.ndarray,
+    ) -> mx.array:
+        """A step of several sequences, one token each, and the choice (`reference.choose`) behind each, uint32 [m].
+
+        tokens: m ids, or an array of them; keys, values: a layer's float32 [sequences, kv_heads, capacity, d] each, as
+        in a call; sequences, offsets: each token's place there; temperature, uniform: float32 [m].
+        """
+        ...
+
+
 class Backend(Protocol):
     """The operations a backend offers; `kernels.reference` defines each."""
 
@@ -247,6 +269,10 @@ class Backend(Protocol):
     def attention_packed(self, qkv: mx.array, segments: np.ndarray, shape: AttentionShape) -> mx.array: ...
 
     def argmax(self, x: mx.array) -> mx.array: ...
+
+    def choose(self, logits: mx.array, temperature: mx.array, uniform: mx.array) -> mx.array: ...
+
+    def top_k(self, logits: mx.array, k: int, temperatures: Sequence[float]) -> tuple[mx.array, mx.array, mx.array]: ...
 
     def clock(self, x: mx.array) -> mx.array | None: ...
 

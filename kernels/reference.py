@@ -206,6 +206,28 @@ def argmax(x: mx.array) -> mx.array:
     return mx.argmax(x, axis=-1)
 
 
+def choose(logits: mx.array, temperature: mx.array, uniform: mx.array) -> mx.array:
+    """A token a row: softmax(logits / temperature) inverted at a uniform number; the highest logit at temperature 0.
+
+    logits: float32 [m, n]; temperature, uniform: float32 [m], uniform in [0, 1). Returns uint32 [m].
+    """
+    sums = mx.cumsum(mx.softmax(logits / mx.maximum(temperature, 1e-3)[:, None], axis=-1), axis=-1)
+    total = sums[:, -1:]  # 1 but for rounding; what lies behind it has no probability
+    sampled = ((sums <= uniform[:, None] * total) & (sums < total)).sum(axis=-1).astype(mx.uint32)
+    return mx.where(temperature == 0, argmax(logits), sampled)
+
+
+def top_k(logits: mx.array, k: int, temperatures: Sequence[float]) -> tuple[mx.array, mx.array, mx.array]:
+    """The k highest logits of each row, by falling logit and then by id, and the log-sum-exps of all of them.
+
+    logits: float32 [m, n]. Returns ids, uint32 [m, k]; logits, float32 [m, k]; log-sum-exps of logits / temperature,
+    float32 [m, temperatures].
+    """
+    ids = mx.argsort(-logits, axis=-1)[:, :k]  # a stable sort
+    lse = mx.stack([mx.logsumexp(logits / t, axis=-1) for t in temperatures], axis=-1)
+    return ids, mx.take_along_axis(logits, ids, axis=-1), lse
+
+
 def clock(x: mx.array) -> mx.array | None:
     """When x had been computed, as an operation behind it, where a device's clock is the host's; here it is not."""
 

@@ -37,21 +37,19 @@ class KVCache:
         self.offsets = [value]
 
     def reserve(self, rows: int) -> None:
-        """Make room for `rows` more rows in every sequence. Growing waits for steps that are queued."""
+        """Make room for `rows` more rows in every sequence."""
+        self.reserve_upto(max(self.offsets) + rows)
+
+    def reserve_upto(self, end: int) -> None:
+        """Make room for rows at the positions below `end`. Growing waits for steps that are queued."""
         sequences, heads, capacity, dim = self.keys[0].shape
-        missing = max(self.offsets) + rows - capacity
+        missing = end - capacity
         if missing > 0:
             if capacity:  # fused steps on GPUs write to caches in place, which MLX does not know of
                 mx.synchronize()
             room = mx.zeros((sequences, heads, -(-missing // CACHE_STEP) * CACHE_STEP, dim))
             self.keys = [mx.concatenate([keys, room], axis=2) for keys in self.keys]
             self.values = [mx.concatenate([values, room], axis=2) for values in self.values]
-
-    def select(self, sequences: Sequence[int] | np.ndarray) -> None:
-        """Go on with these sequences only, in this order."""
-        chosen = mx.array(np.asarray(sequences, np.int32))
-        self.keys, self.values = [keys[chosen] for keys in self.keys], [values[chosen] for values in self.values]
-        self.offsets = [self.offsets[i] for i in sequences]
 
     def attend(self, layer: int, qkv: mx.array, ops: Backend, shape: AttentionShape) -> mx.array:
         """Attention of a layer's new rows, equally many of each sequence, which it keeps.
@@ -62,14 +60,37 @@ class KVCache:
         offsets, count = tuple(self.offsets), len(qkv) // len(self.offsets)
         if (self._spans.offsets, self._spans.rows) != (offsets, len(qkv)):  # else those of the layer before
             self._spans = Spans(offsets, (count,) * len(offsets))
+        return self.attend_spans(layer, qkv, ops, shape, self._spans)
+
+    def attend_spans(self, layer: int, qkv: mx.array, ops: Backend, shape: AttentionShape, spans: Spans) -> mx.array:
+        """As `attend`, of new rows as spans say."""
         out, self.keys[layer], self.values[layer] = ops.attention(
-            qkv, self.keys[layer], self.values[layer], self._spans, shape
+            qkv, self.keys[layer], self.values[layer], spans, shape
         )
         return out
 
     def advance(self, rows: int) -> None:
         """Count `rows` new rows of every sequence as seen."""
         self.offsets = [offset + rows for offset in self.offsets]
+
+
+class NewRows:
+    """New rows of the sequences of a cache, of each as many as `counts` says, perhaps none."""
+
+    def __init__(self, cache: KVCache, counts: Sequence[int]) -> None:
+        self.cache, self.spans = cache, Spans(tuple(cache.offsets), tuple(counts))
+
+    def attend(self, layer: int, qkv: mx.array, ops: Backend, shape: AttentionShape) -> mx.array:
+        """As KVCache.attend; qkv's rows are one sequence's after the other's."""
+        return self.cache.attend_spans(layer, qkv, ops, shape, self.spans)
+
+    def reserve(self, rows: int) -> None:
+        """Make room for them."""
+        self.cache.reserve_upto(self.spans.end)
+
+    def advance(self, rows: int) -> None:
+        """Count them as seen."""
+        self.cache.offsets = [at + count for at, count in zip(self.cache.offsets, self.spans.counts, strict=True)]
 
 
 class Packed:

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from decode.models.cache import KVCache, Packed
+from decode.models.cache import KVCache, NewRows, Packed
 from decode.models.draft_vocabulary import check_d2t
 from kernels import BitLinear, UserError, backend
 from kernels.backends import device_backend
@@ -24,6 +24,7 @@ from kernels.ops import (
     SMALL_ROWS,
     AttentionShape,
     Backend,
+    ChoosesTokens,
     DenseWeight,
     Epilogue,
     Int8Weight,
@@ -150,15 +151,15 @@ class Transformer:
         weight = mx.concatenate([float_weight(part) for part in parts])
         return self.ops.prepare_int8(weight) if self._precision == "int8" else self.ops.prepare_dense(weight)
 
-    def forward(self, tokens: Tokens, cache: KVCache | Packed, taps: Sequence[int] = ()) -> Forward:
+    def forward(self, tokens: Tokens, cache: KVCache | NewRows | Packed, taps: Sequence[int] = ()) -> Forward:
         """New tokens behind what a cache holds, or packed rows; the cache moves on.
 
-        tokens: ids of one sequence [m], of as many as the cache has [s, t], or of packed rows [b, t]; an array of them
-        may still be computed. Rows of the result lie in this order. taps: layers whose states are asked for.
+        tokens: ids of one sequence [m], of as many as the cache has [s, t], of some [m], or of packed rows [b, t]; an
+        array of them may still be computed. Rows of the result lie in this order. taps: layers whose states are asked
+        for.
 
-        A row's bits do not depend on the others, as far as attention and ternary products go, for up to SMALL_ROWS
-        tokens of a sequence and any number of sequences. A float head, or float layers, of more than SMALL_ROWS rows in
-        all are multiplied by a library, which may round a row by how many there are.
+        A row's bits do not depend on other sequences, nor on the other rows of its own where these are at most
+        SMALL_ROWS. More of them (a chunk of a prompt) may be left to a library, as one.
         """
         ids = tokens if isinstance(tokens, mx.array) else np.asarray(tokens, np.int32)
         rows = ids.shape[-1]
@@ -234,6 +235,34 @@ class Transformer:
             choices.append(feed)
         return mx.concatenate(choices)
 
+    def choose_next(
+        self,
+        tokens: mx.array,
+        cache: KVCache,
+        sequences: Sequence[int],
+        temperature: np.ndarray,
+        uniform: np.ndarray,
+    ) -> mx.array:
+        """A step of some sequences of a cache, by one token each, and the choice behind it (kernels.ops, `choose`).
+
+        tokens: uint32 [m]; sequences: whose they are, ascending; temperature, uniform: float32 [m]. Returns uint32 [m],
+        not evaluated.
+        """
+        cache.reserve(1)
+        if isinstance(self.fused_step, ChoosesTokens):
+            offsets = [cache.offsets[i] for i in sequences]
+            chosen = self.fused_step.choose_tokens(
+                tokens, cache.keys, cache.values, sequences, offsets, temperature, uniform
+            )
+            for i in sequences:
+                cache.offsets[i] += 1
+        else:
+            counts = np.zeros(len(cache.offsets), int)
+            counts[list(sequences)] = 1
+            logits = self.forward(tokens, NewRows(cache, counts.tolist())).logits
+            chosen = self.ops.choose(logits, mx.array(temperature), mx.array(uniform))
+        return chosen if self._d2t is None else self._d2t[chosen]
+
     def new_cache(self, sequences: int = 1) -> KVCache:
         return KVCache(len(self.layers), self.shape.kv_heads, self.shape.head_dim, sequences)
 
@@ -255,10 +284,7 @@ class Transformer:
 
     def _head_of(self, x: mx.array) -> mx.array:
         """The logits of what leaves the last layer."""
-        if len(x) <= SMALL_ROWS or isinstance(self.head, Int8Weight):
-            return self.ops.linear(x, self.head, norm=self.final_norm, eps=self.eps)
-        # More rows of a float head go to the library, for which it would be made float32 at every step.
-        return self.logits(self.normed(x))
+        return self.ops.linear(x, self.head, norm=self.final_norm, eps=self.eps)
 
     def best_tokens(self, logits: mx.array) -> mx.array:
         """The id of each row's highest logit, the lowest among equals.

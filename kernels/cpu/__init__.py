@@ -24,7 +24,6 @@ from kernels.device import processors
 from kernels.errors import UserError
 from kernels.openblas import find_openblas
 from kernels.ops import (
-    SMALL_ROWS,
     AttentionShape,
     DenseWeight,
     Epilogue,
@@ -130,14 +129,12 @@ def linear(
     epilogue: Epilogue | None = None,
     residual: mx.array | None = None,
 ) -> mx.array:
-    """As `reference.linear`, in one operation; more than 8 rows of a float weight go to BLAS."""
+    """As `reference.linear`, in one operation."""
     if isinstance(weight, TernaryWeight):
         return _native.ternary_linear(x, weight.data, weight.scale, weight.k, norm, eps, _EPILOGUES[epilogue], residual)
     if isinstance(weight, Int8Weight):
         return _native.int8_linear(x, weight.data, weight.scale, weight.k, norm, eps, _EPILOGUES[epilogue], residual)
-    if isinstance(weight, DenseWeight) and x.shape[0] <= SMALL_ROWS:
-        return _native.dense_linear(x, weight.data, norm, eps, _EPILOGUES[epilogue], residual)
-    return reference.linear(x, weight, norm=norm, eps=eps, epilogue=epilogue, residual=residual)
+    return _native.dense_linear(x, weight.data, norm, eps, _EPILOGUES[epilogue], residual)
 
 
 def attention(
@@ -176,6 +173,17 @@ def attention_packed(qkv: mx.array, segments: np.ndarray, shape: AttentionShape)
 def argmax(x: mx.array) -> mx.array:
     """As `reference.argmax`."""
     return _native.argmax(x)
+
+
+def choose(logits: mx.array, temperature: mx.array, uniform: mx.array) -> mx.array:
+    """As `reference.choose`; sums are rounded in another order."""
+    return _native.choose(logits, temperature, uniform)
+
+
+def top_k(logits: mx.array, k: int, temperatures: Sequence[float]) -> tuple[mx.array, mx.array, mx.array]:
+    """As `reference.top_k`."""
+    ids, top, lse = _native.top_k(logits, k, list(temperatures))
+    return ids, top, lse
 
 
 def clock(x: mx.array) -> mx.array:
@@ -247,6 +255,23 @@ class CpuFusedStep:
         """As the protocol says; one operation, since MLX holds the caches of a step until it has run, so that one
         queued behind it would copy them."""
         chosen, *caches = _native.greedy_tokens(self._model, _ids(tokens), [*keys, *values], offset, count, d2t)
+        keys[:], values[:] = caches[: len(keys)], caches[len(keys) :]
+        return chosen
+
+    def choose_tokens(
+        self,
+        tokens: Sequence[int] | mx.array,
+        keys: list[mx.array],
+        values: list[mx.array],
+        sequences: Sequence[int],
+        offsets: Sequence[int],
+        temperature: np.ndarray,
+        uniform: np.ndarray,
+    ) -> mx.array:
+        """As the protocol says; caches as in a call."""
+        chosen, *caches = _native.choose_tokens(
+            self._model, _ids(tokens), [*keys, *values], sequences, offsets, temperature.tolist(), uniform.tolist()
+        )
         keys[:], values[:] = caches[: len(keys)], caches[len(keys) :]
         return chosen
 

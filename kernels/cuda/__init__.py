@@ -326,5 +326,7 @@ def _portions(spans: Spans, most: int) -> list[tuple[mx.array, int, int]]:
 
 attention_packed = reference.attention_packed
 argmax = reference.argmax
+choose = reference.choose
+top_k = reference.top_k
 clock = reference.clock
 fused_step = CudaFusedStep.of

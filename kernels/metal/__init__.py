@@ -382,5 +382,7 @@ def _attention_with_prefill(
 
 attention_packed = reference.attention_packed
 argmax = reference.argmax
+choose = reference.choose
+top_k = reference.top_k
 clock = reference.clock
 fused_step = reference.fused_step

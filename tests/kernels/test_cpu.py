@@ -200,7 +200,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         cpu.linear(normal(1, 64), Int8Weight(weight.data, weight.scale, 32, 64))  # ternary data
     with pytest.raises(ValueError, match="weight's k"):
         cpu.int8_linear(mx.zeros((1, 63), mx.int8), mx.ones((1,)), eight)
-    with pytest.raises(ValueError, match="1 to 8 rows"):
+    with pytest.raises(ValueError, match="at least one row"):
         cpu.linear(mx.zeros((0, 64)), weights_of("float32", 32, 64)[0])
     with pytest.raises(ValueError, match="not exact"):
         cpu.linear(mx.zeros((1, 65_537)), cpu.prepare_int8(mx.zeros((1, 65_537))))

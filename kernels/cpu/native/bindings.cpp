@@ -61,6 +61,8 @@ NB_MODULE(_native, m) {
   m.def("attention", &bitdraft::attention, "qkv"_a, "k_cache"_a, "v_cache"_a, "offsets"_a, "counts"_a, "heads"_a,
         "kv_heads"_a, "inverse_frequency"_a, "scale"_a);
   m.def("argmax", &bitdraft::argmax, "x"_a);
+  m.def("choose", &bitdraft::choose, "logits"_a, "temperature"_a, "uniform"_a);
+  m.def("top_k", &bitdraft::top_k, "logits"_a, "k"_a, "temperatures"_a);
   m.def("clock", &bitdraft::clock, "x"_a);
   nb::class_<bitdraft::FusedModel>(m, "FusedModel");
   m.def("fused_model", &bitdraft::fused_model, "embedding"_a, "inverse_frequency"_a, "heads"_a, "kv_heads"_a,
@@ -68,6 +70,8 @@ NB_MODULE(_native, m) {
   m.def("add_linear", &bitdraft::add_linear, "model"_a, "data"_a, "scale"_a.none(), "n"_a, "k"_a,
         "norm"_a.none());
   m.def("fused_step", &bitdraft::fused_step, "model"_a, "tokens"_a, "caches"_a, "offset"_a);
+  m.def("choose_tokens", &bitdraft::choose_tokens, "model"_a, "tokens"_a, "caches"_a, "sequences"_a, "offsets"_a,
+        "temperature"_a, "uniform"_a);
   m.def("greedy_tokens", &bitdraft::greedy_tokens, "model"_a, "tokens"_a, "caches"_a, "offset"_a, "count"_a,
         "d2t"_a.none());
   m.def("isa", [] { return std::string(bitdraft::kernels().name); });

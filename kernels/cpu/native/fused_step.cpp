@@ -45,8 +45,9 @@ struct Caches {
   int64_t capacity;
 };
 
-// Runs the layers over m tokens at an offset. Returns the last states, [m][hidden], in scratch memory.
-float* run_layers(const FusedModel& model, const int32_t* tokens, int64_t m, int offset, const Caches& caches) {
+// Runs the layers over the m tokens of some spans. Returns the last states, [m][hidden], in scratch memory.
+float* run_layers(const FusedModel& model, const int32_t* tokens, int64_t m, const std::vector<Span>& spans,
+                  const Caches& caches) {
   const Kernels& set = kernels();
   const int64_t hidden = model.hidden();
   const Linear* linear = model.linears.data();
@@ -54,13 +55,12 @@ float* run_layers(const FusedModel& model, const int32_t* tokens, int64_t m, int
   float* x = scratch_floats(kStates, m * (2 * hidden + qkv_width + attended_width + gated_width));
   float *next = x + m * hidden, *qkv = next + m * hidden, *attended = qkv + m * qkv_width,
         *h = attended + m * attended_width;
-  const std::vector<Span> span{{0, 0, offset, static_cast<int>(m)}};
   for (int64_t i = 0; i < m; i++) {
     embed(model.embedding, tokens[i], x + i * hidden);
   }
   for (size_t layer = 0; layer < model.layers(); layer++, linear += 4) {
     apply(set, model, linear[0], x, m, false, nullptr, qkv);
-    attend_spans(model.heads, span, Matrix<float>(qkv, m, qkv_width), model.inverse_frequency.data<float>(),
+    attend_spans(model.heads, spans, Matrix<float>(qkv, m, qkv_width), model.inverse_frequency.data<float>(),
                  caches.data[layer], caches.data[model.layers() + layer], caches.capacity, attended);
     apply(set, model, linear[1], attended, m, false, x, next);
     apply(set, model, linear[2], next, m, true, nullptr, h);
@@ -73,11 +73,11 @@ void run_head(const FusedModel& model, const float* states, int64_t m, float* lo
   apply(kernels(), model, model.linears.back(), states, m, false, nullptr, logits);
 }
 
-// What a step and a chain of steps have in common: tokens and caches in, one array and the caches out.
+// What steps and a chain of steps have in common: tokens and caches in, one array and the caches out.
 class OverCaches : public CpuPrimitive {
  public:
-  OverCaches(mx::Stream stream, std::shared_ptr<FusedModel> model, int offset)
-      : CpuPrimitive(stream), model_(std::move(model)), offset_(offset) {}
+  OverCaches(mx::Stream stream, std::shared_ptr<FusedModel> model, std::vector<Span> spans)
+      : CpuPrimitive(stream), model_(std::move(model)), spans_(std::move(spans)) {}
 
  protected:
   // Runs body(tokens, caches, out[0]) once the caches are the outputs' own.
@@ -108,7 +108,7 @@ class OverCaches : public CpuPrimitive {
   }
 
   std::shared_ptr<FusedModel> model_;
-  int offset_;
+  std::vector<Span> spans_;  // the tokens' places
 };
 
 class FusedStep : public OverCaches {
@@ -117,33 +117,58 @@ class FusedStep : public OverCaches {
   DEFINE_NAME(BitdraftFusedStep)
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    dispatch_over_caches(inputs, outputs, [model = model_, offset = offset_](const std::vector<int32_t>& tokens,
-                                                                             const Caches& caches, mx::array& logits) {
+    dispatch_over_caches(inputs, outputs, [model = model_, spans = spans_](const std::vector<int32_t>& tokens,
+                                                                           const Caches& caches, mx::array& logits) {
       const auto m = static_cast<int64_t>(tokens.size());
-      run_head(*model, run_layers(*model, tokens.data(), m, offset, caches), m, logits.data<float>());
+      run_head(*model, run_layers(*model, tokens.data(), m, spans, caches), m, logits.data<float>());
     });
   }
 };
 
+class ChooseTokens : public OverCaches {
+ public:
+  ChooseTokens(mx::Stream stream, std::shared_ptr<FusedModel> model, std::vector<Span> spans,
+               std::vector<float> temperature, std::vector<float> uniform)
+      : OverCaches(stream, std::move(model), std::move(spans)),
+        temperature_(std::move(temperature)),
+        uniform_(std::move(uniform)) {}
+  DEFINE_NAME(BitdraftChooseTokens)
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    dispatch_over_caches(inputs, outputs, [model = model_, spans = spans_, temperature = temperature_,
+                                           uniform = uniform_](const std::vector<int32_t>& tokens,
+                                                               const Caches& caches, mx::array& chosen) {
+      const auto m = static_cast<int64_t>(tokens.size());
+      const int64_t vocab = model->linears.back().n;
+      float* logits = scratch_floats(kLogits, m * vocab);
+      run_head(*model, run_layers(*model, tokens.data(), m, spans, caches), m, logits);
+      choose_rows(Matrix<float>(logits, m, vocab), temperature.data(), uniform.data(), chosen.data<uint32_t>());
+    });
+  }
+
+ private:
+  std::vector<float> temperature_, uniform_;
+};
+
 class GreedyTokens : public OverCaches {
  public:
-  GreedyTokens(mx::Stream stream, std::shared_ptr<FusedModel> model, int offset, MaybeArray d2t)
-      : OverCaches(stream, std::move(model), offset), d2t_(std::move(d2t)) {}
+  GreedyTokens(mx::Stream stream, std::shared_ptr<FusedModel> model, std::vector<Span> spans, MaybeArray d2t)
+      : OverCaches(stream, std::move(model), std::move(spans)), d2t_(std::move(d2t)) {}
   DEFINE_NAME(BitdraftGreedyTokens)
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    dispatch_over_caches(inputs, outputs, [model = model_, offset = offset_, d2t = d2t_](
+    dispatch_over_caches(inputs, outputs, [model = model_, spans = spans_, d2t = d2t_](
                                               const std::vector<int32_t>& tokens, const Caches& caches,
                                               mx::array& chosen) {
       float* logits = scratch_floats(kLogits, model->linears.back().n);
       const int32_t* feed = tokens.data();
       int64_t m = static_cast<int64_t>(tokens.size());
-      int at = offset;
+      std::vector<Span> span = spans;
       for (int64_t i = 0; i < chosen.shape(0); i++) {
-        const float* states = run_layers(*model, feed, m, at, caches);
+        const float* states = run_layers(*model, feed, m, span, caches);
         run_head(*model, states + (m - 1) * model->hidden(), 1, logits);
         const uint32_t best = best_index(logits, model->linears.back().n);
-        at += static_cast<int>(m);
+        span = {{0, 0, span[0].offset + static_cast<int>(m), 1}};
         chosen.data<uint32_t>()[i] = d2t ? d2t->data<uint32_t>()[best] : best;
         feed = reinterpret_cast<int32_t*>(chosen.data<uint32_t>()) + i;
         m = 1;
@@ -156,30 +181,43 @@ class GreedyTokens : public OverCaches {
 };
 
 // Checks the arguments, and makes the operation's outputs: an array of this shape and dtype, and the new caches.
-// rows: how many are written to the caches.
+// spare: rows that are written to the caches behind those of the spans.
 template <class Operation, class... Options>
 std::vector<mx::array> over_caches(const std::shared_ptr<FusedModel>& model, const mx::array& tokens,
-                                   const std::vector<mx::array>& caches, int offset, int rows,
+                                   const std::vector<mx::array>& caches, std::vector<Span> spans, int spare,
                                    const mx::Shape& shape, mx::Dtype dtype, const Options&... options) {
   const Heads& h = model->heads;
   require(model->linears.size() % 4 == 1, "a model has four linear layers a layer, and a head");
-  require(tokens.ndim() == 1 && tokens.dtype() == mx::int32 && tokens.size() > 0 && tokens.shape(0) <= kSmallRows,
-          "tokens must be int32 [m], m <= 8");
-  require(caches.size() == 2 * model->layers(), "a layer has two caches");
+  require(caches.size() == 2 * model->layers() && !caches.empty(), "a layer has two caches");
   std::vector<mx::Shape> shapes{shape};
   std::vector<mx::Dtype> dtypes{dtype};
   std::vector<mx::array> inputs{tokens};
   for (const mx::array& cache : caches) {
     require(cache.ndim() == 4 && cache.dtype() == mx::float32 && cache.shape() == caches[0].shape() &&
-                cache.shape(0) == 1 && cache.shape(1) == h.kv_heads && cache.shape(3) == h.d,
-            "every cache must be float32 [1, kv_heads, capacity, d]");
+                cache.shape(1) == h.kv_heads && cache.shape(3) == h.d,
+            "every cache must be float32 [sequences, kv_heads, capacity, d]");
     shapes.push_back(cache.shape());
     dtypes.push_back(mx::float32);
     inputs.push_back(cache);
   }
-  require(offset >= 0 && offset + rows <= caches[0].shape(2), "the new rows do not fit the cache");
-  const auto operation = std::make_shared<Operation>(cpu_stream(), model, offset, options...);
+  int64_t rows = 0;
+  for (const Span& span : spans) {
+    require(span.sequence >= 0 && span.sequence < caches[0].shape(0) && span.offset >= 0 && span.count > 0 &&
+                span.offset <= caches[0].shape(2) - span.count - spare,
+            "the new rows do not fit the cache");
+    rows += span.count;
+  }
+  require(tokens.ndim() == 1 && tokens.dtype() == mx::int32 && tokens.shape(0) == rows && rows > 0,
+          "tokens must be int32 [m], one a new row");
+  const auto operation = std::make_shared<Operation>(cpu_stream(), model, std::move(spans), options...);
   return mx::array::make_arrays(std::move(shapes), dtypes, operation, inputs);
+}
+
+// The span of the only sequence.
+std::vector<Span> only_span(const mx::array& tokens, const std::vector<mx::array>& caches, int offset) {
+  require(!caches.empty() && caches[0].ndim() == 4 && caches[0].shape(0) == 1, "the caches must be of one sequence");
+  require(tokens.size() <= kSmallRows, "a step takes at most 8 tokens");
+  return {{0, 0, offset, static_cast<int>(tokens.size())}};
 }
 
 }  // namespace
@@ -208,8 +246,8 @@ void add_linear(FusedModel& model, const mx::array& data, const MaybeArray& scal
 
 std::vector<mx::array> fused_step(const std::shared_ptr<FusedModel>& model, const mx::array& tokens,
                                   const std::vector<mx::array>& caches, int offset) {
-  const int m = static_cast<int>(tokens.size());
-  return over_caches<FusedStep>(model, tokens, caches, offset, m, {m, model->linears.back().n}, mx::float32);
+  return over_caches<FusedStep>(model, tokens, caches, only_span(tokens, caches, offset), 0,
+                                {static_cast<int>(tokens.size()), model->linears.back().n}, mx::float32);
 }
 
 std::vector<mx::array> greedy_tokens(const std::shared_ptr<FusedModel>& model, const mx::array& tokens,
@@ -219,8 +257,27 @@ std::vector<mx::array> greedy_tokens(const std::shared_ptr<FusedModel>& model, c
   require(!d2t || (d2t->ndim() == 1 && d2t->dtype() == mx::uint32 && d2t->is_available() &&
                     d2t->flags().row_contiguous && d2t->shape(0) == model->linears.back().n),
           "d2t must be uint32, evaluated, one id a row of the head");
-  const int rows = static_cast<int>(tokens.size()) + count - 1;
-  return over_caches<GreedyTokens>(model, tokens, caches, offset, rows, {count}, mx::uint32, d2t);
+  return over_caches<GreedyTokens>(model, tokens, caches, only_span(tokens, caches, offset), count - 1, {count},
+                                   mx::uint32, d2t);
+}
+
+std::vector<mx::array> choose_tokens(const std::shared_ptr<FusedModel>& model, const mx::array& tokens,
+                                     const std::vector<mx::array>& caches, const std::vector<int>& sequences,
+                                     const std::vector<int>& offsets, const std::vector<float>& temperature,
+                                     const std::vector<float>& uniform) {
+  const size_t m = tokens.size();
+  require(sequences.size() == m && offsets.size() == m && temperature.size() == m && uniform.size() == m,
+          "every token needs its sequence, offset, temperature and uniform number");
+  std::vector<Span> spans;
+  std::vector<bool> seen(caches.empty() ? 0 : static_cast<size_t>(caches[0].shape(0)));
+  for (size_t i = 0; i < m; i++) {
+    const auto sequence = static_cast<size_t>(sequences[i]);
+    require(sequence < seen.size() && !seen[sequence], "a token is of a sequence of the caches, each of another");
+    seen[sequence] = true;
+    spans.push_back({sequences[i], static_cast<int64_t>(i), offsets[i], 1});
+  }
+  return over_caches<ChooseTokens>(model, tokens, caches, std::move(spans), 0, {static_cast<int>(m)}, mx::uint32,
+                                   temperature, uniform);
 }
 
 }  // namespace bitdraft

@@ -42,5 +42,11 @@ std::vector<mx::array> fused_step(const std::shared_ptr<FusedModel>& model, cons
 std::vector<mx::array> greedy_tokens(const std::shared_ptr<FusedModel>& model, const mx::array& tokens,
                                      const std::vector<mx::array>& caches, int offset, int count,
                                      const MaybeArray& d2t);
+// A step of several sequences, one token each, and the choice behind each: tokens, uint32 [m], and the caches, float32
+// [sequences, kv_heads, capacity, d].
+std::vector<mx::array> choose_tokens(const std::shared_ptr<FusedModel>& model, const mx::array& tokens,
+                                     const std::vector<mx::array>& caches, const std::vector<int>& sequences,
+                                     const std::vector<int>& offsets, const std::vector<float>& temperature,
+                                     const std::vector<float>& uniform);
 
 }  // namespace bitdraft

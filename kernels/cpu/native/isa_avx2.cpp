@@ -23,6 +23,7 @@ constexpr int kValueStrip = 1;
 
 #include "simd_avx2.inl"
 #include "rows.inl"
+#include "choice.inl"
 #include "dense.inl"
 #include "attend.inl"
 #include "dot_avx2.inl"
@@ -31,7 +32,7 @@ constexpr int kValueStrip = 1;
 }  // namespace
 
 const Kernels kAvx2 = {"avx2",    8,        dot_ternary, dot_int8, finish,
-                       normalise, quantise, gate,        dense,    attend};
+                       normalise, quantise, gate,        dense,    attend, largest, exp_sum, next_above};
 
 }  // namespace bitdraft
 

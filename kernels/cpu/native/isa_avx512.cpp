@@ -24,6 +24,7 @@ constexpr int kValueStrip = 4;
 
 #include "simd_avx512.inl"
 #include "rows.inl"
+#include "choice.inl"
 #include "dense.inl"
 #include "attend.inl"
 #include "dot_vnni.inl"
@@ -32,7 +33,7 @@ constexpr int kValueStrip = 4;
 }  // namespace
 
 const Kernels kAvx512Vnni = {"avx512vnni", kMaxRowBlock, dot_ternary, dot_int8, finish,
-                             normalise,    quantise,     gate,        dense,    attend};
+                             normalise,    quantise,     gate,        dense,    attend, largest, exp_sum, next_above};
 
 }  // namespace bitdraft
 

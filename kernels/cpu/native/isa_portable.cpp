@@ -17,6 +17,7 @@ constexpr int kValueStrip = 1;
 
 #include "simd_generic.inl"
 #include "rows.inl"
+#include "choice.inl"
 #include "dense.inl"
 #include "attend.inl"
 #include "dot_generic.inl"
@@ -25,6 +26,6 @@ constexpr int kValueStrip = 1;
 }  // namespace
 
 const Kernels kPortable = {"portable", 8,        dot_ternary, dot_int8, finish,
-                           normalise,  quantise, gate,        dense,    attend};
+                           normalise,  quantise, gate,        dense,    attend, largest, exp_sum, next_above};
 
 }  // namespace bitdraft

@@ -23,7 +23,7 @@ constexpr int kBlockBytes = 64;       // packed bytes of a (tile, block), ternar
 constexpr int kInt8BlockBytes = 256;  // and int8
 constexpr int kPairOutputs = 32;      // outputs of one call of `dot`
 constexpr int kMaxRowBlock = 12;
-constexpr int kSmallRows = 8;  // rows up to which dense products are row-independent by bits
+constexpr int kSmallRows = 8;  // of a call of `dense`
 constexpr int kMaxHeadDim = 512;
 constexpr int kMaxQueries = 16;  // of one call of `attend`
 constexpr int kKeyBlock = 32;    // keys and values that stay in the first cache while queries share them
@@ -77,7 +77,7 @@ struct Attend {
   int64_t score_stride;
 };
 
-// Rows times rows of a float matrix, float32 accumulation.
+// A few rows times rows of a float matrix, float32 accumulation.
 struct Dense {
   const float* x;  // [rows][k_padded], zero-padded
   int64_t k_padded;
@@ -104,6 +104,12 @@ struct Kernels {
   void (*gate)(Epilogue epilogue, const float* gate, const float* up, int64_t count, float* out);
   void (*dense)(const Dense& args, int64_t first, int64_t last);
   void (*attend)(const Attend& args);
+  // The largest of n > 0 values; a NaN counts as none.
+  float (*largest)(const float* x, int64_t n);
+  // The sum of exp((x - top) * factor).
+  float (*exp_sum)(const float* x, int64_t n, float top, float factor);
+  // The first index from `from` on whose value is above the threshold, or n.
+  int64_t (*next_above)(const float* x, int64_t from, int64_t n, float threshold);
 };
 
 const Kernels& kernels();                   // the chosen set

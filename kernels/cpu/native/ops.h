@@ -44,6 +44,8 @@ std::vector<mx::array> attention(const mx::array& qkv, const mx::array& k_cache,
                                  int kv_heads, const mx::array& inverse_frequency, float scale);
 
 mx::array argmax(const mx::array& x);
+mx::array choose(const mx::array& logits, const mx::array& temperature, const mx::array& uniform);
+std::vector<mx::array> top_k(const mx::array& logits, int k, const std::vector<float>& temperatures);
 // Nanoseconds of the steady clock when x had been computed, int64.
 mx::array clock(const mx::array& x);
 
@@ -118,6 +120,9 @@ inline const float* vector_data(const mx::array& a, std::vector<float>& space) {
   }
   return space.data();
 }
+
+// The choice of a token for every row of logits (kernels/reference.py, choose).
+void choose_rows(const Matrix<float>& logits, const float* temperature, const float* uniform, uint32_t* chosen);
 
 // out = a b with an installed BLAS; out's rows are contiguous, and those of a and b, or their columns.
 void matmul(const Matrix<float>& a, const Matrix<float>& b, float* out, int64_t out_stride);

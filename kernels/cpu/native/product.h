@@ -1,5 +1,5 @@
 // Products with everything around them: of int8 rows with coded weights, ternary or int8 (rows in blocks, threads,
-// gate and residual), and of a few float rows.
+// gate and residual), and of float rows.
 #pragma once
 
 #include <algorithm>
@@ -138,7 +138,7 @@ inline void multiply_rows(const Kernels& kernels, const Matrix<float>& rows, con
   multiply(kernels, x, p);
 }
 
-// 1..8 rows times a contiguous bfloat16 or float32 weight [n, k]; norm and residual may be null.
+// Rows times a contiguous bfloat16 or float32 weight [n, k]; norm and residual may be null.
 void multiply_dense(const Kernels& kernels, const Matrix<float>& x, const mx::array& weight, const float* norm,
                     float eps, Epilogue epilogue, const Matrix<float>* residual, float* out);
 

@@ -36,6 +36,10 @@ inline F abs(F x) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
 }
+inline bool any_above(F x, F y) {
+  const __m256 above = _mm256_or_ps(_mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ));
+  return _mm256_movemask_ps(above) != 0;
+}
 inline __m256 half_from_int(const int32_t* p, int32_t minus) {
   const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm256_cvtepi32_ps(_mm256_sub_epi32(v, _mm256_set1_epi32(minus)));

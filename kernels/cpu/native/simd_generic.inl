@@ -69,6 +69,10 @@ inline F min(F a, F b) {
 inline F abs(F a) {
   return each([&](int i) { return reinterpret_cast<Quad>(reinterpret_cast<IntQuad>(a.q[i]) & 0x7fffffff); });
 }
+inline bool any_above(F a, F b) {
+  const IntQuad above = (a.q[0] > b.q[0]) | (a.q[1] > b.q[1]) | (a.q[2] > b.q[2]) | (a.q[3] > b.q[3]);
+  return (above[0] | above[1] | above[2] | above[3]) != 0;
+}
 inline F from_int(const int32_t* p, int32_t minus) {
   return each([&](int i) {
     IntQuad q;

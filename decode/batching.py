@@ -1,0 +1,191 @@
+"""Continuous batching: many sequences share the teacher's steps, and one that ends makes room for the next at once.
+
+Every row of a step has the bits that it has alone (`kernels`), prompts are computed in chunks counted from their own
+start, and random numbers are a sequence's own: what it says does not depend on what else is in the batch. Knows token
+ids only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+from decode.metrics import is_looping
+from decode.models.cache import KVCache, NewRows
+from decode.models.transformer import PREFILL_CHUNK, Transformer
+
+CHECK_EVERY = 16  # tokens of a reply after which it is looked at for loops
+LONGEST_LOOP = 16  # tokens; another value cuts replies elsewhere
+# Steps that a GPU is given before their tokens are looked at, so that it need not wait for this process; a reply begins
+# with such a window and so ends, for a loop or for its length, with one.
+STEPS_AT_ONCE = CHECK_EVERY
+PREFILL_ROWS = {False: 512, True: 16_384}  # of prompts in one pass: on a CPU, and on a GPU
+
+
+@dataclass(frozen=True)
+class Job:
+    """A sequence that the teacher continues: it replies behind each turn, as long as its replies end by themselves.
+
+    turns: token ids that are given; the first has at least one. temperatures: of each reply, 0 is greedy; seed: of the
+    random numbers of all of them; most_tokens: of the sequence, given and replied.
+    """
+
+    turns: list[list[int]]
+    temperatures: list[float]
+    seed: tuple[int, ...]
+    most_tokens: int
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Token ids, the end token included, and whether it ended so, fell into a loop (and was cut there) or was cut for
+    its length: "stop", "loop" or "length"."""
+
+    tokens: list[int]
+    finish: str
+
+
+@dataclass
+class _Slot:
+    """A job at work in one sequence of the cache."""
+
+    place: int
+    job: Job
+    uniform: np.ndarray  # float32 [turns, most tokens of a reply]
+    length: int = 0  # tokens of the sequence whose keys and values are in the cache
+    feed: list[int] = field(default_factory=list)  # those that are not; the last is the next step's
+    replies: list[Reply] = field(default_factory=list)
+    written: list[int] = field(default_factory=list)  # of the reply that is being written
+
+    @property
+    def room(self) -> int:
+        """Tokens that the sequence may still have."""
+        return self.job.most_tokens - self.length - len(self.feed)
+
+
+class Batch:
+    """Runs jobs, at most `slots` at a time."""
+
+    def __init__(self, teacher: Transformer, slots: int, max_reply: int, end_tokens: frozenset[int]) -> None:
+        """max_reply: most tokens of a reply."""
+        self.teacher, self.max_reply, self.end_tokens = teacher, max_reply, end_tokens
+        self.cache: KVCache = teacher.new_cache(slots)
+        self._slots: list[_Slot | None] = [None] * slots
+        self._steps = STEPS_AT_ONCE if teacher.async_decode else 1
+
+    def run(
+        self,
+        jobs: Iterator[Job],
+        advance: Callable[[int], None] = lambda tokens: None,
+        prefilled: Callable[[int], None] = lambda tokens: None,
+    ) -> Iterator[tuple[int, list[Reply]]]:
+        """The replies to each job, with its place among the jobs, in the order in which they are done.
+
+        A job is taken when a slot is free for it. advance, prefilled: told how many tokens were written, and read.
+        """
+        places = enumerate(jobs)
+        while True:
+            begun = []
+            for i, slot in enumerate(self._slots):
+                if slot is None and (job := next(places, None)) is not None:
+                    begun.append(i)
+                    self._slots[i] = self._begin(*job)
+            self._prefill(begun, prefilled)
+            if not any(self._slots):
+                return
+            resumed = []
+            for i, fresh in self._step():
+                slot = self._slots[i]
+                assert slot is not None
+                advance(self._take(slot, fresh))
+                self.cache.offsets[i] = slot.length
+                if not slot.feed:
+                    self._slots[i] = None
+                    self.cache.offsets[i] = 0
+                    yield slot.place, slot.replies
+                elif len(slot.feed) > 1:
+                    resumed.append(i)
+            self._prefill(resumed, prefilled)
+
+    def _begin(self, place: int, job: Job) -> _Slot:
+        if any(job.temperatures):
+            uniform = np.random.default_rng(job.seed).random((len(job.turns), self.max_reply), np.float32)
+        else:
+            uniform = np.zeros((len(job.turns), self.max_reply), np.float32)
+        return _Slot(place, job, uniform, feed=list(job.turns[0]))
+
+    def _prefill(self, which: list[int], prefilled: Callable[[int], None]) -> None:
+        """Compute all but the last of the tokens that these slots are given, those of several in one pass."""
+        left = [i for i in which if len(self._fed(i)) > 1]
+        most = PREFILL_ROWS[self.teacher.async_decode]
+        while left:
+            counts = [0] * len(self._slots)
+            tokens: list[int] = []
+            for i in left:
+                chunk = self._fed(i)[: PREFILL_CHUNK - self.cache.offsets[i] % PREFILL_CHUNK][: len(self._fed(i)) - 1]
+                if tokens and len(tokens) + len(chunk) > most:
+                    break
+                counts[i] = len(chunk)
+                tokens += chunk
+            # A slot's tokens lie in the order of the slots.
+            order = [i for i, count in enumerate(counts) if count]
+            self.teacher.forward([t for i in order for t in self._fed(i)[: counts[i]]], NewRows(self.cache, counts))
+            mx.eval(self.cache.keys, self.cache.values)
+            for i in order:
+                slot = self._slots[i]
+                assert slot is not None
+                slot.feed = slot.feed[counts[i] :]
+                slot.length += counts[i]
+            prefilled(len(tokens))
+            left = [i for i in left if len(self._fed(i)) > 1]
+
+    def _fed(self, i: int) -> list[int]:
+        slot = self._slots[i]
+        return [] if slot is None else slot.feed
+
+    def _step(self) -> list[tuple[int, list[int]]]:
+        """A step or some of every sequence: the tokens chosen for each slot, behind an end perhaps more than count."""
+        active = [(i, slot) for i, slot in enumerate(self._slots) if slot is not None]
+        sequences = [i for i, _ in active]
+        temperature = np.array([slot.job.temperatures[len(slot.replies)] for _, slot in active], np.float32)
+        uniform = np.zeros((self._steps, len(active)), np.float32)
+        for column, (_, slot) in enumerate(active):
+            numbers = slot.uniform[len(slot.replies), len(slot.written) :][: self._steps]
+            uniform[: len(numbers), column] = numbers
+        feed = mx.array([slot.feed[-1] for _, slot in active], mx.uint32)
+        chosen = []
+        for i in range(self._steps):
+            feed = self.teacher.choose_next(feed, self.cache, sequences, temperature, uniform[i])
+            # On a CPU a step queued behind one that still runs would copy the whole cache.
+            (mx.async_eval if self.teacher.async_decode else mx.eval)(feed, self.cache.keys, self.cache.values)
+            chosen.append(feed)
+        return list(zip(sequences, np.array(mx.stack(chosen, axis=1)).tolist(), strict=True))
+
+    def _take(self, slot: _Slot, fresh: list[int]) -> int:
+        """Add what was chosen to a slot's reply, up to its end; how many tokens that were. Sets what it is fed next:
+        nothing where all is said."""
+        finish, taken = None, 0
+        most = min(self.max_reply, len(slot.written) + slot.room)
+        for token in fresh:
+            slot.written.append(token)
+            taken += 1
+            if token in self.end_tokens:
+                finish = "stop"
+            elif len(slot.written) % CHECK_EVERY == 0 and is_looping(slot.written, LONGEST_LOOP):
+                finish = "loop"
+            elif len(slot.written) >= most:
+                finish = "length"
+            if finish:
+                break
+        slot.length += taken
+        slot.feed = [slot.written[-1]]
+        if finish:
+            slot.replies.append(Reply(slot.written, finish))
+            slot.written = []
+            more = slot.job.turns[len(slot.replies)] if len(slot.replies) < len(slot.job.turns) else []
+            goes_on = bool(more) and finish == "stop" and slot.room > len(more)
+            slot.feed = slot.feed + more if goes_on else []
+        return taken
