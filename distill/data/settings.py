@@ -22,10 +22,11 @@ class PromptSettings(Settings):
 
     sources: tuple[str, ...] = option(
         DEFAULT_SOURCES,
-        "Text (.txt), JSON with `text`, `prompt` or `messages`, parquet, arrow, a folder of these, or a Hub dataset."
-        " Repeatable; each gives an equal share. Default: the samples in data/.",
+        "Text (.txt), JSON with `text`, `prompt`, `turns` or `messages`, parquet, arrow, a folder of these, a Hub"
+        " dataset (owner/name:config:split@revision), or `self`: the teacher writes the user's turn too. With #column:"
+        " what to read of a row; with =weight: its share of the tokens. Repeatable. Default: the samples in data/.",
         flag="--source",
-        metavar="PATH|REPO",
+        metavar="NAME",
     )
     exclude: tuple[str, ...] = option(
         (), "Prompts to leave out, beside the held-out ones in data/eval.jsonl.", metavar="FILE"
