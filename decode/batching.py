@@ -54,6 +54,7 @@ class _Slot:
 
     place: int
     job: Job
+    most_tokens: int  # of the sequence
     uniform: np.ndarray  # float32 [turns, most tokens of a reply]
     length: int = 0  # tokens of the sequence whose keys and values are in the cache
     feed: list[int] = field(default_factory=list)  # those that are not; the last is the next step's
@@ -63,7 +64,7 @@ class _Slot:
     @property
     def room(self) -> int:
         """Tokens that the sequence may still have."""
-        return self.job.most_tokens - self.length - len(self.feed)
+        return self.most_tokens - self.length - len(self.feed)
 
 
 class Batch:
@@ -115,7 +116,7 @@ class Batch:
             uniform = np.random.default_rng(job.seed).random((len(job.turns), self.max_reply), np.float32)
         else:
             uniform = np.zeros((len(job.turns), self.max_reply), np.float32)
-        return _Slot(place, job, uniform, feed=list(job.turns[0]))
+        return _Slot(place, job, min(job.most_tokens, self.teacher.context), uniform, feed=list(job.turns[0]))
 
     def _prefill(self, which: list[int], prefilled: Callable[[int], None]) -> None:
         """Compute all but the last of the tokens that these slots are given, those of several in one pass."""

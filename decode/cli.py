@@ -29,7 +29,7 @@ SAMPLES = ROOT / "data" / "prompts-sample.jsonl"
 PromptOption = Annotated[str | None, typer.Option("--prompt", help="One prompt.")]
 PromptsOption = Annotated[
     Path | None,
-    typer.Option("--prompts", metavar="FILE", help="JSON with `prompt` or `messages`, or plain text lines."),
+    typer.Option("--prompts", metavar="FILE", help="JSON with `prompt` or `messages`, or plain lines; - is stdin."),
 ]
 Raw = Annotated[bool, typer.Option("--raw", help="Continue the bare text: no chat template.")]
 TraceOption = Annotated[

@@ -20,6 +20,7 @@ from kernels import UserError
 Message = dict[str, Any]  # role and content; perhaps tool_calls, tool_call_id and name
 
 SURROGATE = re.compile("[\ud800-\udfff]")
+STANDARD_INPUT = "-"  # in place of a file's name
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 LIKE_JSON = re.compile(r"""\s*( \{\s*( ["'}] | \w+\s*: | $ ) | \[\s*( [{"] | $ ) )""", re.VERBOSE)
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -46,24 +47,35 @@ class Prompt:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Prompts from JSON (`prompt` or `messages`, optional `id`, `category`) or plain text lines."""
+    """Prompts from JSON (`prompt` or `messages`, optional `id`, `category`) or plain text lines; `-` is standard
+    input."""
+    return parse_prompts(read_content(path), str(path))
+
+
+def read_content(path: Path) -> bytes:
+    """What a prompts file holds, or standard input."""
     try:
-        data = path.read_bytes()
+        return sys.stdin.buffer.read() if str(path) == STANDARD_INPUT else path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    return parse_prompts(data, str(path))
 
 
 def parse_prompts(data: bytes, name: str) -> list[Prompt]:
-    """The prompts of a file's content. Raises UserError naming the line, and where there is none."""
+    """The prompts of a file's content, or of standard input's. Raises UserError naming the line, and where there is
+    none or where two have one id: what is kept of a reply names its prompt by it."""
+    name = "standard input" if name == STANDARD_INPUT else name
     if b"\n" not in data:
         data = data.replace(b"\r", b"\n")
     is_json = name.lower().endswith(JSON_SUFFIXES)
     entries = read_entries(text_lines(io.BytesIO(data), name), name, is_json=is_json)
-    prompts = [_prompt(entry, f"{name}: {entry.place}") for entry in entries]
+    prompts: dict[str, Prompt] = {}
+    for entry in entries:
+        prompt = _prompt(entry, f"{name}: {entry.place}")
+        if (first := prompts.setdefault(prompt.id, prompt)) is not prompt:
+            raise UserError(f"{prompt.where} has the id {prompt.id!r}, which {first.where.rpartition(': ')[2]} has too")
     if not prompts:
         raise UserError(f"{name}: holds no prompt")
-    return prompts
+    return list(prompts.values())
 
 
 def _prompt(entry: Entry, where: str) -> Prompt:
@@ -73,7 +85,8 @@ def _prompt(entry: Entry, where: str) -> Prompt:
         messages = conversation(entry.value)
         if messages[-1]["role"] not in ANSWERED:
             raise ValueError(f"ends with a turn of the role {messages[-1]['role']}: there is nothing to answer")
-        prompt_id = str(entry.value.get("id", entry.number))
+        given = entry.value.get("id")
+        prompt_id = str(entry.number if given is None else given)
         if SURROGATE.search(prompt_id):
             raise ValueError("has an id with half a surrogate pair, which no UTF-8 text can hold")
         category = entry.value.get("category")
@@ -104,7 +117,7 @@ def gather_prompts(prompt: str | None, file: Path | None, samples: Path) -> list
     if not sys.stdin.isatty():
         data = sys.stdin.buffer.read()
         if data.removeprefix(b"\xef\xbb\xbf").strip():
-            return parse_prompts(data, "standard input")
+            return parse_prompts(data, STANDARD_INPUT)
     return read_prompts(samples)
 
 

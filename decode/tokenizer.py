@@ -16,7 +16,7 @@ from typing import Any
 
 from decode.prompts import Message, Prompt, called_functions, text_of
 from kernels.errors import UserError, first_line
-from kernels.files import json_hash, read_json
+from kernels.files import BOM, begins_with_bom, json_hash, read_json
 
 # Put before a chat template that asks for the time: transformers' own function looks at the clock at each call.
 STRFTIME_NOW = """\
@@ -47,7 +47,7 @@ class Tokenizer:
         logging.set_verbosity_error()  # it warns of prompts beyond the context, which we refuse
         declared = _declared_ends(folder)  # first: mlx-lm reads these files too, without a check
         try:
-            with _without_code(folder) as readable:
+            with _readable(folder) as readable:
                 self._wrapped = load_tokenizer(readable)
         except UserError:
             raise
@@ -266,13 +266,15 @@ def _declared_ends(folder: Path) -> set[int]:
 
 
 @contextmanager
-def _without_code(folder: Path) -> Iterator[Path]:
-    """A tokenizer's folder, or a copy of it while there is code named in it: transformers would ask to run it."""
-    if not asks_for_code(folder / "tokenizer_config.json"):
+def _readable(folder: Path) -> Iterator[Path]:
+    """A tokenizer's folder, or a copy of it while there is code named in it, which transformers would ask to run, or a
+    file that it would not read."""
+    files = [file for file in (*folder.glob("*.json"), *folder.glob("*.jinja")) if file.is_file()]
+    if not asks_for_code(folder / "tokenizer_config.json") and not any(map(begins_with_bom, files)):
         yield folder
         return
     with tempfile.TemporaryDirectory() as name:
-        for file in [*folder.glob("*.json"), *folder.glob("*.jinja")]:
+        for file in files:
             if not file.name.endswith(".index.json"):
                 copy_tokenizer_file(file, Path(name) / file.name)
         yield Path(name)
@@ -326,9 +328,11 @@ def asks_for_code(tokenizer_config: Path) -> bool:
 
 
 def copy_tokenizer_file(source: Path, target: Path) -> None:
-    """Copy one of a tokenizer's files; a tokenizer_config.json without the code it names."""
+    """Copy one of a tokenizer's files, without a byte order mark; a tokenizer_config.json without the code it names."""
     if source.name == "tokenizer_config.json" and asks_for_code(source):
         content = {key: value for key, value in read_json(source).items() if key != "auto_map"}
         target.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    elif begins_with_bom(source):
+        target.write_bytes(source.read_bytes().removeprefix(BOM))
     else:
         shutil.copyfile(source, target)

@@ -97,7 +97,7 @@ class Pipeline:
         training = recipe.train
         config = DraftConfig.for_teacher(self.teacher.folder, training.layers, training.hidden, training.vocab)
         recipe.check_for(self.teacher.config)
-        select(recipe.evaluate)
+        select(recipe.evaluate, recipe.prompts())
         trained = self._trained()
         if "collect" in names:
             self._collected()
@@ -233,7 +233,9 @@ class Pipeline:
         return report is not None and bool(report["identical"])
 
     def _finished(self) -> dict[str, Any] | None:
-        return finished_report(self.recipe.evaluation, fingerprint(self.recipe.evaluate, self.teacher, self._draft))
+        recipe = self.recipe
+        of = fingerprint(recipe.evaluate, recipe.prompts(), self.teacher, self._draft)
+        return finished_report(recipe.evaluation, of)
 
     def _evaluate(self) -> None:
         recipe = self.recipe

@@ -109,7 +109,7 @@ def answered(sources: Sequence[str]) -> float:
 
 def predict(recipe: Recipe, config: dict[str, Any] | None) -> list[Work]:
     """The work of each stage. config: the teacher's config.json, if it is known; UserError for what it cannot do."""
-    prompts = len(select(recipe.evaluate))
+    prompts = len(select(recipe.evaluate, recipe.prompts()))
     if config is None:
         return [
             Work("collect", _collection(recipe), recipe.collect.tokens * MOST_BYTES, None, None),

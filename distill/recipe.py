@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from decode.models.checkpoint import ROOT, RUNS
+from decode.prompts import STANDARD_INPUT, read_content
 from decode.settings import Settings
 from distill.data.settings import CollectSettings
 from distill.release.settings import EvaluateSettings
@@ -63,6 +64,18 @@ class Recipe:
         self.attempt("train", check_vocab)
         self.attempt("collect", lambda: self.collect.check(config))
 
+    def prompts(self) -> bytes:
+        """What the prompts file of its evaluation holds. UserError, naming the line, where it is none: a run that goes
+        on reads it again."""
+        name = self.evaluate.prompts
+
+        def check() -> None:
+            if name == STANDARD_INPUT or not Path(name).is_file():
+                raise UserError(f"--prompts {name}: is no file")
+
+        self.attempt("evaluate", check)
+        return read_content(Path(name))
+
     def attempt(self, section: str, check: Callable[[], object]) -> None:
         """Run a check of a section's options, and say of what it refuses where it stands in the file."""
         try:
@@ -72,7 +85,7 @@ class Recipe:
             if option is None:
                 raise
             key = option[1].replace("-", "_")
-            source = _Source(self.path, self.content.decode("utf-8"))
+            source = _Source(self.path, self.content.decode("utf-8-sig"))
             raise source.error(section, key, key + str(error)[option.end() :]) from None
 
 
@@ -91,7 +104,7 @@ def read_recipe(path: Path) -> Recipe:
     """Read and check a recipe. UserError names the file, the line and the key at fault."""
     try:
         content = path.read_bytes()
-        values = tomllib.loads(content.decode("utf-8"))
+        values = tomllib.loads(content.decode("utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
@@ -100,7 +113,7 @@ def read_recipe(path: Path) -> Recipe:
         raise UserError(f"{path}: is not TOML: {error}") from None
     if not values:
         raise UserError(f"{path}: holds no settings")
-    source = _Source(path, content.decode("utf-8"))
+    source = _Source(path, content.decode("utf-8-sig"))
     top = source.checked("", values)
     parts = {name: source.checked(name, top.get(name, {})) for name in STAGES}
     out = Path(top.get("out", RUNS / path.stem))
@@ -182,6 +195,8 @@ def keys(section: str) -> list[str]:
 
 def _unlike(section: str, key: str, value: Any) -> str | None:
     """What a value must be in words, where it is not that."""
+    if any(isinstance(text, str) and "\0" in text for text in (value if isinstance(value, list) else [value])):
+        return "without null characters"  # no file's name can hold one
     if section and key != "out":
         return next(setting for setting in SETTINGS[section].schema() if setting.key == key).unlike(value)
     if key in STAGES:

@@ -16,7 +16,7 @@ import typer
 from tqdm import tqdm
 
 from kernels.errors import UserError
-from kernels.files import NO_ROOM, replacing
+from kernels.files import NO_ROOM, goes_round, replacing
 
 JsonOption = Annotated[
     str | None,
@@ -45,6 +45,13 @@ def run(app: typer.Typer, name: str) -> None:
     says of other programs that SIGPIPE ended.
     """
     _mend_streams()
+    if sys.getfilesystemencoding() != "utf-8":  # in which MLX and others would look for other files than were named
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    for argument in sys.argv[1:]:
+        if not _is_text(argument):  # which no manifest or report could name, and MLX could not open
+            fail(name, f"{argument}: is not valid UTF-8")
+    if not callable(signal.getsignal(signal.SIGINT)):  # ignored in a script's background; `kill -INT` shall end it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _as_ctrl_c)
     try:
@@ -85,11 +92,19 @@ def run(app: typer.Typer, name: str) -> None:
     raise SystemExit(code)
 
 
+def _is_text(argument: str) -> bool:
+    """Whether an argument is text: Python passes on bytes that are not UTF-8 as halves of surrogate pairs."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _as_ctrl_c(number: int, frame: Any) -> None:
-    """Do what Ctrl-C would do now; a command in a script's background ignores that one, but not the order to end."""
+    """Do what Ctrl-C would do now."""
     handler = signal.getsignal(signal.SIGINT)
-    if not callable(handler):
-        raise KeyboardInterrupt
+    assert callable(handler)
     handler(signal.SIGINT, frame)
 
 
@@ -153,11 +168,14 @@ def check_json_target(target: str | None) -> None:
     if target is None or target == "-":
         return
     path = Path(target)
+    if goes_round(path):
+        raise UserError(f"--json {target}: goes through a link that leads back to itself")
     if path.is_dir():
         raise UserError(f"--json {target}: is a folder")
-    if not path.parent.is_dir():
-        raise UserError(f"--json {target}: the folder {path.parent} does not exist")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    folder = Path(os.path.realpath(path)).parent  # behind a link, as it is written
+    if not folder.is_dir():
+        raise UserError(f"--json {target}: the folder {folder} does not exist")
+    if not os.access(path if path.exists() else folder, os.W_OK):
         raise UserError(f"--json {target}: cannot be written: no permission")
 
 

@@ -17,13 +17,14 @@ from kernels.errors import UserError, first_line
 
 TEMPORARY = ".tmp-"  # what the names of files begin with that have not taken their place yet
 CONFIG = "config.json"  # makes a folder one of a model
+BOM = b"\xef\xbb\xbf"  # a byte order mark: what editors on Windows put before UTF-8
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or a UserError that names it."""
+    """A JSON object from a file, perhaps behind a byte order mark, or a UserError that names it."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: missing") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -31,6 +32,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: is not a JSON object")
     return value
+
+
+def begins_with_bom(path: Path) -> bool:
+    """Whether a byte order mark stands before a file's text: libraries that read it would fail, or take it for text."""
+    with path.open("rb") as file:
+        return file.read(len(BOM)) == BOM
 
 
 def json_hash(content: Any) -> str:
@@ -41,7 +48,7 @@ def json_hash(content: Any) -> str:
 def read_json_lines(path: Path) -> list[Any]:
     """The values of a file that has one a line; a line that a kill cut short is left out."""
     values = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8-sig").splitlines():
         try:
             values.append(json.loads(line))
         except ValueError:
@@ -112,6 +119,24 @@ def append_line(path: Path, value: Any) -> None:
 # Folders
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder where there is none, also where a link leads to. UserError where it cannot be one."""
+    if goes_round(folder):
+        raise UserError(f"{folder}: goes through a link that leads back to itself")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file, not a folder")
+    Path(os.path.realpath(folder)).mkdir(parents=True, exist_ok=True)
+
+
+def goes_round(path: Path) -> bool:
+    """Whether links on the way to a path lead back to themselves."""
+    try:
+        path.stat()
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
+
+
 def lock_folder(folder: Path) -> int:
     """A descriptor that holds the folder's lock until it is closed or the process ends. Raises UserError if another
     process holds it."""
@@ -148,24 +173,33 @@ def working_in(folder: Path, room: float = 0) -> Iterator[None]:
 
 def _begin(folder: Path, room: float) -> int:
     """Make, lock and try a folder; the lock's descriptor."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file, not a folder")
     try:
-        Path(os.path.realpath(folder)).mkdir(parents=True, exist_ok=True)  # a link may lead to one that is not there
+        make_folder(folder)
         lock = lock_folder(folder)
         try:
             tried = folder / f"{TEMPORARY}tried"
             write_atomic(tried, b"whether this can be written")
             tried.unlink()
-            disk = shutil.disk_usage(folder)
-            if disk.free < room and disk.total:  # some file systems do not tell
-                raise UserError(f"no room left in {folder}: {room / 1e9:.2f} GB are needed, {disk.free / 1e9:.2f} free")
+            check_room(folder, room)
         except BaseException:
             os.close(lock)
             raise
     except OSError as error:
         raise UserError(f"{cannot_write(error)} {folder} ({error.strerror})") from error
     return lock
+
+
+def check_room(folder: Path, room: float) -> None:
+    """UserError where there are less than `room` bytes for a folder, be it made or not."""
+    real = Path(os.path.realpath(folder))
+    disk = shutil.disk_usage(next(path for path in (real, *real.parents) if path.exists()))
+    if disk.free < room and disk.total:  # some file systems do not tell
+        raise UserError(f"no room left in {folder}: {room / 1e9:.2f} GB are needed, {disk.free / 1e9:.2f} free")
+
+
+def stored_bytes(folder: Path) -> int:
+    """What the tensors in a folder, if there is one, take of the disk."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
 
 
 def holds_current(folder: Path) -> bool:

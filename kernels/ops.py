@@ -121,8 +121,8 @@ class Spans:
     @cached_property
     def positions(self) -> mx.array:
         """Of each row in its sequence, int32 [rows], evaluated."""
-        ranges = [np.arange(offset, offset + count) for offset, count in zip(self.offsets, self.counts, strict=True)]
-        return _evaluated(np.concatenate([np.zeros(0), *ranges]))
+        offsets, counts, first = self._columns
+        return _evaluated(np.repeat(offsets - first, counts) + np.arange(self.rows))
 
     @cached_property
     def sequences(self) -> mx.array:
@@ -131,14 +131,24 @@ class Spans:
 
     @cached_property
     def groups(self) -> mx.array:
-        """Rows of one sequence, at most SMALL_ROWS, that a kernel takes together, so that keys are read once for them:
-        its sequence, its first row, how many rows, and the first one's position. int32 [groups, 4], evaluated."""
-        groups, first = [], 0
-        for sequence, (offset, count) in enumerate(zip(self.offsets, self.counts, strict=True)):
-            for at in range(0, count, SMALL_ROWS):
-                groups.append((sequence, first + at, min(SMALL_ROWS, count - at), offset + at))
-            first += count
-        return _evaluated(np.array(groups).reshape(-1, 4))
+        """`groups_of` SMALL_ROWS."""
+        return self.groups_of(SMALL_ROWS)
+
+    def groups_of(self, most: int) -> mx.array:
+        """Rows of one sequence, at most so many, that a kernel takes together, so that keys are read once for them: its
+        sequence, its first row, how many rows, and the first one's position. int32 [groups, 4], evaluated."""
+        offsets, counts, first = self._columns
+        groups = -(-counts // most)  # of each sequence
+        sequence = np.repeat(np.arange(len(counts)), groups)
+        at = most * (np.arange(len(sequence)) - np.repeat(np.cumsum(groups) - groups, groups))
+        rows = np.minimum(most, counts[sequence] - at)
+        return _evaluated(np.stack([sequence, first[sequence] + at, rows, offsets[sequence] + at], axis=-1))
+
+    @cached_property
+    def _columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each sequence: its offset, its count and its first row."""
+        offsets, counts = np.array(self.offsets, np.int64), np.array(self.counts, np.int64)
+        return offsets, counts, np.cumsum(counts) - counts
 
 
 def _evaluated(values: np.ndarray) -> mx.array:

@@ -56,6 +56,11 @@ def environment(**variables: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "COLUMNS": "120", **variables}
 
 
+def in_background() -> None:
+    """A `preexec_fn`: what a script starts with `&` ignores Ctrl-C, which is not meant for it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 @pytest.fixture(scope="session")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder commands run in: no drafts or datasets of the checkout's own runs/ can be found."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from decode.models.hub import fetch_by_name
 from decode.models.transformer import Precision, Transformer
 from kernels import UserError, swap_bitlinear
 from kernels.errors import first_line
-from kernels.files import json_hash, read_json
+from kernels.files import CONFIG, json_hash, read_json
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEFAULT_TEACHER = ROOT / "checkpoints" / "bitnet-smol-116m"
@@ -81,7 +83,8 @@ class Checkpoint:
             # What is left for mlx-lm to do is what it does to float layers, as `quantization` says.
             own["model_config"] = self.packed_config() | {"quantization_config": None}
             own["get_model_classes"] = lambda config: formats.model_classes(family)
-        model, config = load_model(self.folder, lazy=True, **own)
+        with _with_plain_config(self.folder) as folder:
+            model, config = load_model(folder, lazy=True, **own)
         return swap_bitlinear(model, formats.PACKED), config
 
     def packed_config(self) -> dict[str, Any]:
@@ -111,6 +114,20 @@ class Checkpoint:
         return tokenizer_hash(self.folder)
 
 
+@contextmanager
+def _with_plain_config(folder: Path) -> Iterator[Path]:
+    """A model's folder, or one of links to its weights while its config.json is other than ASCII, with a byte order
+    mark perhaps: mlx-lm reads it in the encoding of the terminal."""
+    if (folder / CONFIG).read_bytes().isascii():
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as name:
+        for file in folder.glob("model*.safetensors"):
+            (Path(name) / file.name).symlink_to(file.resolve())
+        (Path(name) / CONFIG).write_text(json.dumps(read_json(folder / CONFIG)), encoding="ascii")
+        yield Path(name)
+
+
 def tokenizer_hash(folder: Path) -> str:
     """sha256 of a tokenizer's tokens, merges and special tokens, however its `tokenizer.json` writes them.
 
@@ -137,7 +154,7 @@ def embedded_teacher(option: str) -> Path:
 
 def find_teacher(name: str | None) -> Checkpoint:
     """A BitNet checkpoint by path or Hub name; the embedded one by default."""
-    checkpoint = find_model(name or str(embedded_teacher("--teacher")), "--teacher")
+    checkpoint = find_model(str(embedded_teacher("--teacher")) if name is None else name, "--teacher")
     try:
         formats.Family.of(checkpoint.config)
     except UserError as error:

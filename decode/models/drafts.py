@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,10 +100,10 @@ def drafts_under(runs: Path) -> Iterator[Path]:
 
 def _made_for(draft_json: Path, teacher: Checkpoint | None) -> bool:
     try:
-        draft = json.loads(draft_json.read_text())
-    except (OSError, ValueError):
+        draft = read_json(draft_json)
+    except UserError:
         return False
-    made_for = draft.get("teacher") if isinstance(draft, dict) and draft.get("complete") else None
+    made_for = draft.get("teacher") if draft.get("complete") else None
     return isinstance(made_for, dict) and (teacher is None or made_for.get("hash") == teacher.weights_hash)
 
 
@@ -115,10 +114,10 @@ def _evaluations(runs: Path, drafts: list[Path]) -> Iterator[dict[str, Any]]:
     paths = dict.fromkeys([*runs.glob(f"**/{EVALUATION}"), *(draft / EVALUATION for draft in drafts)])
     for path in paths:
         try:
-            report = json.loads(path.read_text(encoding="utf-8"))
+            report = read_json(path)
             counts = all(report[name] == value for name, value in here.items())
             known = all(isinstance(report["identity"][name], str) for name in ("draft", "teacher"))
             if counts and known and report["without_looping"]["prompts"] and report["without_looping"]["speedup"] > 0:
                 yield report
-        except (OSError, ValueError, LookupError, TypeError):
+        except (UserError, LookupError, TypeError):
             continue  # something else of the user's, or one of an older version

@@ -21,6 +21,7 @@ from decode.models.checkpoint import RUNS, Checkpoint, has_tokenizer
 from decode.models.dimensions import Dimensions
 from decode.models.transformer import Transformer
 from decode.tokenizer import Tokenizer, check_tokenizer
+from distill.data.codec import token_type
 from distill.data.exclusion import Excluded, load_excluded
 from distill.data.manifest import MANIFEST, DatasetSettings, Manifest, Omission, ScoredFrom, folder_name
 from distill.data.packing import MIN_SEGMENT, Row, cut, pack, segment
@@ -34,7 +35,7 @@ from distill.data.shards import Dataset, ShardWriter
 from distill.data.sources import Source, at_commit, describe, parse_source, read_source, shown_name, source_fingerprint
 from distill.provenance import teacher_files
 from kernels import UserError
-from kernels.files import sha256
+from kernels.files import check_room, sha256, stored_bytes
 
 ROWS_PER_SHARD = 64
 
@@ -205,8 +206,9 @@ class Collector:
         self.model: Transformer = plan.teacher.load()
 
     def check_folder(self) -> bool:
-        """Begin or take up the folder, so that one that cannot be used is refused before any work; whether the
-        dataset is there, whole."""
+        """Begin or take up the folder, so that one that cannot be used, or has no room for what is missing, is refused
+        before any work; whether the dataset is there, whole."""
+        check_room(self.plan.folder, self._missing_bytes())
         with ShardWriter.open(self.plan.folder, self.plan.manifest) as writer:
             return writer.manifest.complete
 
@@ -251,6 +253,30 @@ class Collector:
                 writer.note_omissions(omissions)
                 writer.finish()
         return Replies.open(self.plan.replies)
+
+    def _missing_bytes(self) -> float:
+        """What is still to be written, of replies and of shards."""
+        plan, tokens = self.plan, self._tokens()
+        try:
+            if Dataset.open(plan.folder).complete:
+                return 0
+        except UserError:
+            pass  # it is not begun, or what is wrong with it is said when it is
+        size = tokens * (self._bytes_per_token() + token_type(plan.manifest.vocab_size).itemsize)
+        return size - stored_bytes(plan.folder) - stored_bytes(plan.replies)
+
+    def _tokens(self) -> int:
+        """How many the dataset will have: those of its replies, where they are whole, else what was asked for."""
+        try:
+            replies = Replies.open(self.plan.replies)
+        except UserError:
+            return self.settings.tokens
+        return replies.tokens if replies.complete else self.settings.tokens
+
+    def _bytes_per_token(self) -> int:
+        """Of the shards."""
+        settings = self.settings
+        return bytes_per_token(self.plan.manifest.vocab_size, settings.top_k, len(settings.temperatures))
 
     def choose(self) -> list[Chosen]:
         """The first pass: the documents of each source."""
@@ -346,9 +372,8 @@ class Collector:
             weights = [source.weight for source in self.plan.sources or ()]
             share = sum(weight for weight, asks in zip(weights, asked, strict=True) if asks) / sum(weights)
             per_token += (time.perf_counter() - began) / written * share
-        total = settings.tokens if self.plan.sources is not None else Replies.open(self.plan.replies).tokens
-        size = bytes_per_token(self.plan.manifest.vocab_size, settings.top_k, len(settings.temperatures))
-        return Estimate(total, total * size, total * per_token, 1 / per_token)
+        total = self._tokens()
+        return Estimate(total, total * self._bytes_per_token(), total * per_token, 1 / per_token)
 
     def _unanswered(self) -> tuple[Source, ...]:
         """The sources whose prompts may still want replies."""

@@ -19,9 +19,9 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from distill.data.codec import Layout, Tensors
-from distill.data.manifest import FORMAT, MANIFEST, DatasetSettings, Entry, Manifest
+from distill.data.manifest import FORMAT, MANIFEST, SHARD_FILE, DatasetSettings, Entry, Manifest
 from kernels.errors import UserError
-from kernels.files import TEMPORARY, lock_folder, write_atomic
+from kernels.files import TEMPORARY, lock_folder, make_folder, write_atomic
 
 _TEMPORARY = re.compile(rf"{re.escape(TEMPORARY)}(manifest\.json|(shard|reply)-\d+\.safetensors)")
 
@@ -43,7 +43,7 @@ class Writer:
         """
         folder, manifest = Path(folder), Manifest(cls.kind, settings)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             writer = cls(folder, manifest, lock_folder(folder))
             try:
                 writer._begin()
@@ -58,6 +58,9 @@ class Writer:
         """Takes up what the folder holds, and removes what a killed run left half done."""
         path = self.folder / MANIFEST
         names = {path.name for path in self.folder.iterdir()}
+        for name in sorted(names):
+            if (SHARD_FILE.fullmatch(name) or _TEMPORARY.fullmatch(name)) and (self.folder / name).is_dir():
+                raise UserError(f"{self.folder / name}: is a folder, where a file belongs; move it elsewhere")
         if MANIFEST in names:
             self._resume()
         elif foreign := sorted(name for name in names if not _TEMPORARY.fullmatch(name)):

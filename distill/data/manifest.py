@@ -203,22 +203,23 @@ class Manifest:
         """The manifest of a folder that holds `kind`, or either kind if it is None.
 
         Raises UserError if the folder holds no such dataset, or an unfinished one of an older format; DamagedManifest
-        if the manifest is broken.
+        if the manifest is broken, or says nothing of a dataset whose files are beside it.
         """
         path = folder / MANIFEST
         if not folder.is_dir():
             raise UserError(f"{folder}: no such dataset folder")
+        wrong = DamagedManifest if any(SHARD_FILE.fullmatch(file.name) for file in folder.iterdir()) else UserError
         try:
             content = json.loads(path.read_bytes())
-        except (FileNotFoundError, IsADirectoryError):
-            raise UserError(f"{folder}: not a dataset (no {MANIFEST})") from None
+        except FileNotFoundError:
+            raise wrong(f"{path}: missing, so this is not a dataset") from None
         except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+            raise wrong(f"{path}: cannot be read ({error.strerror})") from None
         except (ValueError, RecursionError) as error:
-            raise DamagedManifest(f"{path}: not valid JSON ({error})") from None
+            raise wrong(f"{path}: not valid JSON ({error})") from None
         found = content.get("format") if isinstance(content, dict) else None
         if found not in ("bitdraft shards", "bitdraft replies"):
-            raise UserError(f"{path}: not a manifest of bitdraft's")
+            raise wrong(f"{path}: not a manifest of bitdraft's")
         version = content.get("version")
         if version != FORMAT and (type(version) is not int or version not in OLD_FORMATS):
             raise UserError(f"{path}: format version {version!r}, this is for version {FORMAT}")

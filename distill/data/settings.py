@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from decode.models.checkpoint import ROOT
+from decode.prompts import STANDARD_INPUT
 from decode.settings import Settings, option
 from distill.data.packing import MIN_SEGMENT
 from distill.data.sources import parse_source, shown_name
@@ -98,6 +99,9 @@ class CollectSettings(ScoringSettings, ReplySettings, PromptSettings):
             raise UserError("--source: at least one file, folder or dataset is needed")
         if not self.reply and any(parse_source(source).kind == "self" for source in self.sources):
             raise UserError("--source self: is what the teacher writes, which --no-reply forbids")
+        for flag, names in (("--source", self.sources), ("--exclude", self.exclude)):
+            if STANDARD_INPUT in names:
+                raise UserError(f"{flag} -: standard input is no source; a collection that goes on reads a file again")
 
     def recorded(self, names: tuple[str, ...]) -> dict[str, Any]:
         """These settings as a manifest has them; sources as they were given."""

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from decode.prompts import Entry, read_entries, text_lines
+from decode.prompts import SURROGATE, Entry, read_entries, text_lines
 from distill.data.documents import (
     COLUMN_NAMES,
     COMPANIONS,
@@ -42,6 +42,8 @@ def source_files(path: Path, left_out: LeftOut | None = None) -> list[Path]:
         visible = sorted(
             (name.as_posix(), file) for name, file in inside if not any(part.startswith(".") for part in name.parts)
         )
+        if odd := next((name for name, _ in visible if SURROGATE.search(name)), None):
+            raise UserError(f"{path}: holds a file whose name is not valid UTF-8: {odd}")
         # In a folder a .json describes a dataset more often than it is one; by its own name it is read.
         files = [file for _, file in visible if kind_of(file) not in ("", ".json")]
         if not files:

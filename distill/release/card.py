@@ -73,7 +73,7 @@ class Subject:
             if not isinstance(line, dict):
                 raise UserError(f"{folder / 'log.jsonl'}: is damaged (holds {line!r}, not an object)")
         try:
-            recipe = (folder / RECIPE_FILE).read_text(encoding="utf-8") if (folder / RECIPE_FILE).is_file() else ""
+            recipe = (folder / RECIPE_FILE).read_text(encoding="utf-8-sig") if (folder / RECIPE_FILE).is_file() else ""
         except UnicodeDecodeError as error:
             raise UserError(f"{folder / RECIPE_FILE}: is not valid UTF-8 (byte {error.start})") from error
         evaluation = read_json(folder / EVALUATION) if (folder / EVALUATION).is_file() else {}
@@ -354,7 +354,8 @@ def _origin(subject: Subject) -> str:
         ("bitdraft's commit", _hash(subject.get("made_with", "commit"))),
         *((_cell(name), _cell(version)) for name, version in versions.items()),
     ]
-    text = "`draft.json` holds every setting and the sha256 of each file, `log.jsonl` every step."
+    logged = ", `log.jsonl` every step" if subject.log else ""
+    text = f"`draft.json` holds every setting and the sha256 of each file{logged}."
     return "## Where it comes from\n\n" + _table(("", ""), rows) + "\n\n" + text
 
 

@@ -7,8 +7,9 @@ are kept in a file of lines, so that an evaluation that was stopped goes on; one
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from decode.metrics import VERSION, Metrics, in_words, is_looping
 from decode.models.checkpoint import RUNS, Checkpoint
 from decode.models.drafts import find_draft, is_unfinished, newest_draft
-from decode.prompts import Prompt, read_prompts
+from decode.prompts import Prompt, parse_prompts, read_content
 from decode.session import Completion, Session
 from decode.tokenizer import Tokenizer
 from distill.provenance import config_hashes, teacher_files
@@ -25,7 +26,7 @@ from distill.release.settings import EvaluateSettings
 from kernels import UserError, backend
 from kernels.console import progress, say
 from kernels.device import device_name, versions
-from kernels.files import append_line, read_json_lines, sha256, working_in, write_atomic
+from kernels.files import append_line, read_json, read_json_lines, working_in, write_atomic
 
 REPORT, TABLE, UNFINISHED = "evaluation.json", "evaluation.md", "evaluation-unfinished.jsonl"
 CATEGORY_PLOT, POSITION_PLOT = "evaluation-categories.png", "evaluation-positions.png"
@@ -34,25 +35,24 @@ NO_CATEGORY = "uncategorised"
 Pair = tuple[Completion, Completion]  # of one prompt: speculative, plain
 
 
-def select(settings: EvaluateSettings) -> list[Prompt]:
-    """The prompts of an evaluation, in the file's order."""
-    if not Path(settings.prompts).is_file():
-        raise UserError(f"--prompts {settings.prompts}: is no file, which an evaluation that goes on reads again")
+def select(settings: EvaluateSettings, content: bytes) -> list[Prompt]:
+    """The prompts of an evaluation, in the file's order. content: of the file."""
     selected, counts = [], dict[str, int]()
-    for prompt in read_prompts(Path(settings.prompts)):
+    for prompt in parse_prompts(content, settings.prompts):
         number = counts[category_of(prompt)] = counts.get(category_of(prompt), 0) + 1
         if settings.limit is None or number <= settings.limit:
             selected.append(prompt)
     return selected
 
 
-def fingerprint(settings: EvaluateSettings, teacher: Checkpoint, draft: Checkpoint) -> dict[str, Any]:
-    """What two evaluations have in common that measure the same in the same way; files count by their content."""
+def fingerprint(settings: EvaluateSettings, content: bytes, teacher: Checkpoint, draft: Checkpoint) -> dict[str, Any]:
+    """What two evaluations have in common that measure the same in the same way; files count by their content.
+    content: of the prompts file."""
     hashes = {
         "metrics_version": VERSION,
         "teacher": teacher.weights_hash,
         "draft": draft.weights_hash,
-        "prompts": sha256(Path(settings.prompts)),
+        "prompts": hashlib.sha256(content).hexdigest(),
         "tokenizer": teacher.tokenizer_hash,
         "teacher_files": teacher_files(Tokenizer(teacher.folder)),
         "draft_files": config_hashes(draft.folder),
@@ -77,20 +77,33 @@ def default_folder(draft: Checkpoint) -> Path:
 def finished_report(folder: Path, of: dict[str, Any]) -> dict[str, Any] | None:
     """The report in a folder, if it is a whole one of the evaluation with this fingerprint."""
     try:
-        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        report = read_json(folder / REPORT)
+    except UserError:
         return None
-    whole = isinstance(report, dict) and report.get("complete") is True and _same(report.get("identity"), of)
+    whole = report.get("complete") is True and _same(report.get("identity"), of)
     return report if whole else None
 
 
 def _same(identity: Any, of: dict[str, Any]) -> bool:
-    """Whether a fingerprint is this one. What one of an older version does not know was at its default; the time that a
-    chat template was told may be another."""
-    if not isinstance(identity, dict):
-        return False
-    told = {"template_time": of.get("template_time")}
-    return EvaluateSettings.with_defaults(identity | told) == of | told
+    """Whether a fingerprint is this one."""
+    return isinstance(identity, dict) and not _differences(identity, of)
+
+
+def _differences(identity: dict[str, Any], of: dict[str, Any]) -> list[str]:
+    """What in a fingerprint is other than in this one, by name. What one of an older version does not know was at its
+    default; the time that a chat template was told may be another."""
+    was, now = _flat(EvaluateSettings.with_defaults(identity)), _flat(of)
+    names = sorted((was.keys() | now.keys()) - {"template_time"})
+    return [name for name in names if was.get(name) != now.get(name)]
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """{"k": 3, "teacher_files": {"a": 1}} -> {"k": 3, "a of teacher": 1}"""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        parts = value.items() if isinstance(value, dict) else ()
+        flat |= {f"{key} of {name.removesuffix('_files')}": part for key, part in parts} or {name: value}
+    return flat
 
 
 def _begun_time(path: Path, measured: dict[str, Any]) -> str | None:
@@ -110,8 +123,9 @@ def evaluate(
     there; KeyboardInterrupt where none is.
     """
     settings.check()
-    prompts = select(settings)
-    measured = fingerprint(settings, teacher, draft)
+    content = read_content(Path(settings.prompts))  # once: it may be a pipe
+    prompts = select(settings, content)
+    measured = fingerprint(settings, content, teacher, draft)
     note = say(quiet)
     with working_in(out, room=1e6 + 2e4 * len(prompts)):  # the pictures, and a line and an entry a prompt
         _check_own(out)
@@ -127,7 +141,7 @@ def evaluate(
         measured |= {"template_time": session.tokenizer.template_time}
         encoded = session.encode(prompts)
         here = {"backend": backend().NAME, "device": device_name(), "versions": versions()}
-        unfinished = Unfinished(out / UNFINISHED, {"identity": measured, **here})
+        unfinished = Unfinished(out / UNFINISHED, {"identity": measured, **here}, note)
         done = unfinished.read(prompts, encoded)
         note(f"draft: {draft.folder}{' (its training is not finished)' if is_unfinished(draft) else ''}")
         if done:
@@ -179,7 +193,7 @@ def _check_own(out: Path) -> None:
 def _first_object(path: Path) -> dict[str, Any]:
     """The JSON object that a file is, or that is on its first line; an empty one where there is none."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         value = json.loads(text.partition("\n")[0] if path.suffix == ".jsonl" else text)
     except (OSError, ValueError, RecursionError):
         return {}
@@ -251,34 +265,39 @@ class Unfinished:
     """The prompts that an evaluation has done so far: a first line that says which evaluation on which machine, then
     one line a prompt, with its place in the file and its token ids: what was kept of one is never taken for another."""
 
-    def __init__(self, path: Path, header: dict[str, Any]) -> None:
-        self.path, self.header = path, header
+    def __init__(self, path: Path, header: dict[str, Any], note: Callable[[str], None]) -> None:
+        self.path, self.header, self.note = path, header, note
 
     def read(self, prompts: list[Prompt], encoded: list[list[int]]) -> dict[int, Pair]:
         """What an earlier run of the same evaluation on the same machine has done, by the prompts' places; else a file
-        begun anew. UserError where an older version began it."""
+        begun anew, which is noted with the reason. UserError where an older version began it."""
         lines: list[Any] = read_json_lines(self.path) if self.path.is_file() else []
         if lines and (_version(lines[0]) != VERSION or not all(isinstance(line, dict) for line in lines)):
             raise UserError(f"{self.path}: was begun by another version of bitdraft; delete it to begin anew")
         done: dict[int, Pair] = {}
-        if (
-            lines
-            and _same(lines[0]["identity"], self.header["identity"])
-            and lines[0] | {"identity": self.header["identity"]} == self.header
-        ):
-            for line in lines[1:]:
-                try:
-                    index, ids = line["prompt"], line["prompt_ids"]
-                    if encoded[index] == ids:
-                        done[index] = (
-                            _completion(line["speculative"], prompts[index], ids),
-                            _completion(line["plain"], prompts[index], ids),
-                        )
-                except (LookupError, TypeError, ValueError):
-                    continue  # it is answered anew
+        kept = lines[1:]
+        others = self._others(lines[0]) if lines else []
+        for line in [] if others else kept:
+            try:
+                index, ids = line["prompt"], line["prompt_ids"]
+                if encoded[index] == ids:
+                    done[index] = (
+                        _completion(line["speculative"], prompts[index], ids),
+                        _completion(line["plain"], prompts[index], ids),
+                    )
+            except (LookupError, TypeError, ValueError):
+                continue  # it is answered anew
+        if len(done) < len(kept):
+            why = f"was begun with another {', '.join(others)}" if others else "is damaged"
+            self.note(f"{self.path}: {why}: {len(kept) - len(done)} of its {len(kept)} prompts are done again")
         whole = "".join(json.dumps(line) + "\n" for line in [self.header, *(_line(*one) for one in done.items())])
         write_atomic(self.path, whole.encode())  # without a last line that a kill cut short
         return done
+
+    def _others(self, header: dict[str, Any]) -> list[str]:
+        """The names of what was other when the file was begun, as its first line says."""
+        begun, now = (one | one["identity"] | {"identity": None} for one in (header, self.header))
+        return _differences(begun, now)
 
     def add(self, index: int, pair: Pair) -> None:
         append_line(self.path, _line(index, pair))

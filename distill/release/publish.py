@@ -25,9 +25,9 @@ from kernels.errors import first_line
 from kernels.files import read_json, sha256
 
 DRAFT = "draft.json"
-LICENCE = "LICENSE"
+LICENCE, LOG = "LICENSE", "log.jsonl"
 REQUIRED = ("config.json", DRAFT, WEIGHTS, *TOKENIZER_FILES)
-FILES = (*REQUIRED, *OPTIONAL_FILES, EVALUATION, RECIPE_FILE, "log.jsonl", CURVES, LICENCE)
+FILES = (*REQUIRED, *OPTIONAL_FILES, EVALUATION, RECIPE_FILE, LOG, CURVES, LICENCE)
 # What makes a model of a repository, by suffix: of other formats too, for a card of ours would replace that model's.
 MODEL_FILES = (".json", ".safetensors", ".jinja", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".h5", ".npz")
 
@@ -109,6 +109,8 @@ def prepare(
     if text is not None:
         files[text.name] = text
     _check_links(folder, files, about)
+    if LOG in files:
+        _check_log(files[LOG], subject)
     subject = replace(subject, licence=terms, base_model=of_teacher)
     try:
         card = model_card(subject)
@@ -136,6 +138,14 @@ def _check_links(folder: Path, files: dict[str, Path], about: Metadata) -> None:
     for name in sorted(files.keys() - about.get("files", {}).keys() - {DRAFT}):  # draft.json was read, and is one
         if not files[name].resolve().is_relative_to(folder.resolve()):
             raise UserError(f"{files[name]}: is a link out of its folder; put a copy there, or delete it")
+
+
+def _check_log(path: Path, subject: Subject) -> None:
+    """The log beside a draft reaches the last step of its training: it was not cut short, and is not another's."""
+    last = max((line["step"] for line in subject.log if type(line.get("step")) is int), default=0)
+    steps = subject.get("training", "steps")
+    if isinstance(steps, int) and last != steps:
+        raise UserError(f"{path}: ends at step {last}, the training of {DRAFT} at {steps}; put it back, or delete it")
 
 
 def _check_recipe(folder: Path, about: Metadata) -> None:

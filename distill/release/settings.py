@@ -17,7 +17,8 @@ class EvaluateSettings(GreedySettings, DraftingSettings):
 
     prompts: str = option(
         str(PROMPTS),
-        "JSON with `prompt` or `messages`, and `category`, or plain text lines. Default: the held-out data/eval.jsonl.",
+        "JSON with `prompt` or `messages`, and `category`, or plain text lines; - is stdin. Default: the held-out"
+        " data/eval.jsonl.",
         metavar="FILE",
         show_default=False,
     )

@@ -42,13 +42,13 @@ from distill.training.memory import check_memory, disk_bytes, is_narrow
 from distill.training.optimizer import learning_rate
 from distill.training.plots import training_curves
 from distill.training.settings import TrainSettings
-from distill.training.state import STATE, State, difference, discard, stored_bytes
+from distill.training.state import STATE, State, difference, discard
 from distill.training.step import Step, TrimmedHead, measure
 from distill.training.vocabulary import DraftVocabulary, select_draft_vocabulary
 from kernels.backends import use_fast_blas
 from kernels.console import say
 from kernels.errors import UserError
-from kernels.files import append_line, cannot_write, read_json, read_json_lines, sha256, working_in
+from kernels.files import append_line, cannot_write, read_json, read_json_lines, sha256, stored_bytes, working_in
 
 DRAW_SECONDS = 20.0  # a picture takes part of a second
 READ_EVERY = 20  # most steps that run before the host looks at their losses

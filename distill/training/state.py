@@ -133,11 +133,6 @@ def discard(folder: Path) -> None:
             folder.rmdir()
 
 
-def stored_bytes(folder: Path) -> int:
-    """What the state in a folder, if there is one, takes of the disk."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
-
-
 def _remove(folder: Path, but: Collection[str] = ()) -> None:
     """Delete the files of a state, which may lie elsewhere behind a link; nothing else that is there."""
     for path in sorted(folder.iterdir(), key=lambda path: path.name == RUN):  # run.json says whose they are: last

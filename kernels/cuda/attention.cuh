@@ -1,8 +1,11 @@
-// Attention of a few rows over the KV cache, in chunks of 32 keys that are combined in order.
+// Attention over the KV cache, in chunks of 32 keys that are combined in order.
 //
 // A query's chunk holds its largest score, the sum of its exponentials and its weighted values; keys
 // behind a query's own position count as exact zeros, and chunks behind it are left out. So a row's
 // bits depend on its position only, never on how many rows or keys stand beside it.
+//
+// attend_few.cu and attend_many.cu share the order of everything: a score is one chain over its dimensions, a chunk's sum
+// the tree of `sum_lanes` over its keys, its values a chain over its keys, and chunks are folded in one by one (`Fold`).
 #pragma once
 
 #include "rows.cuh"
@@ -96,22 +99,45 @@ __device__ void attend_chunk(const float* queries, const float* keys, const floa
   }
 }
 
-// One value of a query from its chunks: parts of all chunks are `stride` floats apart.
-template <int DIM>
-__device__ float combine_chunks(const float* parts, int64_t stride, int chunks, int d) {
-  float top = minus_infinity();
-  for (int c = 0; c < chunks; c++) {
-    top = fmaxf(top, parts[c * stride + DIM]);
+// What is known of a query behind its first chunks: the largest score, and sums that are relative to it.
+struct Fold {
+  float top, sum;
+
+  static __device__ Fold none() { return {minus_infinity(), 0}; }
+
+  // Takes in the next chunk's; returns what the values so far and the chunk's are to be multiplied by.
+  __device__ float2 take(float chunk_top, float chunk_sum) {
+    const float higher = fmaxf(top, chunk_top);
+    const float2 factors = make_float2(expf(__fsub_rn(top, higher)), expf(__fsub_rn(chunk_top, higher)));
+    top = higher;
+    sum = __fmaf_rn(chunk_sum, factors.y, __fmul_rn(sum, factors.x));
+    return factors;
   }
-  float value = 0, sum = 0;
-#pragma unroll 4
-  for (int c = 0; c < chunks; c++) {
-    const float* part = parts + c * stride;
-    const float factor = expf(part[DIM] - top);
-    value = __fmaf_rn(part[d], factor, value);
-    sum = __fmaf_rn(part[DIM + 1], factor, sum);
+};
+
+__device__ inline float folded(float value, float chunk_value, float2 factors) {
+  return __fmaf_rn(chunk_value, factors.y, __fmul_rn(value, factors.x));
+}
+
+// N consecutive floats, aligned to as many, at most four.
+template <int N>
+__device__ inline void load_floats(const float* from, float (&to)[N]) {
+  if constexpr (N % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+      const float4 v = *reinterpret_cast<const float4*>(from + i);
+      to[i] = v.x;
+      to[i + 1] = v.y;
+      to[i + 2] = v.z;
+      to[i + 3] = v.w;
+    }
+  } else if constexpr (N == 2) {
+    const float2 v = *reinterpret_cast<const float2*>(from);
+    to[0] = v.x;
+    to[1] = v.y;
+  } else {
+    to[0] = from[0];
   }
-  return __fdiv_rn(value, sum);
 }
 
 }  // namespace bitdraft

@@ -1,10 +1,15 @@
-// The chunks of every query, combined in order: parts of the rows first, first + 1, .. -> out [m][HEADS * DIM]. One
-// block a row and head. positions: of all rows; sizes: m, first and the number of chunks.
-// Constants: HEADS, KV_HEADS, DIM.
-constexpr int GROUP = HEADS / KV_HEADS, width = DIM + 2;
-const int row = blockIdx.x, head = blockIdx.y;
-const int64_t line = static_cast<int64_t>(sizes[0]) * GROUP * width;
-const float* first =
-    parts + head / GROUP * sizes[2] * line + (static_cast<int64_t>(row) * GROUP + head % GROUP) * width;
-out[(static_cast<int64_t>(row) * HEADS + head) * DIM + threadIdx.x] =
-    combine_chunks<DIM>(first, line, positions[sizes[1] + row] / kChunk + 1, threadIdx.x);
+// The chunks of every query, folded in order: parts [chunks][rows * HEADS][DIM + 2] -> out [rows][HEADS * DIM]. One block a
+// row and head. positions: of the rows; sizes: rows. Constants: HEADS, DIM.
+constexpr int width = DIM + 2;
+const int64_t query = static_cast<int64_t>(blockIdx.x) * HEADS + blockIdx.y, stride = static_cast<int64_t>(sizes[0]) * HEADS * width;
+const int chunks = positions[blockIdx.x] / kChunk + 1, d = threadIdx.x;
+const float* part = parts + query * width;
+Fold fold = Fold::none();
+float value = 0;
+#pragma unroll 4
+for (int chunk = 0; chunk < chunks; chunk++) {
+  const float* now = part + chunk * stride;
+  const float2 factors = fold.take(now[DIM], now[DIM + 1]);
+  value = folded(value, now[d], factors);
+}
+out[query * DIM + d] = __fdiv_rn(value, fold.sum);

@@ -270,7 +270,7 @@ class CudaFusedStep:
             },
             shared_memory=self.shared_memory(m),
             prelude=prelude,
-            alone=True,
+            residents=1,
         )
 
 

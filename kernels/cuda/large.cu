@@ -1,80 +1,112 @@
-// The product of many int8 rows with a ternary or int8 matrix: a block of four warps takes 64 rows and 128
-// outputs, a warp 32 of these, and every weight in registers serves 64 rows. sizes: outputs, spans, rows.
-// Constants: KIND, RESIDUAL.
-constexpr int row_tile = 64, groups = row_tile / 8, mine = 2, line = kSpan + 16;  // bytes, spread over banks
-__shared__ __align__(16) int8_t tile[row_tile * line];
-__shared__ int sums[row_tile];
+// The product of many int8 rows with a ternary or int8 matrix. A block takes 8 * GROUPS * WARPS_M rows and
+// 16 * TILES * WARPS_N outputs (with a gate, half of them gates, the others their partners, which the same lanes have),
+// and has STAGES spans of both in its dynamic shared memory, all but one of them on their way.
+// s: the rows' factors, then the sums of their int8, [2][m]. sizes: outputs, spans, rows.
+// Constants: KIND, GATE (0, 1 relu2, 2 silu), RESIDUAL, GROUPS, TILES, WARPS_M, WARPS_N, STAGES.
+constexpr int row_tile = 8 * GROUPS * WARPS_M, block_tiles = TILES * WARPS_N, threads = 32 * WARPS_M * WARPS_N;
+constexpr int line = kSpan + 16;  // bytes: sixteen more spread rows over the banks
+constexpr int rows_bytes = row_tile * line, stage_bytes = rows_bytes + block_tiles * kPieceBytes<KIND>;
+constexpr int own = GATE ? TILES / 2 : TILES;  // a warp's tiles of the result
+extern __shared__ __align__(128) uint8_t work[];
 const int outputs = sizes[0], spans = sizes[1], m = sizes[2], first_row = blockIdx.y * row_tile;
+const int width = GATE ? outputs / 2 : outputs, tiles = (width + kTile - 1) / kTile;
 const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, team = lane / 4, part = lane % 4;
-const int tiles = (outputs + kTile - 1) / kTile, first_tile = (blockIdx.x * 4 + warp) * mine;
+const int warp_m = warp / WARPS_N, warp_n = warp % WARPS_N, first_tile = blockIdx.x * own * WARPS_N;
 const uint8_t* codes = reinterpret_cast<const uint8_t*>(weight);
-int acc[mine][groups][4] = {};
-int sum = 0;  // of half a row: thread t sums half t % 2 of row t / 2
 
+const auto fetch = [&](int span) {
+  if (span < spans) {
+    uint8_t* to = work + span % STAGES * stage_bytes;
+#pragma unroll
+    for (int i = threadIdx.x; i < row_tile * kSpan / 16; i += threads) {
+      const int row = first_row + i / (kSpan / 16), column = i % (kSpan / 16) * 16;
+      copy_ahead(to + i / (kSpan / 16) * line + column,
+                 xq + (static_cast<int64_t>(row < m ? row : m - 1) * spans + span) * kSpan + column);
+    }
+#pragma unroll
+    for (int i = threadIdx.x; i < block_tiles * kPieceBytes<KIND> / 16; i += threads) {
+      constexpr int each = kPieceBytes<KIND> / 16;
+      const int t = i / each % TILES, tile = first_tile + i / each / TILES * own + t % own;
+      const int64_t at = (tile < tiles ? tile : tiles - 1) + (t < own ? 0 : tiles);
+      copy_ahead(to + rows_bytes + 16 * i, codes + (at * spans + span) * kPieceBytes<KIND> + i % each * 16);
+    }
+  }
+  close_copies();
+};
+
+int acc[TILES][GROUPS][4] = {};
+#pragma unroll 1
+for (int span = 0; span < STAGES - 1; span++) {
+  fetch(span);
+}
+#pragma unroll 1
 for (int span = 0; span < spans; span++) {
-  Piece<KIND> pieces[mine];
+  await_copies<STAGES - 2>();
+  __syncthreads();  // this span is here, and the one before has been read
+  fetch(span + STAGES - 1);
+  const uint8_t* stage = work + span % STAGES * stage_bytes;
+  const uint8_t* rows = stage + (8 * GROUPS * warp_m + team) * line + 32 * part;
+  const uint8_t* pieces = stage + rows_bytes + warp_n * TILES * kPieceBytes<KIND> + 16 * lane;
 #pragma unroll
-  for (int t = 0; t < mine; t++) {
-    const int which = first_tile + t < tiles ? first_tile + t : tiles - 1;
-    pieces[t].load(codes + (static_cast<int64_t>(which) * spans + span) * kPieceBytes<KIND> + 16 * lane);
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < row_tile * kSpan / 16; i += 128) {
-    const int row = i / (kSpan / 16), column = i % (kSpan / 16) * 16;
-    int4 v = make_int4(0, 0, 0, 0);
-    if (first_row + row < m) {
-      v = *reinterpret_cast<const int4*>(xq + (static_cast<int64_t>(first_row + row) * spans + span) * kSpan + column);
+  for (int half = 0; half < 2; half++) {
+    unsigned a[TILES][2][4];
+#pragma unroll
+    for (int t = 0; t < TILES; t++) {
+#pragma unroll
+      for (int s = 0; s < 2; s++) {
+        const int step = 2 * half + s;
+        const uint4 v = *reinterpret_cast<const uint4*>(pieces + t * kPieceBytes<KIND> + (KIND == kTernary ? 0 : 512 * step));
+        const unsigned words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          a[t][s][i] = KIND == kTernary ? words[i] >> (2 * step) & 0x03030303u : words[i];
+        }
+      }
     }
-    *reinterpret_cast<int4*>(tile + row * line + column) = v;
-  }
-  __syncthreads();
-  if constexpr (KIND == kTernary) {
-    const int* half = reinterpret_cast<const int*>(tile + threadIdx.x / 2 * line + threadIdx.x % 2 * (kSpan / 2));
-    for (int i = 0; i < kSpan / 8; i++) {
-      sum = __dp4a(0x01010101, half[i], sum);
-    }
-  }
 #pragma unroll
-  for (int g = 0; g < groups; g++) {
-    RowPiece rows;
-    rows.load(tile + (8 * g + team) * line + 32 * part);
+    for (int g = 0; g < GROUPS; g += 2) {
+      uint4 v[2];
+      v[0] = *reinterpret_cast<const uint4*>(rows + 8 * g * line + 16 * half);
+      v[1] = *reinterpret_cast<const uint4*>(rows + 8 * (g + 1) * line + 16 * half);
 #pragma unroll
-    for (int t = 0; t < mine; t++) {
+      for (int s = 0; s < 2; s++) {
 #pragma unroll
-      for (int step = 0; step < kSteps; step++) {
-        unsigned a[4];
-        pieces[t].operands(step, a);
-        if constexpr (KIND == kTernary) {
+        for (int u = 0; u < 2; u++) {
 #pragma unroll
-          for (int i = 0; i < 4; i++) {
-            a[i] >>= 2 * step;
+          for (int t = 0; t < TILES; t++) {
+            multiply(acc[t][g + u], a[t][s], s ? v[u].z : v[u].x, s ? v[u].w : v[u].y);
           }
         }
-        multiply(acc[t][g], a, rows.operand(step, 0), rows.operand(step, 1));
       }
     }
   }
 }
-sum += __shfl_xor_sync(kAllLanes, sum, 1);
-if (threadIdx.x % 2 == 0) {
-  sums[threadIdx.x / 2] = sum;
-}
-__syncthreads();
+
 #pragma unroll
-for (int t = 0; t < mine; t++) {
+for (int g = 0; g < GROUPS; g++) {
 #pragma unroll
-  for (int g = 0; g < groups; g++) {
+  for (int r = 0; r < 2; r++) {
+    const int row = first_row + 8 * (GROUPS * warp_m + g) + 2 * part + r;
+    if (row < m) {
+      const float factor = s[row];
+      const int sum = KIND == kTernary ? __float2int_rn(s[m + row]) : 0;  // codes are weights plus one
 #pragma unroll
-    for (int c = 0; c < 4; c++) {
-      const int local = 8 * g + 2 * part + c % 2, row = first_row + local;
-      const int output = (first_tile + t) * kTile + team + c / 2 * 8;
-      if (row < m && output < outputs) {
-        float y = scaled(acc[t][g][c] - sums[local], scale[output], s[row]);
-        const int64_t at = static_cast<int64_t>(row) * outputs + output;
-        if constexpr (RESIDUAL) {
-          y = __fadd_rn(y, residual[at]);
+      for (int t = 0; t < own; t++) {
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+          const int output = (first_tile + warp_n * own + t) * kTile + team + 8 * c;
+          if (output < width) {
+            float y = scaled(acc[t][g][2 * c + r] - sum, scale[output], factor);
+            if constexpr (GATE != 0) {
+              y = gated<GATE == 1>(y, scaled(acc[t + own][g][2 * c + r] - sum, scale[width + output], factor));
+            }
+            const int64_t at = static_cast<int64_t>(row) * width + output;
+            if constexpr (RESIDUAL) {
+              y = __fadd_rn(y, residual[at]);
+            }
+            out[at] = y;
+          }
         }
-        out[at] = y;
       }
     }
   }

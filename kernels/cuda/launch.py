@@ -11,7 +11,7 @@ import hashlib
 import re
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from kernels.errors import UserError
 from kernels.files import replacing
 
 FOLDER = Path(__file__).parent
-HEADERS = ("ptx.cuh", "rows.cuh", "products.cuh", "attention.cuh", "exchange.cuh", "fused_step.cuh")
+HEADERS = ("ptx.cuh", "rows.cuh", "products.cuh", "attention.cuh", "choices.cuh", "exchange.cuh", "fused_step.cuh")
 TYPES = {  # ptx.cuh defines those that are no words of CUDA C++
     mx.float32: "float",
     mx.bfloat16: "bfloat16",
@@ -37,6 +37,8 @@ Constant = int | bool | mx.Dtype
 ConstantItems = tuple[tuple[str, Constant], ...]
 Constants = dict[str, Constant]  # what a body uses by name
 Parameters = tuple[tuple[str, mx.Dtype], ...]
+Outputs = dict[str, tuple[tuple[int, ...], mx.Dtype]]  # shapes and dtypes by name
+Bounds = tuple[int, int]  # threads a block, and blocks that a multiprocessor's registers are shared by
 
 
 @cache
@@ -52,10 +54,10 @@ def kernel(
     outputs: Parameters,
     constants: ConstantItems,
     prelude: str,
-    bound: int,
+    bounds: Bounds | None,
 ) -> tuple[str, bytes]:
     """The symbol and the machine code of the kernel that `kernel_text` writes."""
-    symbol, whole = kernel_text(name, inputs, outputs, constants, prelude, bound)
+    symbol, whole = kernel_text(name, inputs, outputs, constants, prelude, bounds)
     return symbol, machine_code(symbol, whole)
 
 
@@ -65,18 +67,19 @@ def kernel_text(
     outputs: Parameters,
     constants: ConstantItems,
     prelude: str,
-    bound: int,
+    bounds: Bounds | None,
 ) -> tuple[str, str]:
     """The symbol and the text of the kernel whose body is NAME.cu, behind `prelude`.
 
-    bound: threads a block, alone on its multiprocessor; 0: any. The symbol names all that the machine code depends on.
+    The symbol names all that the machine code depends on.
     """
     parameters = [f"const {TYPES[dtype]}* {key}" for key, dtype in inputs]
     parameters += [f"{TYPES[dtype]}* {key}" for key, dtype in outputs]
     lines = [_constant(key, value) for key, value in constants]
 
     def whole(symbol: str) -> str:
-        head = f"{f'__launch_bounds__({bound}, 1) ' if bound else ''}{symbol}({', '.join(parameters)})"
+        bound = f"__launch_bounds__({bounds[0]}, {bounds[1]}) " if bounds else ""
+        head = f"{bound}{symbol}({', '.join(parameters)})"
         body = [f'extern "C" __global__ void {head} {{', *lines, prelude, text(f"{name}.cu"), "}"]
         return "\n".join([*map(text, HEADERS), "namespace bitdraft {", *body, "}\n"])
 
@@ -122,9 +125,14 @@ class Launch:
     shared_memory: int
     dtypes: tuple[mx.Dtype, ...]  # of the outputs
 
-    def __call__(self, inputs: Sequence[mx.array], shapes: Sequence[tuple[int, ...]]) -> list[mx.array]:
-        """The outputs, of these shapes, for inputs of the dtypes that it was prepared for."""
-        x, y, z = self.blocks
+    def __call__(
+        self,
+        inputs: Sequence[mx.array],
+        shapes: Sequence[tuple[int, ...]],
+        blocks: tuple[int, int, int] | None = None,
+    ) -> list[mx.array]:
+        """The outputs, of these shapes, for inputs of the dtypes that it was prepared for; blocks: of another grid."""
+        x, y, z = blocks or self.blocks
         result: list[mx.array] = mx.fast.precompiled_cuda_kernel(
             name=self.symbol,
             compiled_source=self.code,
@@ -150,27 +158,41 @@ def prepare(
     *,
     shared_memory: int = 0,
     prelude: str = "",
-    alone: bool = False,
+    residents: int = 0,
 ) -> Launch:
-    """NAME.cu on a grid of `blocks`. alone: a block may have a multiprocessor's registers to itself.
+    """NAME.cu on a grid of `blocks`. residents: how many of them a multiprocessor's registers are shared by; 0: any.
 
     constants: what the body uses by name.
     """
-    symbol, code = kernel(name, inputs, outputs, tuple(constants.items()), prelude, threads if alone else 0)
+    bounds = (threads, residents) if residents else None
+    symbol, code = kernel(name, inputs, outputs, tuple(constants.items()), prelude, bounds)
     return Launch(symbol, code, blocks, threads, shared_memory, tuple(dtype for _, dtype in outputs))
+
+
+_prepared: dict[tuple[object, ...], Launch] = {}
 
 
 def launch(
     name: str,
     inputs: dict[str, mx.array],
-    outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]],
+    outputs: Outputs,
     blocks: tuple[int, int, int],
     threads: int,
     constants: Constants,
     *,
     shared_memory: int = 0,
+    residents: int = 0,
 ) -> list[mx.array]:
-    """Run NAME.cu once, as `prepare` has it; returns its outputs in order."""
+    """Run NAME.cu once, as `prepare` has it; returns its outputs in order.
+
+    A generation step launches hundreds of kernels, so what they are is looked up by as little as tells them apart:
+    names and types of inputs and outputs follow from NAME, its constants and the types of the arrays.
+    """
+    arrays = list(inputs.values())
+    shapes = [shape for shape, _ in outputs.values()]
+    key = (name, threads, shared_memory, *constants.values(), *[array.dtype for array in arrays])
+    if key in _prepared:
+        return _prepared[key](arrays, shapes, blocks)
     prepared = prepare(
         name,
         tuple((key, array.dtype) for key, array in inputs.items()),
@@ -179,10 +201,16 @@ def launch(
         threads,
         constants,
         shared_memory=shared_memory,
+        residents=residents,
     )
-    return prepared(list(inputs.values()), [shape for shape, _ in outputs.values()])
+    results = prepared(arrays, shapes)
+    # MLX copies the machine code at every launch, and looks into it at a symbol's first only.
+    mx.eval(results)
+    _prepared[key] = replace(prepared, code=b"")
+    return results
 
 
+@cache
 def float_bits(value: float) -> int:
     """A float32's bits as the int that a constant can be."""
     bits: int = struct.unpack("<i", struct.pack("<f", value))[0]

@@ -7,6 +7,7 @@ using uint8_t = unsigned char;
 using int32_t = int;
 using uint32_t = unsigned;
 using int64_t = long long;
+using uint64_t = unsigned long long;
 
 namespace bitdraft {
 

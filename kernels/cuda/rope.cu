@@ -1,11 +1,14 @@
-// qkv [m][QKV] -> rotated and scaled queries [m][Q], rotated keys and plain values [m][KV_HEADS * DIM].
-// One block a row. positions: of each row. Constants: HEADS, KV_HEADS, DIM, SCALE (bits), THREADS.
+// qkv [m][QKV] -> rotated and scaled queries [m][Q]; rotated keys and plain values go to where they stand, in place.
+// One block a row. sequences, positions: of each row; keys, values: position p of a head of a sequence is DIM floats at
+// DIM * (p * sizes[0] + head * sizes[1] + sequence * sizes[2]). after: what must have been done before.
+// Constants: HEADS, KV_HEADS, DIM, SCALE (bits), THREADS.
 constexpr int half = DIM / 2, width = (HEADS + 2 * KV_HEADS) * DIM;
 __shared__ float2 turns[half];
 const int64_t row = blockIdx.x;
 rope_table<1, DIM, THREADS>(frequency, positions[row], turns);
 __syncthreads();
 const float* from = qkv + row * width;
+const int64_t base = static_cast<int64_t>(positions[row]) * sizes[0] + static_cast<int64_t>(sequences[row]) * sizes[2];
 for (int i = threadIdx.x; i < (HEADS + KV_HEADS) * half; i += THREADS) {
   const int head = i / half, d = i % half;
   const float2 y = rotated(from[head * DIM + d], from[head * DIM + d + half], turns[d]);
@@ -14,11 +17,12 @@ for (int i = threadIdx.x; i < (HEADS + KV_HEADS) * half; i += THREADS) {
     to[d] = __fmul_rn(y.x, __int_as_float(SCALE));
     to[d + half] = __fmul_rn(y.y, __int_as_float(SCALE));
   } else {
-    float* to = keys + (row * KV_HEADS + head - HEADS) * DIM;
+    float* to = const_cast<float*>(keys) + (base + static_cast<int64_t>(head - HEADS) * sizes[1]) * DIM;
     to[d] = y.x;
     to[d + half] = y.y;
   }
 }
 for (int i = threadIdx.x; i < KV_HEADS * DIM; i += THREADS) {
-  values[row * KV_HEADS * DIM + i] = from[(HEADS + KV_HEADS) * DIM + i];
+  float* to = const_cast<float*>(values) + (base + static_cast<int64_t>(i / DIM) * sizes[1]) * DIM;
+  to[i % DIM] = from[(HEADS + KV_HEADS) * DIM + i];
 }

@@ -18,6 +18,22 @@ __device__ inline float sum_lanes(float x) {
   return x;
 }
 
+// The bits of `sum_lanes` of 32 or more values at once: each level of its tree halves what a lane has, which keeps the
+// upper half, or with the level's bit in its number the lower one, and gives its partner the other. The first
+// COUNT / 32 of lane i are in the end the sums of values COUNT / 32 * i and those behind it.
+template <int LEVEL, int COUNT, int ALL>
+__device__ inline void sum_lanes_apart(float (&x)[ALL]) {
+  const bool lower = threadIdx.x & LEVEL;
+#pragma unroll
+  for (int i = 0; i < COUNT / 2; i++) {
+    const float theirs = __shfl_xor_sync(kAllLanes, lower ? x[i] : x[COUNT / 2 + i], LEVEL);
+    x[i] = __fadd_rn(lower ? x[COUNT / 2 + i] : x[i], theirs);
+  }
+  if constexpr (LEVEL > 1) {
+    sum_lanes_apart<LEVEL / 2, COUNT / 2>(x);
+  }
+}
+
 __device__ inline float max_lanes(float x) {
   for (int lane = 16; lane > 0; lane /= 2) {
     x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, lane));
@@ -41,10 +57,10 @@ __device__ inline float inverse_rms(float squares, int k, float eps, bool normed
 
 // Norm and int8 of a row by a whole block of THREADS.
 // x: k floats, k a multiple of 4; norm: k floats or null; q: int8, filled with zeros up to `padded`; s: the row's
-// factor. scratch: 64 floats of shared memory.
+// factor; sum: that of its int8, which float32 holds exactly. scratch: 96 floats of shared memory.
 template <int THREADS>
 __device__ void quantise_row(const float* x, int k, const float* norm, float eps, int8_t* q, int padded, float* s,
-                             float* scratch) {
+                             float* sum, float* scratch) {
   constexpr int warps = THREADS / 32;
   const int warp = threadIdx.x / 32;
   float square = 0, top = 0;
@@ -72,14 +88,27 @@ __device__ void quantise_row(const float* x, int k, const float* norm, float eps
   const float r = inverse_rms(total, k, eps, norm != nullptr);
   const float scale = __fdiv_rn(127.0f, fmaxf(__fmul_rn(most, r), kSmallest));
   const float factor = __fmul_rn(r, scale);  // of x * norm to int8
-  if (threadIdx.x == 0) {
-    *s = scale;
-  }
+  int mine = 0;
   for (int i = 4 * threadIdx.x; i < padded; i += 4 * THREADS) {
     const bool inside = i < k;
     const float4 v = inside ? *reinterpret_cast<const float4*>(x + i) : make_float4(0, 0, 0, 0);
     const float4 w = inside && norm ? __ldg(reinterpret_cast<const float4*>(norm + i)) : make_float4(1, 1, 1, 1);
-    *reinterpret_cast<unsigned*>(q + i) = rounded(v, w, factor);
+    const unsigned word = rounded(v, w, factor);
+    *reinterpret_cast<unsigned*>(q + i) = word;
+    mine = __dp4a(0x01010101, static_cast<int>(word), mine);
+  }
+  const float all = sum_lanes(__int2float_rn(mine));  // whole numbers: exact in any order
+  if (threadIdx.x % 32 == 0) {
+    scratch[64 + warp] = all;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    float total_of_int8 = 0;
+    for (int w = 0; w < warps; w++) {
+      total_of_int8 = __fadd_rn(total_of_int8, scratch[64 + w]);
+    }
+    *s = scale;
+    *sum = total_of_int8;
   }
 }
 

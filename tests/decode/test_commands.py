@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import TEACHER, Command, arguments, changed_copy, environment
+from conftest import TEACHER, Command, arguments, changed_copy, environment, in_background
 
 PLAIN_KEYS = {
     "teacher", "draft", "k", "prompts", "tokens", "rounds", "drafted", "accepted", "acceptance_rate",
@@ -85,6 +85,18 @@ def test_a_terminal_without_unicode(command: Command) -> None:
 
 
 @pytest.mark.slow
+def test_a_locale_without_unicode(command: Command, small_teacher: Path, tmp_path: Path) -> None:
+    """Where Python would take names for ASCII, and MLX find none of the files."""
+    teacher, report = changed_copy(small_teacher, tmp_path / "Lehrer für 東京"), tmp_path / "ö.json"
+    (tmp_path / "ä.txt").write_text("Zoë 🙂\n", encoding="utf-8")
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    options = ("--teacher", teacher, "--prompts", tmp_path / "ä.txt", "--max-tokens", 4, "-q", "--json", report)
+    done = command("decode", "plain", *options, **ascii_only)
+    assert done.code == 0, done.err
+    assert json.loads(report.read_text(encoding="utf-8"))["teacher"] == teacher.name
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -95,6 +107,8 @@ def test_a_terminal_without_unicode(command: Command) -> None:
         (["plain", "--prompt", ""], ["prompt is empty"]),
         (["plain", "--prompt", "a", "--prompts", "b"], ["--prompt or --prompts"]),
         (["plain", "--prompts", "gone.jsonl"], ["gone.jsonl"]),
+        (["plain", "--prompts", "-"], ["standard input", "holds no prompt"]),
+        (["plain", "--prompts", "b\udcff.txt"], ["b?.txt: is not valid UTF-8"]),  # a byte of a name
         (["plain", "--prompts", "bad.jsonl"], ["bad.jsonl: line 2 is not JSON"]),
         (["plain", "--prompts", "latin1.txt"], ["latin1.txt: line 1 (byte 3) is not valid UTF-8"]),
         (["plain", "--prompts", "long.txt"], ["long.txt: line 1", "2048"]),
@@ -103,6 +117,7 @@ def test_a_terminal_without_unicode(command: Command) -> None:
         (["plain", "--prompt", "a", "--temperature", "-1"], ["--temperature -1.0"]),
         (["plain", "--prompt", "a", "--seed", "-1"], ["--seed"]),
         (["plain", "--prompt", "a", "--teacher", "gone"], ["--teacher gone"]),
+        (["plain", "--prompt", "a", "--teacher", ""], ["config.json: missing"]),  # an empty variable names none
         (["plain", "--prompt", "a", "--teacher", "owner/not-there"], ["--teacher owner/not-there", "Hub"]),
         (["plain", "--prompt", "a", "--teacher", "cut"], ["cut/model.safetensors", "cut short"]),
         (["spec", "--prompt", "a", "--draft", TEACHER, "--k", 0], ["--k 0"]),
@@ -200,13 +215,13 @@ def test_a_full_disk_below_the_output_is_named(work: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt(work: Path, prompts: Path, number: int) -> None:
-    """SIGTERM is as good as Ctrl-C, also where that one is ignored, as it is in the background of scripts."""
-    many = work / "many.jsonl"
-    many.write_text(prompts.read_text(encoding="utf-8") * 200, encoding="utf-8")
+    """SIGTERM is as good as Ctrl-C, and both do the same in the background of scripts, where that one is ignored."""
+    many = work / "many.txt"
+    many.write_text("Why is the sky blue?\n" * 200, encoding="utf-8")
     process = subprocess.Popen(
         arguments("decode", "plain", "--prompts", many, "--max-tokens", 500, "-q", "--json", "out.json"),
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), cwd=work,
-        preexec_fn=lambda: number == signal.SIGTERM and signal.signal(signal.SIGINT, signal.SIG_IGN),
+        preexec_fn=in_background,
     )  # fmt: skip
     assert process.stdout is not None
     process.stdout.read(1)
@@ -260,6 +275,26 @@ def test_what_is_compared_is_printed_too(
     assert compared.code == 0, compared.err
     (output,) = json.loads(report.read_text(encoding="utf-8"))["outputs"]
     assert streamed.out == compared.out == output["text"] + "\n" != "\n"
+
+
+def test_a_byte_order_mark_before_a_models_files(
+    inside: Command, weak_draft: Path, small_teacher: Path, tmp_path: Path
+) -> None:
+    """As an editor on Windows leaves it; a template would send it to the model."""
+    options = ("--prompt", "Hi", "--max-tokens", 4, "-q", "--json", "-")
+    plain = inside("decode", "spec", "--teacher", small_teacher, "--draft", weak_draft, *options)
+    assert plain.code == 0, plain.err
+    template = json.loads((small_teacher / "tokenizer_config.json").read_text())["chat_template"]
+    folders = []
+    for source in (small_teacher, weak_draft):
+        texts = {path.name.replace(".", "__"): b"\xef\xbb\xbf" + path.read_bytes() for path in source.glob("*.json")}
+        texts["chat_template__jinja"] = b"\xef\xbb\xbf" + template.encode()
+        folders.append(changed_copy(source, tmp_path / source.name, **texts))
+    done = inside("decode", "spec", "--teacher", folders[0], "--draft", folders[1], *options)
+    assert done.code == 0, done.err
+    ids = [json.loads(result.out)["outputs"][0]["token_ids"] for result in (plain, done)]
+    prompts = [json.loads(result.out)["outputs"][0]["prompt_tokens"] for result in (plain, done)]
+    assert ids[0] == ids[1] and prompts[0] == prompts[1]
 
 
 @pytest.mark.slow

@@ -63,14 +63,17 @@ LIST = b'[\n {"prompt": "one\\ntwo"},\n {"prompt": "three", "id": "c"}\n]\n'
 OBJECT = b'{\n "messages": [\n  {"role": "user", "content": "one\\ntwo"}\n ]\n}\n'
 
 
-@pytest.mark.parametrize("name", ["p.json", "p.jsonl", "p.ndjson", "P.JSON", "p.txt", "p", "a pipe", "standard input"])
+NAMES = ["p.json", "p.jsonl", "p.ndjson", "P.JSON", "p.txt", "p", "a pipe", "standard input", "-"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("data", "asked"), [(LINES, 2), (LIST, 2), (OBJECT, 1)])
 def test_what_is_json_is_read_as_such_by_any_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, data: bytes, asked: int
 ) -> None:
-    if name == "standard input":
+    if name in ("standard input", "-"):
         standard_input(monkeypatch, data)
-        prompts = gather_prompts(None, None, Path())
+        prompts = gather_prompts(None, Path(name) if name == "-" else None, Path())
     elif name == "a pipe":
         reader, writer = os.pipe()
         os.write(writer, data)
@@ -168,6 +171,23 @@ def test_bad_files(tmp_path: Path) -> None:
         read_prompts(write(tmp_path / "binary.txt", b"fine\n\xff\xfe"))
     with pytest.raises(UserError, match=r"missing.jsonl: cannot be read"):
         read_prompts(tmp_path / "missing.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("content", "lines"),
+    [
+        ('{"prompt": "a", "id": "x"}\n\n{"prompt": "b", "id": "x"}', ("line 3", "line 1")),
+        ('{"prompt": "a", "id": 2}\n{"prompt": "b"}', ("line 2", "line 1")),  # one without is named by its line
+        ('[{"prompt": "a", "id": "x"}, {"prompt": "b"}, {"prompt": "c", "id": "x"}]', ("entry 3", "entry 1")),
+    ],
+)
+def test_two_prompts_with_one_id_are_refused(tmp_path: Path, content: str, lines: tuple[str, str]) -> None:
+    """What is kept of a reply names its prompt by its id."""
+    path = write(tmp_path / "p.jsonl", content)
+    with pytest.raises(UserError, match=f"{re.escape(str(path))}: {lines[0]} .*{lines[1]}"):
+        read_prompts(path)
+    prompts = read_prompts(write(path, '{"prompt": "a", "id": null}\n{"prompt": "b", "id": null}'))
+    assert [prompt.id for prompt in prompts] == ["1", "2"]
 
 
 # --- where prompts come from

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["verify", "."], ["not a dataset"]),
         (["collect", "--tokens", 0], ["--tokens 0"]),
         (["collect", "--source", "gone.jsonl"], ["gone.jsonl"]),
+        (["collect", "--source", "-"], ["--source -"]),
+        (["collect", "--exclude", "-"], ["--exclude -"]),
+        (["collect", "--source", "odd"], ["odd: holds a file whose name is not valid UTF-8: b?.txt"]),
+        (["collect", "--source", "odd/b\udcff.txt"], ["odd/b?.txt: is not valid UTF-8"]),
         (["collect", "--source", "bad.jsonl", "--dry-run", "--max-reply", 4], ["bad.jsonl: line 1 is not JSON"]),
         (["collect", "--teacher", "gone"], ["--teacher gone"]),
         (["collect", "--temperature", 0], ["--temperature 0.0"]),
@@ -37,12 +42,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["convert", "--out", "."], ["is the current folder or holds it"]),
         (["convert", "--out", ""], ["is the current folder or holds it"]),
         (["convert", "--out", "/"], ["--out /: is the current folder or holds it"]),
+        (["convert", "--out", "round"], ["round: goes through a link"]),
+        (["collect", "--out", "round"], ["round: goes through a link"]),
+        (["collect", "--out", "round/below"], ["round/below: goes through a link"]),
+        (["evaluate", "--out", "round"], ["round: goes through a link"]),
+        (["run", "round.toml"], ["round/", ": goes through a link"]),
+        (["train", "--json", "round"], ["--json round: goes through a link"]),
+        (["train", "--json", "astray"], ["--json astray", "nowhere"]),
         (["publish", "--repo", "a/b", "--draft", "/"], ["/draft.json: missing"]),
         (["collect", "--json", "no/x.json"], ["--json no/x.json"]),
         (["collect", "--replies", "gone"], ["gone: no such dataset folder"]),
         (["collect", "--replies", "gone", "--tokens", 9], ["--replies gone", "--tokens would decide new ones"]),
         (["collect", "--out", "foreign"], ["foreign", "holds thesis.txt"]),
         (["collect", "--out", "bad.jsonl"], ["bad.jsonl"]),
+        (["collect", "--out", "new/huge", "--tokens", 10**15], ["no room left in new/huge"]),
         (["collect", "--teacher", "spoilt"], ["spoilt", "no positive number"]),
         (["collect", "--teacher", "bare"], ["bare/tokenizer_config.json: not there"]),
         (["run", "bare.toml"], ["bare/tokenizer_config.json: not there"]),
@@ -61,6 +74,11 @@ def test_bad_input_is_one_line(inside: Command, work: Path, options: list[object
         mx.save_safetensors(str(work / "spoilt.safetensors"), arrays, {"format": "mlx"})
         changed_copy(TEACHER, work / "spoilt", model__safetensors=(work / "spoilt.safetensors").read_bytes())
         changed_copy(TEACHER, work / "bare", tokenizer_config__json=None)
+        (work / "odd").mkdir()
+        (work / "odd" / "b\udcff.txt").write_text("It was a bright cold day in April.")
+        (work / "round").symlink_to("round")
+        (work / "astray").symlink_to("nowhere/x.json")
+        (work / "round.toml").write_text('out = "round"\n')
         (work / "bare.toml").write_text('teacher = "bare"\n')
         (work / "foreign").mkdir()
         (work / "foreign" / "thesis.txt").write_text("years of work")
@@ -92,6 +110,40 @@ def test_inspect_and_verify(inside: Command, data: Path) -> None:
     assert report["ok"] is False and report["problems"][0]["file"] == shard.name
     told = inside("distill", "verify", data)
     assert told.code == 1 and str(shard) in told.out
+
+
+def test_verify_tells_a_damaged_dataset_from_none(inside: Command, data: Path, tmp_path: Path) -> None:
+    """Where files of a dataset are, a manifest that says nothing of one is a check that failed, whatever it holds."""
+    damaged, none = shutil.copytree(data, tmp_path / "damaged"), tmp_path / "none"
+    none.mkdir()
+    for content in (b"", b"[]", b"{}", b"null", b'{"format": "other"}', None):
+        for folder in (damaged, none):
+            (folder / "manifest.json").unlink(missing_ok=True)
+            if content is not None:
+                (folder / "manifest.json").write_bytes(content)
+        done = inside("distill", "verify", damaged, "--repair", "--json", "-")
+        assert done.code == 1, (content, done.err)
+        assert [problem["file"] for problem in json.loads(done.out)["problems"]] == ["manifest.json"]
+        inside("distill", "verify", none).refused("distill", str(none))
+
+
+def test_a_folder_in_a_files_place_is_named(inside: Command, data: Path, tmp_path: Path) -> None:
+    """Nothing is dropped, and no folder of the user's deleted."""
+    folder = shutil.copytree(data, tmp_path / "data")
+    before = (folder / "manifest.json").read_bytes()
+    for place in (sorted(folder.glob("shard-*"))[1], folder / ".tmp-manifest.json"):
+        kept = place.read_bytes() if place.exists() else None
+        place.unlink(missing_ok=True)
+        (place / "mine").mkdir(parents=True)
+        if kept is not None:
+            assert inside("distill", "verify", folder).code == 1
+        else:
+            sorted(folder.glob("shard-*"))[0].write_bytes(b"damaged")
+        inside("distill", "verify", folder, "--repair").refused("distill", str(place))
+        assert (place / "mine").is_dir() and (folder / "manifest.json").read_bytes() == before
+        shutil.rmtree(place)
+        if kept is not None:
+            place.write_bytes(kept)
 
 
 @pytest.mark.slow

@@ -71,6 +71,8 @@ BITNET_2B = {
         ('[collect]\nsource = "a.txt"\n', "[collect] source must be a list of strings, not 'a.txt'"),
         ("[collect]\nsource = []\n", "[collect] source must be a list of strings"),
         ('[collect]\ntemperature = [1, "a"]\n', "[collect] temperature must be a list of numbers"),
+        ('[collect]\nsource = ["a\\u0000"]\n', "line 2: [collect] source must be without null characters"),
+        ('out = "\\u0000"\n', "line 1: out must be without null characters"),
         ("train = 3\n", "line 1: train must be a section, not 3"),
         ("[train]\nhidden = 100\n", "line 2: [train] hidden 100: must be a multiple of 64"),
         ("[train]\nlayers = 2\nlr = -1\n", "line 3: [train] lr -1: must be above 0"),
@@ -94,7 +96,8 @@ def test_a_wrong_recipe_is_refused_where_it_is_wrong(text: str, named: str, tmp_
 
 
 def test_defaults_are_those_of_the_commands(tmp_path: Path) -> None:
-    (tmp_path / "mine.toml").write_text("[collect]\nseq_len = 256\n[train]\nlr = 1\n")
+    text = "\ufeff[collect]\nseq_len = 256\n[train]\nlr = 1\n"  # behind a byte order mark
+    (tmp_path / "mine.toml").write_text(text, encoding="utf-8")
     recipe = read_recipe(tmp_path / "mine.toml")
     assert recipe.collect.max_reply == 128 and recipe.collect.temperatures == (1.0,)
     assert [Path(name).name for name in recipe.collect.exclude] == ["eval.jsonl"]

@@ -227,12 +227,12 @@ def test_linear_gives_a_row_the_same_bits_alone_and_among_others(
     isa: str, threads: int, kind: str, n: int, k: int, epilogue: Epilogue | None
 ) -> None:
     ours, theirs = weights_of(kind, n, k)
-    x, norm = normal(8, k), normal(k)
-    residual = normal(8, n if epilogue is None else n // 2, seed=5)
+    x, norm = normal(70, k), normal(k)
+    residual = normal(70, n if epilogue is None else n // 2, seed=5)
     options: dict[str, Any] = {"norm": norm, "eps": 1e-5, "epilogue": epilogue}
-    alone = [cpu.linear(x[i : i + 1], ours, residual=residual[i : i + 1], **options) for i in range(8)]
-    for m in range(1, 9):
-        for first in {0, 8 - m}:
+    alone = [cpu.linear(x[i : i + 1], ours, residual=residual[i : i + 1], **options) for i in range(70)]
+    for m in (*range(1, 10), 33, 70):
+        for first in {0, max(8, m) - m, 70 - m}:
             rows = slice(first, first + m)
             together = cpu.linear(x[rows], ours, residual=residual[rows], **options)
             assert same_bits(together, mx.concatenate(alone[rows])), (m, first)

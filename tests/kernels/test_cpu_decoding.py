@@ -15,10 +15,12 @@ from kernels import reference
 if platform.system() != "Linux":
     pytest.skip("the native CPU backend is built on Linux only", allow_module_level=True)
 
+from decode.models.cache import NewRows
 from decode.models.checkpoint import ROOT, find_model
 from decode.models.transformer import Precision, Transformer
 from kernels import cpu
 from kernels.cpu import _native
+from kernels.ops import ChoosesTokens
 
 pytest_plugins = ("cpu_fixtures",)
 
@@ -44,6 +46,53 @@ def test_argmax_refuses_what_has_no_rows_of_floats() -> None:
     for x in (mx.zeros((3,)), mx.zeros((3, 0)), mx.zeros((2, 2), mx.int32)):
         with pytest.raises(ValueError, match=r"float32 \[m, n\]"):
             cpu.argmax(x)
+
+
+@pytest.mark.parametrize("n", [1, 15, 17, 256, 300, 16384])
+def test_choosing_equals_the_reference(isa: str, n: int) -> None:
+    rng = np.random.default_rng(n)
+    logits, temperature = normal(40, n, seed=n) * 3, mx.array(rng.choice([0, 0.3, 0.8, 1.5], 40).astype(np.float32))
+    uniform = mx.array(rng.random(40, np.float32))
+    for rows in (logits, (normal(n, 40, seed=n) * 3).T):
+        chosen = cpu.choose(rows, temperature, uniform)
+        assert chosen.dtype == mx.uint32
+        assert chosen.tolist() == reference.choose(rows, temperature, uniform).tolist()
+        alone = [cpu.choose(rows[i : i + 1], temperature[i : i + 1], uniform[i : i + 1]).item() for i in range(40)]
+        assert chosen.tolist() == alone
+
+
+def test_choices_are_distributed_as_the_softmax_is() -> None:
+    logits, count = np.array([0.0, 1, 2, -1, 0.5] * 100, np.float32), 40_000
+    p = np.exp(logits / 0.7) / np.exp(logits / 0.7).sum()
+    uniform = mx.array(np.random.default_rng(0).random(count, np.float32))
+    chosen = cpu.choose(mx.broadcast_to(mx.array(logits), (count, 500)), mx.full((count,), 0.7), uniform)
+    found = np.bincount(np.array(chosen), minlength=500).reshape(100, 5).sum(0)
+    expected = count * p.reshape(100, 5).sum(0)
+    assert (np.abs(found - expected) < 5 * np.sqrt(expected)).all()
+
+
+def test_nothing_without_probability_is_chosen() -> None:
+    logits = np.full((2, 1000), -np.inf, np.float32)
+    logits[:, [3, 700]] = 0, -60
+    uniform = mx.array(np.array([0, np.nextafter(np.float32(1), np.float32(0))], np.float32))
+    for backend in (cpu, reference):
+        assert backend.choose(mx.array(logits), mx.ones(2), uniform).tolist() == [3, 3]
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (40, 40), (300, 32), (16384, 32), (5000, 600)])
+def test_the_top_equals_the_reference(isa: str, n: int, k: int) -> None:
+    x = normal(9, n, seed=n) * 3
+    for rows in (x, mx.round(x), -mx.abs(mx.round(x)), (normal(n, 9) * 3).T):  # with many equals
+        ours, theirs = cpu.top_k(rows, k, (1.0, 2.5)), reference.top_k(rows, k, (1.0, 2.5))
+        assert ours[0].tolist() == theirs[0].tolist() and same_bits(ours[1], theirs[1])
+        assert mx.allclose(ours[2], theirs[2], rtol=1e-5, atol=1e-4)
+        assert all(same_bits(a[3:4], b) for a, b in zip(ours, cpu.top_k(rows[3:4], k, (1.0, 2.5)), strict=True))
+
+
+def test_the_top_of_what_is_no_number() -> None:
+    x = np.array([[np.nan, 1, -np.inf, 2, np.nan]], np.float32)
+    assert cpu.top_k(mx.array(x), 2, ())[0].tolist() == [[3, 1]]
+    assert sorted(cpu.top_k(mx.array(x), 5, ())[0].tolist()[0]) == [0, 1, 2, 3, 4]
 
 
 def test_the_clock_tells_when_an_array_was_computed_and_not_what_came_after() -> None:
@@ -104,8 +153,8 @@ def test_greedy_tokens_refuse_what_does_not_fit(draft: Transformer) -> None:
     step.greedy_tokens([1, 2], cache.keys, cache.values, room - 4, 3, None)
     for given, count, offset, d2t, complaint in (
         ([1, 2], 3, room - 3, None, "do not fit"),
-        ([1] * 9, 1, 0, None, "m <= 8"),
-        ([], 1, 0, None, "m <= 8"),
+        ([1] * 9, 1, 0, None, "1 to 8 tokens"),
+        ([], 1, 0, None, "1 to 8 tokens"),
         ([1], 0, 0, None, "at least one token"),
         ([1], 1, 0, mx.zeros((5,), mx.uint32), "one id a row"),
     ):
@@ -162,11 +211,60 @@ def test_a_fused_step_refuses_what_does_not_fit() -> None:
     cache.reserve(4)
     with pytest.raises(ValueError, match="do not fit"):
         step([1, 2], cache.keys, cache.values, cache.keys[0].shape[2] - 1)
-    with pytest.raises(ValueError, match="m <= 8"):
+    with pytest.raises(ValueError, match="1 to 8 tokens"):
         step([1] * 9, cache.keys, cache.values, 0)
     with pytest.raises(ValueError, match="two caches"):
         step([1], cache.keys[:1], cache.values[:1], 0)
     two = transformer.new_cache(2)
     two.reserve(4)
-    with pytest.raises(ValueError, match=r"\[1, kv_heads, capacity, d\]"):
+    with pytest.raises(ValueError, match="one sequence"):
         step([1], two.keys, two.values, 0)
+
+
+def test_tokens_of_several_sequences_are_those_of_each_alone(small_teacher: Path, threads: int) -> None:
+    """Chosen in one operation, among empty and unequal sequences, they have the bits of single operations."""
+    teacher = find_model(str(small_teacher), "--teacher").load()
+    step = teacher.fused_step
+    assert isinstance(step, ChoosesTokens)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 16000, size).tolist() for size in (5, 40, 1, 300, 9)]
+    temperature = np.array([0, 0.8, 0, 1.2, 0.8], np.float32)
+    uniform = rng.random(5, np.float32)
+    cache = teacher.new_cache(7)
+    sequences = [0, 2, 3, 5, 6]
+    counts = np.zeros(7, int)
+    counts[sequences] = [len(prompt) for prompt in prompts]
+    mx.eval(teacher.forward([token for prompt in prompts for token in prompt], NewRows(cache, counts.tolist())).logits)
+    held = [cache.keys, cache.values, cache.offsets]
+    for fused in (True, False):
+        teacher.fused_step = step if fused else None
+        cache.keys, cache.values, cache.offsets = list(held[0]), list(held[1]), list(held[2])
+        fed = mx.array([7, 8, 9, 10, 11], mx.uint32)
+        chosen = teacher.choose_next(fed, cache, sequences, temperature, uniform)
+        assert cache.offsets == [6, 0, 41, 2, 0, 301, 10]
+        for i, prompt in enumerate(prompts):
+            alone = teacher.new_cache()
+            teacher.prefill(prompt, alone)
+            logits = teacher.step([7 + i], alone).logits
+            expected = cpu.choose(logits, mx.array(temperature[i : i + 1]), mx.array(uniform[i : i + 1])).item()
+            assert chosen[i].item() == expected
+            end = alone.offset
+            for ours, theirs in zip(cache.keys + cache.values, alone.keys + alone.values, strict=True):
+                assert same_bits(ours[sequences[i], :, :end], theirs[0, :, :end])
+
+
+def test_a_step_of_several_sequences_refuses_what_does_not_fit(small_teacher: Path) -> None:
+    teacher = find_model(str(small_teacher), "--teacher").load()
+    step, cache = teacher.fused_step, teacher.new_cache(2)
+    assert isinstance(step, ChoosesTokens)
+    cache.reserve(1)
+    room, zeros = cache.keys[0].shape[2], np.zeros(2, np.float32)
+    for tokens, sequences, offsets, complaint in (
+        ([1, 2], [0, 0], [0, 0], "each of another"),
+        ([1, 2], [0, 2], [0, 0], "each of another"),
+        ([1, 2], [0, 1], [0, room], "do not fit"),
+        ([1], [0, 1], [0, 0], "needs its sequence"),
+        ([1, 2], [0, 1], [0, -1], "do not fit"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            step.choose_tokens(tokens, cache.keys, cache.values, sequences, offsets, zeros, zeros)

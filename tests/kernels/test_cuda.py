@@ -98,11 +98,43 @@ def test_linear(kind: str, epilogue: Epilogue | None) -> None:
         row = slice(i, i + 1)
         alone = cuda.linear(x[row], ours, norm=norm, eps=1e-5, epilogue=epilogue, residual=residual[row])
         assert same_bits(alone, y[row])
-    many = cuda.linear(normal(40, k), ours, norm=norm, eps=1e-5, epilogue=epilogue, residual=normal(40, width))
-    expected = reference.linear(
-        normal(40, k), theirs, norm=norm, eps=1e-5, epilogue=epilogue, residual=normal(40, width)
+
+
+# Of the embedded teacher and of BitNet-2B, where all is ternary, their heads, and odd ones.
+MANY_ROWS: list[tuple[str, int, int, Epilogue | None]] = [
+    ("ternary", 960, 576, None),
+    ("ternary", 3072, 576, "relu2_mul"),
+    ("ternary", 576, 1536, None),
+    ("ternary", 13824, 2560, "relu2_mul"),
+    ("ternary", 2560, 6912, None),
+    ("ternary", 24, 68, "relu2_mul"),
+    ("int8", 3072, 576, "silu_mul"),
+    ("float", 16384, 576, None),
+    ("float", 4099, 2560, None),
+    ("float", 1000, 264, "silu_mul"),
+    ("float", 75, 132, None),
+    ("float32", 75, 132, None),
+]
+
+
+@pytest.mark.parametrize(("kind", "n", "k", "epilogue"), MANY_ROWS)
+def test_many_rows_have_the_bits_that_they_have_alone(kind: str, n: int, k: int, epilogue: Epilogue | None) -> None:
+    dense = normal(n, k).astype(mx.float32 if kind == "float32" else mx.bfloat16)
+    weight = (
+        cuda.prepare_ternary(*random_ternary(n, k))
+        if kind == "ternary"
+        else cuda.prepare_int8(dense)
+        if kind == "int8"
+        else cuda.prepare_dense(dense)
     )
-    assert close(many, expected, 2e-2)
+    width = n if epilogue is None else n // 2
+    x, norm, residual = normal(2100, k), normal(k), normal(2100, width, seed=3)
+    for m in (9, 64, 65, 300, 2100):
+        y = cuda.linear(x[:m], weight, norm=norm, eps=1e-5, epilogue=epilogue, residual=residual[:m])
+        for i in {0, 1, 8, m // 2, m - 2, m - 1}:
+            row = slice(i, i + 1)
+            alone = cuda.linear(x[row], weight, norm=norm, eps=1e-5, epilogue=epilogue, residual=residual[row])
+            assert same_bits(alone, y[row]), (m, i)
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
@@ -135,12 +167,78 @@ def test_any_number_of_rows_of_a_sequence_has_the_bits_of_single_ones(offset: in
         assert same_bits(few, together[:m]), m
 
 
-def test_rows_in_portions_have_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    shape, spans = attention_shape(9, 3, 64), Spans((40, 7, 0), (133, 8, 20))
-    qkv = qkv_rows(shape, spans.rows)
-    ours = cuda.attention(qkv, *caches(shape, spans.offsets, 256), spans, shape)[0]
-    monkeypatch.setattr(cuda, "_PARTS_BYTES", 1 << 20)
-    assert same_bits(ours, cuda.attention(qkv, *caches(shape, spans.offsets, 256), spans, shape)[0])
+@pytest.mark.parametrize("heads", [(9, 3, 64), (20, 5, 128)])
+def test_rows_of_many_sequences_have_the_bits_of_single_ones(heads: tuple[int, int, int]) -> None:
+    """One row of each, and prompts of many: each way to attention."""
+    shape, rng = attention_shape(*heads), np.random.default_rng(0)
+    for spans in (
+        Spans(tuple(rng.integers(0, 300, 200).tolist()), tuple((rng.random(200) < 0.8).astype(int).tolist())),
+        Spans((0, 31, 0, 200), (512, 100, 65, 9)),
+    ):
+        check_rows_alone(cuda.attention, shape, spans)
+
+
+def test_a_generation_in_steps_has_the_bits_of_one_pass() -> None:
+    """What rows leave in the caches, in place, is what those behind them read, without a wait between them."""
+    shape, rows = attention_shape(9, 3, 64), 40
+    qkv = qkv_rows(shape, 3 * rows)
+    whole = cuda.attention(qkv, *caches(shape, (5, 0, 64), 128), Spans((5, 0, 64), (rows,) * 3), shape)[0]
+    k, v = caches(shape, (5, 0, 64), 128)
+    steps = []
+    for i in range(rows):
+        out, k, v = cuda.attention(qkv[i::rows], k, v, Spans((5 + i, i, 64 + i), (1,) * 3), shape)
+        steps.append(out)
+    together = mx.stack(steps, axis=1).reshape(3 * rows, -1)
+    assert same_bits(together, whole)
+
+
+def test_packed_rows_have_the_bits_of_sequences() -> None:
+    for heads in ((4, 2, 32), (9, 3, 64), (20, 5, 128)):
+        shape = attention_shape(*heads)
+        segments = np.zeros((3, 145), np.int32)
+        segments[0, :7], segments[0, 7:140], segments[1, 144:], segments[2] = 5, 6, 6, 6
+        qkv = qkv_rows(shape, segments.size)
+        packed = cuda.attention_packed(qkv.reshape(3, 145, -1), segments, shape)
+        spans = Spans((0,) * 6, (7, 133, 5, 144, 1, 145))
+        alone = cuda.attention(qkv, *caches(shape, spans.offsets, 160), spans, shape)[0]
+        assert same_bits(packed, alone.reshape(3, 145, -1))
+        with mx.stream(mx.cpu):  # a library on the GPU may multiply with fewer bits
+            assert close(packed, reference.attention_packed(qkv.reshape(3, 145, -1), segments, shape), 1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 700, 16384, 128256])
+def test_choices(n: int) -> None:
+    x = np.array(normal(64, n)) * 3
+    x[1] = np.round(x[1])
+    x[2], x[3] = 1.5, -np.inf
+    x[:3, ::3][:, 1:] = -np.inf  # tokens without probability
+    uniform = np.random.default_rng(0).random(64, np.float32)
+    uniform[:2] = 0, np.nextafter(np.float32(1), np.float32(0))
+    assert cuda.choose(mx.array(x), mx.zeros(64), mx.array(uniform)).tolist() == x.argmax(-1).tolist()
+    rows = mx.array(x[:3]), mx.full((3,), 0.8), mx.array(uniform[:3])
+    chosen = cuda.choose(*rows)
+    p = np.exp((x[:3] - x[:3].max(-1, keepdims=True)).astype(np.float64) / 0.8)
+    sums = np.cumsum(p, axis=-1) / p.sum(-1, keepdims=True)
+    for i, token in enumerate(chosen.tolist()):
+        assert p[i, token] > 0
+        assert (sums[i, token - 1] if token else 0) - 1e-5 <= uniform[i] <= sums[i, token] + 1e-5
+        assert cuda.choose(*[part[i : i + 1] for part in rows]).tolist() == [token]
+
+
+@pytest.mark.parametrize(("n", "k"), [(32, 32), (5003, 64), (16384, 32), (128256, 128)])
+def test_the_top_of_logits(n: int, k: int) -> None:
+    x = np.array(normal(64, n))
+    x[1], x[2] = np.round(x[1]), 1.5
+    x[4, ::512] += 100
+    ids, values, lse = cuda.top_k(mx.array(x), k, (1.0, 0.5))
+    order = np.argsort(-x, axis=-1, kind="stable")[:, :k]
+    assert np.array_equal(np.array(ids), order)
+    assert np.array_equal(np.array(values), np.take_along_axis(x, order, axis=-1))
+    for t, temperature in enumerate((1.0, 0.5)):
+        expected = np.log(np.exp(x.astype(np.float64) / temperature).sum(-1))
+        np.testing.assert_allclose(np.array(lse)[:, t], expected, rtol=1e-6, atol=1e-5)
+    alone = cuda.top_k(mx.array(x[5:6]), k, (1.0, 0.5))
+    assert all(same_bits(part[5:6], single) for part, single in zip((ids, values, lse), alone, strict=True))
 
 
 @pytest.mark.parametrize("m", range(1, 9))

@@ -43,7 +43,10 @@ def emulator(
     session_emulator.seed, session_emulator.multiprocessors, session_emulator.resident = 0, 4, None
     monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", session_emulator.precompiled_cuda_kernel)
     monkeypatch.setattr(LAUNCH, "machine_code", session_emulator.machine_code)
-    monkeypatch.setattr(fused, "device_attribute", lambda name: cuda_emulator.attribute(session_emulator, name))
+    for module in (cuda, fused):
+        monkeypatch.setattr(module, "device_attribute", lambda name: cuda_emulator.attribute(session_emulator, name))
+    monkeypatch.setattr(LAUNCH, "_prepared", {})
+    cuda._large_block.cache_clear()
     kernel.cache_clear()
     with mx.stream(mx.cpu):
         yield session_emulator
@@ -123,9 +126,40 @@ def test_linear_gives_a_row_the_same_bits_alone_and_among_others(kind: str, epil
     assert same_bits(y, mx.concatenate(alone))
     # Rounding to int8 may fall the other way after a norm that differs in its last bit.
     assert close(y, reference.linear(x, theirs, residual=residual, **options), 2e-2)
-    if kind in ("ternary", "int8"):
-        many = normal(40, k)
-        assert close(cuda.linear(many, ours, **options), reference.linear(many, theirs, **options), 2e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "n", "k", "epilogue"),
+    [
+        ("ternary", 960, 136, "relu2_mul"),
+        ("ternary", 72, 20, None),
+        ("int8", 288, 260, "silu_mul"),
+        ("bfloat16", 75, 592, None),
+        ("bfloat16", 84, 264, "silu_mul"),
+        ("bfloat16", 40, 132, "relu2_mul"),
+        ("float32", 75, 132, None),
+    ],
+)
+def test_many_rows_have_the_bits_that_they_have_alone(
+    kind: str, n: int, k: int, epilogue: Epilogue | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = weights_of(kind, n, k)
+    most, width = 65, n if epilogue is None else n // 2
+    x, residual = normal(most, k), normal(most, width, seed=3)
+    y = mx.concatenate(
+        [cuda.linear(x[i : i + 1], ours, epilogue=epilogue, residual=residual[i : i + 1]) for i in range(most)]
+    )
+    for large, ms in ((256, (9, 64, 65)), (0, (65,))):  # in small blocks, and in large ones
+        monkeypatch.setattr(cuda, "_BLOCKS", large)
+        cuda._large_block.cache_clear()
+        for m in ms:
+            many = cuda.linear(x[:m], ours, epilogue=epilogue, residual=residual[:m])
+            assert same_bits(many, y[:m]), m
+    defined = reference.linear(x, theirs, epilogue=epilogue, residual=residual)
+    if kind == "ternary":
+        assert same_bits(y, defined)
+    assert close(y, defined, 1e-5)
 
 
 @pytest.mark.slow
@@ -152,13 +186,104 @@ def test_attention_is_close_to_its_definition(emulator: cuda_emulator.Emulator) 
 
 
 @pytest.mark.slow
-def test_attention_in_portions_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where the parts of all rows at once would take too much memory."""
-    shape = attention_shape(4, 2, 32)
-    qkv = qkv_rows(shape, SEVERAL.rows)
-    whole = cuda.attention(qkv, *caches(shape, SEVERAL.offsets, 80), SEVERAL, shape)[0]
-    monkeypatch.setattr(cuda, "_PARTS_BYTES", 1)
-    assert same_bits(cuda.attention(qkv, *caches(shape, SEVERAL.offsets, 80), SEVERAL, shape)[0], whole)
+@pytest.mark.parametrize("counts", [(8, 7, 1, 0, 6, 5, 3, 8, 2), (1, 1, 1, 0, 1, 1, 1, 1, 1)])
+def test_each_way_to_attention_gives_the_same_bits(
+    counts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, emulator: cuda_emulator.Emulator
+) -> None:
+    shape, offsets = attention_shape(9, 3, 64), (95, 70, 15, 9, 128, 62, 31, 26, 63)
+    qkv, spans = qkv_rows(shape, sum(counts)), Spans(offsets, counts)
+    found, ways = [], []
+    for warps, parts in ((1 << 20, 1 << 20), (0, 1 << 20), (1 << 20, 0)):
+        monkeypatch.setattr(cuda, "_FOLDING_WARPS", warps)
+        monkeypatch.setattr(cuda, "_PARTS_BYTES", parts)
+        emulator.launches.clear()
+        found.append(cuda.attention(qkv, *caches(shape, offsets, 140), spans, shape)[0])
+        ways.append(emulator.launches[1:])
+    assert same_bits(found[1], found[0]) and same_bits(found[2], found[0])
+    split, whole = ["attend_few", "combine"], ["attend_few"]
+    assert ways == ([split, whole, whole] if max(counts) == 1 else [split, split, ["attend_many"]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", [(9, 3, 64), (4, 1, 128), (2, 2, 256)])
+def test_a_prefill_of_many_rows_has_the_bits_of_single_rows(
+    heads: tuple[int, int, int], emulator: cuda_emulator.Emulator
+) -> None:
+    """Rows that fill several groups, behind keys or not, beside sequences of one row and of none."""
+    emulator.seed = 1
+    check_rows_alone(cuda.attention, attention_shape(*heads), Spans((33, 5, 0, 0), (35, 1, 0, 66)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", [(4, 2, 32), (9, 3, 64), (4, 1, 128)])
+def test_packed_rows_have_the_bits_of_sequences(heads: tuple[int, int, int]) -> None:
+    shape = attention_shape(*heads)
+    segments = np.zeros((3, 45), np.int32)
+    segments[0, :7], segments[0, 7:40], segments[1, 44:], segments[2] = 5, 6, 6, 6
+    counts = (7, 33, 5, 44, 1, 45)
+    qkv = qkv_rows(shape, segments.size)
+    packed = cuda.attention_packed(qkv.reshape(3, 45, -1), segments, shape)
+    alone = cuda.attention(qkv, *caches(shape, (0,) * 6, 64), Spans((0,) * 6, counts), shape)[0]
+    assert same_bits(packed, alone.reshape(3, 45, -1))
+    assert close(packed, reference.attention_packed(qkv.reshape(3, 45, -1), segments, shape), 1e-5)
+
+
+# Choosing tokens
+
+
+def test_the_choice_at_temperature_zero_is_the_lowest_of_the_highest() -> None:
+    for n in (1, 31, 700, 5003):
+        x = np.array(mx.round(normal(6, n)))
+        x[1], x[2], x[3, :] = 2.5, np.nan, -np.inf
+        x[4, n // 2] = np.nan
+        expected = [int(np.nanargmax(np.where(np.isnan(row), -np.inf, row))) for row in x]
+        chosen = cuda.choose(mx.array(x), mx.zeros(6), mx.full((6,), 0.7))
+        assert chosen.dtype == mx.uint32 and chosen.tolist() == expected, n
+
+
+def test_a_choice_inverts_the_softmax() -> None:
+    uniform = np.array([0, 1e-9, 0.25, 0.5, 0.999, np.nextafter(np.float32(1), np.float32(0))], np.float32)
+    for n, temperature in ((1, 1.0), (33, 0.8), (1025, 1.0), (4100, 2.0), (40000, 0.01)):
+        x = np.repeat(np.array(normal(1, n, seed=n)) * 3, len(uniform), axis=0)
+        x[:, ::3][:, 1:] = -np.inf  # tokens without probability
+        rows = mx.array(x), mx.full((len(x),), temperature), mx.array(uniform)
+        chosen = np.array(cuda.choose(*rows))
+        p = np.exp((x - x.max(-1, keepdims=True)).astype(np.float64) / temperature)
+        sums = np.cumsum(p, axis=-1) / p.sum(-1, keepdims=True)
+        for i, token in enumerate(chosen.tolist()):
+            assert p[i, token] > 0
+            assert (sums[i, token - 1] if token else 0) - 1e-5 <= uniform[i] <= sums[i, token] + 1e-5, (n, i)
+        for i in range(len(x)):
+            assert cuda.choose(*[part[i : i + 1] for part in rows]).tolist() == [chosen[i]]
+
+
+def test_rows_of_a_choice_have_their_own_temperatures() -> None:
+    x = mx.array(np.tile(np.array(normal(1, 300)), (64, 1)))
+    temperature = mx.array(np.tile([0, 1.0], 32).astype(np.float32))
+    uniform = mx.array(np.random.default_rng(0).random(64, np.float32))
+    chosen = np.array(cuda.choose(x, temperature, uniform))
+    assert (chosen[::2] == np.argmax(np.array(x[0]))).all() and len(set(chosen[1::2].tolist())) > 20
+
+
+@pytest.mark.parametrize(("n", "k"), [(32, 32), (600, 32), (5003, 64), (3000, 128), (1100, 1)])
+def test_the_top_of_logits(n: int, k: int, emulator: cuda_emulator.Emulator) -> None:
+    emulator.seed = n
+    x = np.array(normal(5, n, seed=k))
+    x[1] = np.round(x[1])  # many equals
+    x[2] = 1.5  # too many
+    x[3] = np.sort(x[3])[::-1]
+    if n == 5003:  # what is highest belongs to one thread of 512
+        x[4, ::512] += 100
+    ids, values, lse = cuda.top_k(mx.array(x), k, (1.0, 0.5))
+    order = np.argsort(-x, axis=-1, kind="stable")[:, :k]
+    assert ids.dtype == mx.uint32 and np.array_equal(np.array(ids), order)
+    assert np.array_equal(np.array(values), np.take_along_axis(x, order, axis=-1))
+    for t, temperature in enumerate((1.0, 0.5)):
+        expected = np.log(np.exp(x.astype(np.float64) / temperature).sum(-1))
+        np.testing.assert_allclose(np.array(lse)[:, t], expected, rtol=1e-6, atol=1e-5)
+    alone = [cuda.top_k(mx.array(x[i : i + 1]), k, (1.0, 0.5)) for i in range(5)]
+    for together, parts in zip((ids, values, lse), zip(*alone, strict=True), strict=True):
+        assert same_bits(together, mx.concatenate(parts))
 
 
 def test_rows_that_do_not_fit_the_caches_are_refused() -> None:

@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from kernels import cuda
 from kernels.cuda import nvrtc
 from kernels.cuda.launch import kernel_text, machine_code
+from kernels.ops import Spans
 
 assert cuda.NAME == "cuda"
 LAUNCH = sys.modules["kernels.cuda.launch"]  # in the package, its name stands for the function
@@ -63,16 +65,17 @@ def test_a_cache_that_cannot_be_written_costs_time_only(compiled: list[str], tmp
 def test_a_symbol_stands_for_all_that_a_kernel_depends_on() -> None:
     inputs, outputs = (("x", mx.float32), ("norm", mx.float32), ("sizes", mx.int32)), (("y", mx.float32),)
     constants = (("EPS", 1), ("THREADS", 256))
-    symbol, text = kernel_text("rms_norm", inputs, outputs, constants, "", 0)
+    symbol, text = kernel_text("rms_norm", inputs, outputs, constants, "", None)
     assert f"void {symbol}(const float* x, const float* norm, const int32_t* sizes, float* y) {{" in text
     others = [
-        kernel_text("combine", inputs, outputs, constants, "", 0),
-        kernel_text("rms_norm", (("x", mx.bfloat16), *inputs[1:]), outputs, constants, "", 0),
-        kernel_text("rms_norm", inputs, outputs, (("EPS", 2), ("THREADS", 256)), "", 0),
-        kernel_text("rms_norm", inputs, outputs, constants, "// more", 0),
-        kernel_text("rms_norm", inputs, outputs, constants, "", 256),
+        kernel_text("combine", inputs, outputs, constants, "", None),
+        kernel_text("rms_norm", (("x", mx.bfloat16), *inputs[1:]), outputs, constants, "", None),
+        kernel_text("rms_norm", inputs, outputs, (("EPS", 2), ("THREADS", 256)), "", None),
+        kernel_text("rms_norm", inputs, outputs, constants, "// more", None),
+        kernel_text("rms_norm", inputs, outputs, constants, "", (256, 1)),
+        kernel_text("rms_norm", inputs, outputs, constants, "", (256, 2)),
     ]
-    assert len({symbol, *(other for other, _ in others)}) == 6
+    assert len({symbol, *(other for other, _ in others)}) == 7
 
 
 @pytest.mark.parametrize(
@@ -95,3 +98,13 @@ def test_without_a_compiler_the_reason_is_named(monkeypatch: pytest.MonkeyPatch)
     nvrtc.library.cache_clear()
     with pytest.raises(OSError, match="libnvrtc-of-nobody"):
         nvrtc.library()
+
+
+def test_rows_are_grouped_by_sequence() -> None:
+    spans = Spans((4, 0, 7, 30, 2), (3, 0, 20, 9, 1))
+    assert np.array(spans.positions).tolist() == [4, 5, 6, *range(7, 27), *range(30, 39), 2]
+    assert np.array(spans.sequences).tolist() == [0] * 3 + [2] * 20 + [3] * 9 + [4]
+    groups = [[0, 0, 3, 4], [2, 3, 8, 7], [2, 11, 8, 15], [2, 19, 4, 23], [3, 23, 8, 30], [3, 31, 1, 38], [4, 32, 1, 2]]
+    assert np.array(spans.groups).tolist() == groups
+    assert np.array(spans.groups_of(64))[:, 1:3].tolist() == [[0, 3], [3, 20], [23, 9], [32, 1]]
+    assert np.array(Spans((5, 0), (0, 0)).groups).shape == (0, 4)

@@ -23,6 +23,7 @@ void over_rows(const Matrix<float>& x, Body&& body) {
 }
 
 constexpr int64_t kSumBlock = 256;  // values whose float sum is added to a double
+constexpr double kNothing = 1e-35;  // what a block of values without probability sums up to: exp stops at e^-87
 
 // softmax(x / temperature) inverted at a uniform number in [0, 1); the best index at temperature 0.
 uint32_t choose_index(const float* x, int64_t n, float temperature, float uniform) {
@@ -48,13 +49,13 @@ uint32_t choose_index(const float* x, int64_t n, float temperature, float unifor
     double before = below;
     for (int64_t at = first; at < last; at += size) {
       const double sum = size == kSumBlock ? sums[at / kSumBlock] : set.exp_sum(x + at, std::min(size, last - at), top, factor);
-      if (below + sum > below) {
+      if (sum > kNothing && below + sum > below) {
         found = at;
         before = below;
-      }
-      below += sum;
-      if (below > place) {
-        break;
+        below += sum;
+        if (below > place) {
+          break;
+        }
       }
     }
     first = found;

@@ -216,7 +216,7 @@ std::vector<mx::array> over_caches(const std::shared_ptr<FusedModel>& model, con
 // The span of the only sequence.
 std::vector<Span> only_span(const mx::array& tokens, const std::vector<mx::array>& caches, int offset) {
   require(!caches.empty() && caches[0].ndim() == 4 && caches[0].shape(0) == 1, "the caches must be of one sequence");
-  require(tokens.size() <= kSmallRows, "a step takes at most 8 tokens");
+  require(tokens.size() > 0 && tokens.size() <= kSmallRows, "a step takes 1 to 8 tokens of a sequence");
   return {{0, 0, offset, static_cast<int>(tokens.size())}};
 }
 

@@ -19,6 +19,9 @@ std::vector<const Kernels*> candidates() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vnni")) {
+    if (const Kernels* amx = amx_kernels()) {
+      found.push_back(amx);
+    }
     found.push_back(&kAvx512Vnni);
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {

@@ -23,6 +23,8 @@ constexpr int kBlockBytes = 64;       // packed bytes of a (tile, block), ternar
 constexpr int kInt8BlockBytes = 256;  // and int8
 constexpr int kPairOutputs = 32;      // outputs of one call of `dot`
 constexpr int kMaxRowBlock = 12;
+constexpr int kTiledRows = 32;    // of a call of a tile unit
+constexpr int kTiledInputs = 64;  // a multiple of which its rows hold
 constexpr int kSmallRows = 8;  // of a call of `dense`
 constexpr int kMaxHeadDim = 512;
 constexpr int kMaxQueries = 16;  // of one call of `attend`
@@ -43,6 +45,25 @@ struct Dot {
   const int8_t* x;      // one block of packed rows
   const int32_t* sums;  // as in Finish, for where only a signed product is to be had
   int32_t* raw;         // [rows][32]: sums of code * x
+};
+
+// The product of a pair of tiles with rows that lie one behind the other, by a unit for such.
+struct TiledDot {
+  const uint8_t* weights0;  // operands of four inputs of sixteen outputs: int8 tiles, or decoded ternary ones
+  const uint8_t* weights1;
+  const int8_t* x;    // [rows, filled up to kTiledRows][row_bytes]
+  int64_t row_bytes;  // a multiple of kTiledInputs; the spare ones are zero
+  int rows;           // 1..kTiledRows
+  int32_t* raw;       // [kTiledRows][32]: sums of code * x
+};
+
+// A unit that multiplies small matrices. A thread configures it before and releases it after its products.
+struct TileUnit {
+  void (*configure)();
+  // blocks of ternary codes -> the same as those of int8 tiles, filled up to kTiledInputs
+  void (*decode_ternary)(const uint8_t* tile, int64_t blocks, uint8_t* out);
+  void (*dot)(const TiledDot& d);
+  void (*release)();
 };
 
 // How the raw sums of a pair of tiles become outputs; pointers are to the tiles' first outputs.
@@ -110,6 +131,7 @@ struct Kernels {
   float (*exp_sum)(const float* x, int64_t n, float top, float factor);
   // The first index from `from` on whose value is above the threshold, or n.
   int64_t (*next_above)(const float* x, int64_t from, int64_t n, float threshold);
+  const TileUnit* tile_unit = nullptr;  // for products of more than kSmallRows rows
 };
 
 const Kernels& kernels();                   // the chosen set
@@ -120,6 +142,7 @@ extern const Kernels kPortable;
 #if defined(__x86_64__)
 extern const Kernels kAvx512Vnni;
 extern const Kernels kAvx2;
+const Kernels* amx_kernels();  // null where the processor or the system has no tile unit
 #elif defined(__aarch64__)
 extern const Kernels kNeonDot;
 #endif

@@ -9,7 +9,7 @@
 namespace bitdraft {
 
 // Scratch slots of these products (threads.h).
-enum ProductSlot { kPacked = 0, kRow = 1, kOutput = 2, kFloatRow = 3 };
+enum ProductSlot { kPacked = 0, kRow = 1, kOutput = 2, kFloatRow = 3, kDecoded = 8 };
 
 // How weights are coded (kernels.h).
 struct Format {
@@ -49,35 +49,50 @@ struct RowBlocks {
   }
 };
 
-// Activations of a product: packed int8 rows with their sums and factors.
+// Activations of a product: int8 rows, packed in blocks or one behind the other for a tile unit, with their sums and
+// factors.
 struct Activations {
   RowBlocks blocks;
   int64_t k;
-  int64_t padded;  // k rounded up to a block
+  bool tiled;
+  int64_t padded;  // k rounded up to a block, or to what a tile unit takes
   int32_t bias;
   int8_t* packed;
   int32_t* sums;  // bias * sum of x
   float* s;
 
   Activations(int64_t rows, int64_t k, int32_t bias, const Kernels& kernels)
-      : blocks(rows, kernels.row_block), k(k), padded(round_up(k, kTile)), bias(bias) {
-    // One piece of scratch: the packed rows, then sums, then factors.
-    packed = scratch_bytes(kPacked, rows * padded + 8 * rows + 64);
-    sums = reinterpret_cast<int32_t*>(packed + round_up(rows * padded, 64));
+      : blocks(rows, kernels.row_block),
+        k(k),
+        tiled(kernels.tile_unit != nullptr && rows > kSmallRows),
+        padded(round_up(k, tiled ? kTiledInputs : kTile)),
+        bias(bias) {
+    // One piece of scratch: the rows, then sums, then factors.
+    const int64_t bytes = round_up((tiled ? round_up(rows, kTiledRows) : rows) * padded, 64);
+    packed = scratch_bytes(kPacked, bytes + 8 * rows);
+    sums = reinterpret_cast<int32_t*>(packed + bytes);
     s = reinterpret_cast<float*>(sums + rows);
   }
 
   const int8_t* block(int64_t b) const { return packed + blocks.begin(b) * padded; }
 
-  // Stores one row; q holds `padded` values, those from k on zero.
+  // Stores one row; q holds k values and, up to a whole block, zeros.
   void set_row(int64_t row, const int8_t* q, float factor) {
+    int32_t sum = 0;
+    for (int64_t i = 0; i < k; i++) {
+      sum += q[i];
+    }
+    sums[row] = bias * sum;
+    s[row] = factor;
+    if (tiled) {
+      int8_t* to = packed + row * padded;
+      std::memcpy(to, q, static_cast<size_t>(k));
+      std::memset(to + k, 0, static_cast<size_t>(padded - k));
+      return;
+    }
     const int64_t b = blocks.of(row);
     const int64_t size = blocks.size(b);
     int8_t* to = packed + blocks.begin(b) * padded + 4 * (row - blocks.begin(b));
-    int32_t sum = 0;
-    for (int64_t i = 0; i < padded; i++) {
-      sum += q[i];
-    }
     if (size == 1) {
       std::memcpy(to, q, static_cast<size_t>(padded));
     } else {
@@ -85,15 +100,13 @@ struct Activations {
         std::memcpy(to + i * size, q + i, 4);
       }
     }
-    sums[row] = bias * sum;
-    s[row] = factor;
   }
 };
 
 // Calls body(first, last) over ranges of rows, on all threads when there is enough to do.
 template <class Body>
 void for_rows(int64_t rows, int64_t k, Body&& body) {
-  const int64_t chunks = rows * k < kParallelFlops ? 1 : std::min<int64_t>(rows, 4 * threads());
+  const int64_t chunks = rows * k < kParallelFlops / 4 ? 1 : std::min<int64_t>(rows, 4 * threads());
   parallel_for(static_cast<int>(chunks), [&](int c) { body(c * rows / chunks, (c + 1) * rows / chunks); });
 }
 

@@ -329,7 +329,7 @@ float* scratch_floats(int slot, int64_t count) {
     int64_t size = 0;
     ~Slot() { std::free(data); }
   };
-  thread_local Slot slots[8];
+  thread_local Slot slots[kScratchSlots];
   Slot& s = slots[slot];
   if (s.size < count) {
     std::free(s.data);

@@ -34,6 +34,8 @@ void parallel_for(int chunks, Body&& body) {
       const_cast<void*>(static_cast<const void*>(std::addressof(body))));
 }
 
+constexpr int kScratchSlots = 9;
+
 // A thread's scratch memory, 64-byte aligned, kept between calls. Slots are independent; growing one
 // loses its contents.
 float* scratch_floats(int slot, int64_t count);

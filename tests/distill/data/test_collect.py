@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, Command, arguments, changed_copy, environment
+from conftest import ROOT, Command, arguments, changed_copy, environment, in_background
 
 from decode.models.checkpoint import Checkpoint, find_teacher
 from decode.prompts import make_prompt
@@ -1034,7 +1034,7 @@ def collect(
     start = arguments("distill", "collect", *options, *OPTIONS, "--quiet", "--out", out, *more)
     return subprocess.Popen(
         [start[0], "-c", before + start[2], *start[3:]], env=environment(), cwd=out.parent, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=in_background,
     )  # fmt: skip
 
 

@@ -444,6 +444,12 @@ def test_verify_looks_at_values(tmp_path: Path, change: Any, message: str) -> No
     assert any(re.search(message, str(problem)) for problem in problems), problems
 
 
+def test_a_link_to_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("disk/target")
+    collect(tmp_path / "link", 1)
+    assert (tmp_path / "link").is_symlink() and verify(tmp_path / "disk" / "target") == []
+
+
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "shard-00000.safetensors/../../x", "other.safetensors", 5])
 def test_manifest_cannot_name_files_outside(tmp_path: Path, name: Any) -> None:
     collect(tmp_path, 1)

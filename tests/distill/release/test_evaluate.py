@@ -190,7 +190,12 @@ def test_interrupted_it_goes_on_and_tells_a_difference(
 
 @pytest.mark.slow
 def test_what_forms_the_prompts_belongs_to_an_evaluation(
-    small_teacher: Path, weak_draft: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_teacher: Path,
+    weak_draft: Path,
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A template that prints the time is told that of the run that began; another generation config begins anew."""
     config = json.loads((small_teacher / "tokenizer_config.json").read_text())
@@ -210,22 +215,46 @@ def test_what_forms_the_prompts_belongs_to_an_evaluation(
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "_answer", stop)
         begun = evaluate(teacher, draft, settings, out, quiet=True)
+        evaluate(teacher, draft, settings, tmp_path / "other", quiet=True)
     time.sleep(1.1)
     whole = evaluate(teacher, draft, settings, out, quiet=True)
     assert (begun["prompts"], whole["prompts"]) == (1, 3)
     assert begun["template_time"] == whole["template_time"] == whole["identity"]["template_time"] is not None
     assert begun["outputs"] == whole["outputs"][:1]
-    assert finished_report(out, evaluation.fingerprint(settings, teacher, draft))
+    assert finished_report(out, evaluation.fingerprint(settings, prompts.read_bytes(), teacher, draft))
     for change in ("generation_config", "config", "chat_template.jinja"):
         file = folder / (change if "." in change else f"{change}.json")
         data = file.read_bytes() if file.exists() else b""
         file.unlink(missing_ok=True)
         file.write_text(json.dumps(json.loads(data or b"{}") | {"added": 1}))
-        assert not finished_report(out, evaluation.fingerprint(settings, teacher, draft))
+        assert not finished_report(out, evaluation.fingerprint(settings, prompts.read_bytes(), teacher, draft))
         file.unlink()
         if data:
             file.write_bytes(data)
-    assert finished_report(out, evaluation.fingerprint(settings, teacher, draft))
+    assert finished_report(out, evaluation.fingerprint(settings, prompts.read_bytes(), teacher, draft))
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}Q: {{ m.content }}{% endfor %}")
+    evaluate(teacher, draft, settings, tmp_path / "other")  # what was kept is of the other template: it is said
+    told = [line for line in capsys.readouterr().err.splitlines() if "again" in line]
+    assert len(told) == 1 and all(part in told[0] for part in (str(tmp_path / "other"), "chat template", "1 of its 1"))
+
+
+@pytest.mark.slow
+def test_prompts_from_a_pipe(
+    command: Command, small_teacher: Path, weak_draft: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """Which are there once only: they make the evaluation that the file makes."""
+    options = ("evaluate", "--teacher", small_teacher, "--draft", weak_draft, "--max-tokens", 2, "--out", tmp_path)
+    data, names = prompts.read_bytes(), ("-", "/dev/stdin")
+    piped = [command("distill", *options, "--prompts", name, "--json", "-", stdin=data) for name in names]
+    assert [done.code for done in piped] == [0, 0], piped[0].err + piped[1].err
+    of = evaluation.fingerprint(
+        EvaluateSettings(prompts=str(prompts), max_tokens=2), data, find_teacher(str(small_teacher)),
+        find_model(str(weak_draft), "--draft"),
+    )  # fmt: skip
+    for done in piped:
+        report = json.loads(done.out)
+        assert [entry["id"] for entry in report["outputs"]] == [f"p{i}" for i in range(6)]
+        assert report["identity"] == of | {"template_time": None}
 
 
 @pytest.mark.slow
@@ -249,7 +278,7 @@ def test_what_an_older_version_began_is_not_taken_up(weak_draft: Path, prompts: 
         (["--limit", 0], ["--limit 0"]),
         (["--head", "int4"], ["--head int4", "int8"]),
         (["--prompts", "gone.jsonl"], ["gone.jsonl"]),
-        (["--prompts", "/dev/stdin"], ["/dev/stdin"]),
+        (["--prompts", "/dev/stdin"], ["/dev/stdin", "holds no prompt"]),
         (["--out", "taken/sub"], ["taken"]),
     ],
 )

@@ -53,7 +53,7 @@ def make_draft(folder: Path, teacher: dict[str, Any] | None = None, bits: int | 
         "training": {
             "settings": {"layers": 1, "hidden": 64, "lr": 0.002},
             "data": {"sha256": "12" * 32, "tokens": 1024, "settings": DATA},
-            "steps": 7,
+            "steps": 2,
         },
         "made_with": {"device": "a device", "commit": "f00d", "versions": {"mlx": "1.2.3"}},
     }
@@ -279,7 +279,8 @@ def test_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
             prepare(folder, REPO, force=True)
         (folder / name).unlink()
     (folder / "LICENSE").symlink_to("notes.txt")
-    assert "LICENSE" in prepare(folder, REPO).files
+    package = prepare(folder, REPO)
+    assert "LICENSE" in package.files and "log.jsonl" not in package.card  # which is not there any more
 
 
 @pytest.mark.slow
@@ -361,6 +362,8 @@ def test_what_belongs_to_another_draft_is_not_published(tmp_path: Path) -> None:
         ("draft.json", {"made_with": {"versions": ["mlx"]}}, r"made_with.versions is \['mlx'\]"),
         ("draft.json", {"teacher": "me"}, "teacher is 'me'"),
         ("log.jsonl", [1], r"log\.jsonl: is damaged \(holds \[1\], not an object\)"),
+        ("log.jsonl", b"", r"log\.jsonl: ends at step 0, the training of draft\.json at 2"),
+        ("log.jsonl", b'{"kind": "step", "step": 1}\n{"kind": "st', r"log\.jsonl: ends at step 1"),
         ("recipe.toml", b"# caf\xe9", r"recipe\.toml: is not valid UTF-8 \(byte 5\)"),
     ],
 )

@@ -65,7 +65,7 @@ inline int lane() { return running->thread.x % 32; }
 constexpr int kWords = 6;  // that a lane can bring to an operation
 using Brought = uint32_t[32][kWords];
 
-enum class Operation : int { none, shuffle, multiply };
+enum class Operation : int { none, shuffle, multiply, wait };
 
 // Waits until all lanes of the warp are at this operation; returns what each of them brought.
 const Brought& exchange(Operation operation, unsigned lanes, const void* brought, size_t bytes, EMULATED_CALLER);
@@ -91,6 +91,10 @@ To bits_as(From from) {
 }  // namespace emulator
 
 inline void __syncthreads(EMULATED_CALLER) { emulator::wait_for_block(EMULATED_CALL); }
+inline void __syncwarp(EMULATED_CALLER) {
+  const uint32_t nothing = 0;
+  emulator::exchange(emulator::Operation::wait, ~0u, &nothing, sizeof nothing, EMULATED_CALL);
+}
 inline void __threadfence() {}
 template <typename T>
 T __shfl_xor_sync(unsigned lanes, T value, int mask, EMULATED_CALLER) {
