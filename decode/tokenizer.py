@@ -29,6 +29,7 @@ STRFTIME_NOW = """\
 DIRECTIVES = [f"%{dash}{letter}" for letter in "aAwdbBmyYHIlkpMSfzZjUWcxXFTDReGuVhCsP" for dash in ("", "-")]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 LINE_END = re.compile("\r\n|\r")
+PLACE = "bitdraft-holds-this-place"  # stands for a text that is still to be written
 # Shows how text is normalised, split and begun: words, numbers, white space, other scripts, what may be special tokens.
 PROBE = "It's a probe:  1,234.5 naïve ﬁles,\tdon't\r\n\n def f_2(x): «Äpfel» два 東京 \u0301🙂 </s> <s> HTTPServer "
 
@@ -104,9 +105,67 @@ class Tokenizer:
             del ids[0]
         return self._checked(ids)
 
-    def encode_conversation(self, messages: list[Message], where: str = "a conversation") -> tuple[list[int], int]:
-        """Ids of a conversation up to the end token of its last message, a reply, and where that begins. where: its
-        place, for messages."""
+    def encode_turns(self, turns: list[str], where: str = "a conversation") -> list[list[int]]:
+        """What stands before each reply to a user's turns that are answered one after the other: the prompt of the
+        first; for each other what the template puts behind the end token of a reply, up to where the next begins."""
+        messages: list[Message] = [{"role": "user", "content": turns[0]}]
+        chunks = [self.encode_prompt(Prompt(messages, "", where=where))]
+        for turn in turns[1:]:
+            messages += [{"role": "assistant", "content": PLACE}, {"role": "user", "content": turn}]
+            ids = self._wrapped.encode(self._text_of(messages, where).rpartition(PLACE)[2], add_special_tokens=False)
+            chunks.append(self._checked(ids[self._ended(ids) :]))
+        return chunks
+
+    @cached_property
+    def open_turn(self) -> tuple[list[int], list[int]]:
+        """What stands before a user's first turn, and what between the end token of that and the reply. UserError where
+        no chat template says so."""
+        before, place, behind = self._text_of([{"role": "user", "content": PLACE}], str(self.folder)).partition(PLACE)
+        ids = self._wrapped.encode(behind, add_special_tokens=False)
+        ended = self._ended(ids)
+        if not (self._wrapped.has_chat_template and place and ended):
+            raise UserError(f"{self.folder}: has no chat template that ends a user's turn with an end token")
+        # A space there belongs to the first word: " Hello" is one token.
+        return self._checked(self._wrapped.encode(before.rstrip(" "), add_special_tokens=False)), ids[ended:]
+
+    def _text_of(self, messages: list[Message], where: str) -> str:
+        """Messages as the text of a prompt."""
+        if not self._wrapped.has_chat_template:
+            return "\n".join(map(text_of, messages))
+        return str(self._apply_template(messages, where, tokenize=False, add_generation_prompt=True))
+
+    def _ended(self, ids: list[int]) -> int:
+        """How many tokens end a turn at the beginning of these: an end token and white space before it; else 0."""
+        at = next((i for i, token in enumerate(ids) if token in self.end_tokens), None)
+        return 0 if at is None or self.decode(ids[:at]).strip() else at + 1
+
+    def encode_conversation(
+        self, messages: list[Message], where: str = "a conversation"
+    ) -> tuple[list[int], list[range]]:
+        """Ids of a conversation up to the end token of its last message, a reply, and where the assistant's turns are
+        in it, end tokens included. where: its place, for messages.
+
+        Without a chat template, and where that writes an earlier turn otherwise than as a reply to what is before it,
+        only the later ones are told.
+        """
+        ids, start = self._encode_to_reply(messages, where)
+        turns = [range(start, len(ids))]
+        for i in range(len(messages) - 2, 0, -1):
+            if messages[i]["role"] == "assistant" and self._wrapped.has_chat_template:
+                try:
+                    prompt = self._apply_template(messages[:i], where, add_generation_prompt=True)
+                    whole = self._apply_template(messages[: i + 1], where, add_generation_prompt=False)
+                except UserError:
+                    break
+                if ids[: len(prompt)] != prompt or ids[: len(whole)] != whole:
+                    break
+                reply = range(len(prompt), len(whole))
+                end = next((at + 1 for at in reply if ids[at] in self.end_tokens), reply.stop)
+                turns.insert(0, range(reply.start, end))
+        return ids, turns
+
+    def _encode_to_reply(self, messages: list[Message], where: str) -> tuple[list[int], int]:
+        """Ids of a conversation up to the end token of its last message, and where that begins."""
         prompt = self.encode_prompt(Prompt(messages[:-1], "", where=where))
         whole: list[int] = []
         if self._wrapped.has_chat_template:
@@ -134,20 +193,19 @@ class Tokenizer:
         own = self._wrapped.eos_token_id
         return [own] if own in self.end_tokens else sorted(self.end_tokens)[:1]
 
-    def _apply_template(self, messages: list[Message], where: str, *, add_generation_prompt: bool) -> list[int]:
-        """Token ids of messages. UserError where the chat template refuses them, or leaves out or garbles a part."""
-        options = {"add_generation_prompt": add_generation_prompt}
+    def _apply_template(self, messages: list[Message], where: str, **options: bool) -> Any:
+        """What the chat template makes of messages: token ids, or text with `tokenize=False`. UserError where it
+        refuses them, or leaves out or garbles a part."""
         try:
             if any(isinstance(message["content"], list) for message in messages) and not self._reads_parts:
                 raise ValueError("it does not read content in parts; give it as one string")
             if names := [name for message in messages for name in called_functions(message)]:
-                text = self._templated(messages, tokenize=False, **options)
+                text = self._templated(messages, **options | {"tokenize": False})
                 if missing := [name for name in names if name not in text]:
                     raise ValueError(f"it leaves out calls of tools ({missing[0]})")
-            ids: list[int] = self._templated(messages, **options)
+            return self._templated(messages, **options)
         except Exception as error:  # it is a program of the checkpoint's: roles that do not take turns, or any mistake
             raise UserError(f"{where}: the chat template refuses it: {first_line(error)}") from error
-        return ids
 
     @cached_property
     def _reads_parts(self) -> bool:

@@ -70,7 +70,7 @@ def collect(
     Replies and texts are kept as tokens beside the dataset, in replies-TEACHER-DIGITS: with another --top-k,
     --temperature or --batch they are found there and not made again; --replies scores them without their sources.
     """
-    from distill.data.collect import Collector, plan_collection, plan_scoring
+    from distill.data.collect import Collector, plan_collection, plan_scoring, what_is_read
     from distill.predict import duration
 
     check_json_target(json_file)
@@ -85,6 +85,10 @@ def collect(
     collector = Collector(plan, bars)
     done = not dry_run and collector.check_folder()
     result: dict[str, Any] = {"out": str(plan.folder), "teacher": plan.teacher.name, "dry_run": dry_run}
+    if dry_run:
+        result["sources"] = what_is_read(plan)
+        for one in result["sources"]:
+            note(f"{one['source']}: {one['share']:.0%} of the tokens, {one['reads']}")
     if dry_run or not (quiet or done):
         estimate = collector.estimate()
         result["estimate"] = vars(estimate)

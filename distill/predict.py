@@ -17,7 +17,7 @@ from decode.models.hub import NotFound
 from decode.plan import find_config
 from distill.data.prompts import wants_reply
 from distill.data.scoring import bytes_per_token
-from distill.data.sources import read_source
+from distill.data.sources import parse_source, read_source
 from distill.recipe import Recipe
 from distill.release.evaluate import select
 from distill.training.draft_config import DraftConfig
@@ -99,11 +99,12 @@ def teacher_config(name: str | None) -> tuple[dict[str, Any] | None, str]:
 
 def answered(sources: Sequence[str]) -> float:
     """The share of the sources that hold prompts for the teacher; one that is not here is taken for such."""
-    asked = 0
-    for name in sources:
-        first = next(iter(read_source(name)), None) if Path(name).exists() else None
-        asked += first is None or wants_reply(first)
-    return asked / len(sources)
+    asked = weights = 0.0
+    for source in map(parse_source, sources):
+        first = next(iter(read_source(source)), None) if Path(source.path).exists() else None
+        weights += source.weight
+        asked += source.weight * (first is None or wants_reply(first))
+    return asked / weights
 
 
 def predict(recipe: Recipe, config: dict[str, Any] | None) -> list[Work]:

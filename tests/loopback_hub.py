@@ -1,10 +1,10 @@
 """A small Hugging Face Hub on loopback, for tests that run the real `huggingface_hub` client against it.
 
-It speaks what the client calls to publish and to download a model: repository creation and settings, model info,
-tree, YAML validation, pre-upload, LFS batch, upload (one part or many) and verification, commit, and resolve, where
-large files are redirected to another host as the real Hub does, with Range. Repositories have a history and private
-ones are hidden. Uploads by Xet, the real Hub's own protocol, are not spoken: `Hub.environment` turns it off, and the
-client then takes the LFS way.
+It speaks what the clients call to publish and to download a model, and to stream a dataset (`datasets/OWNER/NAME`):
+repository creation and settings, info, tree, YAML validation, pre-upload, LFS batch, upload (one part or many) and
+verification, commit, and resolve, where large files are redirected to another host as the real Hub does, with Range.
+Repositories have a history and private ones are hidden. Uploads by Xet, the real Hub's own protocol, are not spoken:
+`Hub.environment` turns it off, and the client then takes the LFS way.
 
 `Hub.fail` makes requests fail; `Hub.requests` lists all that came, for tests that ask what was sent twice.
 """
@@ -304,6 +304,33 @@ class Handler(BaseHTTPRequestHandler):
             entries.append(entry)
         return lambda: self._json(entries)
 
+    def below(self, repo: str, revision: str, path: str | None) -> Any:
+        """The files and folders of a dataset below a path, of one level or of all."""
+        found, path = self._entries(repo, revision), path or ""
+        inside = {name: entry for name, entry in found.items() if name.startswith(f"{path}/" if path else "")}
+        if path and not inside:
+            raise Refusal(404, f"{path} does not exist", "EntryNotFound")
+        if self.query.get("recursive", "").lower() != "true":
+            inside = {name: entry for name, entry in inside.items() if name.count("/") == path.count("/") + bool(path)}
+        return lambda: self._json(list(inside.values()))
+
+    def paths_info(self, repo: str, revision: str) -> Any:
+        if (self.headers.get("Content-Type") or "").startswith("application/json"):
+            asked = json.loads(self.body)["paths"]
+        else:
+            asked = parse_qs(self.body.decode())["paths"]
+        found = self._entries(repo, revision)
+        return lambda: self._json([found[path] for path in asked if path in found])
+
+    def _entries(self, repo: str, revision: str) -> dict[str, dict[str, Any]]:
+        """The files and folders of a dataset by their paths."""
+        repository, entries = self._repository(repo), dict[str, dict[str, Any]]()
+        for name, content in repository.commits[self._commit_of(repository, revision)].items():
+            for at in (i for i, letter in enumerate(name) if letter == "/"):
+                entries[name[:at]] = {"type": "directory", "path": name[:at], "size": 0, "oid": "0" * 40}
+            entries[name] = {"type": "file", "path": name, "size": len(content), "oid": git_hash(content)}
+        return entries
+
     def preupload(self, repo: str, revision: str) -> Any:
         files, answers = self._repository(repo, write=True).files, []
         for asked in json.loads(self.body)["files"]:
@@ -413,6 +440,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 NAME = r"(?P<repo>[\w.-]+/[\w.-]+)"
+DATASET = r"(?P<repo>datasets/[\w.-]+/[\w.-]+)"
 ROUTES = [
     (r"POST /api/repos/create", Handler.create),
     (r"POST /api/validate-yaml", Handler.validate_yaml),
@@ -427,5 +455,9 @@ ROUTES = [
     (r"PUT /upload/(?P<oid>[0-9a-f]{64})/(?P<part>\d+)", Handler.upload_part),
     (r"POST /complete/(?P<oid>[0-9a-f]{64})", Handler.complete),
     (rf"(?:GET|HEAD) /{NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", Handler.resolve),
+    (rf"GET /api/{DATASET}(?:/revision/(?P<revision>[^/]+))?", Handler.info),
+    (rf"GET /api/{DATASET}/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?", Handler.below),
+    (rf"POST /api/{DATASET}/paths-info/(?P<revision>[^/]+)", Handler.paths_info),
+    (rf"(?:GET|HEAD) /{DATASET}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", Handler.resolve),
     (r"GET /objects/(?P<oid>[0-9a-f]{64})", Handler.storage),
 ]

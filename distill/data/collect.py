@@ -22,7 +22,8 @@ from decode.models.dimensions import Dimensions
 from decode.models.transformer import Transformer
 from decode.tokenizer import Tokenizer, check_tokenizer
 from distill.data.codec import token_type
-from distill.data.manifest import FORMAT, MANIFEST, DatasetSettings, Manifest, Omission, ScoredFrom, folder_name
+from distill.data.exclusion import Excluded, load_excluded
+from distill.data.manifest import MANIFEST, DatasetSettings, Manifest, Omission, ScoredFrom, folder_name
 from distill.data.packing import MIN_SEGMENT, Row, cut, pack, segment
 from distill.data.prompts import Chosen, choose_documents, wants_reply
 from distill.data.replies import generate_replies
@@ -31,7 +32,7 @@ from distill.data.reply_pass import Progress, ReplyPass
 from distill.data.scoring import Scorer, bytes_per_token
 from distill.data.settings import OF_REPLIES, OF_SCORES, CollectSettings, complete_settings
 from distill.data.shards import Dataset, ShardWriter
-from distill.data.sources import at_commit, is_hub, load_excluded, read_source, shown_name, source_fingerprint
+from distill.data.sources import Source, at_commit, describe, parse_source, read_source, shown_name, source_fingerprint
 from distill.provenance import teacher_files
 from kernels import UserError
 from kernels.files import check_room, sha256, stored_bytes
@@ -53,8 +54,8 @@ class Plan:
     manifest: DatasetSettings
     replies: Path
     reply_manifest: DatasetSettings
-    sources: tuple[str, ...] | None
-    excluded: frozenset[str] = field(default=frozenset(), repr=False)
+    sources: tuple[Source, ...] | None
+    excluded: Excluded = field(default_factory=Excluded, repr=False)
 
 
 @dataclass(frozen=True)
@@ -76,15 +77,20 @@ def plan_collection(teacher: Checkpoint, settings: CollectSettings, out: Path | 
     """
     settings.check(teacher.config)
     check_tokenizer(teacher.folder)
-    for name in settings.sources:
-        if Path(name).exists():  # a fault in a source's last line must not show after hours of work
-            for _ in read_source(name):
+    named = tuple(map(parse_source, settings.sources))
+    if any(one.kind == "self" for one in named):
+        before, behind = Tokenizer(teacher.folder).open_turn
+        if len(before) + len(behind) > settings.seq_len - settings.max_reply - MIN_SEGMENT:
+            raise UserError(f"--source self: --seq-len {settings.seq_len} leaves no room for a user's turn")
+    for source in named:
+        if source.kind in ("file", "folder"):  # a fault in the last line must not show after hours of work
+            for _ in read_source(source):
                 pass
     values: dict[str, Any] = {
         **_of_teacher(teacher),
         **settings.recorded(OF_REPLIES),
         "sources": [
-            {"name": name, "kind": "hub"} if is_hub(name) else source_fingerprint(name) for name in settings.sources
+            {"name": one.name, "kind": "hub"} if one.kind == "hub" else source_fingerprint(one) for one in named
         ],
         "exclude": [source_fingerprint(name) for name in settings.exclude],
     }
@@ -94,8 +100,8 @@ def plan_collection(teacher: Checkpoint, settings: CollectSettings, out: Path | 
     replies = folder.parent / folder_name("replies", DatasetSettings(values))
     begun = [_begun(place) for place in (replies, folder)]
     known = [source for one in begun if isinstance(one.get("sources"), list) for source in one["sources"]]
-    sources = tuple(at_commit(name, known) for name in settings.sources)
-    values["sources"] = [source_fingerprint(name, read) for name, read in zip(settings.sources, sources, strict=True)]
+    sources = tuple(at_commit(one, known) for one in named)
+    values["sources"] = list(map(source_fingerprint, sources))
     if "template_time" in values:
         times = [one["template_time"] for one in begun if "template_time" in one]
         values["template_time"] = next(iter(times), values["template_time"])
@@ -115,7 +121,7 @@ def plan_scoring(
         if setting.key in given and setting.name not in OF_SCORES:
             raise UserError(f"--replies {folder}: these are written; {setting.flag} would decide new ones")
     replies = Replies.open(folder)
-    if replies.format != FORMAT:
+    if replies.format < 3:
         raise UserError(f"--replies {folder}: is of the older format {replies.format}, and cannot be scored again")
     if not replies.complete:
         raise UserError(f"--replies {folder}: is not complete; the command that began it goes on with it")
@@ -176,6 +182,15 @@ def _begun(folder: Path) -> dict[str, Any]:
         return {}
 
 
+def what_is_read(plan: Plan) -> list[dict[str, Any]]:
+    """What a collection will read: each source, its share of the tokens, and what of it is read, in words."""
+    sources = plan.sources or ()
+    whole = sum(source.weight for source in sources)
+    return [
+        {"source": one.name, "kind": one.kind, "share": one.weight / whole, "reads": describe(one)} for one in sources
+    ]
+
+
 class Collector:
     """Runs a plan."""
 
@@ -228,7 +243,7 @@ class Collector:
             if not writer.manifest.complete:
                 chosen = self.choose()
                 try:
-                    self._reply_pass().run(writer, chosen)
+                    self._reply_pass().run(writer, chosen, self.plan.excluded)
                 finally:
                     for one in chosen:
                         one.documents.close()
@@ -268,21 +283,19 @@ class Collector:
         settings = self.settings
         return [
             choose_documents(
-                name,
+                source,
                 excluded=self.plan.excluded,
                 longest=4 * settings.seq_len,
                 seed=(settings.seed, index),
             )
-            for index, name in enumerate(self.plan.sources or ())
+            for index, source in enumerate(self.plan.sources or ())
         ]
 
     def rows(self, examples: Iterable[Example]) -> list[Row]:
         """Examples in segments, shuffled and packed: tokens int32, trained positions bool, segment ids uint8,
         each [seq_len]."""
         seq_len = self.settings.seq_len
-        segments = [
-            part for example in examples for part in cut(segment(example.tokens, example.prompt_length), seq_len)
-        ]
+        segments = [part for example in examples for part in cut(segment(example.tokens, example.trained), seq_len)]
         order = np.random.default_rng(self.settings.seed).permutation(len(segments))
         return pack([segments[i] for i in order], seq_len)
 
@@ -331,7 +344,7 @@ class Collector:
     def estimate(self) -> Estimate:
         """Time one batch of each kind of work that is still to do, and extrapolate."""
         settings = self.settings
-        firsts = [next(iter(read_source(name)), None) for name in self._unanswered()]
+        firsts = [next(iter(read_source(source)), None) for source in self._unanswered()]
         asked = [first is not None and wants_reply(first) for first in firsts]
         row = np.full(settings.seq_len, min(self.tokenizer.end_tokens, default=0), np.int32)
         prompt = row[: min(64, settings.seq_len // 2)].tolist()
@@ -356,11 +369,13 @@ class Collector:
                 end_tokens=frozenset(),
             )
             written = settings.reply_batch * 16
-            per_token += (time.perf_counter() - began) / written * sum(asked) / len(settings.sources)
+            weights = [source.weight for source in self.plan.sources or ()]
+            share = sum(weight for weight, asks in zip(weights, asked, strict=True) if asks) / sum(weights)
+            per_token += (time.perf_counter() - began) / written * share
         total = self._tokens()
         return Estimate(total, total * self._bytes_per_token(), total * per_token, 1 / per_token)
 
-    def _unanswered(self) -> tuple[str, ...]:
+    def _unanswered(self) -> tuple[Source, ...]:
         """The sources whose prompts may still want replies."""
         try:
             there = Replies.open(self.plan.replies).complete

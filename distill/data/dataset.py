@@ -83,16 +83,12 @@ class Writer:
         if difference := old.settings.difference(self.manifest.settings):
             name, was, now = difference
             raise UserError(f"{self.folder}: was begun with {name} = {_short(was)}, not {_short(now)}")
-        self.check_resumable(old)
         for index, entry in list(old.entries.items()):
             path = self.folder / entry.file
             if not path.is_file() or path.stat().st_size != entry.bytes:
                 del old.entries[index]
                 old.complete = False
         self.manifest = old
-
-    def check_resumable(self, old: Manifest) -> None:
-        """UserError where what an older version began cannot be gone on with."""
 
     @property
     def settings(self) -> DatasetSettings:

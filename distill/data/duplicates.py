@@ -17,7 +17,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from distill.data.sources import normalise_prompt
+from distill.data.documents import normalise_prompt
 
 WORDS = 13
 SHINGLE = 5
@@ -52,6 +52,12 @@ class NearDuplicates:
         if found is None:
             self._hold(text)
         return found
+
+    def forget(self, kept: int) -> None:
+        """Hold only the first texts, so many of them."""
+        del self._texts[kept:]
+        self._runs.forget(kept)
+        self._sets.forget(kept)
 
     def _hold(self, text: str) -> None:
         self._runs.add(_runs(text), len(self._texts))
@@ -109,6 +115,10 @@ class _Runs:
             hashes, numbers = hashes[order], numbers[order]
         self._parts.append((hashes, numbers))
 
+    def forget(self, kept: int) -> None:
+        parts = [(hashes[numbers < kept], numbers[numbers < kept]) for hashes, numbers in self._parts]
+        self._parts = [part for part in parts if len(part[0])]
+
     def candidates(self, runs: set[str]) -> set[int]:
         """The texts that have a run with the hash of one of these."""
         if not runs:
@@ -138,6 +148,10 @@ class _Sets:
         group = self._groups.setdefault(lowest, _Group(lowest, lowest + (1 << shift) - 1))
         group.add(_bitmap(_hashes(members), group.bits), len(members), number)
 
+    def forget(self, kept: int) -> None:
+        for group in self._groups.values():
+            group.forget(kept)
+
     def candidates(self, members: set[str]) -> list[int]:
         """The sets that may have a Jaccard index above 4/5 with this one, by sizes and bitmaps: those are the sets of a
         and b members of which fewer than (a + b) / 9 are in one only."""
@@ -166,6 +180,9 @@ class _Group:
             )
         self._bitmaps[self._count], self._sizes[self._count], self._numbers[self._count] = bitmap, size, number
         self._count += 1
+
+    def forget(self, kept: int) -> None:
+        self._count = int(np.searchsorted(self._numbers[: self._count], kept))
 
     def candidates(self, bitmap: np.ndarray, size: int) -> list[int]:
         differing = np.bitwise_count(self._bitmaps[: self._count] ^ bitmap).sum(axis=1, dtype=np.int32)

@@ -10,7 +10,7 @@ import numpy as np
 
 from distill.data import codec, reply_dataset, shards
 from distill.data.dataset import Reader
-from distill.data.manifest import FORMAT, MANIFEST, DamagedManifest, Entry, Manifest, ScoredFrom
+from distill.data.manifest import MANIFEST, DamagedManifest, Entry, Manifest, ScoredFrom
 from distill.data.reply_dataset import Replies, ReplyWriter
 from distill.data.shards import Dataset, ShardWriter
 from kernels.errors import UserError
@@ -65,7 +65,7 @@ def _replies_of(dataset: Dataset) -> Iterator[tuple[Path, ScoredFrom | None]]:
 
     Before format 3 they lay inside the dataset, a folder a source.
     """
-    if dataset.format != FORMAT:
+    if dataset.format < 3:
         inside = sorted(dataset.folder.glob("replies-*"), key=lambda path: (len(path.name), path.name))
         yield from ((path, None) for path in inside)
     for replies in dataset.scored_from:
@@ -184,6 +184,7 @@ def _inspect_shards(dataset: Dataset) -> dict[str, Any]:
             "mean_tail_mass": means[1],
             "mean_entropy_at_least_nats": means[2],
             "replies": [_where(dataset, replies) for replies in dataset.scored_from],
+            **_by_kind(dataset),
         },
     )
 
@@ -196,11 +197,44 @@ def _where(dataset: Dataset, replies: ScoredFrom) -> dict[str, Any]:
     return {"name": replies.name, "sha256": replies.sha256, "folder": where, "differs": differs}
 
 
+def _by_kind(dataset: Dataset) -> dict[str, Any]:
+    """What the replies say that shards were scored from; nothing where they are not here."""
+    for scored in dataset.scored_from:
+        where = _where(dataset, scored)
+        if where["folder"] and not where["differs"]:
+            counts = _counts(Replies.open(where["folder"]))
+            return {name: counts[name] for name in ("by_source", "by_kind")}
+    return {}
+
+
 def _inspect_replies(replies: Replies) -> dict[str, Any]:
-    count = sum(example.replied for example in replies)
     left_out = [vars(omission) for omission in replies.left_out]
-    last = {"examples_replied": count, "sha256": sha256(replies.folder / MANIFEST), "left_out": left_out}
-    return _summary(replies, {}, last)
+    return _summary(
+        replies, {}, {**_counts(replies), "sha256": sha256(replies.folder / MANIFEST), "left_out": left_out}
+    )
+
+
+def _counts(replies: Replies) -> dict[str, Any]:
+    """How much of a reply dataset is of which source and of which kind, replied to, and longer than a row."""
+    figures = ("documents", "replied", "tokens", "trained_tokens")
+    of_sources, of_kinds = dict[int, np.ndarray](), dict[str, np.ndarray]()
+    split, seq_len = 0, replies.settings.values.get("seq_len", np.inf)
+    for one in replies:
+        split += len(one.tokens) > seq_len
+        more = np.array([1, one.replied, len(one.tokens), np.count_nonzero(one.trained)])
+        of_sources[one.source] = of_sources.get(one.source, 0) + more
+        of_kinds[one.kind] = of_kinds.get(one.kind, 0) + more
+    named = dict(enumerate(replies.settings.values.get("sources", [])))
+
+    def row(what: str, name: Any, counts: np.ndarray) -> dict[str, Any]:
+        return {what: name, **dict(zip(figures, counts.tolist(), strict=True))}
+
+    return {
+        "examples_replied": sum(int(counts[1]) for counts in of_sources.values()),
+        "split": split,
+        "by_source": [row("source", _source(named.get(i, i))[0], of_sources[i]) for i in sorted(of_sources)],
+        "by_kind": [row("kind", name or None, of_kinds[name]) for name in sorted(of_kinds)],
+    }
 
 
 def _summary(reader: Reader, first: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
@@ -248,7 +282,11 @@ def table(summary: dict[str, Any]) -> str:
             ("kept", f"top {summary['k']} logits, log-sum-exps at temperature {_joined(summary['temperatures'])}"),
         ]
     else:
-        lines.append(("replied to", f"{summary['examples_replied']:,} prompts; the other documents are texts"))
+        lines.append(("replied to", f"{_count(summary['examples_replied'], 'document')}; the others are as they were"))
+        if summary["split"]:
+            lines.append(
+                ("split", f"{_count(summary['split'], 'document')}, longer than a row of {settings['seq_len']:,}")
+            )
     each = "" if summary["bytes_per_token"] is None else f", {summary['bytes_per_token']:.1f} bytes a token"
     lines.append(("size", f"{summary['bytes'] / 1e6:,.1f} MB{each}"))
     if summary.get("mean_top1_probability") is not None:
@@ -265,6 +303,11 @@ def table(summary: dict[str, Any]) -> str:
     for title, name in (("sources", "sources"), ("prompts left out", "exclude")):
         if rows := [_source(entry) for entry in settings.get(name) or []]:
             text += f"\n\n{title}\n{_columns(rows)}"
+    for title, by, what in (("tokens by source", "by_source", "source"), ("tokens by kind", "by_kind", "kind")):
+        counts = summary.get(by, [])
+        if any(one[what] is not None for one in counts):
+            shares = [_share(one, what, sum(x["tokens"] for x in counts)) for one in counts]
+            text += f"\n\n{title}\n{_columns(shares)}"
     if rows := [
         (one["source"], f"{one['count']:,}", one["reason"], one["first"]) for one in summary.get("left_out", [])
     ]:
@@ -274,11 +317,20 @@ def table(summary: dict[str, Any]) -> str:
     return text + (f"\n\nsettings\n{_columns(others)}" if others else "")
 
 
+def _share(one: dict[str, Any], what: str, tokens: int) -> tuple[str, ...]:
+    """A line of what is of one source or kind."""
+    share = one["tokens"] / tokens if tokens else 0
+    of = f"{_count(one['documents'], 'document')}, {one['replied']:,} replied to"
+    return one[what] or "of no kind", f"{one['tokens']:,}", f"{share:.1%}", f"{one['trained_tokens']:,} trained on", of
+
+
 def _source(entry: Any) -> tuple[str, ...]:
     """Name, kind, and hash or commit of a source, shortened."""
     values = entry if isinstance(entry, dict) else {"name": entry}
     commit = values.get("commit")
     which = f"commit {str(commit)[:12]}" if commit else f"sha256 {str(values.get('sha256', '?'))[:12]}"
+    if values.get("kind") == "self":
+        which = "what the teacher says to itself"
     return str(values.get("name", "?")), str(values.get("kind", "")), which
 
 

@@ -12,8 +12,8 @@ from distill.data.settings import CollectSettings, complete_settings
 from kernels.errors import UserError
 
 MANIFEST = "manifest.json"
-FORMAT = 3
-OLD_FORMATS = {1: 2}  # of what 0.1.0 wrote: the manifest's version, and the format it stands for
+FORMAT = 4
+OLD_FORMATS = {1: 2, 3: 3}  # that are still read: the manifest's version (0.1.0 wrote 1), and its format
 MAX_BITS = 25  # a packed value and the up to seven bits before it have to fit one 32-bit window
 # What manifests began to pin after others had been written without it, and what no folder is named after: where one of
 # these differs, the same command must find the folder and refuse it, or take the time from it.
@@ -122,7 +122,7 @@ class DamagedManifest(UserError):
 class Entry:
     """One finished file.
 
-    Of a reply dataset, rows and documents are its examples, and the trained tokens are those behind the prompts.
+    Of a reply dataset, rows and documents are its examples.
     """
 
     file: str

@@ -22,10 +22,10 @@ class Segment:
     mask: np.ndarray
 
 
-def segment(tokens: np.ndarray, prompt_length: int) -> Segment:
-    """All of a text, trained on the predictions of everything behind the prompt; the last has no target."""
+def segment(tokens: np.ndarray, trained: np.ndarray) -> Segment:
+    """All of a text, trained on the predictions of its trained tokens (bool [n]); the first of them has none."""
     mask = np.zeros(len(tokens), bool)
-    mask[max(prompt_length - 1, 0) : -1] = True
+    mask[:-1] = trained[1:]
     return Segment(tokens, mask)
 
 

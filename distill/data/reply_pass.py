@@ -10,13 +10,15 @@ how fast it goes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from decode.models.dimensions import Dimensions
 from decode.models.transformer import Transformer
 from decode.tokenizer import Tokenizer
+from distill.data.duplicates import NearDuplicates
+from distill.data.exclusion import Excluded
 from distill.data.packing import MIN_SEGMENT
 from distill.data.prompts import Chosen
 from distill.data.replies import generate_replies
@@ -58,23 +60,25 @@ class ReplyPass:
         self._pending: list[Example] = []  # not yet in a file
         self._at = 0  # the place of the next example
 
-    def run(self, writer: ReplyWriter, chosen: Sequence[Chosen]) -> None:
-        """Every source gives an equal share of the tokens; what one cannot give, the later ones do, and what is missing
-        then is shared out among those that have more, until it is there or none has any."""
+    def run(self, writer: ReplyWriter, chosen: Sequence[Chosen], excluded: Excluded) -> None:
+        """Every source gives its share of the tokens, by its weight; what one cannot give, the later ones do, and what
+        is missing then is shared out among those that have more, until it is there or none has any."""
         replies = Replies(writer.folder, writer.manifest)
         for i, entry in enumerate(replies.shards):
             first = entry.index * EXAMPLES_PER_FILE
             self._written.update(enumerate(replies.read(i), first))
+        asked = NearDuplicates()
         supplies = [
-            Supply(source, documents, self.tokenizer, self.settings, self.model.context)
+            Supply(source, documents, self.tokenizer, self.settings, self.model.context, asked, excluded)
             for source, documents in enumerate(chosen)
         ]
         left = self.settings.tokens
         while supplies:
             before, more = left, []
             for place, supply in enumerate(supplies):
-                quota = Quota(left // (len(supplies) - place))
+                quota = Quota(int(left * supply.weight / sum(one.weight for one in supplies[place:])))
                 ended = self._turn(writer, supply, quota)
+                supply.rest()
                 left -= quota.taken
                 more += [] if ended else [supply]
             supplies = more if left < before else []
@@ -83,24 +87,37 @@ class ReplyPass:
     def _turn(self, writer: ReplyWriter, supply: Supply, quota: Quota) -> bool:
         """Let a source fill its quota; whether it has nothing more to give."""
         while quota.left >= MIN_SEGMENT:
-            window = supply.window(quota.left)
+            window = self._window(supply, quota.left)
             if not window:
+                supply.take()
                 return True
             for example in self._known(supply, window, quota.left) or self._answer(supply, window, quota):
                 self._add(writer, example, supply, quota)
-                supply.taken(1)
+                supply.take()
                 if quota.left < MIN_SEGMENT:
                     break
         return False
 
+    def _window(self, supply: Supply, room: int) -> list[Candidate]:
+        """The next documents, those that are surely or probably needed for `room` tokens."""
+        batch, window, sure = self.settings.reply_batch, list[Candidate](), 0
+        while len(window) < batch and (sure < room or len(window) < batch // 4):
+            candidate = supply.ahead(len(window))
+            if candidate is None:
+                break
+            window.append(candidate)
+            sure += len(candidate.turns[0]) + (self.settings.max_reply if candidate.asks else 0)
+        return window
+
     def _size(self, example: Example) -> int:
-        return size_in_rows(example.tokens, example.prompt_length, self.settings.seq_len)
+        return size_in_rows(example.tokens, example.trained, self.settings.seq_len)
 
     def _add(self, writer: ReplyWriter, example: Example, supply: Supply, quota: Quota) -> None:
-        """Take an example, its end cut off where it is more than the quota has left."""
+        """Take an example that is of use, its end cut off where it is more than the quota has left."""
         if self._size(example) > quota.left:
-            tokens = example.tokens[: quota.left]
-            example = replace(example, tokens=tokens, prompt_length=min(example.prompt_length, len(tokens)))
+            example = example.first(quota.left)
+        if not supply.keeps(example):
+            return
         size = self._size(example)
         if not size:
             supply.left_out.add(TOO_SHORT, f"prompt {example.number} with its reply")
@@ -131,37 +148,35 @@ class ReplyPass:
 
     def _answer(self, supply: Supply, window: list[Candidate], quota: Quota) -> list[Example]:
         """A window with the teacher's replies, in the order of its numbers."""
-        asked = sorted((one for one in window if one.asks), key=lambda one: (len(one.ids), one.number))
+        asked = [one for one in window if one.asks]
         if asked and not quota.announced:
             quota.announced = True
             self.progress("replies", quota.taken, quota.size)
-        replies: dict[int, np.ndarray] = {}
-        for start in range(0, len(asked), self.settings.reply_batch):
-            batch = asked[start : start + self.settings.reply_batch]
-            self.progress("replies", sum(len(one.ids) for one in batch), None)  # the total counts them too
-            for one, reply in zip(batch, self._generate(supply.source, batch), strict=True):
-                replies[one.number] = reply
-        nothing = np.zeros(0, np.int32)
-        return [
-            Example(
-                supply.source,
-                one.number,
-                np.concatenate([np.array(one.ids, np.int32), replies.get(one.number, nothing)]),
-                one.prompt_length,
-                replied=one.asks,
-            )
-            for one in window
-        ]
+        replies: dict[int, list[np.ndarray]] = {one.number: [] for one in window}
+        while True:
+            turns = [(one, one.next_turn(replies[one.number], self.tokenizer.end_tokens, supply.room)) for one in asked]
+            batch = [(one, chunk) for one, chunk in turns if chunk is not None]
+            if not batch:
+                break
+            self.progress("replies", sum(len(chunk) for _, chunk in batch), None)  # the total counts them too
+            for (one, _), reply in zip(batch, self._generate(supply.source, batch, replies), strict=True):
+                replies[one.number].append(reply)
+        return [one.example(supply.source, replies[one.number]) for one in window]
 
-    def _generate(self, source: int, batch: list[Candidate]) -> list[np.ndarray]:
+    def _generate(
+        self, source: int, batch: list[tuple[Candidate, list[int]]], replies: dict[int, list[np.ndarray]]
+    ) -> list[np.ndarray]:
         settings = self.settings
-        self.check_caches([len(one.ids) for one in batch])
-        temperatures = settings.reply_temperatures
+        prompts = [
+            [*one.example(source, before).tokens.tolist(), *chunk] if (before := replies[one.number]) else chunk
+            for one, chunk in batch
+        ]
+        self.check_caches([len(prompt) for prompt in prompts])
         return generate_replies(
             self.model,
-            [one.ids for one in batch],
-            [(settings.seed, source, one.number) for one in batch],
-            temperatures=[temperatures[one.number % len(temperatures)] for one in batch],
+            prompts,
+            [(settings.seed, source, one.number, len(replies[one.number])) for one, _ in batch],
+            temperatures=[one.temperature(len(replies[one.number]), settings.reply_temperatures) for one, _ in batch],
             max_reply=settings.max_reply,
             end_tokens=self.tokenizer.end_tokens,
             advance=lambda tokens: self.progress("replies", tokens, None),

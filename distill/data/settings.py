@@ -10,7 +10,7 @@ from decode.models.checkpoint import ROOT
 from decode.prompts import STANDARD_INPUT
 from decode.settings import Settings, option
 from distill.data.packing import MIN_SEGMENT
-from distill.data.sources import shown_name
+from distill.data.sources import parse_source, shown_name
 from kernels.errors import UserError
 
 HELD_OUT = ROOT / "data" / "eval.jsonl"
@@ -23,10 +23,11 @@ class PromptSettings(Settings):
 
     sources: tuple[str, ...] = option(
         DEFAULT_SOURCES,
-        "Text (.txt), JSON with `text`, `prompt` or `messages`, parquet, arrow, a folder of these, or a Hub dataset."
-        " Repeatable; each gives an equal share. Default: the samples in data/.",
+        "Text (.txt), JSON with `text`, `prompt`, `turns` or `messages`, parquet, arrow, a folder of these, a Hub"
+        " dataset (owner/name:config:split@revision), or `self`: the teacher writes the user's turn too. With #column:"
+        " what to read of a row; with =weight: its share of the tokens. Repeatable. Default: the samples in data/.",
         flag="--source",
-        metavar="PATH|REPO",
+        metavar="NAME",
     )
     exclude: tuple[str, ...] = option(
         (), "Prompts to leave out, beside the held-out ones in data/eval.jsonl.", metavar="FILE"
@@ -96,6 +97,8 @@ class CollectSettings(ScoringSettings, ReplySettings, PromptSettings):
             raise UserError(f"--max-reply {self.max_reply}: leaves no room for prompts in --seq-len {self.seq_len}")
         if not self.sources:
             raise UserError("--source: at least one file, folder or dataset is needed")
+        if not self.reply and any(parse_source(source).kind == "self" for source in self.sources):
+            raise UserError("--source self: is what the teacher writes, which --no-reply forbids")
         for flag, names in (("--source", self.sources), ("--exclude", self.exclude)):
             if STANDARD_INPUT in names:
                 raise UserError(f"{flag} -: standard input is no source; a collection that goes on reads a file again")

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, zip_longest
+from typing import NamedTuple
 
 import numpy as np
 
 from decode.tokenizer import Tokenizer
+from distill.data.documents import Document, LeftOut, normalise_prompt
+from distill.data.duplicates import NearDuplicates
+from distill.data.exclusion import Excluded
 from distill.data.packing import MIN_SEGMENT, cut, segment
-from distill.data.prompts import Chosen, Numbered, encode_prompt, encode_text, wants_reply
+from distill.data.prompts import Chosen, encode_text, encode_turns, wants_reply
+from distill.data.reply_dataset import Example
 from distill.data.settings import CollectSettings
 from kernels.errors import UserError
 
-WINDOW = 4  # batches of documents among whose prompts lengths are sorted, so that little of a batch is padding
 REFUSED = "refused by the chat template or tokenizer"
 TOO_SHORT = f"fewer than {MIN_SEGMENT} tokens"
+SAME, NEAR = "the same as a prompt before", "near a prompt before"
+SILENT = "a reply that says nothing"
+GIVEN_UP = 1000
+OF_USERS = 1.0  # the temperature at which the teacher writes a user's turn
 
 
 @dataclass(frozen=True)
@@ -23,67 +33,183 @@ class Candidate:
     """A document as tokens, before the teacher has said anything."""
 
     number: int
-    ids: list[int]
-    prompt_length: int
-    asks: bool  # whether the teacher is to reply
+    turns: list[list[int]]  # chunks of given tokens; where it asks, a reply of the teacher's follows each
+    asks: bool  # whether the teacher is to write
+    trained: np.ndarray | None = None  # bool: which tokens of the one chunk are learnt, where it does not ask
+    kind: str = ""
+    as_user: bool = False  # whether the teacher writes the user's turn too, as its first reply
+
+    def temperature(self, turn: int, temperatures: Sequence[float]) -> float:
+        """At which the reply to a chunk is sampled; temperatures: those of replies, used in turn."""
+        return OF_USERS if self.as_user and turn == 0 else temperatures[self.number % len(temperatures)]
+
+    def next_turn(self, replies: Sequence[np.ndarray], end_tokens: frozenset[int], room: int) -> list[int] | None:
+        """The chunk to give behind these replies; None where the conversation ends.
+
+        It ends behind its last turn, behind a reply that has no end token (it was too long, or looped), and where the
+        chunk would leave no room for a reply. room: most tokens before a reply.
+        """
+        turn = len(replies)
+        if turn == len(self.turns) or (replies and int(replies[-1][-1]) not in end_tokens):
+            return None
+        before = sum(map(len, replies)) + sum(map(len, self.turns[: turn + 1]))
+        return self.turns[turn] if before <= room else None
+
+    def example(self, source: int, replies: Sequence[np.ndarray] = ()) -> Example:
+        """The conversation with what the teacher wrote, int32 [n] each; that is learnt."""
+        given = [np.array(chunk, np.int32) for chunk in self.turns[: len(replies) or 1]]
+        pairs = list(zip_longest(given, replies, fillvalue=np.zeros(0, np.int32)))
+        trained = self.trained
+        if trained is None:
+            trained = np.concatenate([np.arange(len(a) + len(b)) >= len(a) for a, b in pairs])
+        return Example(source, self.number, np.concatenate([*chain(*pairs)]), trained, self.asks, self.kind)
+
+
+class _Met(NamedTuple):
+    """A candidate, None behind the last; the prompt that others may be duplicates of, empty where there is none; its
+    place; and what was left out before it."""
+
+    candidate: Candidate | None
+    prompt: str
+    where: str
+    left_out: LeftOut
+
+
+class _Ahead(NamedTuple):
+    """A candidate that is no duplicate, None behind the last; what was left out before it; and how many were met up to
+    it."""
+
+    candidate: Candidate | None
+    left_out: LeftOut
+    met: int
+    asks: bool
 
 
 class Supply:
-    """What one source can still give, in the order of its numbers."""
+    """What one source can still give, in the order of its numbers.
+
+    `ahead` looks forward as far as is needed to keep the teacher busy, `take` uses what is first, and `rest` ends the
+    source's turn. How far one looked ahead decides nothing: only what was met before what is taken counts as left out,
+    and a prompt is a duplicate where it is near one that was taken, of this source or of another.
+    """
 
     def __init__(
-        self, source: int, chosen: Chosen, tokenizer: Tokenizer, settings: CollectSettings, context: int
+        self,
+        source: int,
+        chosen: Chosen,
+        tokenizer: Tokenizer,
+        settings: CollectSettings,
+        context: int,
+        asked: NearDuplicates,
+        excluded: Excluded,
     ) -> None:
-        """context: tokens that the teacher can work on."""
-        self.source, self.left_out = source, chosen.left_out
-        self._tokenizer, self._settings = tokenizer, settings
-        self._longest = min(context, settings.seq_len) - settings.max_reply
-        self._candidates = self._encoded(chosen.documents)
-        self._ahead: list[Candidate] = []
+        """context: tokens that the teacher can work on; asked: the prompts that all sources have given; excluded: those
+        that the teacher may not write itself."""
+        self.source, self.weight, self.left_out = source, chosen.weight, chosen.left_out
+        self.room = min(context, settings.seq_len) - settings.max_reply  # most tokens before a reply
+        self._tokenizer, self._settings, self._asked, self._excluded = tokenizer, settings, asked, excluded
+        self._dropped = 0  # of what the teacher wrote, in a row
+        self._unread: Iterator[_Met] = self._encoded(chosen)
+        self._met: deque[_Met] = deque()  # behind what was taken
+        self._ahead: deque[_Ahead] = deque()
 
-    def window(self, room: int) -> list[Candidate]:
-        """The next documents, those that are surely or probably needed for `room` tokens. They stay here until `taken`
-        says how many were used."""
-        batch, max_reply = self._settings.reply_batch, self._settings.max_reply
-        window: list[Candidate] = []
-        sure = 0
-        while len(window) < WINDOW * batch and (sure < room or len(window) < batch // 4):
-            if len(window) == len(self._ahead):
-                candidate = next(self._candidates, None)
-                if candidate is None:
-                    break
-                self._ahead.append(candidate)
-            window.append(self._ahead[len(window)])
-            sure += len(window[-1].ids) + (max_reply if window[-1].asks else 0)
-        return window
+    def ahead(self, place: int = 0) -> Candidate | None:
+        """The candidate so many places behind the next one; None behind the last."""
+        while len(self._ahead) <= place and not (self._ahead and self._ahead[-1].candidate is None):
+            self._ahead.append(self._next())
+        return self._ahead[min(place, len(self._ahead) - 1)].candidate
 
-    def taken(self, documents: int) -> None:
-        del self._ahead[:documents]
+    def take(self) -> Candidate | None:
+        """The next candidate, which does not come again; None at the end."""
+        self.ahead()
+        first = self._ahead.popleft()
+        self.left_out.add_all(first.left_out)
+        for _ in range(first.met):
+            self._met.popleft()
+        return first.candidate
 
-    def _encoded(self, documents: Iterator[Numbered]) -> Iterator[Candidate]:
-        for number, document in documents:
-            asks = self._settings.reply and wants_reply(document)
-            try:
-                if asks:
-                    ids = encode_prompt(self._tokenizer, document)
-                    prompt_length = len(ids)
-                else:
-                    ids, prompt_length = encode_text(self._tokenizer, document)
-            except UserError as error:
-                self.left_out.add(REFUSED, str(error))
-                continue
-            if asks and len(ids) > self._longest:
-                self.left_out.add(
-                    f"more than {self._longest} tokens, which --seq-len less --max-reply leaves for a prompt",
-                    f"{document.where} has {len(ids):,}",
-                )
-            elif not ids or not (asks or size_in_rows(ids, prompt_length, self._settings.seq_len)):
-                self.left_out.add(TOO_SHORT, document.where)
+    def keeps(self, example: Example) -> bool:
+        """Whether the next candidate is used with what the teacher wrote; what is not is counted. Left out are replies
+        that say nothing, and what it wrote as the user like any other prompt: excluded, or near one before.
+
+        example: as it will be kept, its end cut off or not, so that it is judged alike when it is read again.
+        """
+        candidate = self.ahead()
+        assert candidate is not None and candidate.number == example.number
+        reason = self._fault(candidate, example) if candidate.asks else None
+        self._dropped = self._dropped + 1 if reason else 0
+        if reason:
+            self.left_out.add(reason, f"number {candidate.number}")
+        if candidate.as_user and self._dropped == GIVEN_UP:
+            raise UserError(f"--source self: the teacher said nothing of use {GIVEN_UP} times in a row ({reason})")
+        return not reason
+
+    def _fault(self, candidate: Candidate, example: Example) -> str | None:
+        if example.trained.any() and not self._tokenizer.decode(example.tokens[example.trained].tolist()).strip():
+            return SILENT
+        if not candidate.as_user:
+            return None
+        said = example.tokens[len(candidate.turns[0]) :]
+        ends = np.flatnonzero(np.isin(said, list(self._tokenizer.end_tokens)))
+        text = self._tokenizer.decode(said[: ends[0] if len(ends) else None].tolist())
+        return self._excluded.reason(Document("prompt", text, None, 0)) or self._duplicate(text)
+
+    def _duplicate(self, prompt: str) -> str | None:
+        """What a prompt is to one that was asked before; else it counts as asked from now on."""
+        near = self._asked.add(prompt) if prompt else None
+        return None if near is None else SAME if near == normalise_prompt(prompt) else NEAR
+
+    def rest(self) -> None:
+        """Forget what was looked at and not taken, before other sources have their turn: it comes again, unless what
+        they give is near it."""
+        self._asked.forget(len(self._asked) - sum(one.asks for one in self._ahead))
+        self._unread = chain(self._met, self._unread)
+        self._met, self._ahead = deque(), deque()
+
+    def _next(self) -> _Ahead:
+        left_out = LeftOut()
+        for count, met in enumerate(self._unread, 1):
+            self._met.append(met)
+            left_out.add_all(met.left_out)
+            reason = self._duplicate(met.prompt)
+            if reason is None:
+                return _Ahead(met.candidate, left_out, count, bool(met.prompt))
+            left_out.add(reason, met.where)
+        return _Ahead(None, left_out, 0, False)
+
+    def _encoded(self, chosen: Chosen) -> Iterator[_Met]:
+        for number, document in chosen.documents:
+            if candidate := self._candidate(number, document, chosen.met):
+                prompt = "\n".join(document.user_texts) if candidate.asks and not candidate.as_user else ""
+                yield _Met(candidate, prompt, document.where, chosen.met.drained())
+        yield _Met(None, "", "", chosen.met.drained())
+
+    def _candidate(self, number: int, document: Document, left_out: LeftOut) -> Candidate | None:
+        """A document as tokens; None where it is left out."""
+        asks, trained = self._settings.reply and wants_reply(document), None
+        try:
+            if asks:
+                turns = encode_turns(self._tokenizer, document)
             else:
-                yield Candidate(number, ids, prompt_length, asks)
+                ids, trained = encode_text(self._tokenizer, document)
+                turns = [ids]
+        except UserError as error:
+            if document.kind == "self":  # then so is every other
+                raise
+            left_out.add(REFUSED, str(error))
+            return None
+        if asks and len(turns[0]) > self.room:
+            left_out.add(
+                f"more than {self.room} tokens, which --seq-len less --max-reply leaves for a prompt",
+                f"{document.where} has {len(turns[0]):,}",
+            )
+        elif not turns[0] or (trained is not None and not size_in_rows(turns[0], trained, self._settings.seq_len)):
+            left_out.add(TOO_SHORT, document.where)
+        else:
+            return Candidate(number, turns, asks, trained, document.category, document.kind == "self")
+        return None
 
 
-def size_in_rows(tokens: Sequence[int] | np.ndarray, prompt_length: int, seq_len: int) -> int:
-    """How many of an example's tokens will stand in rows."""
-    parts = cut(segment(np.asarray(tokens, np.int32), prompt_length), seq_len)
-    return sum(len(part.tokens) for part in parts)
+def size_in_rows(tokens: Sequence[int] | np.ndarray, trained: np.ndarray, seq_len: int) -> int:
+    """How many of an example's tokens will stand in rows. trained: bool [n], which are learnt."""
+    return sum(len(part.tokens) for part in cut(segment(np.asarray(tokens, np.int32), trained), seq_len))

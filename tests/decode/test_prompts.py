@@ -315,10 +315,33 @@ def test_decode_says_the_time_that_the_template_was_told(small_teacher: Path, in
 
 def test_conversations_end_with_the_end_token(tokenizer: Tokenizer) -> None:
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there."}]
-    ids, start = tokenizer.encode_conversation(messages)
-    assert ids[:start] == tokenizer.encode_prompt(Prompt(messages[:1], "1"))
-    assert tokenizer.decode(ids[start:]) == "Hello there."
-    assert ids[-1] in tokenizer.end_tokens and not tokenizer.end_tokens & set(ids[start:-1])
+    ids, (reply,) = tokenizer.encode_conversation(messages)
+    assert ids[: reply.start] == tokenizer.encode_prompt(Prompt(messages[:1], "1")) and reply.stop == len(ids)
+    assert tokenizer.decode(ids[reply.start :]) == "Hello there."
+    assert ids[-1] in tokenizer.end_tokens and not tokenizer.end_tokens & set(ids[reply.start : -1])
+
+
+def test_every_turn_of_the_assistant_is_told(tokenizer: Tokenizer) -> None:
+    said = ["Hi", "Hello there.", "And now?", "Nothing.", "Go on.", "No."]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+    ids, replies = tokenizer.encode_conversation(messages)
+    assert [tokenizer.decode(ids[one.start : one.stop]) for one in replies] == said[1::2]
+    assert all(ids[one.stop - 1] in tokenizer.end_tokens for one in replies)
+
+
+def test_turns_that_are_answered_one_by_one_read_as_the_conversation_does(tokenizer: Tokenizer) -> None:
+    asked, said = ["Hi", "And\nnow?", "Go on."], ["Hello there.", "Nothing.", "No."]
+    chunks = tokenizer.encode_turns(asked)
+    messages, ids = [], []
+    for chunk, question, answer in zip(chunks, asked, said, strict=True):
+        messages.append({"role": "user", "content": question})
+        assert ids + chunk == tokenizer.encode_prompt(Prompt(messages, "1"))
+        messages.append({"role": "assistant", "content": answer})
+        ids = tokenizer.encode_conversation(messages)[0]
+    before, behind = tokenizer.open_turn
+    hi = tokenizer.encode_prompt(Prompt([{"role": "user", "content": "Hi"}], "1"))
+    assert hi[: len(before)] == before and hi[-len(behind) :] == behind
+    assert tokenizer.decode(hi[len(before) : -len(behind)]) == "Hi" and hi[-len(behind) - 1] in tokenizer.end_tokens
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def test_end_tokens_of_either_file_end_replies_everywhere(
     assert done.code == 0, done.err
     (replies,) = tmp_path.glob("replies-*")
     (example,) = Replies.open(replies).read(0)
-    assert example.tokens[example.prompt_length :].tolist() == tokens[: at + 1]
+    assert example.tokens[example.trained].tolist() == tokens[: at + 1]
 
 
 def test_a_reply_that_no_template_ends_has_the_tokenizers_own_end(small_teacher: Path, tmp_path: Path) -> None:

@@ -163,7 +163,9 @@ def test_dry_run_writes_nothing(inside: Command, work: Path, small_teacher: Path
 def test_bars_of_replies_end_at_what_was_written(command: Command, work: Path, small_teacher: Path) -> None:
     """One prompt brings less than the 100 tokens asked of it, and some of eight the rest."""
     (work / "one.jsonl").write_text('{"prompt": "Hi"}\n', encoding="utf-8")
-    (work / "eight.jsonl").write_text('{"prompt": "Name a colour and an animal."}\n' * 8, encoding="utf-8")
+    (work / "eight.jsonl").write_text(
+        "".join(f'{{"prompt": "{8 * letter}?"}}\n' for letter in "abcdefgh"), encoding="utf-8"
+    )
     options = ("--teacher", small_teacher, "--source", "one.jsonl", "--source", "eight.jsonl", "--tokens", 200)
     options += ("--max-reply", 32, "--reply-batch", 8, "--batch", 1)
     done = command("distill", "collect", *options, "--out", "bars")

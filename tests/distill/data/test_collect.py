@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import re
 import shutil
@@ -25,16 +26,19 @@ from decode.models.checkpoint import Checkpoint, find_teacher
 from decode.prompts import make_prompt
 from decode.tokenizer import Tokenizer
 from distill.data.collect import Collector, plan_collection, plan_scoring
+from distill.data.duplicates import NearDuplicates
+from distill.data.exclusion import Excluded
 from distill.data.inspection import inspect_dataset, table, verify
 from distill.data.manifest import DatasetSettings, folder_name
 from distill.data.packing import Segment, cut, pack
-from distill.data.prompts import split_text, wants_reply
+from distill.data.prompts import Chosen, split_text, wants_reply
 from distill.data.replies import generate_replies, sample_tokens
-from distill.data.reply_dataset import Replies
+from distill.data.reply_dataset import Example, Replies
 from distill.data.scoring import top_of
 from distill.data.settings import CollectSettings
 from distill.data.shards import Dataset
-from distill.data.sources import Document, normalise_prompt, read_source
+from distill.data.sources import Document, LeftOut, normalise_prompt, read_source
+from distill.data.supply import Supply
 from kernels import UserError
 from kernels.files import sha256
 
@@ -46,12 +50,17 @@ def teacher(small_teacher: Path) -> Checkpoint:
     return find_teacher(str(small_teacher))
 
 
+def ask(number: int) -> str:
+    """A prompt that is near no other."""
+    return f"Tell me something about the number {hashlib.sha256(b'%d' % number).hexdigest()[:12]}."
+
+
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """Prompts, some of them held out, and conversations; plain text."""
     folder = tmp_path_factory.mktemp("sources")
     held_out = [json.loads(line)["prompt"] for line in (ROOT / "data" / "eval.jsonl").open(encoding="utf-8")]
-    lines: list[dict[str, object]] = [{"prompt": f"Tell me something about the number {i}."} for i in range(60)]
+    lines: list[dict[str, object]] = [{"prompt": ask(i)} for i in range(60)]
     lines[3:3] = [{"prompt": f"  {held_out[0].upper()} "}, {"messages": [{"role": "user", "content": held_out[1]}]}]
     lines.append(
         {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, how are you?"}]}
@@ -166,7 +175,7 @@ def test_held_out_prompts_are_dropped(collector: tuple[Collector, Dataset]) -> N
     }
     tokenizer = collector[0].tokenizer
     examples = Replies.open(collector[0].plan.replies)
-    answered = [tokenizer.decode(e.tokens[: e.prompt_length].tolist()) for e in examples if e.replied]
+    answered = [tokenizer.decode(e.tokens[~e.trained].tolist()) for e in examples if e.replied]
     assert answered
     asked = [normalise_prompt(text.rsplit("user\n", 1)[1].rsplit("assistant", 1)[0]) for text in answered]
     assert not held_out & set(asked)
@@ -196,12 +205,13 @@ def test_replies_are_the_teachers(collector: tuple[Collector, Dataset]) -> None:
     same = total = 0
     for reply in greedy:
         cache = model.new_cache()
-        model.prefill(reply.tokens[: reply.prompt_length - 1].tolist(), cache)
-        for at in range(reply.prompt_length, len(reply.tokens)):
+        start = int(np.argmax(reply.trained))
+        model.prefill(reply.tokens[: start - 1].tolist(), cache)
+        for at in range(start, len(reply.tokens)):
             best = int(mx.argmax(model.step([int(reply.tokens[at - 1])], cache).logits[0]).item())
             same, total = same + (best == reply.tokens[at]), total + 1
-        assert not set(reply.tokens[reply.prompt_length : -1].tolist()) & ends
-        assert len(reply.tokens) - reply.prompt_length <= 16
+        assert not set(reply.tokens[start:-1].tolist()) & ends
+        assert len(reply.tokens) - start <= 16
     assert same >= 0.95 * total > 0
 
 
@@ -305,9 +315,10 @@ def test_of_a_hub_dataset_that_was_begun_the_commit_stays(
             raise ConnectionError("offline")
         return SimpleNamespace(sha=commit)
 
-    def load_dataset(*name: object, revision: str, **options: object) -> list[dict[str, object]]:
+    def load_dataset(*name: object, revision: str, **options: object) -> dict[str, list[dict[str, object]]]:
         read.append(revision)
-        return [{"text": ""}, *({"text": f"Line {i}. " + "The ship sailed on. " * 20} for i in range(9)), {"text": 5}]
+        lines = [{"text": f"Line {i}. " + "The ship sailed on. " * 20} for i in range(9)]
+        return {"train": [{"text": ""}, *lines, {"text": 5}]}
 
     monkeypatch.setattr(hub.HfApi, "dataset_info", dataset_info)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -317,7 +328,7 @@ def test_of_a_hub_dataset_that_was_begun_the_commit_stays(
         read.clear()
         collector = Collector(plan_collection(teacher, chosen, tmp_path / "d"))
         remarks = collector.remarks(collector.run())
-        assert remarks == ["owner/name: 1 left out, empty (the first: owner/name: row 1)"]  # row 11 was never read
+        assert "owner/name: 1 left out, empty (the first: owner/name: row 1)" in remarks
         return files(tmp_path / "d"), list(read)
 
     first, asked = run()
@@ -434,7 +445,7 @@ def test_replies_that_cannot_be_scored(
     refused(f"was written by .*, not by {teacher.name}", change=(teacher.weights_hash, "0" * 64))
     refused("another tokenizer_hash", change=(teacher.tokenizer_hash, "0" * 64))
     refused("is damaged", change=('"sources"', '"sauces"'))
-    refused("is of the older format 2, and cannot be scored again", change=('"version": 3', '"version": 1'))
+    refused("is of the older format 2, and cannot be scored again", change=('"version": 4', '"version": 1'))
     with pytest.raises(UserError, match="holds shards, not replies"):
         plan_scoring(teacher, collector[1].folder, settings, (), tmp_path / "x")
 
@@ -453,10 +464,10 @@ def test_reply_n_answers_prompt_n_of_a_seeded_order(of_prompts: Collector) -> No
     numbers = [number for number, _ in documents]
     assert [document.line for _, document in documents] != sorted(document.line for _, document in documents)
     replies = list(of_prompts.replies())
-    assert [reply.number for reply in replies] == numbers[: len(replies)] and len(replies) > 25
+    assert [reply.number for reply in replies] == numbers[: len(replies)] and len(replies) > 20
     assert sum(len(reply.tokens) for reply in replies) == 1500  # the last one is cut off
     for reply, (_, document) in zip(replies[:-1], documents, strict=False):
-        said = of_prompts.tokenizer.decode(reply.tokens[: reply.prompt_length].tolist())
+        said = of_prompts.tokenizer.decode(reply.tokens[~reply.trained].tolist())
         assert document.user_texts[-1] in said and reply.replied == (document.kind == "prompt")
 
     counts = {}
@@ -471,9 +482,9 @@ def test_reply_n_answers_prompt_n_of_a_seeded_order(of_prompts: Collector) -> No
         counts[name] = len(found)
         assert [reply.number for reply in found] == numbers[: len(found)]
         both = list(zip(found[:-1], replies[:-1], strict=False))
-        assert all(a.tokens[: a.prompt_length].tolist() == b.tokens[: b.prompt_length].tolist() for a, b in both)
+        assert all(a.tokens[~a.trained].tolist() == b.tokens[~b.trained].tolist() for a, b in both)
         # Sums in other batches round otherwise, which can turn a near tie; most replies must not change.
-        begun = [(a.tokens[a.prompt_length :], b.tokens[b.prompt_length :]) for a, b in both]
+        begun = [(a.tokens[a.trained], b.tokens[b.trained]) for a, b in both]
         same = sum(a[:5].tolist() == b[:5].tolist() for a, b in begun)
         assert same >= 0.75 * len(both)
     assert counts["max_reply"] > len(replies) > counts["tokens"]
@@ -484,7 +495,7 @@ def test_stopped_anywhere_the_replies_end_the_same(of_prompts: Collector, tmp_pa
     """Stopped at some of its steps, and with a file lost."""
     of_prompts.replies()
     whole = files(of_prompts.plan.replies)
-    again, steps, stops = copy.copy(of_prompts), 0, [6, 20, 30, 10]
+    again, steps, stops = copy.copy(of_prompts), 0, [6, 15, 20, 4]
 
     def stop(stage: str, done: int, total: int | None) -> None:
         nonlocal steps
@@ -505,6 +516,173 @@ def test_stopped_anywhere_the_replies_end_the_same(of_prompts: Collector, tmp_pa
     (tmp_path / "reply-00000.safetensors").unlink()
     again.replies()
     assert files(tmp_path) == whole
+
+
+# --- several turns, the teacher's own, weights, duplicates
+
+
+def parts(tokenizer: Tokenizer, example: Example) -> list[tuple[bool, str]]:
+    """The stretches of an example that are learnt, and those that are not, as text without special tokens."""
+    cuts = np.flatnonzero(np.diff(example.trained.astype(int))) + 1
+    pairs = zip(np.split(example.trained, cuts), np.split(example.tokens, cuts), strict=True)
+    return [(bool(mask[0]), tokenizer.decode(tokens.tolist())) for mask, tokens in pairs]
+
+
+@pytest.fixture(scope="module")
+def of_turns(small_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Collector:
+    """What is answered turn by turn, what the teacher says to itself, and conversations of others; with weights. The
+    teacher ends its replies with " and", which it says often."""
+    folder = tmp_path_factory.mktemp("turns")
+    ends = json.dumps({"eos_token_id": [2, 284]}).encode()
+    teacher = find_teacher(str(changed_copy(small_teacher, folder / "t", generation_config__json=ends)))
+    said = ["Hi", "Hello there, how are you?", "Well", "Good to hear that."]
+    chat = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+    chats = [{"messages": chat, "kind": "chat"}, {"messages": [*chat, {"role": "user", "content": "Bye"}]}]
+    rows = [{"turns": [ask(3 * i), "And then?", "Why so?"], "kind": "dialogue"} for i in range(30)]
+    for name, content in (("chats", chats), ("turns", rows)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    sources = (str(folder / "chats.jsonl"), f"{folder / 'turns.jsonl'}=3", "self")
+    settings = CollectSettings(sources=sources, tokens=3000, seq_len=256, max_reply=24, reply_batch=4)
+    return Collector(plan_collection(teacher, settings, folder / "d"))
+
+
+@pytest.mark.slow
+def test_every_turn_is_answered(of_turns: Collector) -> None:
+    """Behind what was said before; of given conversations the assistant's turns are learnt, or only read."""
+    replies, tokenizer = list(of_turns.replies()), of_turns.tokenizer
+    chats, turns, own = (sum(len(one.tokens) for one in replies if one.source == source) for source in range(3))
+    assert 0 < chats < 600 and turns == (3000 - chats) * 3 // 4 and own == 3000 - chats - turns
+    ends = tokenizer.end_tokens
+    dialogues = [one for one in replies if one.kind == "dialogue"][:-1]
+    assert len(dialogues) > 10 and all(one.replied for one in dialogues)
+    several = 0
+    for one in dialogues:
+        said = parts(tokenizer, one)
+        assert [learnt for learnt, _ in said] == [False, True] * (len(said) // 2)
+        asked = [text for learnt, text in said if not learnt]
+        assert all(text in given for text, given in zip(("number", "And then?", "Why so?"), asked, strict=False))
+        last = [
+            int(run[-1]) for run in np.split(one.tokens, np.flatnonzero(np.diff(one.trained.astype(int))) + 1)[1::2]
+        ]
+        assert all(token in ends for token in last[:-1])  # a reply without an end is the last
+        assert len(said) == 6 or last[-1] not in ends or len(one.tokens) > 256 - 24 - 40
+        several += len(said) > 2
+    assert several > 0
+    (chat,) = (one for one in replies if one.kind == "chat")
+    assert [text for learnt, text in parts(tokenizer, chat) if learnt] == [
+        "Hello there, how are you?",
+        "Good to hear that.",
+    ]
+    (answered,) = (one for one in replies if not one.kind)
+    assert [learnt for learnt, _ in parts(tokenizer, answered)] == [False, True] and "Good to hear" in parts(
+        tokenizer, answered
+    )[0][1]
+    table = {one["kind"]: one for one in inspect_dataset(of_turns.plan.replies)["by_kind"]}
+    assert list(table) == [None, "chat", "dialogue", "self"]
+    assert sum(one["tokens"] for one in table.values()) == 3000 and table["chat"]["replied"] == 0
+
+
+@pytest.mark.slow
+def test_the_teacher_says_both_turns(of_turns: Collector) -> None:
+    """From where a user's turn begins, each another one; and what it says is learnt."""
+    own, tokenizer = [one for one in of_turns.replies() if one.source == 2], of_turns.tokenizer
+    before, behind = tokenizer.open_turn
+    assert [one.number for one in own] == list(range(len(own))) and {one.kind for one in own} == {"self"}
+    asked = set()
+    for one in own[:-1]:
+        learnt = one.trained.tolist()
+        assert one.tokens[: len(before)].tolist() == before and learnt[: len(before)] == [False] * len(before)
+        said = parts(tokenizer, one)
+        asked.add(said[1][1])
+        if len(said) > 2:
+            at = learnt.index(False, len(before))
+            assert one.tokens[at : at + len(behind)].tolist() == behind
+        assert [learnt for learnt, _ in said] in ([False, True], [False, True, False, True])
+    assert len(asked) == len(own) - 1 > 5
+
+
+@pytest.mark.slow
+def test_turns_that_are_stopped_end_the_same(of_turns: Collector, tmp_path: Path) -> None:
+    """Whatever was read ahead when they were."""
+    of_turns.replies()
+    whole = files(of_turns.plan.replies)
+    again, steps, stops = copy.copy(of_turns), 0, 0
+
+    def stop(stage: str, done: int, total: int | None) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 40 * (stops + 1):  # each time it comes further
+            raise KeyboardInterrupt
+
+    again.plan, again.progress = replace(again.plan, replies=tmp_path / "r"), stop
+    while not (tmp_path / "r").exists() or not Replies.open(tmp_path / "r").complete:
+        try:
+            again.replies()
+        except KeyboardInterrupt:
+            steps, stops = 0, stops + 1
+    assert stops > 1 and files(tmp_path / "r") == whole
+
+
+@pytest.mark.parametrize("ahead", [1, 40])
+def test_duplicates_are_those_of_what_was_taken(small_teacher: Path, tmp_path: Path, ahead: int) -> None:
+    """Within a source and across them, however far one looks ahead: what was only looked at takes no one's place."""
+    asked, tokenizer = NearDuplicates(), Tokenizer(small_teacher)
+    rows = [[ask(i) for i in range(20)], [ask(i) for i in (30, 0, 31, 3, 2, 30, 32)]]
+    rows[0][2:2] = [ask(1).replace("Tell", "tell"), f"{ask(1)[:-1]}?"]
+    settings = CollectSettings(sources=("a", "b"), seq_len=128, max_reply=16)
+    supplies = []
+    for source, prompts in enumerate(rows):
+        documents = ((n, Document("prompt", text, None, n, f"{source}: {n}")) for n, text in enumerate(prompts))
+        chosen = Chosen((one for one in documents), LeftOut(), LeftOut(), 1)
+        supplies.append(Supply(source, chosen, tokenizer, settings, 2048, asked, Excluded()))
+
+    def take(source: int, count: int) -> list[int]:
+        supplies[source].ahead(ahead)
+        taken = [one.number for one in [supplies[source].take() for _ in range(count)] if one]
+        supplies[source].rest()
+        return taken
+
+    assert take(0, 4) == [0, 1, 4, 5]  # 0, 1, 2, 3
+    assert take(1, 3) == [0, 2, 6]  # 30, 31, 32
+    assert supplies[0].left_out.counts == {"the same as a prompt before": 1, "near a prompt before": 1}
+    assert supplies[1].left_out.counts == {"the same as a prompt before": 4}
+    assert supplies[1].left_out.firsts == {"the same as a prompt before": "1: 1"}
+    assert take(0, 30) == list(range(6, 22)) and take(1, 9) == []
+    assert supplies[0].take() is None and supplies[0].left_out.counts["near a prompt before"] == 1
+
+
+def test_a_dry_run_says_what_will_be_read(inside: Command, small_teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "a=1.jsonl").write_text(json.dumps({"q": "What?"}) + "\n")
+    (tmp_path / "b.txt").write_text("A text.\n")
+    sources = (f"{tmp_path / 'a=1.jsonl'}#q=2", str(tmp_path / "b.txt"), "self")
+    options = [option for source in sources for option in ("--source", source)]
+    done = inside(
+        *(
+            "distill",
+            "collect",
+            "--dry-run",
+            "--teacher",
+            small_teacher,
+            *options,
+            *OPTIONS,
+            "--json",
+            tmp_path / "j.json",
+        )
+    )
+    assert done.code == 0, done.err
+    said = json.loads((tmp_path / "j.json").read_text())["sources"]
+    assert [(one["source"], one["kind"], one["share"]) for one in said] == [
+        ("a=1.jsonl#q=2", "file", 0.5),
+        ("b.txt", "file", 0.25),
+        ("self", "self", 0.25),
+    ]
+    assert "a=1.jsonl#q=2: 50% of the tokens, column q of a=1.jsonl" in done.err
+    refused = inside("distill", "collect", "--teacher", small_teacher, "--source", f"{tmp_path / 'b.txt'}=much")
+    refused.refused("distill", "b.txt=much", "the weight much")
+    refused = inside("distill", "collect", "--teacher", small_teacher, "--source", "self", "--no-reply")
+    refused.refused("distill", "--source self", "--no-reply")
+    plain = with_template(small_teacher, tmp_path / "plain", "{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    inside("distill", "collect", "--teacher", plain, "--source", "self").refused("distill", str(plain), "end token")
 
 
 # --- what a dataset is made from
@@ -577,14 +755,14 @@ def test_long_prompts_and_conversations_are_taken_as_often_as_they_are_there(
 ) -> None:
     """The teacher is stood in for by one that says a word: which documents are taken is what is tested."""
     rng = np.random.default_rng(0)
-    pool = [int(n) for n in rng.integers(4, 90, 600)]
-    said: list[dict[str, object]] = [{"prompt": "word " * n} for n in pool]
+    pool = [int(n) for n in rng.integers(2, 30, 600)]
+    said: list[dict[str, object]] = [{"prompt": f"{i} " * n} for i, n in enumerate(pool, 1000)]
     said += [turns("user", "assistant")] * 200
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(one) + "\n" for one in said))
     settings = CollectSettings(sources=(str(tmp_path / "p.jsonl"),), tokens=9000, seq_len=256, max_reply=64)
 
     def short(teacher: object, prompts: list[list[int]], *args: object, **options: object) -> list[np.ndarray]:
-        return [np.array([5, 2], np.int32) for _ in prompts]
+        return [np.array([500, 2], np.int32) for _ in prompts]
 
     monkeypatch.setattr("distill.data.reply_pass.generate_replies", short)
     monkeypatch.setattr(Checkpoint, "load", lambda self: SimpleNamespace(context=2048))
@@ -654,7 +832,7 @@ def test_a_dataset_is_of_one_time(small_teacher: Path, sources: tuple[str, ...],
     told = collector.plan.manifest.values["template_time"].replace("T", " ")
     replies = list(Replies.open(collector.plan.replies))
     assert len(replies) > 10
-    assert {collector.tokenizer.decode(one.tokens[: one.prompt_length].tolist())[:19] for one in replies} == {told}
+    assert {collector.tokenizer.decode(one.tokens[~one.trained].tolist())[:19] for one in replies} == {told}
     assert {json.loads(path.read_text())["settings"]["template_time"] for path in tmp_path.glob("*/manifest.json")} == {
         told.replace(" ", "T")
     }
@@ -667,32 +845,29 @@ def test_of_a_hub_dataset_no_more_is_read_than_is_taken(
     """The Hub's client is stood in for: what is asked of it is what is tested."""
     datasets, read = pytest.importorskip("datasets"), list[int]()
 
-    def rows(*name: object, **options: object) -> Iterator[dict[str, str]]:
+    def rows() -> Iterator[dict[str, str]]:
         for number in range(300_000):
             read.append(number)
-            yield (
-                {"prompt": f"Tell me of the number {number}."} if number % 2 else {"text": f"{number} ships sail. " * 9}
-            )
+            yield ({"prompt": ask(number)} if number % 2 else {"text": f"{number} ships sail. " * 9})
 
-    monkeypatch.setattr(datasets, "load_dataset", rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name, **options: {"train": rows()})
     settings = CollectSettings(sources=(f"owner/name@{40 * 'a'}",), tokens=600, seq_len=128, max_reply=8, reply_batch=4)
     plan = plan_collection(find_teacher(str(small_teacher)), settings, tmp_path / "d")
     assert 500 < Collector(plan).run().tokens <= 600
-    assert 10 < len(read) < 60
+    assert len(read) < 10_060
     assert [one.number for one in Replies.open(plan.replies)][:4] == [0, 1, 2, 3]
 
 
 @pytest.mark.slow
 def test_replies_that_an_older_version_began_are_refused(collector: tuple[Collector, Dataset], tmp_path: Path) -> None:
-    """It chose another order; whole ones are taken up."""
+    """It chose another order."""
     again = copied(collector[0], tmp_path)
     manifest = again.plan.replies / "manifest.json"
     content = json.loads(manifest.read_text())
-    del content["settings"]["teacher_files"]
-    manifest.write_text(json.dumps(content))
-    again.replies()
-    manifest.write_text(json.dumps(content | {"complete": False}))
-    with pytest.raises(UserError, match=re.escape(f"{again.plan.replies}: was begun by an older version")):
+    manifest.write_text(json.dumps(content | {"version": 3, "complete": False}))
+    with pytest.raises(
+        UserError, match=re.escape(f"{again.plan.replies}: is an unfinished dataset of the older format 3")
+    ):
         again.replies()
 
 

@@ -1,11 +1,15 @@
 """Teacher replies, kept in the store that shards share."""
 
+import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
+from distill.data.inspection import verify
 from distill.data.manifest import DatasetSettings
 from distill.data.reply_dataset import Example, Replies, ReplyWriter
 from distill.data.shards import Dataset
@@ -27,9 +31,9 @@ def make_replies(batch: int, vocab_size: int = BIG) -> list[Example]:
     sizes = rng.integers(0, 40, 6)
     return [
         Example(
-            i % 2, 6 * batch + i, rng.integers(0, vocab_size, n).astype(np.int32), int(rng.integers(0, n + 1)), n > 20
+            i % 2, 6 * batch + i, rng.integers(0, vocab_size, n).astype(np.int32), rng.random(n) < 0.6, n > 20, kind
         )
-        for i, n in enumerate(sizes)
+        for i, (n, kind) in enumerate(zip(sizes, ("code", "", "maths", "Ünsinn, groß", "code", "code"), strict=True))
     ]
 
 
@@ -45,8 +49,8 @@ def test_replies(tmp_path: Path, vocab_size: int) -> None:
     read = list(replies)
     assert replies.complete and replies.tokens == sum(len(reply.tokens) for reply in expected)
     for one, other in zip(read, expected, strict=True):
-        assert replace(one, tokens=other.tokens) == other
-    assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(read, expected, strict=True))
+        assert replace(one, tokens=other.tokens, trained=other.trained) == other
+        assert np.array_equal(one.tokens, other.tokens) and np.array_equal(one.trained, other.trained)
     with pytest.raises(UserError, match="holds replies, not shards"):
         Dataset.open(tmp_path)
     path = tmp_path / "reply-00001.safetensors"
@@ -66,6 +70,37 @@ def test_replies_resume(tmp_path: Path) -> None:
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     with ReplyWriter.open(tmp_path / "c", reply_settings()) as writer:
         with pytest.raises(ValueError, match="within the vocabulary"):
-            writer.write([Example(0, 0, np.array([BIG], np.int32), 0, True)])
-        with pytest.raises(ValueError, match="shorter than its prompt"):
-            writer.write([Example(0, 0, np.zeros(3, np.int32), 4, True)])
+            writer.write([Example(0, 0, np.array([BIG], np.int32), np.ones(1, bool), True)])
+        with pytest.raises(ValueError, match="whether it is learnt"):
+            writer.write([Example(0, 0, np.zeros(3, np.int32), np.ones(4, bool), True)])
+
+
+def test_whole_replies_of_the_older_format_are_read(tmp_path: Path) -> None:
+    """Of format 3, which kept the length of a prompt."""
+    tensors = {
+        "tokens": np.arange(30, dtype=np.uint16),
+        "lengths": np.array([12, 18], np.uint32),
+        "prompt_lengths": np.array([5, 0], np.uint32),
+        "prompts": np.array([0, 3], np.uint32),
+        "sources": np.array([1, 2], np.uint32),
+        "replied": np.array([1, 0], np.uint8),
+    }
+
+    def write() -> None:
+        data = save(tensors)
+        entry = {"file": "reply-00000.safetensors", "rows": 2, "tokens": 30, "trained_tokens": 25, "documents": 2}
+        entry |= {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+        about = {"format": "bitdraft replies", "version": 3, "complete": True, "shards": [entry]}
+        (tmp_path / "reply-00000.safetensors").write_bytes(data)
+        (tmp_path / "manifest.json").write_text(json.dumps(about | {"settings": reply_settings(500).values}))
+
+    write()
+    prompt, text = Replies.open(tmp_path)
+    assert (prompt.source, prompt.number, prompt.replied, prompt.kind) == (1, 0, True, "")
+    assert (text.source, text.number, text.replied) == (2, 3, False)
+    assert prompt.tokens.tolist() == list(range(12)) and text.tokens.tolist() == list(range(12, 30))
+    assert prompt.trained.tolist() == [False] * 5 + [True] * 7 and text.trained.all()
+    assert verify(tmp_path) == []
+    tensors["prompt_lengths"] = np.array([13, 0], np.uint32)
+    write()
+    assert [problem.message for problem in verify(tmp_path)] == ["lengths or tokens are impossible"]

@@ -9,19 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from loopback_hub import Hub
 
-from distill.data import sources
-from distill.data.sources import (
-    Document,
-    LeftOut,
-    is_excluded,
-    load_excluded,
-    normalise_prompt,
-    read_source,
-    sha256_of,
-    source_fingerprint,
-)
+from distill.data.exclusion import Excluded, load_excluded
+from distill.data.source_names import Source, parse_source
+from distill.data.sources import Document, LeftOut, normalise_prompt, read_source, sha256_of, source_fingerprint
 from kernels.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -94,7 +88,7 @@ def test_plain_text(tmp_path: Path, ending: str) -> None:
 
 
 def test_long_text_is_cut_at_paragraphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MAX_TEXT", 10)
+    monkeypatch.setattr("distill.data.source_files.MAX_TEXT", 10)
     path = write(tmp_path / "a.txt", b"one\n\ntwo three\n\nfour\n")
     assert list(read_source(path)) == [
         Document("text", "one\n\ntwo three\n\n", None, 1),
@@ -109,7 +103,7 @@ def test_long_text_is_cut_at_paragraphs(tmp_path: Path, monkeypatch: pytest.Monk
         (b"[" * 100_000, "line 2 is not JSON: "),
         (b'["text"]', "line 2 is not a JSON object"),
         (b'{"text": "a\xff"}', "line 2 (byte 28) is not valid UTF-8"),
-        (b'{"texts": "a"}', "line 2 has none of messages, prompt and text"),
+        (b'{"texts": "a"}', "line 2 has none of messages, turns, prompt and text"),
         (b'{"prompt": " \\n"}', "line 2 has an empty prompt"),
         (b'{"prompt": ["a"]}', "line 2 has a prompt that is not a string"),
         (b'{"text": "\\ud800"}', "line 2 has a text with half a surrogate pair"),
@@ -189,7 +183,7 @@ def test_columns(tmp_path: Path, form: str) -> None:
     ]
     assert list(read_source(path)) == expected
     save(path, table.select(["n"]))
-    assert "no column messages, prompt or text" in refusal(path)
+    assert "has no column messages, turns, prompt or text; it has n" in refusal(path)
     save(path, pyarrow.table({"prompt": ["", "good", "  "]}))
     left_out = LeftOut()
     assert list(read_source(path, left_out)) == [Document("prompt", "good", None, 2)]
@@ -199,31 +193,115 @@ def test_columns(tmp_path: Path, form: str) -> None:
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
-        ("owner/name", ("owner/name", None, None)),
-        ("owner/name:small@v1.0", ("owner/name", "small", "v1.0")),
-        ("owner/name@refs/pr/1", ("owner/name", None, "refs/pr/1")),
+        ("owner/name", ("owner/name", None, None, None, None, 1)),
+        ("owner/name:small@v1.0", ("owner/name", "small", None, "v1.0", None, 1)),
+        ("owner/name:small:test", ("owner/name", "small", "test", None, None, 1)),
+        ("owner/name::test@main#question=2", ("owner/name", None, "test", "main", "question", 2)),
+        ("owner/name@refs/pr/1=0.5", ("owner/name", None, None, "refs/pr/1", None, 0.5)),
+        ("owner/name#a column", ("owner/name", None, None, None, "a column", 1)),
         ("name", None),
+        ("owner/name:", None),
+        ("owner/name::", None),
         ("/owner/name", None),
         ("./owner/name", None),
         ("../owner", None),
         ("owner/name.jsonl", None),
+        ("owner/name.jsonl#question", None),
         ("here/name", None),
+        ("here/name=2", None),
     ],
 )
 def test_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, parts: Any) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)
-    found = sources._hub_name(name)
-    assert (tuple(found.values()) if found else None) == parts
+    file = Source(Path(name).name, "file", name)
+    assert parse_source(name) == (file if parts is None else Source(name, "hub", *parts))
+
+
+def test_a_file_that_is_there_goes_before_what_its_name_could_mean(tmp_path: Path) -> None:
+    name = str(tmp_path / "a:b@c#d=2.jsonl")
+    write(Path(name), lines({"prompt": "One?", "question": "Two?"}))
+    for more, column, weight in (
+        ("", None, 1),
+        ("=3", None, 3),
+        ("#question", "question", 1),
+        ("#question=.5", "question", 0.5),
+    ):
+        assert parse_source(name + more) == Source(f"a:b@c#d=2.jsonl{more}", "file", name, column=column, weight=weight)
+        (document,) = read_source(name + more)
+        assert document.text == ("One?" if column is None else "Two?")
+    for weight in ("0", "-1", "nan", "inf", "much", ""):
+        with pytest.raises(UserError, match=f"--source .*=2.jsonl={weight}: the weight {weight} is no number above 0"):
+            parse_source(f"{name}={weight}")
+    assert parse_source("self=2") == Source("self=2", "self", "self", weight=2)
+    assert parse_source(tmp_path).kind == "folder" and parse_source("self").weight == 1
+
+
+def test_a_column_is_read_as_what_is_in_it(tmp_path: Path) -> None:
+    row = {"prompt": "P?", "completion": "C.", "content": "A text.", "question": "Q?", "asked": ["One?", "Two?"]}
+    path = write(tmp_path / "a.jsonl", lines(row | {"chat": CHAT, "n": 3, "category": "maths"}))
+    users = [{"role": "user", "content": text} for text in row["asked"]]
+    for column, kind, text, messages in (
+        ("content", "text", "A text.", None),
+        ("question", "prompt", "Q?", None),
+        ("prompt", "prompt", "P?", None),  # what is beside it does not count: the teacher answers it
+        ("asked", "turns", None, users),
+        ("chat", "messages", None, CHAT),
+    ):
+        (document,) = read_source(f"{path}#{column}")
+        assert (document.kind, document.text, document.messages) == (kind, text, messages)
+        assert document.category == "maths"
+    for column, message in (("n", "line 1 has a n that is neither"), ("gone", "line 1 has no gone; it has prompt, ")):
+        with pytest.raises(UserError, match=f"{path}: {message}"):
+            list(read_source(f"{path}#{column}"))
+    with pytest.raises(UserError, match="plain text, which has no column x"):
+        list(read_source(f"{write(tmp_path / 'a.txt', b'Text.')}#x"))
+
+
+def test_kinds_and_turns(tmp_path: Path) -> None:
+    rows = [
+        {"turns": ["One?", "Two?"], "kind": "dialogue", "category": "no"},
+        {"prompt": "P?", "category": " in two\nlines "},
+        {"text": "T", "kind": 3},
+    ]
+    documents = list(read_source(write(tmp_path / "a.jsonl", lines(*rows))))
+    assert [one.category for one in documents] == ["dialogue", "in two lines", ""]
+    assert documents[0].user_texts == ["One?", "Two?"]
+
+
+def test_lines_come_in_an_order_over_the_whole_source(tmp_path: Path) -> None:
+    """Each once, with its own number, blank ones and ends of lines aside; files that hold no lines in their own."""
+    write(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + b"".join(b'{"prompt": "a %d"}\r\n\n' % i for i in range(50)))
+    write(tmp_path / "b.txt", b"".join(b'{"prompt": "b %d"}\n' % i for i in range(50)).removesuffix(b"\n"))
+    order = [document.text for document in read_source(tmp_path, order=np.random.default_rng(1))]
+    assert sorted(order) == sorted(document.text for document in read_source(tmp_path))
+    assert len({text[0] for text in order[:10] if text}) == 2
+    again = list(read_source(tmp_path, order=np.random.default_rng(1)))
+    assert (
+        [one.text for one in again]
+        == order
+        != [one.text for one in read_source(tmp_path, order=np.random.default_rng(2))]
+    )
+    assert {one.line for one in again if str(one.text).startswith("a")} == set(range(1, 100, 2))
+    assert all(
+        one.where == f"{'a.jsonl' if one.text[0] == 'a' else 'b.txt'}: line {one.line}" for one in again if one.text
+    )
+    for name, content in (
+        ("c.json", b'[{"prompt": "a"},\n {"prompt": "b"}]'),
+        ("d.txt", b"Text.\n"),
+        ("e.jsonl.gz", lines({"prompt": "c"})),
+    ):
+        path = write(tmp_path / "other" / name, content)
+        assert list(read_source(path, order=np.random.default_rng(0))) == list(read_source(path))
 
 
 def test_hub_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     asked = []
 
-    def load_dataset(*arguments: Any, **options: Any) -> list[dict[str, str]]:
+    def load_dataset(*arguments: Any, **options: Any) -> dict[str, list[dict[str, str]]]:
         asked.append((arguments, options["revision"]))
-        return rows
+        return {"train": rows}
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     rows = [{"prompt": "one"}, {"prompt": ""}, {"prompt": "three"}]
@@ -232,8 +310,65 @@ def test_hub_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert left_out.firsts == {"no document": "owner/name: row 2 has an empty prompt"}
     assert asked == [(("owner/name", "c"), "r")]
     rows = [{"question": "one"}]
-    with pytest.raises(UserError, match="owner/name: has no column messages, prompt or text"):
+    with pytest.raises(UserError, match="owner/name: has no column messages, turns, prompt or text; it has question"):
         list(read_source("owner/name"))
+
+
+CARD = b"""---
+configs:
+- config_name: small
+  default: true
+  data_files: [{split: train, path: small/train.jsonl}, {split: test, path: small/test.jsonl}]
+- config_name: large
+  data_files: [{split: train, path: large/*.jsonl}]
+---
+"""
+
+
+@pytest.mark.slow
+def test_datasets_of_a_hub(tmp_path: Path) -> None:
+    """Each part of a name, through the real clients; and what they have is named where something is not there."""
+    files = {
+        "README.md": CARD,
+        "small/train.jsonl": lines(*({"prompt": f"p{i}", "question": f"q{i}"} for i in range(3))),
+        "small/test.jsonl": lines({"prompt": "test"}),
+        "large/a.jsonl": lines({"content": "large"}),
+    }
+    expected = {
+        "maker/talk": ["p0", "p1", "p2"],
+        "maker/talk#question=2": ["q0", "q1", "q2"],
+        "maker/talk@v1": ["old"],
+        "maker/talk:large#content": ["large"],
+        "maker/talk::test": ["test"],
+        "maker/talk:small:test": ["test"],
+        "maker/talk::dev": "maker/talk::dev: has no split dev; choose one of train, test as maker/talk::NAME",
+        "maker/talk:no": "maker/talk:no: has no configuration no; choose one of small, large as maker/talk:NAME",
+        "maker/two": "maker/two: has several configurations; choose one of small, large as maker/two:NAME",
+        "maker/talk#gone": "maker/talk#gone: has no column gone; it has prompt, question",
+    }
+    script = """
+import json, sys
+from distill.data.sources import at_commit, parse_source, read_source
+from kernels.errors import UserError
+found = {}
+for name in sys.argv[1:]:
+    try:
+        found[name] = [document.text for document in read_source(at_commit(parse_source(name)))]
+    except UserError as error:
+        found[name] = str(error)
+print(json.dumps(found))
+"""
+    with Hub(tmp_path).running() as hub:
+        talk = hub.add("datasets/maker/talk", {"README.md": b"", "a.jsonl": lines({"prompt": "old"})})
+        talk.tags["v1"] = talk.head
+        talk.commit(files)
+        hub.add("datasets/maker/two", files | {"README.md": CARD.replace(b"  default: true\n", b"")})
+        variables = os.environ | hub.environment(token=None) | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, "-c", script, *expected], env=variables, capture_output=True, text=True, timeout=60
+        )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == expected
 
 
 @pytest.mark.slow
@@ -246,7 +381,7 @@ rows = [f"{{i}} ships sail on the sea" for i in range(300_000)]
 pyarrow.parquet.write_table(pyarrow.table({{"text": rows}}), {str(tmp_path / "a.parquet")!r}, row_group_size=9_000)
 real = datasets.load_dataset
 datasets.load_dataset = lambda *name, **options: real(
-    "parquet", data_files={str(tmp_path / "a.parquet")!r}, split="train", streaming=True
+    "parquet", data_files={str(tmp_path / "a.parquet")!r}, streaming=True
 )
 streams = [read_source("owner/name@" + 40 * "a") for _ in range(4)]
 print([next(documents).line for documents in streams])
@@ -262,7 +397,7 @@ for documents in streams:
 def test_hub_offline_is_one_line_and_imports_are_lazy() -> None:
     script = """
 import sys
-from distill.data.sources import at_commit, source_fingerprint, read_source, sha256_of
+from distill.data.sources import at_commit, parse_source, source_fingerprint, read_source, sha256_of
 from kernels.errors import UserError
 assert not {"datasets", "pyarrow"} & set(sys.modules)
 for work in (lambda: list(read_source("nobody/nothing")), lambda: sha256_of("nobody/nothing")):
@@ -271,17 +406,16 @@ for work in (lambda: list(read_source("nobody/nothing")), lambda: sha256_of("nob
     except UserError as error:
         print(error)
 for name in ("nobody/nothing@" + 40 * "a", "nobody/nothing:small@" + 40 * "a"):
-    print(source_fingerprint(name)["commit"], at_commit(name))
+    print(source_fingerprint(name)["commit"], at_commit(parse_source(name)).revision)
 begun = [{"name": "nobody/nothing:small", "commit": 40 * "b"}]
-print(at_commit("nobody/nothing:small", begun))
+print(at_commit(parse_source("nobody/nothing:small"), begun).revision)
 """
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script], env=offline, capture_output=True, text=True, timeout=60)
     said = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
     assert all(line.startswith("nobody/nothing: no such file, and not") for line in said[:2])
-    names = [f"nobody/nothing@{40 * 'a'}", f"nobody/nothing:small@{40 * 'a'}"]
-    assert said[2:] == [*(f"{40 * 'a'} {name}" for name in names), f"nobody/nothing:small@{40 * 'b'}"]
+    assert said[2:] == [*[f"{40 * 'a'} {40 * 'a'}"] * 2, 40 * "b"]
 
 
 def test_hashes(tmp_path: Path) -> None:
@@ -300,21 +434,25 @@ def test_hashes(tmp_path: Path) -> None:
 
 def test_exclusion(tmp_path: Path) -> None:
     assert normalise_prompt(" \uff37hat\u00a0is\n\tStraße? ") == "what is strasse?"
-    plain = write(tmp_path / "a.txt", b"What is  love?\n\nSing!\n")
+    plain = write(tmp_path / "a.txt", b"What is  love?\n\nSing!\nTell me of the ships that sailed.\n")
     prompts = write(tmp_path / "b.jsonl", lines({"prompt": "Count to 3."}, {"messages": CHAT}))
     excluded = load_excluded([plain, str(prompts)])
-    assert excluded == {"what is love?", "sing!", "count to 3.", "hello?"}
+    ships = "tell me of the ships that sailed."
+    assert excluded.prompts == {"what is love?", "sing!", ships, "count to 3.", "hello?"}
     held = lines({"prompt": "Count to 3."})
     for name in ("c.txt", "c.json", "c.ndjson"):
-        assert load_excluded([write(tmp_path / name, b"\xef\xbb\xbf" + held)]) == {"count to 3."}
+        assert load_excluded([write(tmp_path / name, b"\xef\xbb\xbf" + held)]).prompts == {"count to 3."}
     with pytest.raises(UserError, match=r"--exclude .*d.txt: holds no prompt"):
         load_excluded([plain, write(tmp_path / "d.txt", b" \n")])
 
-    def hit(kind: Any, text: str | None, messages: Any = None) -> bool:
-        return is_excluded(Document(kind, text, messages, 1), excluded)
+    def hit(kind: Any, text: str | None, messages: Any = None) -> str | None:
+        return excluded.reason(Document(kind, text, messages, 1))
 
-    assert hit("prompt", "WHAT IS LOVE?") and hit("text", "\nSing!\n") and hit("messages", None, CHAT)
+    assert hit("prompt", "WHAT IS LOVE?") == hit("text", "\nSing!\n") == hit("messages", None, CHAT) == "excluded"
     assert hit("messages", None, [{"role": "user", "content": "Hi"}, {"role": "user", "content": "sing!"}])
     assert not hit("messages", None, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Sing!"}])
     assert not hit("text", "Sing! Then count.") and not hit("prompt", "Sing")
-    assert not is_excluded(Document("prompt", "Sing!", None, 1), frozenset())
+    near = f"{ships[:-1]}?"
+    assert hit("prompt", near) == hit("turns", None, [{"role": "user", "content": near}]) == "near an excluded prompt"
+    assert not hit("text", near)
+    assert not Excluded().reason(Document("prompt", "Sing!", None, 1))

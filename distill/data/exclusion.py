@@ -1,0 +1,50 @@
+"""Prompts that a collection must not hold, because drafts are measured with them: `--exclude`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from distill.data.documents import Document, LeftOut, normalise_prompt
+from distill.data.duplicates import NearDuplicates
+from distill.data.source_files import holds_objects, kind_of, lines_of, read_files, source_files
+from distill.data.source_names import TEXT
+from kernels.errors import UserError
+
+EXCLUDED, NEAR_EXCLUDED = "excluded", "near an excluded prompt"
+
+
+class Excluded:
+    """Prompts to leave out, and what is near them."""
+
+    def __init__(self, prompts: Iterable[str] = ()) -> None:
+        self.prompts = frozenset(map(normalise_prompt, prompts)) - {""}
+        self._near = NearDuplicates(sorted(self.prompts))
+
+    def reason(self, document: Document) -> str | None:
+        """Why a document is left out: the prompt, any user message, or the whole text is excluded, or, a text aside,
+        near what is. None where it is not."""
+        if not self.prompts:
+            return None
+        said = [normalise_prompt(text) for text in document.user_texts]
+        if not self.prompts.isdisjoint(said):
+            return EXCLUDED
+        return NEAR_EXCLUDED if document.kind != "text" and any(map(self._near.find, said)) else None
+
+
+def load_excluded(paths: Iterable[str | Path]) -> Excluded:
+    """The prompts of prompts files: JSON, or plain text with one prompt a line. UserError where one holds none: whoever
+    names it means to leave something out."""
+    excluded: set[str] = set()
+    for path in paths:
+        prompts: set[str] = set()
+        for file in source_files(Path(path)):
+            if kind_of(file) in TEXT and not holds_objects(file):
+                prompts.update(normalise_prompt(line) for _, line in lines_of(file))
+            else:
+                said = (text for document in read_files([file], None, LeftOut()) for text in document.user_texts)
+                prompts.update(normalise_prompt(text) for text in said)
+        if not prompts - {""}:
+            raise UserError(f"--exclude {path}: holds no prompt")
+        excluded |= prompts
+    return Excluded(excluded)
