@@ -5,8 +5,8 @@ decoding, and scoring over the bare model. Prints Markdown for docs/collect.md.
     python -m benchmarks.collection --at-once 2048 --prompts 9300 --batch 64 --rows 1024
     python -m benchmarks.collection --shape bitnet-2b --at-once 256 --prompts 1024 --batch 16 --rows 128
 
-`--shape bitnet-2b` is a stand-in with random weights (benchmarks.standin), in a folder that is deleted: its replies mean
-nothing, and none ends by itself.
+`--shape bitnet-2b` is a stand-in with random weights (benchmarks.standin), in a folder that is deleted: its replies
+mean nothing, and none ends by itself.
 """
 
 from __future__ import annotations
