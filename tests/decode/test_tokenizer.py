@@ -118,7 +118,8 @@ def test_end_tokens_of_either_file_end_replies_everywhere(
 
     free = said("decode plain", "--prompt", "Hi", of=small_teacher)
     tokens = free["token_ids"]
-    at = next(i for i in range(1, 12) if tokens[i] not in tokens[:i])
+    plain_text = Tokenizer(small_teacher).decode
+    at = next(i for i in range(1, 12) if tokens[i] not in tokens[:i] and plain_text(tokens[:i]).strip())
     other = next(token for token in range(100, 200) if token not in tokens)
     assert free["finish_reason"] == "length" and free["text"]
     config = json.loads((small_teacher / "config.json").read_text()) | {"eos_token_id": [2, tokens[at]]}
