@@ -24,6 +24,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from decode.batching import Batch, Job
 from decode.drafters.model import ModelDrafter
 from decode.engine import Request, generate
 from decode.models.checkpoint import find_teacher
@@ -31,7 +32,6 @@ from decode.models.drafts import find_draft
 from decode.models.transformer import Transformer
 from decode.sampling import Sampling
 from distill.data.packing import pack, segment
-from distill.data.replies import generate_replies
 from distill.data.scoring import Scorer
 from distill.training import cpu
 from distill.training.cpu import CpuHead
@@ -64,25 +64,25 @@ def decoding(teacher: Transformer, draft: Transformer | None) -> Work:
 def replies(teacher: Transformer) -> Work:
     """Short replies to 16 prompts together."""
     prompts = [list(range(5 + i, 25 + i)) for i in range(16)]
-    seeds = [(i,) for i in range(16)]
+    batch = Batch(teacher, 16, 16, frozenset())
 
     def work() -> int:
-        found = generate_replies(teacher, prompts, seeds, temperatures=[0.8] * 16, max_reply=16, end_tokens=frozenset())
-        return sum(map(len, found))
+        jobs = (Job([prompt], [0.8], (i,), 64) for i, prompt in enumerate(prompts))
+        return sum(len(reply.tokens) for _, replies in batch.run(jobs) for reply in replies)
 
     return work
 
 
 def scoring(teacher: Transformer) -> Work:
     """Two rows of 256 tokens into top-32 logits."""
-    rows = pack([segment(np.arange(10, 266, dtype=np.int32) + i, 0) for i in range(2)], 256)
+    rows = pack([segment(np.arange(10, 266, dtype=np.int32) + i, np.ones(256, bool)) for i in range(2)], 256)
     scorer = Scorer(teacher, 32, (1.0,), 2)
     return lambda: scorer.score(rows).tokens.size
 
 
 def training(teacher: Transformer, folder: Path) -> Work:
     """Steps of a draft of 2 x 256 on four rows of 256 tokens."""
-    rows = pack([segment(np.arange(10, 266, dtype=np.int32) + 3 * i, 0) for i in range(4)], 256)
+    rows = pack([segment(np.arange(10, 266, dtype=np.int32) + 3 * i, np.ones(256, bool)) for i in range(4)], 256)
     block = Scorer(teacher, 32, (1.0,), 4).score(rows)
     batch = assemble([(block, i) for i in range(4)], 0)
     config = DraftConfig.for_teacher(folder, 2, 256)

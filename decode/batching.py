@@ -8,7 +8,7 @@ ids only.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -31,7 +31,8 @@ class Job:
     """A sequence that the teacher continues: it replies behind each turn, as long as its replies end by themselves.
 
     turns: token ids that are given; the first has at least one. temperatures: of each reply, 0 is greedy; seed: of the
-    random numbers of all of them; most_tokens: of the sequence, given and replied.
+    random numbers of all of them; most_tokens: of the sequence, given and replied. A further turn is given only where
+    behind it a reply of any length has room.
     """
 
     turns: list[list[int]]
@@ -71,9 +72,16 @@ class _Slot:
 class Batch:
     """Runs jobs, at most `slots` at a time."""
 
-    def __init__(self, teacher: Transformer, slots: int, max_reply: int, end_tokens: frozenset[int]) -> None:
-        """max_reply: most tokens of a reply."""
-        self.teacher, self.max_reply, self.end_tokens = teacher, max_reply, end_tokens
+    def __init__(
+        self,
+        teacher: Transformer,
+        slots: int,
+        max_reply: int,
+        end_tokens: frozenset[int],
+        grows: Callable[[int], None] = lambda rows: None,
+    ) -> None:
+        """max_reply: most tokens of a reply; grows: told before the cache grows, of how many rows a sequence."""
+        self.teacher, self.max_reply, self.end_tokens, self.grows = teacher, max_reply, end_tokens, grows
         self.cache: KVCache = teacher.new_cache(slots)
         self.prefill_seconds = 0.0  # of the time that `run` took
         self._slots: list[_Slot | None] = [None] * slots
@@ -84,12 +92,20 @@ class Batch:
         jobs: Iterator[Job],
         advance: Callable[[int], None] = lambda tokens: None,
         prefilled: Callable[[int], None] = lambda tokens: None,
-    ) -> Iterator[tuple[int, list[Reply]]]:
+    ) -> Generator[tuple[int, list[Reply]], None, None]:
         """The replies to each job, with its place among the jobs, in the order in which they are done.
 
         A job is taken when a slot is free for it. advance, prefilled: told how many tokens were written, and read.
         """
-        places = enumerate(jobs)
+        try:
+            yield from self._run(enumerate(jobs), advance, prefilled)
+        finally:  # whoever stops early leaves jobs at work
+            self._slots = [None] * len(self._slots)
+            self.cache.offsets = [0] * len(self._slots)
+
+    def _run(
+        self, places: Iterator[tuple[int, Job]], advance: Callable[[int], None], prefilled: Callable[[int], None]
+    ) -> Iterator[tuple[int, list[Reply]]]:
         while True:
             begun = []
             for i, slot in enumerate(self._slots):
@@ -99,18 +115,22 @@ class Batch:
             self._prefill(begun, prefilled)
             if not any(self._slots):
                 return
-            resumed = []
+            resumed, taken = [], 0
+            done: list[_Slot] = []
             for i, fresh in self._step():
                 slot = self._slots[i]
                 assert slot is not None
-                advance(self._take(slot, fresh))
+                taken += self._take(slot, fresh)
                 self.cache.offsets[i] = slot.length
                 if not slot.feed:
                     self._slots[i] = None
                     self.cache.offsets[i] = 0
-                    yield slot.place, slot.replies
+                    done.append(slot)
                 elif len(slot.feed) > 1:
                     resumed.append(i)
+            advance(taken)
+            for slot in done:
+                yield slot.place, slot.replies
             self._prefill(resumed, prefilled)
 
     def _begin(self, place: int, job: Job) -> _Slot:
@@ -136,6 +156,7 @@ class Batch:
                 tokens += chunk
             # A slot's tokens lie in the order of the slots.
             order = [i for i, count in enumerate(counts) if count]
+            self._reserve(max(self.cache.offsets[i] + counts[i] for i in order))
             self.teacher.forward([t for i in order for t in self._fed(i)[: counts[i]]], NewRows(self.cache, counts))
             mx.eval(self.cache.keys, self.cache.values)
             for i in order:
@@ -151,6 +172,12 @@ class Batch:
         slot = self._slots[i]
         return [] if slot is None else slot.feed
 
+    def _reserve(self, rows: int) -> None:
+        """Make room for positions below `rows` in every sequence."""
+        if rows > self.cache.keys[0].shape[2]:
+            self.grows(rows)
+            self.cache.reserve_upto(rows)
+
     def _step(self) -> list[tuple[int, list[int]]]:
         """A step or some of every sequence: the tokens chosen for each slot, behind an end perhaps more than count."""
         active = [(i, slot) for i, slot in enumerate(self._slots) if slot is not None]
@@ -160,6 +187,7 @@ class Batch:
         for column, (_, slot) in enumerate(active):
             numbers = slot.uniform[len(slot.replies), len(slot.written) :][: self._steps]
             uniform[: len(numbers), column] = numbers
+        self._reserve(max(slot.length for _, slot in active) + self._steps)
         feed = mx.array([slot.feed[-1] for _, slot in active], mx.uint32)
         chosen = []
         for i in range(self._steps):
@@ -191,6 +219,6 @@ class Batch:
             slot.replies.append(Reply(slot.written, finish))
             slot.written = []
             more = slot.job.turns[len(slot.replies)] if len(slot.replies) < len(slot.job.turns) else []
-            goes_on = bool(more) and finish == "stop" and slot.room > len(more)
+            goes_on = bool(more) and finish == "stop" and slot.room - len(more) >= self.max_reply
             slot.feed = slot.feed + more if goes_on else []
         return taken

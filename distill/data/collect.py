@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from decode.batching import Job
 from decode.metal import limit_memory
 from decode.models.checkpoint import RUNS, Checkpoint, has_tokenizer
 from decode.models.dimensions import Dimensions
@@ -26,7 +27,6 @@ from distill.data.exclusion import Excluded, load_excluded
 from distill.data.manifest import MANIFEST, DatasetSettings, Manifest, Omission, ScoredFrom, folder_name
 from distill.data.packing import MIN_SEGMENT, Row, cut, pack, segment
 from distill.data.prompts import Chosen, choose_documents, wants_reply
-from distill.data.replies import generate_replies
 from distill.data.reply_dataset import Example, Replies, ReplyWriter
 from distill.data.reply_pass import Progress, ReplyPass
 from distill.data.scoring import Scorer, bytes_per_token
@@ -348,8 +348,6 @@ class Collector:
         asked = [first is not None and wants_reply(first) for first in firsts]
         row = np.full(settings.seq_len, min(self.tokenizer.end_tokens, default=0), np.int32)
         prompt = row[: min(64, settings.seq_len // 2)].tolist()
-        if any(asked):
-            self._reply_pass().check_caches([len(prompt)] * settings.reply_batch)
         rows = [(row, np.ones_like(row, bool), np.ones_like(row, np.uint8))] * settings.batch
         scorer = replace(self._scorer(), advance=lambda tokens: None)
         seconds = []
@@ -359,16 +357,11 @@ class Collector:
             seconds.append(time.perf_counter() - began)
         per_token = seconds[-1] / block.tokens.size
         if any(asked):
-            began = time.perf_counter()
-            generate_replies(
-                self.model,
-                [prompt] * settings.reply_batch,
-                [(0, number) for number in range(settings.reply_batch)],
-                temperatures=[1.0] * settings.reply_batch,
-                max_reply=16,
-                end_tokens=frozenset(),
-            )
-            written = settings.reply_batch * 16
+            batch = self._reply_pass().batch
+            jobs = [Job([prompt], [1.0], (0, i), len(prompt) + 16) for i in range(settings.reply_batch)]
+            began, written = time.perf_counter(), 0
+            for _, replies in batch.run(iter(jobs)):
+                written += sum(len(reply.tokens) for reply in replies)
             weights = [source.weight for source in self.plan.sources or ()]
             share = sum(weight for weight, asks in zip(weights, asked, strict=True) if asks) / sum(weights)
             per_token += (time.perf_counter() - began) / written * share

@@ -2,18 +2,20 @@
 
 Which documents are taken is the beginning of their order, whatever the lengths of prompts and replies: long and short
 ones, prompts and texts, as often as the source has them. A reply's temperature and random numbers follow from its
-prompt's number. How many are answered depends on how long the replies are, and nothing else does: batches only decide
-how fast it goes.
-(Until generation is independent of its batch by bits, another `reply_batch` can also turn a near tie.)
+prompt's number, and its tokens do not depend on what else is in the batch (`decode.batching`). How many are answered
+depends on how long the replies are, and nothing else does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
 
+from decode.batching import Batch, Job
 from decode.models.dimensions import Dimensions
 from decode.models.transformer import Transformer
 from decode.tokenizer import Tokenizer
@@ -21,7 +23,6 @@ from distill.data.duplicates import NearDuplicates
 from distill.data.exclusion import Excluded
 from distill.data.packing import MIN_SEGMENT
 from distill.data.prompts import Chosen
-from distill.data.replies import generate_replies
 from distill.data.reply_dataset import EXAMPLES_PER_FILE, Example, Replies, ReplyWriter
 from distill.data.settings import CollectSettings
 from distill.data.supply import TOO_SHORT, Candidate, Supply, size_in_rows
@@ -42,6 +43,41 @@ class Quota:
     def left(self) -> int:
         return self.size - self.taken
 
+    @property
+    def filled(self) -> bool:
+        return self.left < MIN_SEGMENT
+
+
+@dataclass
+class Waiting:
+    """A candidate in its place in the order, and the example that it becomes, once that is known."""
+
+    candidate: Candidate
+    size: float  # its tokens, expected or known
+    example: Example | None = None
+
+
+class Line(deque[Waiting]):
+    """Candidates in their order, from the next one to be used on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 0.0  # tokens of all of them
+
+    def join(self, waiting: Waiting) -> None:
+        """Take one in at the end."""
+        self.append(waiting)
+        self.size += waiting.size
+
+    def settle(self, waiting: Waiting, example: Example, size: int) -> None:
+        """Say what one has become, and how many tokens that are."""
+        self.size += size - waiting.size
+        waiting.example, waiting.size = example, size
+
+    def leave(self) -> None:
+        """Let the first one go."""
+        self.size -= self.popleft().size
+
 
 class ReplyPass:
     """Fills a reply dataset, going on where an earlier run stopped."""
@@ -56,17 +92,17 @@ class ReplyPass:
     ) -> None:
         self.model, self.tokenizer, self.shape = model, tokenizer, shape
         self.settings, self.progress = settings, progress
-        self._written: dict[int, Example] = {}  # by their place in the dataset
+        self.batch = Batch(model, settings.reply_batch, settings.max_reply, tokenizer.end_tokens, self._check_cache)
+        self._written: deque[Example] = deque()  # the next that an earlier run wrote
+        self._unread: Iterator[Example] = iter(())  # and those behind them
         self._pending: list[Example] = []  # not yet in a file
         self._at = 0  # the place of the next example
+        self._replies, self._reply_tokens = 1, settings.max_reply // 2  # so far: what the next ones are expected to be
 
     def run(self, writer: ReplyWriter, chosen: Sequence[Chosen], excluded: Excluded) -> None:
         """Every source gives its share of the tokens, by its weight; what one cannot give, the later ones do, and what
         is missing then is shared out among those that have more, until it is there or none has any."""
-        replies = Replies(writer.folder, writer.manifest)
-        for i, entry in enumerate(replies.shards):
-            first = entry.index * EXAMPLES_PER_FILE
-            self._written.update(enumerate(replies.read(i), first))
+        self._unread = iter(Replies(writer.folder, writer.manifest))
         asked = NearDuplicates()
         supplies = [
             Supply(source, documents, self.tokenizer, self.settings, self.model.context, asked, excluded)
@@ -85,29 +121,79 @@ class ReplyPass:
         self._flush(writer)
 
     def _turn(self, writer: ReplyWriter, supply: Supply, quota: Quota) -> bool:
-        """Let a source fill its quota; whether it has nothing more to give."""
-        while quota.left >= MIN_SEGMENT:
-            window = self._window(supply, quota.left)
-            if not window:
+        """Let a source fill its quota; whether it has nothing more to give.
+
+        Replies end in any order; they are used in that of their prompts.
+        """
+        line = Line()
+        while not quota.filled:
+            asked: list[Waiting] = []
+            jobs = self._jobs(writer, supply, quota, line, asked)
+            with closing(self.batch.run(jobs, self._advance, self._advance)) as done:
+                for place, replies in done:
+                    said = [np.array(reply.tokens, np.int32) for reply in replies]
+                    example = asked[place].candidate.example(supply.source, said)
+                    line.settle(asked[place], example, self._size(example))
+                    self._replies += len(said)
+                    self._reply_tokens += sum(map(len, said))
+                    self._use(writer, supply, quota, line)
+                    if quota.filled:
+                        break
+            self._use(writer, supply, quota, line)
+            if not quota.filled and not line and supply.ahead() is None:
                 supply.take()
                 return True
-            for example in self._known(supply, window, quota.left) or self._answer(supply, window, quota):
-                self._add(writer, example, supply, quota)
-                supply.take()
-                if quota.left < MIN_SEGMENT:
-                    break
         return False
 
-    def _window(self, supply: Supply, room: int) -> list[Candidate]:
-        """The next documents, those that are surely or probably needed for `room` tokens."""
-        batch, window, sure = self.settings.reply_batch, list[Candidate](), 0
-        while len(window) < batch and (sure < room or len(window) < batch // 4):
-            candidate = supply.ahead(len(window))
-            if candidate is None:
-                break
-            window.append(candidate)
-            sure += len(candidate.turns[0]) + (self.settings.max_reply if candidate.asks else 0)
-        return window
+    def _jobs(
+        self, writer: ReplyWriter, supply: Supply, quota: Quota, line: Line, asked: list[Waiting]
+    ) -> Iterator[Job]:
+        """The next candidates, as many as will probably fill the quota, at the end of the line; those that the teacher
+        is to answer now as jobs, in the order in which they are put down in `asked`."""
+        while True:
+            self._use(writer, supply, quota, line)
+            candidate = supply.ahead(len(line))
+            if quota.filled or candidate is None or line.size >= quota.left:
+                return
+            waiting = Waiting(candidate, self._expected(candidate))
+            line.join(waiting)
+            example = self._known(supply.source, candidate)
+            if example is None and not candidate.asks:
+                example = candidate.example(supply.source)
+            if example is not None:
+                line.settle(waiting, example, self._size(example))
+            else:
+                if not quota.announced:
+                    quota.announced = True
+                    self.progress("replies", quota.taken, quota.size)
+                asked.append(waiting)
+                temperatures = self.settings.reply_temperatures
+                yield Job(
+                    candidate.turns,
+                    [candidate.temperature(turn, temperatures) for turn in range(len(candidate.turns))],
+                    (self.settings.seed, supply.source, candidate.number),
+                    supply.room + self.settings.max_reply,
+                )
+
+    def _expected(self, candidate: Candidate) -> float:
+        """How many tokens a candidate will probably be."""
+        replies = len(candidate.turns) * self._reply_tokens / self._replies if candidate.asks else 0
+        return sum(map(len, candidate.turns)) + replies
+
+    def _known(self, source: int, candidate: Candidate) -> Example | None:
+        """What an earlier run made of a candidate. Its examples stand in the order of the candidates."""
+        if not self._written and (example := next(self._unread, None)) is not None:
+            self._written.append(example)
+        if self._written and (self._written[0].source, self._written[0].number) == (source, candidate.number):
+            return self._written.popleft()
+        return None
+
+    def _use(self, writer: ReplyWriter, supply: Supply, quota: Quota, line: Line) -> None:
+        """Take what is known at the beginning of the line, until the quota is filled."""
+        while line and not quota.filled and (example := line[0].example) is not None:
+            self._add(writer, example, supply, quota)
+            supply.take()
+            line.leave()
 
     def _size(self, example: Example) -> int:
         return size_in_rows(example.tokens, example.trained, self.settings.seq_len)
@@ -133,61 +219,13 @@ class ReplyPass:
             writer.write(self._pending, index)
         self._pending = []
 
-    def _known(self, supply: Supply, window: list[Candidate], room: int) -> list[Example]:
-        """A window with the replies that an earlier run wrote, as far as `room` goes; nothing if one is missing."""
-        known = []
-        for place, candidate in enumerate(window, self._at):
-            example = self._written.get(place)
-            if example is None or (example.source, example.number) != (supply.source, candidate.number):
-                return []
-            known.append(example)
-            room -= self._size(example)
-            if room < MIN_SEGMENT:
-                break
-        return known
+    def _advance(self, tokens: int) -> None:
+        self.progress("replies", tokens, None)  # the total counts prompts too
 
-    def _answer(self, supply: Supply, window: list[Candidate], quota: Quota) -> list[Example]:
-        """A window with the teacher's replies, in the order of its numbers."""
-        asked = [one for one in window if one.asks]
-        if asked and not quota.announced:
-            quota.announced = True
-            self.progress("replies", quota.taken, quota.size)
-        replies: dict[int, list[np.ndarray]] = {one.number: [] for one in window}
-        while True:
-            turns = [(one, one.next_turn(replies[one.number], self.tokenizer.end_tokens, supply.room)) for one in asked]
-            batch = [(one, chunk) for one, chunk in turns if chunk is not None]
-            if not batch:
-                break
-            self.progress("replies", sum(len(chunk) for _, chunk in batch), None)  # the total counts them too
-            for (one, _), reply in zip(batch, self._generate(supply.source, batch, replies), strict=True):
-                replies[one.number].append(reply)
-        return [one.example(supply.source, replies[one.number]) for one in window]
-
-    def _generate(
-        self, source: int, batch: list[tuple[Candidate, list[int]]], replies: dict[int, list[np.ndarray]]
-    ) -> list[np.ndarray]:
-        settings = self.settings
-        prompts = [
-            [*one.example(source, before).tokens.tolist(), *chunk] if (before := replies[one.number]) else chunk
-            for one, chunk in batch
-        ]
-        self.check_caches([len(prompt) for prompt in prompts])
-        return generate_replies(
-            self.model,
-            prompts,
-            [(settings.seed, source, one.number, len(replies[one.number])) for one, _ in batch],
-            temperatures=[one.temperature(len(replies[one.number]), settings.reply_temperatures) for one, _ in batch],
-            max_reply=settings.max_reply,
-            end_tokens=self.tokenizer.end_tokens,
-            advance=lambda tokens: self.progress("replies", tokens, None),
-        )
-
-    def check_caches(self, prompts: Sequence[int]) -> None:
-        """Refuse, before anything is allocated, a batch of prompts of these lengths whose caches alone are more than
-        there is memory."""
-        longest = max(prompts) + self.settings.max_reply
+    def _check_cache(self, rows: int) -> None:
+        """Refuse, before it is allocated, a cache of so many rows a prompt that is more than there is memory."""
         check_fits(
-            len(prompts) * self.shape.cache_bytes(longest),
-            f"--reply-batch {self.settings.reply_batch}: the caches of {len(prompts)} prompts and their replies need",
+            self.settings.reply_batch * self.shape.cache_bytes(rows),
+            f"--reply-batch {self.settings.reply_batch}: the caches of so many prompts and their replies need",
             "choose a smaller one",
         )

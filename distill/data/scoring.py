@@ -49,7 +49,7 @@ class Scorer:
         def finish() -> Block:
             blocks = []
             for tokens, mask, segments, scored in parts:
-                ids, top, lse = (np.array(mx.concatenate(column)) for column in zip(*scored, strict=True))
+                ids, top, lse = (np.array(mx.concatenate(list(column))) for column in zip(*scored, strict=True))
                 if self.model.async_decode:
                     self.advance(int(np.count_nonzero(segments)))
                 self._check(lse.reshape(*tokens.shape, -1), segments)

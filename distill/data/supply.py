@@ -43,18 +43,6 @@ class Candidate:
         """At which the reply to a chunk is sampled; temperatures: those of replies, used in turn."""
         return OF_USERS if self.as_user and turn == 0 else temperatures[self.number % len(temperatures)]
 
-    def next_turn(self, replies: Sequence[np.ndarray], end_tokens: frozenset[int], room: int) -> list[int] | None:
-        """The chunk to give behind these replies; None where the conversation ends.
-
-        It ends behind its last turn, behind a reply that has no end token (it was too long, or looped), and where the
-        chunk would leave no room for a reply. room: most tokens before a reply.
-        """
-        turn = len(replies)
-        if turn == len(self.turns) or (replies and int(replies[-1][-1]) not in end_tokens):
-            return None
-        before = sum(map(len, replies)) + sum(map(len, self.turns[: turn + 1]))
-        return self.turns[turn] if before <= room else None
-
     def example(self, source: int, replies: Sequence[np.ndarray] = ()) -> Example:
         """The conversation with what the teacher wrote, int32 [n] each; that is learnt."""
         given = [np.array(chunk, np.int32) for chunk in self.turns[: len(replies) or 1]]

@@ -65,3 +65,21 @@ def test_spans_know_their_rows() -> None:
     for offsets, counts in (((1, 2), (1,)), ((-1,), (1,)), ((0,), (-1,))):
         with pytest.raises(ValueError, match="no spans"):
             Spans(offsets, counts)
+
+
+def test_the_top_by_sorting() -> None:
+    logits = np.random.default_rng(0).normal(0, 2, (5, 200)).astype(np.float32)
+    logits[0, [7, 90, 150]] = 11.0
+    ids, top, lse = reference.top_k(mx.array(logits), 8, (1.0, 0.5))
+    expected = np.lexsort((np.broadcast_to(np.arange(200), logits.shape), -logits), axis=-1)[:, :8]
+    np.testing.assert_array_equal(ids, expected)
+    np.testing.assert_array_equal(top, np.take_along_axis(logits, expected, -1))
+    np.testing.assert_allclose(np.array(lse)[:, 0], np.log(np.exp(logits.astype(np.float64)).sum(-1)), rtol=1e-6)
+    np.testing.assert_allclose(np.array(lse)[:, 1], np.log(np.exp(2 * logits.astype(np.float64)).sum(-1)), rtol=1e-6)
+
+
+def test_choosing_inverts_the_distribution() -> None:
+    logits = mx.log(mx.array([[0.1, 0.6, 0.3]] * 5))
+    temperature = mx.array(np.array([0, 1, 1, 1, 1], np.float32))
+    uniform = mx.array(np.array([0.99, 0.05, 0.15, 0.71, 1.0], np.float32))
+    assert reference.choose(logits, temperature, uniform).tolist() == [1, 0, 1, 2, 2]
