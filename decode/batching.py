@@ -107,16 +107,18 @@ class Batch:
         self, places: Iterator[tuple[int, Job]], advance: Callable[[int], None], prefilled: Callable[[int], None]
     ) -> Iterator[tuple[int, list[Reply]]]:
         while True:
-            begun = []
+            begun, given = list[int](), 0
             for i, slot in enumerate(self._slots):
                 if slot is None and (job := next(places, None)) is not None:
                     begun.append(i)
-                    self._slots[i] = self._begin(*job)
-            self._prefill(begun, prefilled)
+                    slot = self._slots[i] = self._begin(*job)
+                    given += len(slot.feed)
+            self._prefill(begun)
+            prefilled(given)
             if not any(self._slots):
                 return
-            resumed, taken = [], 0
-            done: list[_Slot] = []
+            resumed, done = list[int](), list[_Slot]()
+            taken = given = 0
             for i, fresh in self._step():
                 slot = self._slots[i]
                 assert slot is not None
@@ -128,10 +130,12 @@ class Batch:
                     done.append(slot)
                 elif len(slot.feed) > 1:
                     resumed.append(i)
+                    given += len(slot.feed) - 1
             advance(taken)
             for slot in done:
                 yield slot.place, slot.replies
-            self._prefill(resumed, prefilled)
+            self._prefill(resumed)
+            prefilled(given)
 
     def _begin(self, place: int, job: Job) -> _Slot:
         if any(job.temperatures):
@@ -140,7 +144,7 @@ class Batch:
             uniform = np.zeros((len(job.turns), self.max_reply), np.float32)
         return _Slot(place, job, min(job.most_tokens, self.teacher.context), uniform, feed=list(job.turns[0]))
 
-    def _prefill(self, which: list[int], prefilled: Callable[[int], None]) -> None:
+    def _prefill(self, which: list[int]) -> None:
         """Compute all but the last of the tokens that these slots are given, those of several in one pass."""
         began = time.perf_counter()
         left = [i for i in which if len(self._fed(i)) > 1]
@@ -164,7 +168,6 @@ class Batch:
                 assert slot is not None
                 slot.feed = slot.feed[counts[i] :]
                 slot.length += counts[i]
-            prefilled(len(tokens))
             left = [i for i in left if len(self._fed(i)) > 1]
         self.prefill_seconds += time.perf_counter() - began
 

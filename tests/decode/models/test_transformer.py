@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from decode.models.cache import KVCache, Packed
+from decode.models.cache import KVCache, NewRows, Packed
 from decode.models.checkpoint import find_model, find_teacher
 from decode.models.transformer import PREFILL_CHUNK, Transformer
 
@@ -117,8 +117,9 @@ def test_rows_of_several_sequences_have_the_bits_of_each_sequence_alone(model: T
     tokens = np.array([ids(2 * rows, seed=length) for length in LENGTHS])
     found = [model.forward(tokens[:, :rows], cache, taps)]
     assert cache.offsets == [length + rows for length in LENGTHS]
-    cache.select([2, 0])
-    found.append(model.forward(tokens[[2, 0], rows:], cache))
+    some = NewRows(cache, [rows if i in (0, 2) else 0 for i in range(len(LENGTHS))])
+    found.append(model.forward(tokens[[0, 2], rows:].reshape(-1), some))
+    assert cache.offsets == [length + rows * (2 if i in (0, 2) else 1) for i, length in enumerate(LENGTHS)]
     for i, prompt in enumerate(prompts):
         single = model.new_cache()
         model.prefill(prompt, single)
@@ -128,7 +129,7 @@ def test_rows_of_several_sequences_have_the_bits_of_each_sequence_alone(model: T
         for tap in taps:
             assert np.array_equal(bits(found[0].hidden[tap][places]), bits(alone.hidden[tap])), (i, tap)
         if i in (0, 2):
-            places = slice(rows) if i == 2 else slice(rows, 2 * rows)
+            places = slice(rows) if i == 0 else slice(rows, 2 * rows)
             again = model.step(tokens[i, rows:].tolist(), single)
             assert np.array_equal(bits(found[1].logits[places]), bits(again.logits)), i
 
