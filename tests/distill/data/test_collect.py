@@ -524,7 +524,8 @@ def test_every_turn_is_answered(of_turns: Collector) -> None:
     """Behind what was said before; of given conversations the assistant's turns are learnt, or only read."""
     replies, tokenizer = list(of_turns.replies()), of_turns.tokenizer
     chats, turns, own = (sum(len(one.tokens) for one in replies if one.source == source) for source in range(3))
-    assert 0 < chats < 600 and turns == (3000 - chats) * 3 // 4 and own == 3000 - chats - turns
+    # A source may end with less missing than a reply can be cut to.
+    assert 0 < chats < 600 and 0 <= (3000 - chats) * 3 // 4 - turns < 8 and 0 <= 3000 - chats - turns - own < 8
     ends = tokenizer.end_tokens
     dialogues = [one for one in replies if one.kind == "dialogue"][:-1]
     assert len(dialogues) > 10 and all(one.replied for one in dialogues)
@@ -552,7 +553,7 @@ def test_every_turn_is_answered(of_turns: Collector) -> None:
     )[0][1]
     table = {one["kind"]: one for one in inspect_dataset(of_turns.plan.replies)["by_kind"]}
     assert list(table) == [None, "chat", "dialogue", "self"]
-    assert sum(one["tokens"] for one in table.values()) == 3000 and table["chat"]["replied"] == 0
+    assert sum(one["tokens"] for one in table.values()) == chats + turns + own and table["chat"]["replied"] == 0
 
 
 @pytest.mark.slow
