@@ -15,6 +15,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -32,6 +33,7 @@ COLUMNS = ("draft", "acceptance rate", "tokens per verification", "tok/s", "plai
 
 def main() -> int:
     os.chdir(ROOT)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     began = time.perf_counter()
     if RESULTS.exists():
         for folder in (OUT / "dataset", DRAFT, OUT / "shipped", *OUT.glob("replies-*")):
@@ -105,6 +107,10 @@ def run(command: str, *arguments: object) -> bool:
         except KeyboardInterrupt:  # the command got it too, and may want to save what it has
             process.wait()
             raise SystemExit(130) from None
+        except SystemExit:  # it did not get this
+            process.terminate()
+            process.wait()
+            raise
     if code > 1 or code < 0:  # 1 says that an output differs from plain decoding: the table will show it
         raise SystemExit(code)
     return code == 0

@@ -2,7 +2,7 @@
 
 BitLinear equals the reference bit for bit; every row's bits are its own, however many rows a call
 has. Importing raises ImportError where the extension was not built, or was built for another MLX.
-The environment variables BITDRAFT_ISA (avx512vnni, avx2, neondot, portable) and BITDRAFT_THREADS
+The environment variables BITDRAFT_ISA (amx, avx512vnni, avx2, neondot, portable) and BITDRAFT_THREADS
 override what the processor offers.
 """
 
