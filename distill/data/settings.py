@@ -49,7 +49,7 @@ class ReplySettings(Settings):
         flag="--reply-temperature",
         low=0,
     )
-    reply_batch: int = option(64, "Prompts answered at a time.", low=1)
+    reply_batch: int = option(64, "Prompts answered at a time.", low=1, high=1 << 16)
 
 
 @dataclass(frozen=True)
