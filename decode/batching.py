@@ -114,7 +114,8 @@ class Batch:
                     slot = self._slots[i] = self._begin(*job)
                     given += len(slot.feed)
             self._prefill(begun)
-            prefilled(given)
+            if given:
+                prefilled(given)
             if not any(self._slots):
                 return
             resumed, done = list[int](), list[_Slot]()
@@ -135,7 +136,8 @@ class Batch:
             for slot in done:
                 yield slot.place, slot.replies
             self._prefill(resumed)
-            prefilled(given)
+            if given:
+                prefilled(given)
 
     def _begin(self, place: int, job: Job) -> _Slot:
         if any(job.temperatures):
