@@ -2,7 +2,7 @@
 //
 // A query of length n sees: each score summed in sixteen lanes over d and across lanes by one tree;
 // the exact maximum; exp in lanes, key j in lane j % 16, summed in order and across lanes; values
-// added key after key. Nothing here depends on the other queries of the call, and no key or value
+// added key after key. Keys and values are bfloat16, all else is float. Nothing here depends on the other queries of the call, and no key or value
 // from n on is ever read.
 
 // Scores of sixteen keys from `first` on for Q queries, each by the same steps whatever Q is. Keys past
@@ -14,7 +14,7 @@ inline void score_block(const Attend& a, const float* queries, int first, int le
   F groups[Q][4];
 #pragma GCC unroll 4
   for (int g = 0; g < 4; g++) {
-    const float* key[4];
+    const uint16_t* key[4];
     F sums[Q][4];
 #pragma GCC unroll 4
     for (int l = 0; l < 4; l++) {
@@ -33,10 +33,10 @@ inline void score_block(const Attend& a, const float* queries, int first, int le
       }
 #pragma GCC unroll 4
       for (int l = 0; l < 4; l++) {
-        if constexpr (fetch) {
+        if (fetch && c % 2 == 0) {  // 64 bytes at once
           __builtin_prefetch(key[l] + 16 * c + static_cast<int64_t>(ahead) * a.d);
         }
-        const F k = load(key[l] + 16 * c);
+        const F k = load_bf16(key[l] + 16 * c);
 #pragma GCC unroll 4
         for (int q = 0; q < Q; q++) {
           sums[q][l] = fma(k, query[q], sums[q][l]);
@@ -46,7 +46,7 @@ inline void score_block(const Attend& a, const float* queries, int first, int le
     if (rest > 0) {
 #pragma GCC unroll 4
       for (int l = 0; l < 4; l++) {
-        const F k = load_part(key[l] + 16 * whole, rest);
+        const F k = load_bf16_part(key[l] + 16 * whole, rest);
 #pragma GCC unroll 4
         for (int q = 0; q < Q; q++) {
           sums[q][l] = fma(k, load(queries + q * a.padded + 16 * whole), sums[q][l]);
@@ -127,12 +127,14 @@ inline void add_values(const Attend& a, float* const* out, const float* const* w
     }
   }
   for (int j = first; j < last; j++) {
-    const float* value = a.values + static_cast<int64_t>(j) * a.d + column;
+    const uint16_t* value = a.values + static_cast<int64_t>(j) * a.d + column;
     F v[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; c++) {
-      __builtin_prefetch(value + 16 * c + static_cast<int64_t>(ahead) * a.d);
-      v[c] = load(value + 16 * c);
+      if (c % 2 == 0) {
+        __builtin_prefetch(value + 16 * c + static_cast<int64_t>(ahead) * a.d);
+      }
+      v[c] = load_bf16(value + 16 * c);
     }
 #pragma GCC unroll 4
     for (int q = 0; q < Q; q++) {
@@ -166,8 +168,8 @@ inline void add_values_strips(const Attend& a, float* const* out, const float* c
     for (int q = 0; q < Q; q++) {
       F sum = load(out[q] + column);
       for (int j = first; j < last; j++) {
-        sum =
-            fma(set1(weights[q][j]), load_part(a.values + static_cast<int64_t>(j) * a.d + column, rest), sum);
+        const uint16_t* value = a.values + static_cast<int64_t>(j) * a.d + column;
+        sum = fma(set1(weights[q][j]), load_bf16_part(value, rest), sum);
       }
       store(out[q] + column, sum);
     }

@@ -42,20 +42,21 @@ class RopeTable {
 
 thread_local RopeTable rope_table;
 
-// Rotate-half RoPE of one head, times `scale`.
-void rotate(const float* x, const float* table, int d, float scale, float* out) {
+// Rotate-half RoPE of one head, times `scale`, rounded to what is written.
+template <class T>
+void rotate(const float* x, const float* table, int d, float scale, T* out) {
   const int half = d / 2;
   for (int i = 0; i < half; i++) {
     const float a = x[i], b = x[half + i], cos = table[i], sin = table[half + i];
-    out[i] = (a * cos - b * sin) * scale;
-    out[half + i] = (b * cos + a * sin) * scale;
+    out[i] = static_cast<T>((a * cos - b * sin) * scale);
+    out[half + i] = static_cast<T>((b * cos + a * sin) * scale);
   }
 }
 
 // Rotates a row's queries into `queries` [kv_heads][count][padded] as number `index` of each kv head's
 // rows, and writes its key and value at `position` of a cache [kv_heads][capacity][d].
 void place_row(const Heads& h, const float* row, int position, const float* frequency, float* queries,
-               int64_t queries_per_kv, int64_t index, float* keys, float* values, int64_t capacity) {
+               int64_t queries_per_kv, int64_t index, mx::bfloat16_t* keys, mx::bfloat16_t* values, int64_t capacity) {
   const float* table = rope_table.at(position, frequency, h.d / 2);
   const int group = h.group(), padded = h.padded();
   for (int head = 0; head < h.heads; head++) {
@@ -68,14 +69,14 @@ void place_row(const Heads& h, const float* row, int position, const float* freq
   for (int head = 0; head < h.kv_heads; head++) {
     const int64_t at = (head * capacity + position) * h.d;
     rotate(k + head * h.d, table, h.d, 1.0f, keys + at);
-    std::memcpy(values + at, v + head * h.d, static_cast<size_t>(h.d) * sizeof(float));
+    std::copy_n(v + head * h.d, h.d, values + at);
   }
 }
 
 // Queries first..last-1 of a kv head; length(i) and out(i) tell each one's keys and place.
 template <class Length, class Out>
-void attend_range(const Kernels& set, const Heads& h, const float* queries, const float* keys,
-                  const float* values, int first, int last, Length&& length, Out&& out) {
+void attend_range(const Kernels& set, const Heads& h, const float* queries, const mx::bfloat16_t* keys,
+                  const mx::bfloat16_t* values, int first, int last, Length&& length, Out&& out) {
   int lengths[kMaxQueries];
   float* places[kMaxQueries];
   for (int start = first; start < last; start += kMaxQueries) {
@@ -90,8 +91,8 @@ void attend_range(const Kernels& set, const Heads& h, const float* queries, cons
     a.queries = queries + static_cast<int64_t>(start) * h.padded();
     a.lengths = lengths;
     a.out = places;
-    a.keys = keys;
-    a.values = values;
+    a.keys = reinterpret_cast<const uint16_t*>(keys);
+    a.values = reinterpret_cast<const uint16_t*>(values);
     a.d = h.d;
     a.padded = h.padded();
     a.score_stride = round_up(longest, 16);
@@ -121,8 +122,8 @@ class Attention : public CpuPrimitive {
                if (copy_k) copy_cache(in[1], out[1]);
                if (copy_v) copy_cache(in[2], out[2]);
                std::vector<float> space;
-               attend_spans(h, spans, Matrix<float>(in[0]), vector_data(in[3], space), out[1].data<float>(),
-                            out[2].data<float>(), out[1].shape(2), out[0].data<float>());
+               attend_spans(h, spans, Matrix<float>(in[0]), vector_data(in[3], space), out[1].data<mx::bfloat16_t>(),
+                            out[2].data<mx::bfloat16_t>(), out[1].shape(2), out[0].data<float>());
              });
   }
 
@@ -133,9 +134,9 @@ class Attention : public CpuPrimitive {
 
 Heads check(const mx::array& qkv, const mx::array& k_cache, const mx::array& v_cache,
             int heads, int kv_heads, const mx::array& frequency, float scale) {
-  require(k_cache.ndim() == 4 && k_cache.shape() == v_cache.shape() && k_cache.dtype() == mx::float32 &&
-              v_cache.dtype() == mx::float32,
-          "both caches must be float32 of one shape, [sequences, kv_heads, capacity, d]");
+  require(k_cache.ndim() == 4 && k_cache.shape() == v_cache.shape() && k_cache.dtype() == mx::bfloat16 &&
+              v_cache.dtype() == mx::bfloat16,
+          "both caches must be bfloat16 of one shape, [sequences, kv_heads, capacity, d]");
   const int d = k_cache.shape(-1);
   require(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, "heads must be a multiple of kv_heads");
   require(d % 2 == 0 && d > 0 && d <= kMaxHeadDim, "the head dimension must be even and at most 512");
@@ -146,7 +147,7 @@ Heads check(const mx::array& qkv, const mx::array& k_cache, const mx::array& v_c
   return Heads{heads, kv_heads, d, scale};
 }
 
-void copy_strided(const mx::array& from, size_t axis, const float* source, float*& to) {
+void copy_strided(const mx::array& from, size_t axis, const mx::bfloat16_t* source, mx::bfloat16_t*& to) {
   if (axis == from.ndim()) {
     *to++ = *source;
     return;
@@ -154,7 +155,7 @@ void copy_strided(const mx::array& from, size_t axis, const float* source, float
   const int64_t stride = from.strides()[axis];
   const int size = from.shape()[axis];
   if (axis + 1 == from.ndim() && stride == 1) {
-    std::memcpy(to, source, static_cast<size_t>(size) * sizeof(float));
+    std::copy_n(source, size, to);
     to += size;
     return;
   }
@@ -166,11 +167,11 @@ void copy_strided(const mx::array& from, size_t axis, const float* source, float
 }  // namespace
 
 void copy_cache(const mx::array& from, mx::array& to) {
-  float* out = to.data<float>();
+  auto* out = to.data<mx::bfloat16_t>();
   if (from.flags().row_contiguous) {
-    std::memcpy(out, from.data<float>(), from.nbytes());
+    std::memcpy(out, from.data<mx::bfloat16_t>(), from.nbytes());
   } else {
-    copy_strided(from, 0, from.data<float>(), out);
+    copy_strided(from, 0, from.data<mx::bfloat16_t>(), out);
   }
 }
 
@@ -192,7 +193,8 @@ bool share_cache(const mx::array& in, mx::array& out) {
 }
 
 void attend_spans(const Heads& h, const std::vector<Span>& spans, const Matrix<float>& qkv,
-                  const float* frequency, float* keys, float* values, int64_t capacity, float* result) {
+                  const float* frequency, mx::bfloat16_t* keys, mx::bfloat16_t* values, int64_t capacity,
+                  float* result) {
   const Kernels& set = kernels();
   const int group = h.group();
   const int64_t row_queries = int64_t{h.heads} * h.padded(), cache = int64_t{h.kv_heads} * capacity * h.d;
@@ -263,7 +265,7 @@ std::vector<mx::array> attention(const mx::array& qkv, const mx::array& k_cache,
   }
   require(rows == qkv.shape(0), "the spans must have as many rows as qkv");
   return mx::array::make_arrays({{qkv.shape(0), heads * h.d}, k_cache.shape(), v_cache.shape()},
-                                {mx::float32, mx::float32, mx::float32},
+                                {mx::float32, mx::bfloat16, mx::bfloat16},
                                 std::make_shared<Attention>(cpu_stream(), h, std::move(spans)),
                                 {as_float(qkv), k_cache, v_cache, as_float(inverse_frequency)});
 }

@@ -89,8 +89,8 @@ struct Attend {
   const float* queries;  // [count][padded], rotated, scaled, zero-padded to a multiple of 16
   const int* lengths;    // [count]
   float* const* out;     // [count] pointers to d floats
-  const float* keys;     // [capacity][d]
-  const float* values;
+  const uint16_t* keys;  // bfloat16 [capacity][d]
+  const uint16_t* values;
   int count;
   int d;
   int padded;
