@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -70,6 +71,27 @@ def check_definition(attention: Attention, shape: AttentionShape, spans: Spans, 
     np.testing.assert_allclose(
         np.array(out), definition(np.array(qkv), *held, spans, shape)[0], rtol=1e-5, atol=tolerance
     )
+
+
+def check_rounding(attention: Attention, shape: AttentionShape) -> None:
+    """Keys and values are cached as the nearest bfloat16, of two as near as the even one; NaN and infinity stay."""
+    still = replace(shape, inverse_frequency=mx.zeros(shape.head_dim // 2))  # keys that are not turned
+    ties = 1 + np.arange(1, 16, 2) / 256
+    edges = np.concatenate([ties, np.nextafter(np.float32(ties), np.float32(0)), np.nextafter(np.float32(ties), 2)])
+    edges = np.concatenate([edges, -edges, [0.0, 3.4e38, 1e-30]]).astype(np.float32)
+    qkv = np.resize(edges, (3, (shape.heads + 2 * shape.kv_heads) * shape.head_dim))
+    qkv[:, -3:] = np.inf, -np.inf, np.nan  # of values, since a turn would make NaN of infinity
+    _, *found = attention(mx.array(qkv), *caches(shape, (2,), 9), Spans((2,), (3,)), still)
+    rows = qkv.reshape(3, -1, shape.head_dim)[:, shape.heads :].reshape(3, 2, shape.kv_heads, -1)
+    for cache, right in zip(found, rows.transpose(1, 2, 0, 3), strict=True):
+        np.testing.assert_array_equal(floats(cache[0, :, 2:5]), nearest(right))
+
+
+def nearest(x: np.ndarray) -> np.ndarray:
+    """float32 rounded to eight bits of mantissa, the definition of bfloat16's, by whole numbers."""
+    mantissa, exponent = np.frexp(x.astype(np.float64))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.ldexp(np.rint(mantissa * 256), exponent - 8).astype(np.float32)
 
 
 def definition(

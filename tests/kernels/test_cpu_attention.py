@@ -15,6 +15,7 @@ from attention_checks import (
     attention_shape,
     caches,
     check_definition,
+    check_rounding,
     check_rows_alone,
     qkv_rows,
 )
@@ -69,6 +70,11 @@ def test_many_rows_of_several_sequences_have_the_bits_of_each_sequence_alone(isa
 def test_attention_is_close_to_its_definition(isa: str, heads: int, kv_heads: int, d: int) -> None:
     spans = Spans((0, 1990, 3, 100, 7, 0), (1, 5, 40, 4, 0, 8))
     check_definition(cpu.attention, attention_shape(heads, kv_heads, d), spans)
+
+
+def test_keys_and_values_are_rounded() -> None:
+    check_rounding(cpu.attention, attention_shape())
+    check_rounding(reference.attention, attention_shape())
 
 
 def test_large_scores_make_no_infinities(isa: str) -> None:

@@ -13,6 +13,7 @@ from attention_checks import (
     attention_shape,
     caches,
     check_definition,
+    check_rounding,
     check_rows_alone,
     qkv_rows,
 )
@@ -68,6 +69,10 @@ def test_few_rows_beside_a_prefill_have_the_bits_that_they_have_alone() -> None:
 def test_attention_is_close_to_its_definition(heads: int, kv_heads: int, d: int) -> None:
     shape = attention_shape(heads, kv_heads, d)
     check_definition(metal.attention, shape, Spans((0, 100, 9, 0, 305), (1, 4, 0, 8, 5)))
+
+
+def test_keys_and_values_are_rounded() -> None:
+    check_rounding(metal.attention, attention_shape())
 
 
 def test_large_scores_make_no_infinities() -> None:

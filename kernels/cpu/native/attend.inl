@@ -1,9 +1,9 @@
 // Attention of queries that share a key/value head, in blocks of keys that stay in the first cache.
 //
-// A query of length n sees: each score summed in sixteen lanes over d and across lanes by one tree;
-// the exact maximum; exp in lanes, key j in lane j % 16, summed in order and across lanes; values
-// added key after key. Keys and values are bfloat16, all else is float. Nothing here depends on the other queries of the call, and no key or value
-// from n on is ever read.
+// Keys and values are bfloat16, all else is float. A query of length n sees: each score summed in sixteen lanes
+// over d and across lanes by one tree; the exact maximum; exp in lanes, key j in lane j % 16, summed in order and
+// across lanes; values added key after key. Nothing here depends on the other queries of the call, and no key or
+// value from n on is ever read.
 
 // Scores of sixteen keys from `first` on for Q queries, each by the same steps whatever Q is. Keys past
 // `length` are read as the last one. `ahead`: how many keys further on to fetch into the cache.
