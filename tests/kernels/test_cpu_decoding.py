@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from arrays import normal, same_bits
+from arrays import normal, same_bits, stored
 from conftest import SHIPPED, trimmed_copy
 
 from kernels import reference
