@@ -197,8 +197,8 @@ def attention(
 
 
 def write_rows(cache: mx.array, rows: mx.array, spans: Spans) -> None:
-    """Write rows, float32 [spans.rows, kv_heads, d], to where they stand in bfloat16 [sequences, kv_heads, capacity, d],
-    each value rounded to the nearest, of two as near to the even one."""
+    """Write rows, float32 [spans.rows, kv_heads, d], to where they stand in [sequences, kv_heads, capacity, d], as
+    bfloat16: each value is rounded to the nearest, of two as near to the even one."""
     rows = rows.astype(CACHED)
     if len(spans.offsets) == 1:  # as a slice: a scatter is slower, and on a GPU compiled when first used
         cache[0, :, spans.offsets[0] : spans.end] = rows.transpose(1, 0, 2)

@@ -10,7 +10,17 @@ import mlx.core as mx
 
 from kernels.cuda.launch import Launch, float_bits, prepare
 from kernels.cuda.nvrtc import device_attribute
-from kernels.ops import CACHED, SMALL_ROWS, AttentionShape, DenseWeight, Epilogue, Int8Weight, Layer, TernaryWeight, Weight
+from kernels.ops import (
+    CACHED,
+    SMALL_ROWS,
+    AttentionShape,
+    DenseWeight,
+    Epilogue,
+    Int8Weight,
+    Layer,
+    TernaryWeight,
+    Weight,
+)
 
 THREADS = 512
 TILE, SPAN = 16, 128  # outputs and inputs, as in products.cuh
