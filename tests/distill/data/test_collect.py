@@ -969,7 +969,7 @@ def test_impossible_settings(
 def test_caches_beyond_the_memory_are_refused(
     teacher: Checkpoint, settings: CollectSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kernels.memory.memory_bytes", lambda: 1_000_000)
+    monkeypatch.setattr("kernels.memory.memory_bytes", lambda: 100_000)
     with pytest.raises(UserError, match=rf"--reply-batch {settings.reply_batch}: .* this machine has 0\.0 GB"):
         Collector(plan_collection(teacher, settings, tmp_path)).run()
     with pytest.raises(UserError, match=rf"--reply-batch {settings.reply_batch}: .* this machine has 0\.0 GB"):
