@@ -5,6 +5,24 @@
 // across lanes; values added key after key. Nothing here depends on the other queries of the call, and no key or
 // value from n on is ever read.
 
+void rotate(const float* x, const float* table, int d, float scale, float* out) {
+  const int half = d / 2;
+  for (int i = 0; i < half; i++) {
+    const float a = x[i], b = x[half + i], cos = table[i], sin = table[half + i];
+    out[i] = (a * cos - b * sin) * scale;
+    out[half + i] = (b * cos + a * sin) * scale;
+  }
+}
+
+void narrow(const float* x, int64_t n, uint16_t* out) {
+  for (int64_t i = 0; i < n; i++) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, sizeof(bits));
+    const bool nan = (bits & 0x7fffffff) > 0x7f800000;
+    out[i] = static_cast<uint16_t>(nan ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  }
+}
+
 // Scores of sixteen keys from `first` on for Q queries, each by the same steps whatever Q is. Keys past
 // `length` are read as the last one. `ahead`: how many keys further on to fetch into the cache.
 template <int Q, bool fetch>
@@ -64,23 +82,34 @@ inline void score_block(const Attend& a, const float* queries, int first, int le
   }
 }
 
+template <int Q>
+inline void score_some(const Attend& a, const float* queries, bool fetch, int first, int length, float* scores) {
+  if constexpr (Q <= kScoreQueries) {
+    fetch ? score_block<Q, true>(a, queries, first, length, scores, kKeyBlock)
+          : score_block<Q, false>(a, queries, first, length, scores, 0);
+  }
+}
+
 // Scores of one block of keys for all queries.
 inline void score_all(const Attend& a, int block) {
   for (int i = 0; i < a.count;) {
     // Queries that have all of the block share its loads.
-    int together = i + kScoreQueries <= a.count ? kScoreQueries : 1;
+    int together = a.count - i < kScoreQueries ? a.count - i : kScoreQueries;
     for (int q = 0; q < together; q++) {
       together = a.lengths[i + q] < block + kKeyBlock ? 1 : together;
     }
     const float* query = a.queries + i * a.padded;
     float* scores = a.scores + i * a.score_stride;
     for (int j = block; j < block + kKeyBlock && j < a.lengths[i]; j += 16) {
-      if (together == 1) {
-        i == 0 ? score_block<1, true>(a, query, j, a.lengths[i], scores + j, kKeyBlock)
-               : score_block<1, false>(a, query, j, a.lengths[i], scores + j, 0);
-      } else {
-        i == 0 ? score_block<kScoreQueries, true>(a, query, j, a.lengths[i], scores + j, kKeyBlock)
-               : score_block<kScoreQueries, false>(a, query, j, a.lengths[i], scores + j, 0);
+      switch (together) {
+        case 1:
+          score_some<1>(a, query, i == 0, j, a.lengths[i], scores + j);
+          break;
+        case 2:
+          score_some<2>(a, query, i == 0, j, a.lengths[i], scores + j);
+          break;
+        default:
+          score_some<3>(a, query, i == 0, j, a.lengths[i], scores + j);
       }
     }
     i += together;

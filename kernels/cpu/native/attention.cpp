@@ -42,41 +42,33 @@ class RopeTable {
 
 thread_local RopeTable rope_table;
 
-// Rotate-half RoPE of one head, times `scale`, rounded to what is written.
-template <class T>
-void rotate(const float* x, const float* table, int d, float scale, T* out) {
-  const int half = d / 2;
-  for (int i = 0; i < half; i++) {
-    const float a = x[i], b = x[half + i], cos = table[i], sin = table[half + i];
-    out[i] = static_cast<T>((a * cos - b * sin) * scale);
-    out[half + i] = static_cast<T>((b * cos + a * sin) * scale);
-  }
-}
-
 // Rotates a row's queries into `queries` [kv_heads][count][padded] as number `index` of each kv head's
 // rows, and writes its key and value at `position` of a cache [kv_heads][capacity][d].
-void place_row(const Heads& h, const float* row, int position, const float* frequency, float* queries,
-               int64_t queries_per_kv, int64_t index, mx::bfloat16_t* keys, mx::bfloat16_t* values, int64_t capacity) {
+void place_row(const Kernels& set, const Heads& h, const float* row, int position, const float* frequency,
+               float* queries, int64_t queries_per_kv, int64_t index, uint16_t* keys, uint16_t* values,
+               int64_t capacity) {
   const float* table = rope_table.at(position, frequency, h.d / 2);
   const int group = h.group(), padded = h.padded();
   for (int head = 0; head < h.heads; head++) {
     float* q = queries + (head / group * queries_per_kv + index * group + head % group) * padded;
-    rotate(row + head * h.d, table, h.d, h.scale, q);
+    set.rotate(row + head * h.d, table, h.d, h.scale, q);
     std::fill(q + h.d, q + padded, 0.0f);
   }
   const float* k = row + h.heads * h.d;
   const float* v = k + h.kv_heads * h.d;
+  float rotated[kMaxHeadDim];
   for (int head = 0; head < h.kv_heads; head++) {
     const int64_t at = (head * capacity + position) * h.d;
-    rotate(k + head * h.d, table, h.d, 1.0f, keys + at);
-    std::copy_n(v + head * h.d, h.d, values + at);
+    set.rotate(k + head * h.d, table, h.d, 1.0f, rotated);
+    set.narrow(rotated, h.d, keys + at);
+    set.narrow(v + head * h.d, h.d, values + at);
   }
 }
 
 // Queries first..last-1 of a kv head; length(i) and out(i) tell each one's keys and place.
 template <class Length, class Out>
-void attend_range(const Kernels& set, const Heads& h, const float* queries, const mx::bfloat16_t* keys,
-                  const mx::bfloat16_t* values, int first, int last, Length&& length, Out&& out) {
+void attend_range(const Kernels& set, const Heads& h, const float* queries, const uint16_t* keys,
+                  const uint16_t* values, int first, int last, Length&& length, Out&& out) {
   int lengths[kMaxQueries];
   float* places[kMaxQueries];
   for (int start = first; start < last; start += kMaxQueries) {
@@ -91,8 +83,8 @@ void attend_range(const Kernels& set, const Heads& h, const float* queries, cons
     a.queries = queries + static_cast<int64_t>(start) * h.padded();
     a.lengths = lengths;
     a.out = places;
-    a.keys = reinterpret_cast<const uint16_t*>(keys);
-    a.values = reinterpret_cast<const uint16_t*>(values);
+    a.keys = keys;
+    a.values = values;
     a.d = h.d;
     a.padded = h.padded();
     a.score_stride = round_up(longest, 16);
@@ -193,59 +185,68 @@ bool share_cache(const mx::array& in, mx::array& out) {
 }
 
 void attend_spans(const Heads& h, const std::vector<Span>& spans, const Matrix<float>& qkv,
-                  const float* frequency, mx::bfloat16_t* keys, mx::bfloat16_t* values, int64_t capacity,
+                  const float* frequency, mx::bfloat16_t* key_cache, mx::bfloat16_t* value_cache, int64_t capacity,
                   float* result) {
   const Kernels& set = kernels();
   const int group = h.group();
   const int64_t row_queries = int64_t{h.heads} * h.padded(), cache = int64_t{h.kv_heads} * capacity * h.d;
-  float* queries = scratch_floats(kQueries, qkv.rows * row_queries);
-  float* row_space = scratch_floats(kRow, qkv.cols);
+  auto *keys = reinterpret_cast<uint16_t*>(key_cache), *values = reinterpret_cast<uint16_t*>(value_cache);
+  const auto place = [&](const Span& span, float* queries) {
+    float* row_space = scratch_floats(kRow, qkv.cols);
+    for (int i = 0; i < span.count; i++) {
+      place_row(set, h, qkv.row(span.row + i, row_space), span.offset + i, frequency, queries,
+                int64_t{span.count} * group, i, keys + span.sequence * cache, values + span.sequence * cache, capacity);
+    }
+  };
+  // Queries first..last-1 of a key/value head; a query is never split, so its bits stay its own.
+  const auto attend = [&](const Span& span, const float* queries, int kv, int first, int last) {
+    const int64_t head = (int64_t{span.sequence} * h.kv_heads + kv) * capacity * h.d;
+    attend_range(
+        set, h, queries + int64_t{kv} * span.count * group * h.padded(), keys + head, values + head, first, last,
+        [&](int i) { return span.offset + i / group + 1; },
+        [&](int i) { return result + ((span.row + i / group) * h.heads + kv * group + i % group) * h.d; });
+  };
   int64_t work = 0;
   int busy = 0;  // spans with rows
   for (const Span& span : spans) {
-    for (int i = 0; i < span.count; i++) {
-      place_row(h, qkv.row(span.row + i, row_space), span.offset + i, frequency,
-                queries + span.row * row_queries, int64_t{span.count} * group, i, keys + span.sequence * cache,
-                values + span.sequence * cache, capacity);
-    }
     work += 2 * int64_t{h.heads} * span.count * (span.offset + span.count) * h.d;
     busy += span.count > 0;
   }
-  // A few queries a task share its keys; a query is never split, so its bits stay its own.
   const bool shared = work >= kParallelFlops && threads() > 1;
-  thread_local std::vector<Task> tasks;
+  if (!shared || busy >= 4 * threads()) {  // a span as a whole: what it is about to read was just written
+    const auto count = static_cast<int64_t>(spans.size());
+    const int64_t chunks = shared ? std::min<int64_t>(count, 8 * threads()) : 1;
+    parallel_for(static_cast<int>(chunks), [&](int chunk) {
+      for (int64_t s = chunk * count / chunks; s < (chunk + 1) * count / chunks; s++) {
+        const Span& span = spans[static_cast<size_t>(s)];
+        float* queries = scratch_floats(kQueries, span.count * row_queries);
+        place(span, queries);
+        for (int kv = 0; span.count > 0 && kv < h.kv_heads; kv++) {
+          attend(span, queries, kv, 0, span.count * group);
+        }
+      }
+    });
+    return;
+  }
+  float* queries = scratch_floats(kQueries, qkv.rows * row_queries);
+  thread_local std::vector<Task> tasks;  // a few queries each, which share their keys
   tasks.clear();
   for (int s = 0; s < static_cast<int>(spans.size()); s++) {
-    const int head_queries = spans[static_cast<size_t>(s)].count * group;
-    int pieces = 1;
-    if (shared && head_queries > 0) {
-      const int wanted = (6 * threads() + h.kv_heads * busy - 1) / (h.kv_heads * busy);
-      pieces = std::max(std::clamp(wanted, 1, std::max(1, head_queries / 4)), head_queries / 32);
-    }
+    const Span& span = spans[static_cast<size_t>(s)];
+    place(span, queries + span.row * row_queries);
+    const int head_queries = span.count * group;
+    const int wanted = (6 * threads() + h.kv_heads * busy - 1) / (h.kv_heads * busy);
+    const int pieces = std::max(std::clamp(wanted, 1, std::max(1, head_queries / 4)), head_queries / 32);
     for (int kv = 0; head_queries > 0 && kv < h.kv_heads; kv++) {
       for (int piece = 0; piece < pieces; piece++) {
         tasks.push_back({s, kv, piece * head_queries / pieces, (piece + 1) * head_queries / pieces});
       }
     }
   }
-  const auto attend = [&](const Task& task) {
-    const Span& span = spans[static_cast<size_t>(task.span)];
-    const int64_t head = (int64_t{span.sequence} * h.kv_heads + task.kv) * capacity * h.d;
-    attend_range(
-        set, h, queries + span.row * row_queries + int64_t{task.kv} * span.count * group * h.padded(),
-        keys + head, values + head, task.first, task.last,
-        [&](int i) { return span.offset + i / group + 1; },
-        [&](int i) {
-          return result + ((span.row + i / group) * h.heads + task.kv * group + i % group) * h.d;
-        });
-  };
-  const auto count = static_cast<int64_t>(tasks.size());
-  const int64_t chunks = !shared ? 1 : busy == 1 ? count : std::min<int64_t>(count, 8 * threads());
   const Task* all = tasks.data();  // not another thread's own
-  parallel_for(static_cast<int>(chunks), [&](int chunk) {
-    for (int64_t i = chunk * count / chunks; i < (chunk + 1) * count / chunks; i++) {
-      attend(all[i]);
-    }
+  parallel_for(static_cast<int>(tasks.size()), [&](int i) {
+    const Span& span = spans[static_cast<size_t>(all[i].span)];
+    attend(span, queries + span.row * row_queries, all[i].kv, all[i].first, all[i].last);
   });
 }
 
