@@ -168,33 +168,44 @@ class _Rarity:
 
 class _Index:
     """Which texts have a key: a few sorted arrays of entries, uint64, a key above a number of 32 bits. New entries go
-    to a short array, and one that has grown to a 16th of the one before it is merged with that."""
+    to a short array, and one that has grown to a 16th of the one before it is merged with that.
+
+    Keys are spread evenly, so beside each array it is kept where those of a *bucket* begin, which have the same first
+    bits: a binary search in a long array would cost more than all the rest."""
 
     def __init__(self) -> None:
-        self._parts: list[np.ndarray] = []
+        self._parts: list[tuple[np.ndarray, np.ndarray]] = []  # entries, and where the buckets begin and the last ends
 
     def add(self, keys: np.ndarray, number: int) -> None:
-        part = keys.astype(np.uint64) << 32 | number
-        part.sort()
-        while self._parts and len(self._parts[-1]) <= max(16 * len(part), 4096):
-            merged = self._parts.pop()
-            merged.resize(len(merged) + len(part), refcheck=False)  # in place: the memory is not needed twice
-            merged[-len(part) :] = part
+        entries = keys.astype(np.uint64) << 32 | number
+        entries.sort()
+        while self._parts and len(self._parts[-1][0]) <= max(16 * len(entries), 2048):
+            merged, _ = self._parts.pop()
+            merged.resize(len(merged) + len(entries), refcheck=False)  # in place: the memory is not needed twice
+            merged[-len(entries) :] = entries
             merged.sort()
-            part = merged
-        self._parts.append(part)
+            entries = merged
+        self._parts.append((entries, _buckets(entries)))
 
     def forget(self, kept: int) -> None:
-        parts = [part[part & 0xFFFFFFFF < kept] for part in self._parts]
-        self._parts = [part for part in parts if len(part)]
+        parts = [entries[entries & 0xFFFFFFFF < kept] for entries, _ in self._parts]
+        self._parts = [(entries, _buckets(entries)) for entries in parts if len(entries)]
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """All entries of these keys."""
-        firsts = np.sort(keys.astype(np.uint64) << 32)
-        found = [firsts[:0]]
-        for part in self._parts:
-            starts = part.searchsorted(firsts)
-            hits = part.take(starts, mode="clip") >> 32 == firsts >> 32
-            ends = part.searchsorted(firsts[hits] | 0xFFFFFFFF, side="right")
-            found += [part[start:end] for start, end in zip(starts[hits].tolist(), ends.tolist(), strict=True)]
-        return np.concatenate(found)
+        wanted = np.sort(keys.astype(np.uint64))
+        found, wanted_there = [wanted[:0]], [wanted[:0]]
+        for entries, buckets in self._parts:
+            bucket = wanted >> (33 - len(buckets).bit_length())
+            starts, ends = buckets[bucket], buckets[bucket + 1]
+            found += [entries[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+            wanted_there.append(wanted.repeat(ends - starts))
+        there = np.concatenate(found)
+        return there[there >> 32 == np.concatenate(wanted_there)]
+
+
+def _buckets(entries: np.ndarray) -> np.ndarray:
+    """uint32 [buckets + 1]. A bucket has 8 to 16 entries."""
+    bits = max(len(entries).bit_length() - 4, 1)
+    firsts = np.arange(1 << bits, dtype=np.uint64) << (64 - bits)
+    return np.append(entries.searchsorted(firsts), len(entries)).astype(np.uint32)
