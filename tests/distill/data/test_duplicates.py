@@ -110,6 +110,8 @@ def test_edits_about_the_thresholds_against_the_rule_itself() -> None:
             words = text.split()
             start = rng.randrange(len(words))
             return " ".join([word(), *words[start : start + rng.randint(11, 15)], *(word() for _ in words)])
+        if rng.random() < 0.2:
+            return text[: 4 * len(text) // 5 + rng.randint(-2, 4)]
         letters = list(text)
         for _ in range(max(0, len(text) // 45 + rng.randint(-2, 2))):  # each changes up to 5 shingles of both
             letters[rng.randrange(len(letters))] = rng.choice(["", "x", " ", "yz"])
