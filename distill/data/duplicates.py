@@ -35,7 +35,7 @@ class NearDuplicates:
     """Texts, and which of them another text is near.
 
     Beside itself a text takes 8 bytes a word and 2 bytes a character. 200,000 prompts of 200 to 250 characters, each
-    compared with all before it, took 60 to 70 s of one shared core, 50,000 took 14 to 16 s.
+    compared with all before it, took 62 to 72 s of one shared core, 50,000 took 14 to 16 s.
     """
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
