@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, Command, arguments, changed_copy, environment, in_background
+from conftest import ROOT, Command, arguments, changed_copy, environment, in_background, unsealed
 
 from decode.batching import Batch, Job, Reply
 from decode.models.checkpoint import Checkpoint, find_teacher
@@ -152,8 +152,9 @@ def test_damaged_replies_are_named_and_written_anew(
 
 def test_reply_manifests_are_verified(collector: tuple[Collector, Dataset], tmp_path: Path) -> None:
     path = copied(collector[0], tmp_path).plan.replies / "manifest.json"
-    content = path.read_text()
+    whole, content = path.read_text(), unsealed(path)
     for change, named in (
+        (whole.replace('"seed": 0', '"seed": 1'), "was changed since it was written"),
         (content[:100], "not valid JSON"),
         (content.replace('"seed": 0', '"seed": 1'), "is not the one that the shards were scored from"),
         (content.replace('"rows": 8', '"rows": 9', 1), "lengths is uint32 [8], expected uint32 [9]"),
@@ -367,7 +368,8 @@ def test_shards_of_other_replies_are_not_mixed(collector: tuple[Collector, Datas
     again = copied(collector[0], tmp_path)
     manifest = again.plan.folder / "manifest.json"
     (sha256,) = (replies.sha256 for replies in collector[1].scored_from)
-    manifest.write_text(manifest.read_text().replace(sha256, "0" * 64).replace('"complete": true', '"complete": false'))
+    whole = unsealed(manifest)
+    manifest.write_text(whole.replace(sha256, "0" * 64).replace('"complete": true', '"complete": false'))
     assert "and what is there now is another" in table(inspect_dataset(again.plan.folder))
     with pytest.raises(UserError, match=rf"was begun from other replies \(.*0{{12}}\), not from .*{sha256[:12]}"):
         again.run()
@@ -380,7 +382,7 @@ def test_what_an_older_version_made_is_taken_up(
     """A whole reply dataset and shards that were begun, whose manifests lack a setting that came later."""
     again = copied(collector[0], tmp_path)
     plan, listed = again.plan, [folder / "manifest.json" for folder in (again.plan.replies, again.plan.folder)]
-    replies, begun = (json.loads(path.read_text()) for path in listed)
+    replies, begun = (json.loads(unsealed(path)) for path in listed)
     del replies["settings"]["seed"], begun["settings"]["seed"]
     listed[0].write_text(json.dumps(replies, indent=1) + "\n")
     begun |= {"complete": False, "scored_from": [begun["scored_from"][0] | {"sha256": sha256(listed[0])}]}
@@ -405,7 +407,7 @@ def test_replies_that_cannot_be_scored(
 ) -> None:
     folder = copied(collector[0], tmp_path).plan.replies
     manifest = folder / "manifest.json"
-    content = manifest.read_text()
+    content = unsealed(manifest)
 
     def refused(message: str, *given: str, change: tuple[str, str] = ("", "")) -> None:
         manifest.write_text(content.replace(*change))
@@ -841,7 +843,7 @@ def test_replies_that_an_older_version_began_are_refused(collector: tuple[Collec
     """It chose another order."""
     again = copied(collector[0], tmp_path)
     manifest = again.plan.replies / "manifest.json"
-    content = json.loads(manifest.read_text())
+    content = json.loads(unsealed(manifest))
     manifest.write_text(json.dumps(content | {"version": 3, "complete": False}))
     with pytest.raises(
         UserError, match=re.escape(f"{again.plan.replies}: is an unfinished dataset of the older format 3")
