@@ -24,7 +24,7 @@ from distill.data.inspection import verify
 from distill.data.manifest import MANIFEST
 from kernels.errors import UserError
 
-SIZES = "--tokens 2200 --seq-len 32 --max-reply 8 --reply-batch 8 --top-k 4 --quiet"  # two files of either kind, or more
+SIZES = "--tokens 2200 --seq-len 64 --max-reply 16 --reply-batch 8 --top-k 4 --quiet"  # two files of either kind, or more
 OF_MANIFESTS = 16  # values that each byte of a manifest is changed to; of other files one
 
 Finds = Callable[[Path, Path], bool]  # dataset, file: whether a check of the one names the other

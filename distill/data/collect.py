@@ -9,7 +9,7 @@ elsewhere. The last two can be stopped at any instant and go on.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,11 @@ from decode.tokenizer import Tokenizer, check_tokenizer
 from distill.data.codec import token_type
 from distill.data.exclusion import Excluded, load_excluded
 from distill.data.manifest import MANIFEST, DatasetSettings, Manifest, Omission, ScoredFrom, folder_name
-from distill.data.packing import MIN_SEGMENT, Row, cut, pack, segment
+from distill.data.packing import MIN_SEGMENT
 from distill.data.prompts import Chosen, choose_documents, wants_reply
-from distill.data.reply_dataset import Example, Replies, ReplyWriter
+from distill.data.reply_dataset import Replies, ReplyWriter
 from distill.data.reply_pass import Progress, ReplyPass
+from distill.data.rows import Rows
 from distill.data.scoring import Scorer, bytes_per_token
 from distill.data.settings import OF_REPLIES, OF_SCORES, CollectSettings, complete_settings
 from distill.data.shards import Dataset, ShardWriter
@@ -224,14 +225,14 @@ class Collector:
             rows = self.rows(replies)
             if not rows:
                 raise self._nothing()
-            shards = [rows[i : i + ROWS_PER_SHARD] for i in range(0, len(rows), ROWS_PER_SHARD)]
+            shards = [slice(i, i + ROWS_PER_SHARD) for i in range(0, len(rows), ROWS_PER_SHARD)]
             missing = writer.missing(len(shards))
-            total = sum(int(np.count_nonzero(segments)) for _, _, segments in rows)
-            done = total - sum(int(np.count_nonzero(segments)) for i in missing for _, _, segments in shards[i])
+            total = int(rows.sizes.sum())
+            done = total - sum(int(rows.sizes[shards[i]].sum()) for i in missing)
             self.progress("scoring", done, total)
             scorer = self._scorer()
             for index in missing:
-                writer.write(scorer.score(shards[index]), index)
+                writer.write(scorer.score(rows[shards[index]]), index)
             writer.finish()
         return Dataset.open(self.plan.folder)
 
@@ -291,13 +292,9 @@ class Collector:
             for index, source in enumerate(self.plan.sources or ())
         ]
 
-    def rows(self, examples: Iterable[Example]) -> list[Row]:
-        """Examples in segments, shuffled and packed: tokens int32, trained positions bool, segment ids uint8,
-        each [seq_len]."""
-        seq_len = self.settings.seq_len
-        segments = [part for example in examples for part in cut(segment(example.tokens, example.trained), seq_len)]
-        order = np.random.default_rng(self.settings.seed).permutation(len(segments))
-        return pack([segments[i] for i in order], seq_len)
+    def rows(self, replies: Replies) -> Rows:
+        """What is scored."""
+        return Rows(replies, self.settings.seq_len, self.settings.seed)
 
     def remarks(self, dataset: Dataset) -> list[str]:
         """What a user should know of a collection that is done: what was left out, and tokens that no source had."""

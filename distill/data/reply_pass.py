@@ -127,13 +127,14 @@ class ReplyPass:
         """
         line = Line()
         while not quota.filled:
-            asked: list[Waiting] = []
+            asked: dict[int, Waiting] = {}
             jobs = self._jobs(writer, supply, quota, line, asked)
             with closing(self.batch.run(jobs, self._advance, self._advance)) as done:
                 for place, replies in done:
                     said = [np.array(reply.tokens, np.int32) for reply in replies]
-                    example = asked[place].candidate.example(supply.source, said)
-                    line.settle(asked[place], example, self._size(example))
+                    waiting = asked.pop(place)  # who is done is not kept
+                    example = waiting.candidate.example(supply.source, said)
+                    line.settle(waiting, example, self._size(example))
                     self._replies += len(said)
                     self._reply_tokens += sum(map(len, said))
                     self._use(writer, supply, quota, line)
@@ -146,10 +147,11 @@ class ReplyPass:
         return False
 
     def _jobs(
-        self, writer: ReplyWriter, supply: Supply, quota: Quota, line: Line, asked: list[Waiting]
+        self, writer: ReplyWriter, supply: Supply, quota: Quota, line: Line, asked: dict[int, Waiting]
     ) -> Iterator[Job]:
         """The next candidates, as many as will probably fill the quota, at the end of the line; those that the teacher
-        is to answer now as jobs, in the order in which they are put down in `asked`."""
+        is to answer now as jobs, and in `asked` by their places among these."""
+        jobs = 0
         while True:
             self._use(writer, supply, quota, line)
             candidate = supply.ahead(len(line))
@@ -166,7 +168,8 @@ class ReplyPass:
                 if not quota.announced:
                     quota.announced = True
                     self.progress("replies", quota.taken, quota.size)
-                asked.append(waiting)
+                asked[jobs] = waiting
+                jobs += 1
                 temperatures = self.settings.reply_temperatures
                 yield Job(
                     candidate.turns,

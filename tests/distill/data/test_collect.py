@@ -30,9 +30,10 @@ from distill.data.duplicates import NearDuplicates
 from distill.data.exclusion import Excluded
 from distill.data.inspection import inspect_dataset, table, verify
 from distill.data.manifest import DatasetSettings, folder_name
-from distill.data.packing import Segment, cut, pack
+from distill.data.packing import Segment, cut, pack, segment
 from distill.data.prompts import Chosen, split_text, wants_reply
 from distill.data.reply_dataset import Example, Replies
+from distill.data.rows import Rows
 from distill.data.settings import CollectSettings
 from distill.data.shards import Dataset
 from distill.data.sources import Document, LeftOut, normalise_prompt, read_source
@@ -852,6 +853,29 @@ def test_replies_that_an_older_version_began_are_refused(collector: tuple[Collec
 
 
 # --- rows
+
+
+def test_rows_are_those_of_all_segments_in_memory(collector: tuple[Collector, Dataset]) -> None:
+    """By bytes, though no more than places is held: cut, shuffled by the seed, packed."""
+    replies = Replies.open(collector[0].plan.replies)
+    for seq_len, seed in ((128, 0), (24, 1)):
+        segments = [part for one in replies for part in cut(segment(one.tokens, one.trained), seq_len)]
+        order = np.random.default_rng(seed).permutation(len(segments))
+        expected = pack([segments[i] for i in order], seq_len)
+        rows = Rows(replies, seq_len, seed)
+        assert len(rows) == len(expected) > 8
+        for row, other in zip([*rows[:3], *rows[3:5], *list(rows)[5:]], expected, strict=True):
+            assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(row, other, strict=True))
+        assert rows.sizes.tolist() == [np.count_nonzero(ids) for _, _, ids in expected]
+
+
+def test_replies_that_go_while_they_are_scored(collector: tuple[Collector, Dataset], tmp_path: Path) -> None:
+    again = copied(collector[0], tmp_path)
+    rows = Rows(Replies.open(again.plan.replies), 128, 0)
+    for path in again.plan.replies.glob("reply-*"):
+        path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(UserError, match=r"reply-0000\d.safetensors"):
+        rows[:]
 
 
 def test_pack_keeps_every_token_once() -> None:
