@@ -23,6 +23,7 @@ from decode.models.dimensions import Dimensions
 from decode.models.transformer import Transformer
 from decode.tokenizer import Tokenizer, check_tokenizer
 from distill.data.codec import token_type
+from distill.data.documents import LeftOut
 from distill.data.exclusion import Excluded, load_excluded
 from distill.data.manifest import MANIFEST, DatasetSettings, Manifest, Omission, ScoredFrom, folder_name
 from distill.data.packing import MIN_SEGMENT
@@ -244,14 +245,14 @@ class Collector:
             if not writer.manifest.complete:
                 chosen = self.choose()
                 try:
-                    self._reply_pass().run(writer, chosen, self.plan.excluded)
+                    cut = self._reply_pass().run(writer, chosen, self.plan.excluded)
                 finally:
                     for one in chosen:
                         one.documents.close()
-                omissions = self._omissions(chosen)
+                omissions = self._omissions([one.left_out for one in chosen])
                 if not writer.manifest.entries:
                     raise self._nothing(omissions)
-                writer.note_omissions(omissions)
+                writer.note_omissions(omissions, self._omissions(cut))
                 writer.finish()
         return Replies.open(self.plan.replies)
 
@@ -298,7 +299,8 @@ class Collector:
 
     def remarks(self, dataset: Dataset) -> list[str]:
         """What a user should know of a collection that is done: what was left out, and tokens that no source had."""
-        remarks, asked = [str(omission) for omission in self.left_out()], self.settings.tokens
+        remarks, asked = [omission.told("left out") for omission in self.left_out()], self.settings.tokens
+        remarks += [omission.told("cut") for omission in self.cut()]
         if self.plan.sources is not None and dataset.tokens < asked - MIN_SEGMENT * len(self.settings.sources):
             remarks.append(
                 f"{dataset.folder}: the sources had only {dataset.tokens:,} of the {asked:,} tokens asked for"
@@ -312,17 +314,24 @@ class Collector:
         except UserError:
             return ()
 
-    def _omissions(self, chosen: Sequence[Chosen]) -> tuple[Omission, ...]:
+    def cut(self) -> tuple[Omission, ...]:
+        """Which conversations of a collection that is done end early; nothing where its replies are not here."""
+        try:
+            return Replies.open(self.plan.replies).cut
+        except UserError:
+            return ()
+
+    def _omissions(self, of_sources: Sequence[LeftOut]) -> tuple[Omission, ...]:
         return tuple(
-            Omission(shown_name(source), reason, count, one.left_out.firsts[reason])
-            for source, one in zip(self.settings.sources, chosen, strict=True)
-            for reason, count in one.left_out.counts.items()
+            Omission(shown_name(source), reason, count, one.firsts[reason])
+            for source, one in zip(self.settings.sources, of_sources, strict=True)
+            for reason, count in one.counts.items()
         )
 
     def _nothing(self, omissions: Sequence[Omission] = ()) -> UserError:
         if self.plan.sources is None:
             return UserError(f"--replies {self.plan.replies}: nothing to score")
-        reasons = "; ".join(map(str, omissions)) or "nothing is there"
+        reasons = "; ".join(omission.told("left out") for omission in omissions) or "nothing is there"
         return UserError(f"{', '.join(self.settings.sources)}: nothing to collect from ({reasons})")
 
     def _reply_pass(self) -> ReplyPass:

@@ -162,7 +162,8 @@ class Reader:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.settings, self.complete = folder, manifest.settings, manifest.complete
-        self.format, self.scored_from, self.left_out = manifest.format, manifest.scored_from, manifest.left_out
+        self.format, self.scored_from = manifest.format, manifest.scored_from
+        self.left_out, self.cut = manifest.left_out, manifest.cut
         self.shards = [manifest.entries[index] for index in sorted(manifest.entries)]
 
     @classmethod

@@ -225,10 +225,8 @@ def _by_kind(dataset: Dataset) -> dict[str, Any]:
 
 
 def _inspect_replies(replies: Replies) -> dict[str, Any]:
-    left_out = [vars(omission) for omission in replies.left_out]
-    return _summary(
-        replies, {}, {**_counts(replies), "sha256": sha256(replies.folder / MANIFEST), "left_out": left_out}
-    )
+    omissions = {"left_out": list(map(vars, replies.left_out)), "cut": list(map(vars, replies.cut))}
+    return _summary(replies, {}, {**_counts(replies), "sha256": sha256(replies.folder / MANIFEST), **omissions})
 
 
 def _counts(replies: Replies) -> dict[str, Any]:
@@ -325,10 +323,10 @@ def table(summary: dict[str, Any]) -> str:
         if any(one[what] is not None for one in counts):
             shares = [_share(one, what, sum(x["tokens"] for x in counts)) for one in counts]
             text += f"\n\n{title}\n{_columns(shares)}"
-    if rows := [
-        (one["source"], f"{one['count']:,}", one["reason"], one["first"]) for one in summary.get("left_out", [])
-    ]:
-        text += f"\n\nleft out of the sources\n{_columns(rows)}"
+    for title, omissions in (("left out of the sources", "left_out"), ("conversations that were cut", "cut")):
+        found = summary.get(omissions, [])
+        if rows := [(one["source"], f"{one['count']:,}", one["reason"], one["first"]) for one in found]:
+            text += f"\n\n{title}\n{_columns(rows)}"
     apart = SHOWN_APART | OF_SHARDS_APART if of_shards else SHOWN_APART
     others = [(name, _joined(value)) for name, value in settings.items() if name not in apart]
     return text + (f"\n\nsettings\n{_columns(others)}" if others else "")

@@ -152,15 +152,17 @@ class ScoredFrom:
 
 @dataclass(frozen=True)
 class Omission:
-    """What of a source is not in the dataset, for one reason: how many documents, and which was the first."""
+    """What of a source is not in the dataset, or was cut, for one reason: how many documents, and which was the first.
+    """
 
     source: str
     reason: str
     count: int
     first: str
 
-    def __str__(self) -> str:
-        return f"{self.source}: {self.count:,} left out, {self.reason} (the first: {self.first})"
+    def told(self, what: str) -> str:
+        """In a line; what: happened to them."""
+        return f"{self.source}: {self.count:,} {what}, {self.reason} (the first: {self.first})"
 
 
 @dataclass
@@ -168,7 +170,7 @@ class Manifest:
     """What `manifest.json` says. `kind` is "shards" or "replies" and names the files as well.
 
     scored_from: of shards, the reply datasets that their tokens come from, once those are complete. left_out: of
-    complete replies, what was met in the sources and not used. sealed: whether it ends with its own hash; one that was
+    complete replies, what was met in the sources and not used; cut: of those, conversations that end early. sealed: whether it ends with its own hash; one that was
     begun without goes on without, since others hold the hash of its bytes.
     """
 
@@ -178,6 +180,7 @@ class Manifest:
     complete: bool = False
     scored_from: tuple[ScoredFrom, ...] = ()
     left_out: tuple[Omission, ...] = ()
+    cut: tuple[Omission, ...] = ()
     format: int = FORMAT
     sealed: bool = True
 
@@ -193,6 +196,7 @@ class Manifest:
         listed = [asdict(self.entries[index]) for index in sorted(self.entries)]
         scored_from = {"scored_from": [asdict(replies) for replies in self.scored_from]} if self.scored_from else {}
         left_out = {"left_out": [asdict(omission) for omission in self.left_out]} if self.left_out else {}
+        cut = {"cut": [asdict(omission) for omission in self.cut]} if self.cut else {}
         content = {
             "format": f"bitdraft {self.kind}",
             "version": FORMAT,
@@ -200,6 +204,7 @@ class Manifest:
             "settings": self.settings.values,
             **scored_from,
             **left_out,
+            **cut,
             "shards": listed,
         }
         data = json.dumps(content, indent=1, ensure_ascii=False).encode().removesuffix(b"\n}")
@@ -246,6 +251,7 @@ class Manifest:
                 complete=content["complete"] is True,
                 scored_from=tuple(_scored_from(entry) for entry in content.get("scored_from", [])),
                 left_out=tuple(_omission(entry) for entry in content.get("left_out", [])),
+                cut=tuple(_omission(entry) for entry in content.get("cut", [])),
                 format=OLD_FORMATS.get(version, FORMAT),
                 sealed=SEAL in data,
             )
@@ -297,7 +303,7 @@ def _omission(values: dict[str, Any]) -> Omission:
     if type(omission.count) is not int or not all(
         isinstance(text, str) for text in (omission.source, omission.reason, omission.first)
     ):
-        raise ValueError(f"left_out: {values!r} is no source, reason, count and first document")
+        raise ValueError(f"left_out or cut: {values!r} is no source, reason, count and first document")
     return omission
 
 

@@ -35,10 +35,10 @@ class ReplyWriter(Writer):
 
     kind = "replies"
 
-    def note_omissions(self, left_out: tuple[Omission, ...]) -> None:
-        """Record what of the sources was not used."""
-        if self.manifest.left_out != left_out:
-            self._write(replace(self.manifest, left_out=left_out))
+    def note_omissions(self, left_out: tuple[Omission, ...], cut: tuple[Omission, ...]) -> None:
+        """Record what of the sources was not used, and which conversations were cut."""
+        if (self.manifest.left_out, self.manifest.cut) != (left_out, cut):
+            self._write(replace(self.manifest, left_out=left_out, cut=cut))
 
     def write(self, examples: Sequence[Example], index: int | None = None) -> Entry:
         """Writes examples as file `index`, by default the first that is missing."""

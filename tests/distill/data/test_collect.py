@@ -263,7 +263,8 @@ def test_what_the_last_source_lacks_the_first_gives(
     stopped.progress = whole.progress
     datasets = [stopped.run(), whole.run()]
     assert files(tmp_path / "stopped") == files(tmp_path / "whole")
-    assert 600 - 16 < datasets[1].tokens <= 600 and len(whole.remarks(datasets[1])) == 1  # what is excluded
+    assert 600 - 16 < datasets[1].tokens <= 600
+    assert sum(" left out, " in remark for remark in whole.remarks(datasets[1])) == 1  # what is excluded
 
 
 @pytest.mark.slow
@@ -755,6 +756,51 @@ def test_long_prompts_and_conversations_are_taken_as_often_as_they_are_there(
     there = [len(tokenizer.encode_prompt(make_prompt(str(one["prompt"]), "1"))) for one in said[: len(pool)]]
     assert np.mean(asked) == pytest.approx(np.mean(there), rel=0.1)
     assert len(asked) / len(replies) == pytest.approx(600 / 800, abs=0.08)
+
+
+def test_conversations_that_end_early_are_counted(
+    small_teacher: Path, inside: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By source and reason, said at the end and kept in the manifest; also of what an earlier run wrote."""
+    turns = [{"turns": [ask(2 * i), ask(2 * i + 1)], "kind": "talk"} for i in range(6)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(one) + "\n" for one in turns))
+    looping, whole = [600, 601] * 8, [500, 501, 2]
+    said = [
+        [Reply(whole, "stop"), Reply(whole, "stop")],
+        [Reply(looping, "loop")],
+        [Reply(whole, "stop"), Reply(looping, "loop")],
+        [Reply(list(range(100, 116)), "length")],
+        [Reply(whole, "stop")],  # there was no room for the second turn
+        [Reply(whole, "stop"), Reply(whole, "stop")],
+    ]
+    stop_at = 3
+
+    class Saying(Batch):
+        def run(self, jobs: Iterator[Job], *told: object) -> Iterator[tuple[int, list[Reply]]]:  # type: ignore[override]
+            for place, job in enumerate(jobs):
+                if job.seed[2:] == (stop_at,):
+                    raise KeyboardInterrupt
+                yield place, said[job.seed[-1] % len(said)]
+
+    monkeypatch.setattr("distill.data.reply_pass.Batch", Saying)
+    monkeypatch.setattr("distill.data.reply_pass.EXAMPLES_PER_FILE", 1)
+    run = ("collect", "--teacher", small_teacher, "--source", tmp_path / "p.jsonl", "--tokens", 5000, "--seq-len", 128)
+    run = (*run, "--max-reply", 16, "--out", tmp_path / "d", "--json", tmp_path / "c.json")
+    assert inside("distill", *run).code == 130
+    (replies,) = tmp_path.glob("replies-*")
+    assert len(Replies.open(replies).shards) == 3
+    stop_at = -1
+    done = inside("distill", *run)
+    assert done.code == 0, done.err
+    cut = json.loads((tmp_path / "c.json").read_text())["cut"]
+    assert [(one["reason"][:4], one["count"], one["first"]) for one in cut] == [
+        ("fell", 2, "number 1"),
+        ("has ", 1, "number 3"),
+        ("left", 1, "number 4"),
+    ]
+    assert all(one["source"] == str(tmp_path / "p.jsonl") for one in cut) and "2 cut, fell into a loop" in done.err
+    assert inspect_dataset(replies)["cut"] == cut == json.loads((replies / "manifest.json").read_text())["cut"]
+    assert "fell into a loop" in table(inspect_dataset(replies)) and verify(replies) == []
 
 
 @pytest.mark.slow
