@@ -152,8 +152,7 @@ class ScoredFrom:
 
 @dataclass(frozen=True)
 class Omission:
-    """What of a source is not in the dataset, or was cut, for one reason: how many documents, and which was the first.
-    """
+    """What of a source is not in the dataset, or ends early, for one reason: how many, and which was the first."""
 
     source: str
     reason: str

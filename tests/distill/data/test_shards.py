@@ -268,7 +268,7 @@ def kill_everywhere(folder: Path) -> None:
 def test_killed_collection_ends_with_the_same_bytes(tmp_path: Path, how: str) -> None:
     # In a process of its own: forking is safe only where no library has started threads.
     script = f"import pathlib, test_shards as t; t.{how}(pathlib.Path({str(tmp_path)!r}))"
-    paths = os.pathsep.join(map(str, (ROOT, Path(__file__).parent, Path(__file__).parents[1])))
+    paths = os.pathsep.join(map(str, (ROOT, *Path(__file__).parents[:3])))
     subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": paths}, check=True, timeout=60)
     folders = list(tmp_path.iterdir())
     assert len(folders) == 2 if how == "kill_at_random" else len(folders) > 20
@@ -494,7 +494,7 @@ def test_bad_manifests(tmp_path: Path) -> None:
 
 
 def test_verify_finds_every_byte(tmp_path: Path) -> None:
-    """Every byte of the manifests, and some of each file; benchmarks/verify_sweep.py changes all, of what is collected."""
+    """Every byte of the manifests, and some of each file; benchmarks/verify_sweep.py changes all of them."""
     settings = make_settings(k=2, seq_len=8)
     data, replies = tmp_path / "data", tmp_path / "replies"
     with ReplyWriter.open(replies, DatasetSettings(settings.values | {"seed": 0})) as replied:
