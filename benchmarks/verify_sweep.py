@@ -24,7 +24,7 @@ from distill.data.inspection import verify
 from distill.data.manifest import MANIFEST
 from kernels.errors import UserError
 
-SIZES = "--tokens 2200 --seq-len 64 --max-reply 16 --reply-batch 8 --top-k 4 --quiet"  # two files of either kind, or more
+SIZES = "--tokens 2200 --seq-len 64 --max-reply 16 --reply-batch 8 --top-k 4 --quiet"  # a file of each kind
 OF_MANIFESTS = 16  # values that each byte of a manifest is changed to; of other files one
 
 Finds = Callable[[Path, Path], bool]  # dataset, file: whether a check of the one names the other
@@ -100,7 +100,9 @@ def found_by_library(dataset: Path, file: Path) -> bool:
 
 def found_by_command(dataset: Path, file: Path) -> bool:
     done = distill("verify", str(dataset))
-    return str(file) in done.stdout if done.returncode == 1 else done.returncode == 2 and str(file.parent) in done.stderr
+    if done.returncode == 1:
+        return str(file) in done.stdout
+    return done.returncode == 2 and str(file.parent) in done.stderr
 
 
 def distill(*options: str) -> subprocess.CompletedProcess[str]:

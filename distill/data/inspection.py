@@ -10,7 +10,16 @@ import numpy as np
 
 from distill.data import codec, reply_dataset, shards
 from distill.data.dataset import Reader
-from distill.data.manifest import CHANGED, MANIFEST, SHARD_FILE, DamagedManifest, Entry, Manifest, ScoredFrom, is_changed
+from distill.data.manifest import (
+    CHANGED,
+    MANIFEST,
+    SHARD_FILE,
+    DamagedManifest,
+    Entry,
+    Manifest,
+    ScoredFrom,
+    is_changed,
+)
 from distill.data.reply_dataset import Replies, ReplyWriter
 from distill.data.shards import Dataset, ShardWriter
 from kernels.errors import UserError

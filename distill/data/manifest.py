@@ -169,8 +169,8 @@ class Manifest:
     """What `manifest.json` says. `kind` is "shards" or "replies" and names the files as well.
 
     scored_from: of shards, the reply datasets that their tokens come from, once those are complete. left_out: of
-    complete replies, what was met in the sources and not used; cut: of those, conversations that end early. sealed: whether it ends with its own hash; one that was
-    begun without goes on without, since others hold the hash of its bytes.
+    complete replies, what was met in the sources and not used; cut: of those, conversations that end early. sealed:
+    whether it ends with its own hash; one that was begun without goes on without, since others hold its bytes' hash.
     """
 
     kind: str
