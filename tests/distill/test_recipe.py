@@ -13,7 +13,7 @@ from contextlib import chdir
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TEACHER, Command, arguments, changed_copy, environment
+from conftest import ROOT, TEACHER, Command, arguments, changed_copy, environment, unsealed
 
 from decode.models.checkpoint import find_teacher
 from distill.pipeline import Pipeline, free_memory
@@ -242,10 +242,11 @@ def test_run(inside: Command, small_teacher: Path, tmp_path: Path) -> None:
     assert 'was made with sources = ["prompts.jsonl"], not ["other.jsonl"]' in run("--from", "train")[2]
     (tmp_path / "tiny.toml").write_text(tiny)
     manifest, ours = out / "dataset" / "manifest.json", about["teacher"]["hash"]
-    manifest.write_text(manifest.read_text().replace(ours, "0" * 64))
+    whole = manifest.read_bytes()
+    manifest.write_text(unsealed(manifest).replace(ours, "0" * 64))
     (out / "draft").rename(out / "away")
     assert f"runs/tiny/dataset: was made with another teacher than {small_teacher.name}" in run("--from", "train")[2]
-    manifest.write_text(manifest.read_text().replace("0" * 64, ours))
+    manifest.write_bytes(whole)
     (out / "away").rename(out / "draft")
     for old, new, named in (
         ("hidden = 64", "hidden = 128", "runs/tiny/draft: holds a finished draft that was trained with hidden = 64"),
