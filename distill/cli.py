@@ -113,6 +113,7 @@ def collect(
             seconds=time.perf_counter() - began,
         )
         result["left_out"] = [vars(omission) for omission in collector.left_out()]
+        result["cut"] = [vars(omission) for omission in collector.cut()]
         for remark in collector.remarks(dataset):
             note(remark)
         shards = "1 shard" if len(dataset.shards) == 1 else f"{len(dataset.shards)} shards"

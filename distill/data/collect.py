@@ -9,7 +9,7 @@ elsewhere. The last two can be stopped at any instant and go on.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,14 @@ from decode.models.dimensions import Dimensions
 from decode.models.transformer import Transformer
 from decode.tokenizer import Tokenizer, check_tokenizer
 from distill.data.codec import token_type
+from distill.data.documents import LeftOut
 from distill.data.exclusion import Excluded, load_excluded
 from distill.data.manifest import MANIFEST, DatasetSettings, Manifest, Omission, ScoredFrom, folder_name
-from distill.data.packing import MIN_SEGMENT, Row, cut, pack, segment
+from distill.data.packing import MIN_SEGMENT
 from distill.data.prompts import Chosen, choose_documents, wants_reply
-from distill.data.reply_dataset import Example, Replies, ReplyWriter
+from distill.data.reply_dataset import Replies, ReplyWriter
 from distill.data.reply_pass import Progress, ReplyPass
+from distill.data.rows import Rows
 from distill.data.scoring import Scorer, bytes_per_token
 from distill.data.settings import OF_REPLIES, OF_SCORES, CollectSettings, complete_settings
 from distill.data.shards import Dataset, ShardWriter
@@ -224,14 +226,14 @@ class Collector:
             rows = self.rows(replies)
             if not rows:
                 raise self._nothing()
-            shards = [rows[i : i + ROWS_PER_SHARD] for i in range(0, len(rows), ROWS_PER_SHARD)]
+            shards = [slice(i, i + ROWS_PER_SHARD) for i in range(0, len(rows), ROWS_PER_SHARD)]
             missing = writer.missing(len(shards))
-            total = sum(int(np.count_nonzero(segments)) for _, _, segments in rows)
-            done = total - sum(int(np.count_nonzero(segments)) for i in missing for _, _, segments in shards[i])
+            total = int(rows.sizes.sum())
+            done = total - sum(int(rows.sizes[shards[i]].sum()) for i in missing)
             self.progress("scoring", done, total)
             scorer = self._scorer()
             for index in missing:
-                writer.write(scorer.score(shards[index]), index)
+                writer.write(scorer.score(rows[shards[index]]), index)
             writer.finish()
         return Dataset.open(self.plan.folder)
 
@@ -243,14 +245,14 @@ class Collector:
             if not writer.manifest.complete:
                 chosen = self.choose()
                 try:
-                    self._reply_pass().run(writer, chosen, self.plan.excluded)
+                    cut = self._reply_pass().run(writer, chosen, self.plan.excluded)
                 finally:
                     for one in chosen:
                         one.documents.close()
-                omissions = self._omissions(chosen)
+                omissions = self._omissions([one.left_out for one in chosen])
                 if not writer.manifest.entries:
                     raise self._nothing(omissions)
-                writer.note_omissions(omissions)
+                writer.note_omissions(omissions, self._omissions(cut))
                 writer.finish()
         return Replies.open(self.plan.replies)
 
@@ -291,17 +293,14 @@ class Collector:
             for index, source in enumerate(self.plan.sources or ())
         ]
 
-    def rows(self, examples: Iterable[Example]) -> list[Row]:
-        """Examples in segments, shuffled and packed: tokens int32, trained positions bool, segment ids uint8,
-        each [seq_len]."""
-        seq_len = self.settings.seq_len
-        segments = [part for example in examples for part in cut(segment(example.tokens, example.trained), seq_len)]
-        order = np.random.default_rng(self.settings.seed).permutation(len(segments))
-        return pack([segments[i] for i in order], seq_len)
+    def rows(self, replies: Replies) -> Rows:
+        """What is scored."""
+        return Rows(replies, self.settings.seq_len, self.settings.seed)
 
     def remarks(self, dataset: Dataset) -> list[str]:
         """What a user should know of a collection that is done: what was left out, and tokens that no source had."""
-        remarks, asked = [str(omission) for omission in self.left_out()], self.settings.tokens
+        remarks, asked = [omission.told("left out") for omission in self.left_out()], self.settings.tokens
+        remarks += [omission.told("cut") for omission in self.cut()]
         if self.plan.sources is not None and dataset.tokens < asked - MIN_SEGMENT * len(self.settings.sources):
             remarks.append(
                 f"{dataset.folder}: the sources had only {dataset.tokens:,} of the {asked:,} tokens asked for"
@@ -315,17 +314,24 @@ class Collector:
         except UserError:
             return ()
 
-    def _omissions(self, chosen: Sequence[Chosen]) -> tuple[Omission, ...]:
+    def cut(self) -> tuple[Omission, ...]:
+        """Which conversations of a collection that is done end early; nothing where its replies are not here."""
+        try:
+            return Replies.open(self.plan.replies).cut
+        except UserError:
+            return ()
+
+    def _omissions(self, of_sources: Sequence[LeftOut]) -> tuple[Omission, ...]:
         return tuple(
-            Omission(shown_name(source), reason, count, one.left_out.firsts[reason])
-            for source, one in zip(self.settings.sources, chosen, strict=True)
-            for reason, count in one.left_out.counts.items()
+            Omission(shown_name(source), reason, count, one.firsts[reason])
+            for source, one in zip(self.settings.sources, of_sources, strict=True)
+            for reason, count in one.counts.items()
         )
 
     def _nothing(self, omissions: Sequence[Omission] = ()) -> UserError:
         if self.plan.sources is None:
             return UserError(f"--replies {self.plan.replies}: nothing to score")
-        reasons = "; ".join(map(str, omissions)) or "nothing is there"
+        reasons = "; ".join(omission.told("left out") for omission in omissions) or "nothing is there"
         return UserError(f"{', '.join(self.settings.sources)}: nothing to collect from ({reasons})")
 
     def _reply_pass(self) -> ReplyPass:

@@ -6,13 +6,21 @@ Two texts are near each other when, both normalised as for `--exclude`, they
 - have sets of shingles with a Jaccard index (shared over all) above 0.8. The shingles of a text are its parts of
   SHINGLE characters; a shorter text is its only one.
 
-The answers are exact. What makes them quick only passes over texts that cannot be near: the words in a row are found by
-their hashes, and of the sets a bitmap is kept (Sandes et al. 2020, https://arxiv.org/abs/1711.07295). Python's hashes
-differ from one process to the next; no answer depends on them.
+The answers are exact, though a text is compared with few of those held. Those that share words in a row with it are
+found by hash. Those with similar sets are found by prefix filtering (Chaudhuri et al. 2006; Bayardo et al. 2007,
+https://doi.org/10.1145/1242572.1242591). All shingles have one order, and of each set only the first quarter is looked
+up, its *prefix*; rare shingles come first, so the common words of a template lead to no one. Sets of a and b members
+are near each other when they share more than 4/9 (a + b). Of the set whose prefix ends first in the order, what is
+shared is in both prefixes or among its other three quarters, so the prefixes share more than 4/9 (a + b) - 3/4 c, c the
+larger of a and b. Sets whose prefixes share fewer are passed over.
+
+Equal hashes only add texts to compare, and how rare a shingle is decides about time alone, so no answer depends on
+Python's hashes, which differ from one process to the next.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 
 import numpy as np
@@ -26,55 +34,77 @@ SHINGLE = 5
 class NearDuplicates:
     """Texts, and which of them another text is near.
 
-    Beside itself a text takes 12 bytes a word and 1 to 4 bits a character. 100,000 prompts of 230 characters, each
-    compared with all before it, are a minute's work of one core.
+    Beside itself a text takes 8 bytes a word and 2 bytes a character. 200,000 prompts of 200 to 250 characters, each
+    compared with all before it, took 62 to 72 s of one shared core, 50,000 took 14 to 16 s.
     """
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
         """texts: are all held, whether near each other or not."""
-        self._texts: list[str] = []  # normalised
-        self._runs = _Runs()
-        self._sets = _Sets()
+        self._texts: list[bytes] = []  # normalised, UTF-8
+        self._sizes = array("I")  # shingles of each
+        self._index, self._rarity = _Index(), _Rarity()
+        self._reordered_at = 1024  # texts
         for text in texts:
-            self._hold(normalise_prompt(text))
+            self._hold(self._apart(text))
 
     def __len__(self) -> int:
         return len(self._texts)
 
     def find(self, text: str) -> str | None:
         """The first text held that this one is near, normalised."""
-        return self._find(normalise_prompt(text))
+        return self._find(self._apart(text))
 
     def add(self, text: str) -> str | None:
         """Hold a text unless one that it is near is held: the first of those is given back, normalised."""
-        text = normalise_prompt(text)
-        found = self._find(text)
+        new = self._apart(text)
+        found = self._find(new)
         if found is None:
-            self._hold(text)
+            self._hold(new)
         return found
 
     def forget(self, kept: int) -> None:
         """Hold only the first texts, so many of them."""
-        del self._texts[kept:]
-        self._runs.forget(kept)
-        self._sets.forget(kept)
+        del self._texts[kept:], self._sizes[kept:]
+        self._index.forget(kept)
 
-    def _hold(self, text: str) -> None:
-        self._runs.add(_runs(text), len(self._texts))
-        self._sets.add(_shingles(text), len(self._texts))
-        self._texts.append(text)
+    def _apart(self, text: str) -> _Apart:
+        return _Apart(normalise_prompt(text), self._rarity)
 
-    def _find(self, text: str) -> str | None:
-        runs, shingles = _runs(text), _shingles(text)
-        perhaps = sorted(
-            [(number, True) for number in self._runs.candidates(runs)]
-            + [(number, False) for number in self._sets.candidates(shingles)]
-        )
-        for number, by_words in perhaps:
-            held = self._texts[number]
-            if not runs.isdisjoint(_runs(held)) if by_words else _alike(shingles, _shingles(held)):
+    def _hold(self, new: _Apart) -> None:
+        self._index.add(new.keys, len(self._texts))
+        self._rarity.count(new.hashes)
+        self._texts.append(new.text.encode("utf-8", "surrogatepass"))
+        self._sizes.append(len(new.shingles))
+        if len(self._texts) >= self._reordered_at:
+            self._reordered_at *= 16
+            self._rarity.reorder()
+            self._index = _Index()
+            for number in range(len(self._texts)):
+                self._index.add(_Apart(self._held(number), self._rarity).keys, number)
+
+    def _held(self, number: int) -> str:
+        return self._texts[number].decode("utf-8", "surrogatepass")
+
+    def _find(self, new: _Apart) -> str | None:
+        entries = self._index.find(new.keys)
+        numbers, by_words = entries.astype(np.uint32), _is_of_words(entries)
+        perhaps = [(number, True) for number in set(numbers[by_words].tolist())]
+        perhaps += [(number, False) for number in self._perhaps_alike(len(new.shingles), numbers[~by_words])]
+        for number, words in sorted(perhaps):
+            held = self._held(number)
+            if not new.runs.isdisjoint(_runs(held)) if words else _alike(new.shingles, _shingles(held)):
                 return held
         return None
+
+    def _perhaps_alike(self, size: int, numbers: np.ndarray) -> list[int]:
+        """The texts whose prefix shares enough with that of a set of so many shingles. numbers: a text's as often as it
+        shares one."""
+        candidates, shared = np.unique(numbers, return_counts=True)
+        sizes = np.asarray(self._sizes)[candidates]
+        larger, smaller = np.maximum(sizes, size), np.minimum(sizes, size)
+        enough = 9 * (shared + 3 * larger // 4) > 4 * (larger + smaller)
+        alike: list[int] = candidates[enough & (5 * smaller > 4 * larger)].tolist()
+        return alike
 
 
 def near(one: str, other: str) -> bool:
@@ -83,10 +113,10 @@ def near(one: str, other: str) -> bool:
     return not _runs(one).isdisjoint(_runs(other)) or _alike(_shingles(one), _shingles(other))
 
 
-def _runs(text: str) -> set[str]:
+def _runs(text: str) -> set[tuple[str, ...]]:
     """All WORDS words in a row of a normalised text."""
     words = text.split(" ")
-    return {" ".join(words[i : i + WORDS]) for i in range(len(words) - WORDS + 1)}
+    return set(zip(*(words[i:] for i in range(WORDS)), strict=False))
 
 
 def _shingles(text: str) -> set[str]:
@@ -98,104 +128,86 @@ def _alike(one: set[str], other: set[str]) -> bool:
     return 9 * len(one & other) > 4 * (len(one) + len(other))
 
 
-class _Runs:
-    """The hashes of all runs of words, in sorted arrays each of which is more than twice as long as the next."""
+class _Apart:
+    """A normalised text taken apart. hashes: of the shingles; keys, uint32 too: what it is looked up by, odd ones of
+    words and even ones of shingles."""
+
+    def __init__(self, text: str, rarity: _Rarity) -> None:
+        self.text, self.runs, self.shingles = text, _runs(text), _shingles(text)
+        self.hashes = _hashes(self.shingles)
+        self.keys = np.concatenate([_hashes(self.runs) | 1, rarity.prefix(self.hashes) & 0xFFFFFFFE])
+
+
+def _is_of_words(entries: np.ndarray) -> np.ndarray:
+    return entries >> 32 & 1 == 1
+
+
+def _hashes(members: set[str] | set[tuple[str, ...]]) -> np.ndarray:
+    """uint32 [members]."""
+    return np.fromiter(map(hash, members), np.int64, len(members)).astype(np.uint32)
+
+
+class _Rarity:
+    """The order of shingles: by the number of texts that have one, as far as was known at the last `reorder`, then by
+    hash. Shingles are counted together where the first 20 bits of their hashes agree."""
 
     def __init__(self) -> None:
-        self._parts: list[tuple[np.ndarray, np.ndarray]] = []  # hashes, int64, and numbers of texts, int32
+        self._counts, self._order = np.zeros(1 << 20, np.uint32), np.zeros(1 << 20, np.uint16)
 
-    def add(self, runs: set[str], number: int) -> None:
-        if not runs:
-            return
-        hashes, numbers = np.sort(_hashes(runs)), np.full(len(runs), number, np.int32)
-        while self._parts and len(self._parts[-1][0]) <= 2 * len(hashes):
-            longer = self._parts.pop()
-            hashes, numbers = np.concatenate([longer[0], hashes]), np.concatenate([longer[1], numbers])
-            order = np.argsort(hashes, kind="stable")
-            hashes, numbers = hashes[order], numbers[order]
-        self._parts.append((hashes, numbers))
+    def count(self, hashes: np.ndarray) -> None:
+        self._counts[hashes >> 12] += 1
 
-    def forget(self, kept: int) -> None:
-        parts = [(hashes[numbers < kept], numbers[numbers < kept]) for hashes, numbers in self._parts]
-        self._parts = [part for part in parts if len(part[0])]
+    def reorder(self) -> None:
+        self._order = np.minimum(self._counts, 0xFFFF).astype(np.uint16)
 
-    def candidates(self, runs: set[str]) -> set[int]:
-        """The texts that have a run with the hash of one of these."""
-        if not runs:
-            return set()
-        wanted, found = np.sort(_hashes(runs)), set[int]()
-        for hashes, numbers in self._parts:
-            starts = np.searchsorted(hashes, wanted)
-            hits = np.flatnonzero(hashes[np.minimum(starts, len(hashes) - 1)] == wanted)
-            for start, end in zip(starts[hits], np.searchsorted(hashes, wanted[hits], side="right"), strict=True):
-                found.update(numbers[start:end].tolist())
-        return found
+    def prefix(self, hashes: np.ndarray) -> np.ndarray:
+        """The first quarter of them, rounded up."""
+        order = self._order[hashes >> 12].astype(np.uint64) << 32 | hashes
+        order.sort()
+        return order[: len(order) - 3 * len(order) // 4].astype(np.uint32)
 
 
-class _Sets:
-    """Bitmaps of sets, those of similar sizes together.
+class _Index:
+    """Which texts have a key: a few sorted arrays of entries, uint64, a key above a number of 32 bits. New entries go
+    to a short array, and one that has grown to a 16th of the one before it is merged with that.
 
-    Bit i of a bitmap is the parity of the members whose hash is i modulo its length. A member that only one of two
-    sets has changes one bit, so two bitmaps differ in at most as many bits as sets do in members.
+    Keys are spread evenly. So beside each array stands where its *buckets* begin, the keys with the same first bits:
+    in a long array a binary search costs more than all the rest.
     """
 
     def __init__(self) -> None:
-        self._groups: dict[int, _Group] = {}  # by their smallest size: sizes that agree in the first three bits
+        self._parts: list[tuple[np.ndarray, np.ndarray]] = []  # entries, and where the buckets begin and the last ends
 
-    def add(self, members: set[str], number: int) -> None:
-        shift = max(len(members).bit_length() - 3, 0)
-        lowest = len(members) >> shift << shift
-        group = self._groups.setdefault(lowest, _Group(lowest, lowest + (1 << shift) - 1))
-        group.add(_bitmap(_hashes(members), group.bits), len(members), number)
-
-    def forget(self, kept: int) -> None:
-        for group in self._groups.values():
-            group.forget(kept)
-
-    def candidates(self, members: set[str]) -> list[int]:
-        """The sets that may have a Jaccard index above 4/5 with this one, by sizes and bitmaps: those are the sets of a
-        and b members of which fewer than (a + b) / 9 are in one only."""
-        size, hashes = len(members), _hashes(members)
-        found: list[int] = []
-        for group in self._groups.values():
-            if 4 * size < 5 * group.highest and 4 * group.lowest < 5 * size:
-                found += group.candidates(_bitmap(hashes, group.bits), size)
-        return found
-
-
-class _Group:
-    def __init__(self, lowest: int, highest: int) -> None:
-        """lowest, highest: sizes of sets."""
-        self.lowest, self.highest = lowest, highest
-        self.bits = max(1 << highest.bit_length(), 64)
-        self._count = 0
-        self._bitmaps = np.zeros((8, self.bits // 64), np.uint64)
-        self._sizes = np.zeros(8, np.int32)
-        self._numbers = np.zeros(8, np.int32)
-
-    def add(self, bitmap: np.ndarray, size: int, number: int) -> None:
-        if self._count == len(self._sizes):
-            self._bitmaps, self._sizes, self._numbers = (
-                np.concatenate([a, np.zeros_like(a)]) for a in (self._bitmaps, self._sizes, self._numbers)
-            )
-        self._bitmaps[self._count], self._sizes[self._count], self._numbers[self._count] = bitmap, size, number
-        self._count += 1
+    def add(self, keys: np.ndarray, number: int) -> None:
+        entries = keys.astype(np.uint64) << 32 | number
+        entries.sort()
+        while self._parts and len(self._parts[-1][0]) <= max(16 * len(entries), 2048):
+            merged, _ = self._parts.pop()
+            merged.resize(len(merged) + len(entries), refcheck=False)  # in place: the memory is not needed twice
+            merged[-len(entries) :] = entries
+            merged.sort()
+            entries = merged
+        self._parts.append((entries, _buckets(entries)))
 
     def forget(self, kept: int) -> None:
-        self._count = int(np.searchsorted(self._numbers[: self._count], kept))
+        parts = [entries[entries & 0xFFFFFFFF < kept] for entries, _ in self._parts]
+        self._parts = [(entries, _buckets(entries)) for entries in parts if len(entries)]
 
-    def candidates(self, bitmap: np.ndarray, size: int) -> list[int]:
-        differing = np.bitwise_count(self._bitmaps[: self._count] ^ bitmap).sum(axis=1, dtype=np.int32)
-        alike: np.ndarray = 9 * differing < self._sizes[: self._count] + size
-        numbers: list[int] = self._numbers[: self._count][alike].tolist()
-        return numbers
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """All entries of these keys."""
+        wanted = keys.astype(np.uint64)
+        found, sought = [wanted[:0]], [wanted[:0]]
+        for entries, buckets in self._parts:
+            bucket = wanted >> (33 - len(buckets).bit_length())
+            starts, ends = buckets[bucket], buckets[bucket + 1]
+            found += [entries[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+            sought.append(wanted.repeat(ends - starts))
+        nearby = np.concatenate(found)
+        return nearby[nearby >> 32 == np.concatenate(sought)]
 
 
-def _hashes(members: set[str]) -> np.ndarray:
-    return np.fromiter(map(hash, members), np.int64, len(members))
-
-
-def _bitmap(hashes: np.ndarray, bits: int) -> np.ndarray:
-    """uint64 [bits / 64]. bits: a power of two."""
-    parities = np.bincount(hashes & (bits - 1), minlength=bits).astype(np.uint8) & 1
-    return np.packbits(parities).view(np.uint64)
+def _buckets(entries: np.ndarray) -> np.ndarray:
+    """uint32 [buckets + 1]. A bucket has 16 to 32 entries."""
+    bits = max(len(entries).bit_length() - 5, 1)
+    firsts = np.arange(1 << bits, dtype=np.uint64) << (64 - bits)
+    return np.append(entries.searchsorted(firsts), len(entries)).astype(np.uint32)

@@ -18,6 +18,7 @@ MAX_BITS = 25  # a packed value and the up to seven bits before it have to fit o
 # What manifests began to pin after others had been written without it, and what no folder is named after: where one of
 # these differs, the same command must find the folder and refuse it, or take the time from it.
 PINNED_LATER = ("teacher_files", "template_time")
+SEAL = b',\n "sha256": "'  # what stands between a manifest and the hash of all before it, its last entry
 SHARD_FILE = re.compile(r"(shard|reply)-\d{5,9}\.safetensors", re.ASCII)
 
 
@@ -114,6 +115,9 @@ def _flat(name: str, value: Any) -> dict[str, Any]:
     return {key: leaf for part in parts for key, leaf in _flat(*part).items()} if parts else {name: value}
 
 
+CHANGED = "was changed since it was written (its own sha256 differs): put a copy back, or begin anew"
+
+
 class DamagedManifest(UserError):
     """The folder is a dataset, but its manifest cannot be trusted."""
 
@@ -148,15 +152,16 @@ class ScoredFrom:
 
 @dataclass(frozen=True)
 class Omission:
-    """What of a source is not in the dataset, for one reason: how many documents, and which was the first."""
+    """What of a source is not in the dataset, or ends early, for one reason: how many, and which was the first."""
 
     source: str
     reason: str
     count: int
     first: str
 
-    def __str__(self) -> str:
-        return f"{self.source}: {self.count:,} left out, {self.reason} (the first: {self.first})"
+    def told(self, what: str) -> str:
+        """In a line; what: happened to them."""
+        return f"{self.source}: {self.count:,} {what}, {self.reason} (the first: {self.first})"
 
 
 @dataclass
@@ -164,7 +169,8 @@ class Manifest:
     """What `manifest.json` says. `kind` is "shards" or "replies" and names the files as well.
 
     scored_from: of shards, the reply datasets that their tokens come from, once those are complete. left_out: of
-    complete replies, what was met in the sources and not used.
+    complete replies, what was met in the sources and not used; cut: of those, conversations that end early. sealed:
+    whether it ends with its own hash; one that was begun without goes on without, since others hold its bytes' hash.
     """
 
     kind: str
@@ -173,7 +179,9 @@ class Manifest:
     complete: bool = False
     scored_from: tuple[ScoredFrom, ...] = ()
     left_out: tuple[Omission, ...] = ()
+    cut: tuple[Omission, ...] = ()
     format: int = FORMAT
+    sealed: bool = True
 
     def __post_init__(self) -> None:
         if self.kind == "shards" and "k" not in self.settings.values:
@@ -187,6 +195,7 @@ class Manifest:
         listed = [asdict(self.entries[index]) for index in sorted(self.entries)]
         scored_from = {"scored_from": [asdict(replies) for replies in self.scored_from]} if self.scored_from else {}
         left_out = {"left_out": [asdict(omission) for omission in self.left_out]} if self.left_out else {}
+        cut = {"cut": [asdict(omission) for omission in self.cut]} if self.cut else {}
         content = {
             "format": f"bitdraft {self.kind}",
             "version": FORMAT,
@@ -194,13 +203,16 @@ class Manifest:
             "settings": self.settings.values,
             **scored_from,
             **left_out,
+            **cut,
             "shards": listed,
         }
-        return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+        data = json.dumps(content, indent=1, ensure_ascii=False).encode().removesuffix(b"\n}")
+        return (data + SEAL + _end_of(data) if self.sealed else data + b"\n}") + b"\n"
 
     @classmethod
-    def read(cls, folder: Path, kind: str | None = None) -> "Manifest":
-        """The manifest of a folder that holds `kind`, or either kind if it is None.
+    def read(cls, folder: Path, kind: str | None = None, *, changed: bool = False) -> "Manifest":
+        """The manifest of a folder that holds `kind`, or either kind if it is None; one that was changed since it was
+        written only where `changed` says so.
 
         Raises UserError if the folder holds no such dataset, or an unfinished one of an older format; DamagedManifest
         if the manifest is broken, or says nothing of a dataset whose files are beside it.
@@ -210,7 +222,8 @@ class Manifest:
             raise UserError(f"{folder}: no such dataset folder")
         wrong = DamagedManifest if any(SHARD_FILE.fullmatch(file.name) for file in folder.iterdir()) else UserError
         try:
-            content = json.loads(path.read_bytes())
+            data = path.read_bytes()
+            content = json.loads(data)
         except FileNotFoundError:
             raise wrong(f"{path}: missing, so this is not a dataset") from None
         except OSError as error:
@@ -237,13 +250,17 @@ class Manifest:
                 complete=content["complete"] is True,
                 scored_from=tuple(_scored_from(entry) for entry in content.get("scored_from", [])),
                 left_out=tuple(_omission(entry) for entry in content.get("left_out", [])),
+                cut=tuple(_omission(entry) for entry in content.get("cut", [])),
                 format=OLD_FORMATS.get(version, FORMAT),
+                sealed=SEAL in data,
             )
             for line in content["shards"]:
                 manifest._list(Entry(**line))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             what = error if type(error) is ValueError else f"{type(error).__name__}: {error}"
             raise DamagedManifest(f"{path}: is damaged ({what})") from None
+        if not changed and is_changed(data):
+            raise DamagedManifest(f"{path}: {CHANGED}")
         return manifest
 
     def _list(self, entry: Entry) -> None:
@@ -258,6 +275,21 @@ class Manifest:
         self.entries[entry.index] = entry
 
 
+def is_changed(data: bytes) -> bool:
+    """Whether the bytes of a manifest are others than those that were written, as far as its hash tells. Until format 4
+    had one, `shards` was the last entry."""
+    body, seal, end = data.rpartition(SEAL)
+    if seal:
+        return end != _end_of(body) + b"\n"
+    content = json.loads(data)
+    return bool(content["version"] == FORMAT and next(reversed(content)) != "shards")
+
+
+def _end_of(body: bytes) -> bytes:
+    """What stands behind the seal of a manifest, but for the last end of line."""
+    return f'{hashlib.sha256(body).hexdigest()}"\n}}'.encode()
+
+
 def _scored_from(values: dict[str, str]) -> ScoredFrom:
     replies = ScoredFrom(**values)
     if not isinstance(replies.sha256, str) or Path(replies.name).name != replies.name:
@@ -270,7 +302,7 @@ def _omission(values: dict[str, Any]) -> Omission:
     if type(omission.count) is not int or not all(
         isinstance(text, str) for text in (omission.source, omission.reason, omission.first)
     ):
-        raise ValueError(f"left_out: {values!r} is no source, reason, count and first document")
+        raise ValueError(f"left_out or cut: {values!r} is no source, reason, count and first document")
     return omission
 
 

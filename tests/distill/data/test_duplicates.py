@@ -13,6 +13,19 @@ from distill.data.sources import normalise_prompt
 
 ROOT = Path(__file__).parents[3]
 NUMBERS = [f"number{i}" for i in range(WORDS)]
+Sets = tuple[set[str], set[str]]
+
+
+def sets(text: str) -> Sets:
+    """Of a normalised text: the words in a row, and the shingles."""
+    words = text.split(" ")
+    runs = {" ".join(words[i : i + 13]) for i in range(len(words) - 12)}
+    return runs, {text[i : i + 5] for i in range(len(text) - 4)} or {text}
+
+
+def rule(one: Sets, other: Sets) -> tuple[bool, bool]:
+    """Whether two texts share words in a row, and whether their sets of shingles are alike."""
+    return not one[0].isdisjoint(other[0]), 5 * len(one[1] & other[1]) > 4 * len(one[1] | other[1])
 
 
 def both(one: str, other: str) -> bool:
@@ -82,6 +95,42 @@ def test_against_the_rule_itself() -> None:
         found += expected is not None
         kept += [text] if expected is None else []
     assert 20 < found < 220
+
+
+def test_edits_about_the_thresholds_against_the_rule_itself() -> None:
+    """Texts of few letters, long and short, and edits that leave about 4/5 of the shingles, or 11 to 15 words in a row;
+    more than are held before the shingles are put in order. In between, the last ones are forgotten."""
+    rng = random.Random(18)
+
+    def word() -> str:
+        return "".join(rng.choices("abcdeé", k=rng.randint(1, 4)))
+
+    def edited(text: str) -> str:
+        if rng.random() < 0.3:
+            words = text.split()
+            start = rng.randrange(len(words))
+            return " ".join([word(), *words[start : start + rng.randint(11, 15)], *(word() for _ in words)])
+        if rng.random() < 0.2:
+            return text[: 4 * len(text) // 5 + rng.randint(-2, 4)]
+        letters = list(text)
+        for _ in range(max(0, len(text) // 45 + rng.randint(-2, 2))):  # each changes up to 5 shingles of both
+            letters[rng.randrange(len(letters))] = rng.choice(["", "x", " ", "yz"])
+        return "".join(letters)
+
+    held, kept, found = NearDuplicates(), list[tuple[str, Sets]](), [0, 0]
+    for _ in range(1800):
+        fresh = len(kept) < 50 or rng.random() < 0.4
+        text = " ".join(word() for _ in range(rng.choice((2, 6, 20, 60)))) if fresh else edited(rng.choice(kept)[0])
+        parts = sets(normalise_prompt(text))
+        near_ones = [(earlier, rule(other, parts)) for earlier, other in kept if any(rule(other, parts))]
+        assert held.add(text) == (near_ones[0][0] if near_ones else None)
+        found = [a + b for a, b in zip(found, near_ones[0][1] if near_ones else (0, 0), strict=True)]
+        assert not near_ones or near(text, near_ones[0][0])
+        kept += [] if near_ones else [(normalise_prompt(text), parts)]
+        if rng.random() < 0.02:
+            held.forget(len(kept) - 3)
+            del kept[-3:]
+    assert len(kept) > 1050 and min(found) > 50
 
 
 def test_answers_do_not_depend_on_pythons_hashes() -> None:
