@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from itertools import cycle, islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def replies(teacher: Transformer, prompts: list[list[int]], ends: frozenset[int]
         "tokens": tokens,
         "tok_per_s": tokens / (seconds - prefill),
         "with_prefill_tok_per_s": tokens / seconds,
-        "prefill_tok_per_s": sum(map(len, prompts)) / prefill,
+        "prefill_tok_per_s": sum(map(len, prompts)) / prefill if prefill else float("nan"),  # of two groups not known
         "plain_tok_per_s": said / plain,
         "over_plain": tokens / (seconds - prefill) / (said / plain),
     }
@@ -208,7 +209,7 @@ def main() -> None:
     tokenizer = Tokenizer(embedded.folder)
     most = 512 - asked.max_reply
     prompts = [tokenizer.encode_prompt(prompt) for prompt in read_prompts(PROMPTS)]
-    prompts = [prompt for prompt in prompts if len(prompt) <= most][: asked.prompts]
+    prompts = list(islice(cycle(prompt for prompt in prompts if len(prompt) <= most), asked.prompts))
     ends = tokenizer.end_tokens
     with tempfile.TemporaryDirectory() as folder:
         if asked.shape:

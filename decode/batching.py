@@ -86,12 +86,13 @@ class Batch:
         """max_reply: most tokens of a reply; grows: told before the cache grows, of how many rows a sequence."""
         groups = 2 if teacher.async_decode and slots >= TWO_GROUPS else 1
         self._groups = [
-            _Group(teacher, len(range(i, slots, groups)), max_reply, end_tokens, grows) for i in range(groups)
+            _Group(teacher, len(range(i, slots, groups)), max_reply, end_tokens, grows, alone=groups == 1)
+            for i in range(groups)
         ]
 
     @property
     def prefill_seconds(self) -> float:
-        """Of the time that `run` took."""
+        """Of the time that `run` took; of two groups it is not known."""
         return sum(group.prefill_seconds for group in self._groups)
 
     def run(
@@ -133,7 +134,10 @@ class _Group:
         max_reply: int,
         end_tokens: frozenset[int],
         grows: Callable[[int], None],
+        alone: bool,
     ) -> None:
+        """alone: whether the device works on nothing else meanwhile."""
+        self.alone = alone
         self.teacher, self.max_reply, self.end_tokens, self.grows = teacher, max_reply, end_tokens, grows
         self.cache: KVCache = teacher.new_cache(slots)
         self.prefill_seconds = 0.0
@@ -179,7 +183,8 @@ class _Group:
         while left:
             self._prefill(left)
             left = [(i, slot) for i, slot in left if len(slot.feed) > 1]
-        self.prefill_seconds += time.perf_counter() - began
+        if self.alone:
+            self.prefill_seconds += time.perf_counter() - began
         return read
 
     def go_on(self) -> None:
@@ -226,7 +231,7 @@ class _Group:
             tokens += chunk  # those of a slot lie in the order of the slots
         self._reserve(max(slot.length + counts[i] for i, slot in left))
         self.teacher.forward(tokens, NewRows(self.cache, counts))
-        mx.eval(self.cache.keys, self.cache.values)
+        (mx.eval if self.alone else mx.async_eval)(self.cache.keys, self.cache.values)
         for i, slot in left:
             slot.feed = slot.feed[counts[i] :]
             slot.length += counts[i]
