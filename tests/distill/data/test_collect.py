@@ -221,8 +221,8 @@ def test_shards_hold_what_the_teacher_thinks(collector: tuple[Collector, Dataset
     block = collector[1].read(0)
     checked = 0
     for row in range(0, len(block.tokens), 3):
-        for segment in set(block.segments[row].tolist()) - {0}:
-            places = np.flatnonzero(block.segments[row] == segment)
+        for one in set(block.segments[row].tolist()) - {0}:
+            places = np.flatnonzero(block.segments[row] == one)
             if len(places) > 60:
                 places = places[:60]
             cache = model.new_cache()
