@@ -247,6 +247,11 @@ def test_run(inside: Command, small_teacher: Path, tmp_path: Path) -> None:
         ("tokens = 1500", "tokens = 1600", "runs/tiny/dataset: was begun with tokens = 1500, not 1600"),
         ("hidden = 64", "hidden = 64\nvocab = 99999", "vocab 99999: the teacher has 16384 tokens"),
         ("batch = 4", "batch = 4\ntop_k = 20000", "tiny.toml: line 10: [collect] top_k 20000: must be 1 to 16384"),
+        (
+            "batch = 4",
+            "batch = 4\nsampled = 8\ntop_k = 32",
+            "tiny.toml: line 10: [collect] sampled 8: takes the place of --top-k 32",
+        ),
         ('prompts = "prompts', 'prompts = "gone', "gone.jsonl"),
     ):
         (tmp_path / "tiny.toml").write_text(tiny.replace(old, new))
