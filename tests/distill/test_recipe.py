@@ -133,7 +133,7 @@ def test_recipes_of_the_2b_say_what_is_predicted(layers: int) -> None:
 
 def test_recipes_say_every_setting() -> None:
     """So that another default some day does not change what they make. What may be left out is a choice of its own."""
-    may_lack = {"out", "source", "exclude", "vocab", "bits", "prompts", "limit"}
+    may_lack = {"out", "source", "exclude", "sampled", "vocab", "bits", "prompts", "limit"}
     for path in RECIPES.glob("*.toml"):
         values = tomllib.loads(path.read_text())
         for section in ("collect", "train", "evaluate"):
