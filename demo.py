@@ -5,8 +5,8 @@
     distill evaluate  the shipped draft on the same prompts, so that `decode spec` takes the faster one from then on
     decode spec       the teacher decodes with that draft, and with the shipped one
 
-It runs the commands a user would, and shows each. Everything it makes is in runs/demo. A finished
-demo is started anew, and leaves alone what else is there; an interrupted one goes on where it stopped.
+It runs the commands a user would, and shows each. Everything it makes is in runs/demo. A finished demo is started
+anew, unless one of its folders holds something that is not of its making; an interrupted one goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -14,32 +14,66 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from kernels.errors import UserError
+from kernels.files import listed_files, sha256, working_in
 
 ROOT = Path(__file__).resolve().parent
 OUT = Path("runs/demo")
 DRAFT, RESULTS = OUT / "draft", OUT / "results.json"  # OUT and DRAFT as recipes/demo.toml has them
 SHIPPED = Path("checkpoints/bitnet-smol-116m-draft")
 PROMPTS = Path("data/prompts-sample.jsonl")
+OF_ITS_MAKING = (  # beside what a draft.json lists
+    *("manifest.json", "shard-*.safetensors", "reply-*.safetensors"),
+    *("draft.json", "log.jsonl", "curves.png", "recipe.toml"),
+    *("evaluation.json", "evaluation.md", "evaluation-*.png"),
+    ".DS_Store",  # the Finder's, of whoever looked
+)
 COLUMNS = ("draft", "acceptance rate", "tokens per verification", "tok/s", "plain tok/s", "speed-up", "identical")
 
 
 def main() -> int:
     os.chdir(ROOT)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        with working_in(OUT):
+            if RESULTS.exists():
+                clear()
+            return demonstrate()
+    except UserError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+
+
+def clear() -> None:
+    """Delete what a finished demo made; nothing where there is something else, or something was edited."""
+    folders = [OUT / "dataset", DRAFT, OUT / "shipped", *OUT.glob("replies-*")]
+    made = [path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir())]
+    listed = listed_files(DRAFT / "draft.json")
+    for path in made:
+        if not any(map(path.match, (*OF_ITS_MAKING, *listed))) or not path.is_file():
+            raise UserError(f"{path}: is not of the demo's making, which starts anew; move it elsewhere")
+        if path.parent == DRAFT and path.name in listed and sha256(path) != listed[path.name]:
+            raise UserError(f"{path}: was changed, and the demo starts anew; move it elsewhere")
+    for path in made:
+        path.unlink()
+    for folder in folders:
+        with suppress(OSError):  # one that is not there, or a link
+            folder.rmdir()
+    RESULTS.unlink()  # last: while it is there, what is left is cleared
+
+
+def demonstrate() -> int:
+    """Run all, and print the table: the exit code."""
     began = time.perf_counter()
-    if RESULTS.exists():
-        for folder in (OUT / "dataset", DRAFT, OUT / "shipped", *OUT.glob("replies-*")):
-            shutil.rmtree(folder, ignore_errors=True)
-        RESULTS.unlink()  # last: while it is there, what is left is cleared
-    OUT.mkdir(parents=True, exist_ok=True)
     drafts, well = {}, True
     if lacks_native_kernels():
         print(

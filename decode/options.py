@@ -40,7 +40,7 @@ class HeadSettings(Settings):
 class DraftingSettings(Settings):
     """How much a draft proposes."""
 
-    k: int = option(3, "Tokens drafted before each verification.", low=1)
+    k: int = option(3, "Tokens drafted before each verification.", low=1, high=1024)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import typer
 
 from kernels.errors import UserError
 
+LARGEST = (1 << 63) - 1  # whole number: files and random number generators take no larger one
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 
 
@@ -113,6 +114,8 @@ class Setting:
                 raise UserError(f"{self.flag} {part}: must be {listed(about.choices)}")
             if self.kind not in (int, float):
                 continue
+            if part > LARGEST and self.kind is int:
+                raise UserError(f"{self.flag} {part}: must be below 2^63")
             fits = math.isfinite(part) and (about.above is None or part > about.above)
             fits = fits and (about.low is None or part >= about.low) and (high is None or part <= high)
             if not fits:

@@ -189,14 +189,15 @@ class Pipeline:
         try:
             training = about["training"]
             begun, data = training["settings"], training["data"]["sha256"]
-            files = teacher_files(Tokenizer(self.teacher.folder))
-            same_teacher = about["teacher"]["hash"] == self.teacher.weights_hash
-            same_teacher = same_teacher and training.get("teacher_files", files) == files
+            begun = begun | {name: training[name] for name in ("teacher_files",) if name in training}
+            teacher_hash = about["teacher"]["hash"]
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder / 'draft.json'}: is damaged (no {error})") from None
-        if text := difference(begun, self.recipe.train.record()):
+        files = teacher_files(Tokenizer(self.teacher.folder))
+        if text := difference(begun, self.recipe.train.record() | {"teacher_files": files}):
             raise UserError(f"{folder}: holds a finished draft that was trained with {text}; {OTHERWISE}")
         manifest = self.recipe.dataset / MANIFEST
+        same_teacher = teacher_hash == self.teacher.weights_hash
         if not same_teacher or (manifest.is_file() and self._complete() and sha256(manifest) != data):
             what = "on other data" if same_teacher else "for another teacher"
             raise UserError(f"{folder}: holds a finished draft that was trained {what}; {OTHERWISE}")

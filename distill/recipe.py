@@ -7,6 +7,7 @@ and the keys of its command's settings (decode.settings); what is left out has t
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import tomllib
 from collections.abc import Callable
@@ -188,6 +189,13 @@ def _check(recipe: Recipe) -> None:
         check_draws(train.loss, recipe.collect.sampled)
 
     recipe.attempt("train", check_rest)
+    dataset = Path(os.path.realpath(recipe.dataset))
+    for section, folder in (("train", recipe.draft), ("evaluate", recipe.evaluation)):
+        other = Path(os.path.realpath(folder))
+        if dataset.is_relative_to(other) or other.is_relative_to(dataset):
+            text = recipe.content.decode("utf-8-sig")
+            message = f"out: the folders of [{section}] ({folder}) and of [collect] ({recipe.dataset}) must lie apart"
+            raise _Source(recipe.path, text).error(section, "out", message)
 
 
 def keys(section: str) -> list[str]:

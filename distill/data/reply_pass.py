@@ -226,6 +226,6 @@ class ReplyPass:
         """Refuse, before it is allocated, a cache of so many rows a prompt that is more than there is memory."""
         check_fits(
             self.settings.reply_batch * self.shape.cache_bytes(rows),
-            f"--reply-batch {self.settings.reply_batch}: the caches of so many prompts and their replies need",
+            f"--reply-batch {self.settings.reply_batch}: the caches of so many prompts and their replies need {{}}",
             "choose a smaller one",
         )

@@ -49,6 +49,7 @@ class ReplySettings(Settings):
         "Sample replies at this; 0 is greedy. Repeatable: used in turn. [0, 0.8]",
         flag="--reply-temperature",
         low=0,
+        high=100,
     )
     reply_batch: int = option(64, "Prompts answered at a time.", low=1, high=1 << 16)
 
@@ -71,7 +72,8 @@ class ScoringSettings(Settings):
         (1.0,),
         "Also store exact log-sum-exps at this temperature. Repeatable; 1 always is.",
         flag="--temperature",
-        above=0,
+        low=0.01,
+        high=100,
     )
     batch: int = option(8, "Rows scored at a time.", low=1)
 

@@ -25,7 +25,7 @@ class TrainSettings(Settings):
     temperature: float = option(1.0, "Temperature of the loss; the dataset must have it.", above=0)
     tokens: int = option(500_000, "Tokens trained on; the dataset is repeated.", low=1)
     batch: int = option(2, "Rows a step.", low=1)
-    lr: float = option(2e-3, "Peak learning rate.", above=0)
+    lr: float = option(2e-3, "Peak learning rate.", above=0, high=10)
     warmup: float = option(0.05, "Share of the steps in which the rate rises.", low=0, high=1, recipe_only=True)
     weight_decay: float = option(0.1, "Of matrices, not of norms.", low=0, high=10, recipe_only=True)
     clip: float = option(1.0, "The largest norm of a gradient.", above=0, recipe_only=True)

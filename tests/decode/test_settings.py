@@ -95,6 +95,7 @@ def test_the_command_of_a_record_makes_the_same_settings(settings: Settings) -> 
         ({"mode": "slwo"}, "--mode slwo: must be fast or slow"),
         ({"secret": 1.5}, "--secret 1.5: must be 0 to 1"),
         ({"seed": -1}, "--seed -1: must be at least 0"),
+        ({"seed": 1 << 63}, "--seed 9223372036854775808: must be below 2^63"),
     ],
 )
 def test_bounds_are_refused_by_the_option_s_name(change: dict[str, object], message: str) -> None:

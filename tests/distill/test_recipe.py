@@ -13,7 +13,7 @@ from contextlib import chdir
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TEACHER, Command, arguments, environment
+from conftest import ROOT, TEACHER, Command, arguments, changed_copy, environment
 
 from decode.models.checkpoint import find_teacher
 from distill.pipeline import Pipeline, free_memory
@@ -81,7 +81,12 @@ BITNET_2B = {
         ("[train]\ntemperature = 0.5\n", "line 2: [train] temperature 0.5: must be 1 or one of [collect] temperature"),
         ("[collect]\nseq_len = 1\n", "line 2: [collect] seq_len 1: must be at least 16"),
         ("[collect]\nseed = -1\n", "line 2: [collect] seed -1: must be at least 0"),
-        ("[evaluate]\nk = 0\n", "line 2: [evaluate] k 0: must be at least 1"),
+        ("[evaluate]\nk = 0\n", "line 2: [evaluate] k 0: must be 1 to 1024"),
+        (f"[train]\nseed = {1 << 63}\n", "line 2: [train] seed 9223372036854775808: must be below 2^63"),
+        ("[collect]\ntemperature = [1e-300]\n", "line 2: [collect] temperature 1e-300: must be 0.01 to 100"),
+        ('[collect]\nout = "a"\n[train]\nout = "a"\n', "line 4: [train] out: the folders of [train] (a) and"),
+        ('out = "a"\n[train]\nout = "a/dataset/b"\n', "line 3: [train] out: the folders of [train] (a/dataset/b)"),
+        ('[evaluate]\nout = "../x"\n[collect]\nout = "../x/y"\n', "line 2: [evaluate] out: the folders of"),
         ('[evaluate]\nhead = "int4"\n', "[evaluate] head int4"),
         ("[train\n", "is not TOML: "),
         ("[train]\nlayers = 2\nlayers = 3\n", "is not TOML: "),
@@ -260,6 +265,13 @@ def test_run(inside: Command, small_teacher: Path, tmp_path: Path) -> None:
         code, _, told = run()
         assert code == 2 and named in told and len(told.splitlines()) == 1, told
     assert (out / "draft" / "recipe.toml").read_bytes() == content
+    tokenizer = json.loads((small_teacher / "tokenizer_config.json").read_text())
+    tokenizer["chat_template"] = "Be brief. " + tokenizer["chat_template"]
+    changed_copy(small_teacher, tmp_path / "brief", tokenizer_config__json=json.dumps(tokenizer).encode())
+    (tmp_path / "tiny.toml").write_text(tiny.replace(str(small_teacher), str(tmp_path / "brief")))
+    for options in ((), ("--from", "evaluate")):
+        code, _, told = run(*options)
+        assert code == 2 and "runs/tiny/draft: " in told and "chat template" in told, told
 
 
 def test_ctrl_c_while_a_stage_is_freed_counts() -> None:
