@@ -63,11 +63,11 @@ def collect(
     json_file: JsonOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Run the teacher over text and over its own replies, and keep its top logits in shards.
+    """Run the teacher over text and over its own replies, and keep its top logits, or draws from them, in shards.
 
     Killed or interrupted, the same command goes on where it stopped, and ends with the same bytes.
 
-    Replies and texts are kept as tokens beside the dataset, in replies-TEACHER-DIGITS: with another --top-k,
+    Replies and texts are kept as tokens beside the dataset, in replies-TEACHER-DIGITS: with another --top-k, --sampled,
     --temperature or --batch they are found there and not made again; --replies scores them without their sources.
     """
     from distill.data.collect import Collector, plan_collection, plan_scoring, what_is_read
@@ -93,7 +93,8 @@ def collect(
         estimate = collector.estimate()
         result["estimate"] = vars(estimate)
         note(
-            f"{plan.folder}: about {estimate.tokens:,} tokens, {estimate.bytes / 1e6:.1f} MB,"
+            f"{plan.folder}: about {estimate.tokens:,} tokens,"
+            f" {'' if settings.sampled is None else 'at most '}{estimate.bytes / 1e6:.1f} MB,"
             f" {duration(estimate.seconds)} ({estimate.tok_per_s:,.0f} tok/s)"
         )
     if not dry_run:

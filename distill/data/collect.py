@@ -233,7 +233,7 @@ class Collector:
             self.progress("scoring", done, total)
             scorer = self._scorer()
             for index in missing:
-                writer.write(scorer.score(rows[shards[index]]), index)
+                writer.write(scorer.score(rows[shards[index]], index * ROWS_PER_SHARD), index)
             writer.finish()
         return Dataset.open(self.plan.folder)
 
@@ -277,8 +277,7 @@ class Collector:
 
     def _bytes_per_token(self) -> int:
         """Of the shards."""
-        settings = self.settings
-        return bytes_per_token(self.plan.manifest.vocab_size, settings.top_k, len(settings.temperatures))
+        return bytes_per_token(self.plan.manifest.vocab_size, self.settings)
 
     def choose(self) -> list[Chosen]:
         """The first pass: the documents of each source."""
@@ -345,6 +344,8 @@ class Collector:
             self.settings.temperatures,
             self.settings.batch,
             lambda tokens: self.progress("scoring", tokens, None),
+            self.settings.sampled or 0,
+            self.settings.seed,
         )
 
     def estimate(self) -> Estimate:
