@@ -237,7 +237,7 @@ class Ranks:
                     here, there = (json.loads(json.dumps(one.get(name, "none"))) for one in (values, theirs[part]))
                     if here != there:
                         raise UserError(
-                            f"{self.names[rank]}: has another {part} than rank 0: {name} is {there}, not {here}"
+                            f"{self.names[rank]}: its {part} differs from rank 0's: {name} is {there}, not {here}"
                             + ("; --mixed lets it take part" if part == "machine" else "")
                         )
             self.slots[rank] = message["slots"]
@@ -252,11 +252,13 @@ class Ranks:
         return " and ".join(sorted(set(self.devices.values())))
 
     def send(self, rank: int, message: Message, data: bytes = b"") -> None:
-        """UserError where it has ended."""
+        """UserError where it has ended, Interrupted where it was stopped."""
         try:
             self.connections[rank].send(message, data)
         except Gone:
-            raise self._lost(rank) from None
+            while True:  # until what it said last, or that it said nothing
+                for _ in self.received(wait=True):
+                    pass
 
     def received(self, wait: bool = False) -> Iterator[tuple[int, Message, bytes]]:
         """What others have sent since the last call; wait: for a first message, where there is none yet.
@@ -267,15 +269,12 @@ class Ranks:
             rank, message, data = self._inbox.get()
             wait = False
             if message is None:
-                raise self._lost(rank)
+                raise UserError(f"{self.names[rank]}: has ended before its work was done; {KEPT}")
             if "error" in message:
                 raise UserError(f"{self.names[rank]}: {message['error']}")
             if "interrupted" in message:
                 raise Interrupted(f"{self.names[rank]} was; {KEPT}")
             yield rank, message, data
-
-    def _lost(self, rank: int) -> UserError:
-        return UserError(f"{self.names[rank]}: has ended before its work was done; {KEPT}")
 
     def __enter__(self) -> Self:
         return self

@@ -30,7 +30,7 @@ from distill.data.ranks import KEPT, Connection, Gone, Launch, Message, Ranks, c
 from distill.data.scoring import Scorer
 from distill.data.settings import CollectSettings
 from distill.data.shards import coded
-from kernels.backends import backend, device_backend
+from kernels.backends import backend
 from kernels.device import device_name, versions
 from kernels.errors import UserError
 
@@ -50,12 +50,11 @@ def introduction(checkpoint: Checkpoint, settings: CollectSettings, scores_only:
     del values["reply_batch"]
     values |= {name: [Path(path).name for path in values[name]] for name in ("sources", "exclude")}
     versions_here, chosen = versions(), backend()
-    kind = f"{device_name()} ({device_backend()})"
     return {
-        "settings": values | {"--replies": scores_only},
+        "command": values | {"--replies": scores_only},
         "teacher": teacher | {"teacher": teacher["teacher"]["hash"], "template_time": None},
         "machine": {name: versions_here[name] for name in ("bitdraft", "mlx")}
-        | {"device": kind, "kernels": chosen.NAME, "instruction set": _instruction_set(chosen.NAME)},
+        | {"device": f"{device_name()} ({chosen.NAME})", "instruction set": _instruction_set(chosen.NAME)},
     }
 
 
