@@ -16,7 +16,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -200,13 +200,18 @@ class Ranks:
                 " port with --starting-port or --nccl-port"
             ) from None
         deadline = time.monotonic() + PATIENCE
-        with listener:
+        with listener, ExitStack() as failing:
+            failing.push(ranks)
             while missing := sorted(set(range(1, launch.size)) - ranks.connections.keys()):
                 listener.settimeout(max(0.01, deadline - time.monotonic()))
+                not_here = f"rank {missing[0]} of {launch.size}: has not come to {where}"
                 try:
                     ranks._welcome(Connection(listener.accept()[0]), launch.size)
                 except TimeoutError:
-                    raise UserError(f"rank {missing[0]} of {launch.size}: has not come to {where}") from None
+                    raise UserError(not_here) from None
+                except KeyboardInterrupt:  # as mlx.launch does where one has ended
+                    raise Interrupted(not_here) from None
+            failing.pop_all()
         for rank, connection in ranks.connections.items():
             connection.listen(ranks._inbox, rank)
         return ranks
