@@ -224,7 +224,10 @@ class _Dropped(Exception):
 
 def assist(launch: Launch, teacher: str | None, settings: CollectSettings, scores_only: bool) -> NoReturn:
     """Be a rank other than 0, and end this process: with rank 0's exit code, and without a word, which it has."""
-    rank_0 = connect(launch)
+    try:
+        rank_0 = connect(launch)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     try:
         code = _Assistant(rank_0).run(find_teacher(teacher), settings, scores_only)
         ignore_signals()
