@@ -274,6 +274,7 @@ class Ranks:
             rank, message, data = self._inbox.get()
             wait = False
             if message is None:
+                self._inbox.put((rank, None, b""))  # for whoever asks again, since nothing comes after it
                 raise UserError(f"{self.names[rank]}: has ended before its work was done; {KEPT}")
             if "error" in message:
                 raise UserError(f"{self.names[rank]}: {message['error']}")
