@@ -26,6 +26,8 @@ from kernels.errors import UserError
 
 PATIENCE = 120.0  # seconds for all ranks to come
 GOODBYE = 5.0  # seconds for them to go
+# So that a machine that is switched off, or a cable that is pulled, is found out within minutes; systems know some of these.
+NOTICE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 90_000}
 LARGEST = 1 << 31  # bytes of one part of a message; a rank that says more is not one of ours
 _SIZES = struct.Struct("<QQ")
 KEPT = "what is finished is kept; the same command goes on from there, on any number of ranks"
@@ -85,9 +87,8 @@ class Connection:
         self._socket = connected
         connected.settimeout(None)
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # A machine that is switched off, or a cable that is pulled, is found out within two minutes.
         connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPALIVE", 30), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
+        for name, value in NOTICE.items():
             if hasattr(socket, name):
                 connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self._reader: threading.Thread | None = None
