@@ -26,7 +26,7 @@ from kernels.errors import UserError
 
 PATIENCE = 120.0  # seconds for all ranks to come
 GOODBYE = 5.0  # seconds for them to go
-# So that a machine that is switched off, or a cable that is pulled, is found out within minutes; systems know some of these.
+# A machine that is switched off, or a cable that is pulled, is found out within minutes. Systems know some of these.
 NOTICE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 90_000}
 LARGEST = 1 << 31  # bytes of one part of a message; a rank that says more is not one of ours
 _SIZES = struct.Struct("<QQ")

@@ -270,7 +270,7 @@ def test_what_a_rank_says_last_is_passed_on(last: dict[str, object], expected: t
         while True:
             ranks.send(1, {"jobs": []}, bytes(1 << 20))
     for _ in range(2):
-        with pytest.raises(UserError, match="rank 1 of 2 .* has ended"):
+        with pytest.raises(UserError, match=r"rank 1 of 2 .* has ended"):
             while True:
                 ranks.send(1, {"drop": True}, bytes(1 << 20))
 
