@@ -211,7 +211,7 @@ class Collector:
         self.tokenizer = Tokenizer(plan.teacher.folder, plan.reply_manifest.values.get("template_time"))
         self.ranks = ranks or Ranks()
         for rank in self.ranks.connections:
-            values = {name: getattr(self.settings, name) for name in (*OF_SCORES, "max_reply")}
+            values = {name: getattr(self.settings, name) for name in (*OF_SCORES, "max_reply", "seed")}
             self.ranks.send(rank, {"settings": values, "dataset": plan.manifest.values})
         self.model: Transformer = plan.teacher.load()
 
@@ -239,7 +239,7 @@ class Collector:
             total = sum(int(np.count_nonzero(segments)) for _, _, segments in rows)
             done = total - sum(int(np.count_nonzero(segments)) for i in missing for _, _, segments in shards[i])
             self.progress("scoring", done, total)
-            for index, coded in score(self.ranks, self.scorer(), self.plan.manifest, shards, missing):
+            for index, coded in score(self.ranks, self.scorer(), self.plan.manifest, shards.__getitem__, missing):
                 writer.add(coded, index)
             writer.finish()
         return Dataset.open(self.plan.folder)

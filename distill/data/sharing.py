@@ -8,7 +8,7 @@ else: no source, no folder. A reply depends on its job alone and a shard on its 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
 from itertools import count
@@ -138,9 +138,13 @@ class SharedBatch:
 
 
 def score(
-    ranks: Ranks, scorer: Scorer, settings: DatasetSettings, shards: list[list[Row]], missing: list[int]
+    ranks: Ranks,
+    scorer: Scorer,
+    settings: DatasetSettings,
+    rows_of: Callable[[int], list[Row]],
+    missing: Collection[int],
 ) -> Iterator[tuple[int, Coded]]:
-    """The missing shards, each with its index, in the order in which they are done."""
+    """The missing shards, each with its index, in the order in which they are done. rows_of: what one is made of."""
     waiting, done = deque(missing), deque[tuple[int, Coded]]()
     given = dict.fromkeys(ranks.connections, 0)
 
@@ -155,13 +159,13 @@ def score(
             while waiting and given[rank] < max(1, min(SHARDS_AHEAD, len(waiting) // ranks.size)):
                 given[rank] += 1
                 index = waiting.popleft()
-                ranks.send(rank, {"shard": index}, _packed(shards[index]))
+                ranks.send(rank, {"shard": index}, _packed(rows_of(index)))
 
     def own() -> Iterator[tuple[int, list[Row]]]:
         serve()
         while waiting:
             index = waiting.popleft()
-            yield index, shards[index]
+            yield index, rows_of(index)
             serve()
 
     def advance(tokens: int) -> None:
