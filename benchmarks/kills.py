@@ -3,10 +3,11 @@
     python -m benchmarks.kills
     python -m benchmarks.kills --kills 20 --teacher FOLDER --seed 1 --json kills.json
 
-A collection is killed again and again until it ends by itself, then another begins, until there were so many kills. Of
-two ranks one or the other or both are killed; who is left must end within a minute, with exit code 2 and one line that
-names the other. Every dataset must have the bytes of one that nobody disturbed, replies and manifests included; exit 1
-where something is not so. Files are kept small, so that many are written.
+A collection is killed four times, at instants of its replies while these are not whole, then of its scoring; then it
+may end, and another begins, until there were so many kills. Of two ranks one or the other or both are killed; who is
+left must end within a minute, with exit code 2 and one line that names the other. Every dataset must have the bytes of
+one that nobody disturbed, replies and manifests included; exit 1 where something is not so. Files are kept small, so
+that many are written.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from distill.predict import duration
 
 PROMPTS = 150
 OPTIONS = ("--seq-len", 128, "--max-reply", 16, "--reply-batch", 4, "--batch", 2, "--quiet")
+KILLS_EACH = 4  # of a dataset
 PATIENCE = 60.0  # seconds for a rank to end after another
 
 __all__ = ["cli", "collect", "duration", "reply_pass", "sharing"]
@@ -115,30 +117,38 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def replied(folder: Path) -> bool:
+    """Whether all replies of a collection are there."""
+    return any('"complete": true' in path.read_text() for path in folder.glob("replies-*/manifest.json"))
+
+
 def survive(options: list[str], work: Path, ranks: int, kills: int, dice: random.Random) -> dict[str, Any]:
     """Kill collections of so many ranks so often; what was found, `faults` among it."""
     reference = work / f"whole-{ranks}"
     whole = Run.start(options, reference, ranks)
     whole.wait(600, until=reference / "d" / "manifest.json")
     began = time.monotonic()
+    while not replied(reference) and whole.going():
+        time.sleep(0.002)
+    spans = {"replies": time.monotonic() - began}
     whole.wait(600)
-    span, faults = time.monotonic() - began, list[str]()
+    spans["scoring"], faults = time.monotonic() - began - spans["replies"], list[str]()
     if set(whole.codes.values()) != {0}:
         sys.exit(f"undisturbed: {whole.codes}, {whole.said(0)}")
-    expected, stages, datasets, attempt = files(work / "whole-1"), Counter[str](), 0, 0
+    expected, stages, datasets, attempt, here = files(work / "whole-1"), Counter[str](), 0, 0, 0
     if files(reference) != expected:
         faults.append(f"{ranks} ranks, undisturbed, write other bytes than one process")
     folder = work / f"killed-{ranks}"
     while sum(stages.values()) < kills or folder.exists():
         run = Run.start(options, folder, ranks)
         attempt += 1
-        if sum(stages.values()) < kills:
+        if sum(stages.values()) < kills and here < KILLS_EACH:
             run.wait(PATIENCE, until=folder / "d" / "manifest.json")
-            if not run.wait(dice.uniform(0, span / 2)):
+            if not run.wait(dice.uniform(0, spans["scoring" if replied(folder) else "replies"])):
                 chosen = dice.choice([[0], [1], [0, 1]] if ranks > 1 else [[0]])
                 if killed := run.kill(chosen):
-                    replied = any('"complete": true' in path.read_text() for path in folder.glob("replies-*/man*.json"))
-                    stages["scoring" if replied else "replies"] += 1
+                    stages["scoring" if replied(folder) else "replies"] += 1
+                    here += 1
                     if not run.wait(PATIENCE):
                         faults.append(f"rank {killed} was killed, and another has not ended after {PATIENCE:.0f} s")
                         run.kill(list(range(ranks)))
@@ -152,7 +162,7 @@ def survive(options: list[str], work: Path, ranks: int, kills: int, dice: random
         if set(run.codes.values()) != {0}:
             faults.append(f"start {attempt}: {run.codes}, {run.said(0)}")
             break
-        datasets += 1
+        datasets, here = datasets + 1, 0
         if files(folder) != expected:
             faults.append(f"dataset {datasets} has other bytes")
         shutil.rmtree(folder)
