@@ -146,6 +146,7 @@ class Entry:
     documents: int
     sha256: str
     bytes: int
+    device: str = ""  # what computed it, where ranks of several kinds work together
 
     @property
     def index(self) -> int:
@@ -203,6 +204,9 @@ class Manifest:
 
     def dump(self) -> bytes:
         listed = [asdict(self.entries[index]) for index in sorted(self.entries)]
+        for line in listed:
+            if not line["device"]:
+                del line["device"]
         scored_from = {"scored_from": [asdict(replies) for replies in self.scored_from]} if self.scored_from else {}
         left_out = {"left_out": [asdict(omission) for omission in self.left_out]} if self.left_out else {}
         cut = {"cut": [asdict(omission) for omission in self.cut]} if self.cut else {}
@@ -278,8 +282,10 @@ class Manifest:
         if not SHARD_FILE.fullmatch(entry.file) or entry.file != self.file_of(self.kind, entry.index):
             raise ValueError(f"{entry.file!r} is not the name of a shard in this folder")
         counts = (entry.rows, entry.tokens, entry.trained_tokens, entry.documents, entry.bytes)
-        if any(type(count) is not int or count < 0 for count in counts) or not isinstance(entry.sha256, str):
-            raise ValueError(f"{entry.file} has an impossible count or hash")
+        if any(type(count) is not int or count < 0 for count in counts) or not all(
+            isinstance(text, str) for text in (entry.sha256, entry.device)
+        ):
+            raise ValueError(f"{entry.file} has an impossible count, hash or device")
         if entry.index in self.entries:
             raise ValueError(f"{entry.file} is listed twice")
         self.entries[entry.index] = entry

@@ -13,8 +13,8 @@ import numpy as np
 from decode.models.checkpoint import RUNS, Checkpoint
 from distill.data import codec
 from distill.data.codec import Block, SampledBlock, TokenRows
-from distill.data.dataset import Reader, Writer
-from distill.data.manifest import MANIFEST, Entry, ScoredFrom
+from distill.data.dataset import Coded, Reader, Writer
+from distill.data.manifest import MANIFEST, DatasetSettings, Entry, ScoredFrom
 from kernels.errors import UserError
 
 
@@ -29,6 +29,13 @@ def counts_of(block: TokenRows) -> dict[str, int]:
     }
 
 
+def coded(block: Block | SampledBlock, settings: DatasetSettings, device: str = "") -> Coded:
+    """A block as a shard. Raises ValueError if it is not what its class promises."""
+    if wrong := codec.faults(block, settings, coded=False):
+        raise ValueError(wrong[0])
+    return Coded.of(codec.encode(block, settings), counts_of(block), device)
+
+
 class ShardWriter(Writer):
     """Writes shards of logits."""
 
@@ -39,9 +46,7 @@ class ShardWriter(Writer):
 
         Raises ValueError if the block is not what its class promises, UserError if it cannot be written.
         """
-        if wrong := codec.faults(block, self.settings, coded=False):
-            raise ValueError(wrong[0])
-        return self._add(index, codec.encode(block, self.settings), counts_of(block))
+        return self.add(coded(block, self.settings), index)
 
     def score_from(self, replies: ScoredFrom) -> None:
         """Record the reply dataset that all shards are scored from. UserError where there are some of another."""
