@@ -28,12 +28,14 @@ from distill.data.exclusion import Excluded, load_excluded
 from distill.data.manifest import MANIFEST, DatasetSettings, Manifest, Omission, ScoredFrom, folder_name
 from distill.data.packing import MIN_SEGMENT
 from distill.data.prompts import Chosen, choose_documents, wants_reply
+from distill.data.ranks import Ranks
 from distill.data.reply_dataset import Replies, ReplyWriter
 from distill.data.reply_pass import Progress, ReplyPass
 from distill.data.rows import Rows
 from distill.data.scoring import Scorer, bytes_per_token
 from distill.data.settings import OF_REPLIES, OF_SCORES, CollectSettings, complete_settings
 from distill.data.shards import Dataset, ShardWriter
+from distill.data.sharing import Part, score
 from distill.data.sources import Source, at_commit, describe, parse_source, read_source, shown_name, source_fingerprint
 from distill.provenance import teacher_files
 from kernels import UserError
@@ -89,7 +91,7 @@ def plan_collection(teacher: Checkpoint, settings: CollectSettings, out: Path | 
             for _ in read_source(source):
                 pass
     values: dict[str, Any] = {
-        **_of_teacher(teacher),
+        **of_teacher(teacher),
         **settings.recorded(OF_REPLIES),
         "sources": [
             {"name": one.name, "kind": "hub"} if one.kind == "hub" else source_fingerprint(one) for one in named
@@ -127,7 +129,7 @@ def plan_scoring(
         raise UserError(f"--replies {folder}: is of the older format {replies.format}, and cannot be scored again")
     if not replies.complete:
         raise UserError(f"--replies {folder}: is not complete; the command that began it goes on with it")
-    mine, values = _of_teacher(teacher), complete_settings(replies.settings.values)
+    mine, values = of_teacher(teacher), complete_settings(replies.settings.values)
     if replies.settings.teacher_hash != teacher.weights_hash:
         raise UserError(f"--replies {folder}: was written by {replies.settings.teacher_name}, not by {teacher.name}")
     mine |= _named_as(values, teacher)
@@ -145,14 +147,14 @@ def plan_scoring(
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder / MANIFEST}: is damaged (settings: {error})") from None
     replace(settings, max_reply=1).check(teacher.config)
-    of_teacher = {name: values[name] for name in mine if name in values}
-    manifest = DatasetSettings(of_teacher | known | settings.recorded(OF_SCORES))
+    pinned = {name: values[name] for name in mine if name in values}
+    manifest = DatasetSettings(pinned | known | settings.recorded(OF_SCORES))
     return Plan(
         teacher, settings, out or RUNS / folder_name("data", manifest), manifest, folder, replies.settings, sources=None
     )
 
 
-def _of_teacher(teacher: Checkpoint) -> dict[str, Any]:
+def of_teacher(teacher: Checkpoint) -> dict[str, Any]:
     """What decides replies of a teacher: its weights, what forms its prompts, and where it ends."""
     tokenizer = Tokenizer(teacher.folder)
     values = {
@@ -196,8 +198,12 @@ def what_is_read(plan: Plan) -> list[dict[str, Any]]:
 class Collector:
     """Runs a plan."""
 
-    def __init__(self, plan: Plan, progress: Progress = lambda stage, done, total: None) -> None:
-        """progress(stage, tokens more, total or None) is called as work is done.
+    def __init__(
+        self, plan: Plan, progress: Progress = lambda stage, done, total: None, ranks: Ranks | None = None
+    ) -> None:
+        """ranks: those that help; they are told what there is to do.
+
+        progress(stage, tokens more, total or None) is called as work is done.
 
         A total begins a stage, and ends the one before it. That of replies is what is asked for: the last batch may
         bring more, and prompts may run out before.
@@ -205,6 +211,10 @@ class Collector:
         self.plan, self.settings, self.progress = plan, plan.settings, progress
         limit_memory()
         self.tokenizer = Tokenizer(plan.teacher.folder, plan.reply_manifest.values.get("template_time"))
+        self.ranks = ranks or Ranks()
+        for rank in self.ranks.connections:
+            values = {name: getattr(self.settings, name) for name in (*OF_SCORES, "max_reply", "seed")}
+            self.ranks.send(rank, {"settings": values, "dataset": plan.manifest.values})
         self.model: Transformer = plan.teacher.load()
 
     def check_folder(self) -> bool:
@@ -231,9 +241,15 @@ class Collector:
             total = int(rows.sizes.sum())
             done = total - sum(int(rows.sizes[shards[i]].sum()) for i in missing)
             self.progress("scoring", done, total)
-            scorer = self._scorer()
-            for index in missing:
-                writer.write(scorer.score(rows[shards[index]]), index)
+            scored = score(
+                self.ranks,
+                self.scorer(),
+                self.plan.manifest,
+                lambda index: Part(index, index * ROWS_PER_SHARD, rows[shards[index]]),
+                missing,
+            )
+            for index, coded in scored:
+                writer.add(coded, index)
             writer.finish()
         return Dataset.open(self.plan.folder)
 
@@ -245,7 +261,7 @@ class Collector:
             if not writer.manifest.complete:
                 chosen = self.choose()
                 try:
-                    cut = self._reply_pass().run(writer, chosen, self.plan.excluded)
+                    cut = self.reply_pass().run(writer, chosen, self.plan.excluded)
                 finally:
                     for one in chosen:
                         one.documents.close()
@@ -277,8 +293,7 @@ class Collector:
 
     def _bytes_per_token(self) -> int:
         """Of the shards."""
-        settings = self.settings
-        return bytes_per_token(self.plan.manifest.vocab_size, settings.top_k, len(settings.temperatures))
+        return bytes_per_token(self.plan.manifest.vocab_size, self.settings)
 
     def choose(self) -> list[Chosen]:
         """The first pass: the documents of each source."""
@@ -334,17 +349,21 @@ class Collector:
         reasons = "; ".join(omission.told("left out") for omission in omissions) or "nothing is there"
         return UserError(f"{', '.join(self.settings.sources)}: nothing to collect from ({reasons})")
 
-    def _reply_pass(self) -> ReplyPass:
+    def reply_pass(self) -> ReplyPass:
+        """What answers prompts with these settings."""
         shape = Dimensions.of(self.plan.teacher.config, str(self.plan.teacher.folder))
-        return ReplyPass(self.model, self.tokenizer, shape, self.settings, self.progress)
+        return ReplyPass(self.model, self.tokenizer, shape, self.settings, self.progress, self.ranks)
 
-    def _scorer(self) -> Scorer:
+    def scorer(self) -> Scorer:
+        """What scores rows of these settings."""
         return Scorer(
             self.model,
             self.settings.top_k,
             self.settings.temperatures,
             self.settings.batch,
             lambda tokens: self.progress("scoring", tokens, None),
+            self.settings.sampled or 0,
+            self.settings.seed,
         )
 
     def estimate(self) -> Estimate:
@@ -355,7 +374,7 @@ class Collector:
         row = np.full(settings.seq_len, min(self.tokenizer.end_tokens, default=0), np.int32)
         prompt = row[: min(64, settings.seq_len // 2)].tolist()
         rows = [(row, np.ones_like(row, bool), np.ones_like(row, np.uint8))] * settings.batch
-        scorer = replace(self._scorer(), advance=lambda tokens: None)
+        scorer = replace(self.scorer(), advance=lambda tokens: None)
         seconds = []
         for _ in range(2):
             began = time.perf_counter()
@@ -363,7 +382,7 @@ class Collector:
             seconds.append(time.perf_counter() - began)
         per_token = seconds[-1] / block.tokens.size
         if any(asked):
-            batch = self._reply_pass().batch
+            batch = self.reply_pass().batch
             jobs = [Job([prompt], [1.0], (0, i), len(prompt) + 16) for i in range(settings.reply_batch)]
             began, written = time.perf_counter(), 0
             for _, replies in batch.run(iter(jobs)):
@@ -372,6 +391,7 @@ class Collector:
             share = sum(weight for weight, asks in zip(weights, asked, strict=True) if asks) / sum(weights)
             per_token += (time.perf_counter() - began) / written * share
         total = self._tokens()
+        per_token /= self.ranks.size
         return Estimate(total, total * self._bytes_per_token(), total * per_token, 1 / per_token)
 
     def _unanswered(self) -> tuple[Source, ...]:

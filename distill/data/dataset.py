@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -24,6 +24,19 @@ from kernels.errors import UserError
 from kernels.files import TEMPORARY, lock_folder, make_folder, write_atomic
 
 _TEMPORARY = re.compile(rf"{re.escape(TEMPORARY)}(manifest\.json|(shard|reply)-\d+\.safetensors)")
+
+
+@dataclass(frozen=True)
+class Coded:
+    """The content of a file, and what its manifest line says of it. device: see `Entry`."""
+
+    data: bytes
+    counts: dict[str, int]
+    device: str = ""
+
+    @classmethod
+    def of(cls, tensors: Tensors, counts: dict[str, int], device: str = "") -> Self:
+        return cls(save_tensors(tensors), counts, device)
 
 
 class Writer:
@@ -130,15 +143,15 @@ class Writer:
     def __del__(self) -> None:
         self.close()
 
-    def _add(self, index: int | None, tensors: Tensors, counts: dict[str, int]) -> Entry:
+    def add(self, coded: Coded, index: int | None = None) -> Entry:
+        """Writes a file as number `index`, by default the first that is missing. UserError if it cannot be written."""
         if index is None:
             index = self.missing(self.finished_shards + 1)[0]
         if index in self.manifest.entries:
             raise ValueError(f"shard {index} is finished already")
-        data = save_tensors(tensors)
-        file, digest = Manifest.file_of(self.kind, index), hashlib.sha256(data).hexdigest()
-        entry = Entry(file, **counts, sha256=digest, bytes=len(data))
-        write_atomic(self.folder / file, data)
+        file, digest = Manifest.file_of(self.kind, index), hashlib.sha256(coded.data).hexdigest()
+        entry = Entry(file, **coded.counts, sha256=digest, bytes=len(coded.data), device=coded.device)
+        write_atomic(self.folder / file, coded.data)
         self._commit({**self.manifest.entries, index: entry}, self.manifest.complete)
         return entry
 

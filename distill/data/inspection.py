@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from distill.data import codec, reply_dataset, shards
+from distill.data.codec import Block, SampledBlock
 from distill.data.dataset import Reader
 from distill.data.manifest import (
     CHANGED,
@@ -28,7 +29,7 @@ from kernels.files import sha256
 SAMPLED_SHARDS = 8
 # What a manifest's settings say that `distill inspect` shows elsewhere, or only as JSON.
 SHOWN_APART = {"teacher", "tokenizer_hash", "chat_template_hash", "teacher_files", "vocab_size", "sources", "exclude"}
-OF_SHARDS_APART = {"k", "temperatures", "seq_len", "collection_format"}
+OF_SHARDS_APART = {"k", "sampled", "temperatures", "seq_len", "collection_format"}
 
 
 @dataclass(frozen=True)
@@ -190,29 +191,46 @@ def inspect_dataset(folder: Path | str) -> dict[str, Any]:
 def _inspect_shards(dataset: Dataset) -> dict[str, Any]:
     settings, listed = dataset.settings, dataset.shards
     picked = sorted(set(np.linspace(0, len(listed) - 1, min(SAMPLED_SHARDS, len(listed))).astype(int).tolist()))
-    sums, count = np.zeros(3), 0
+    sums, count = np.zeros(4), 0
     for i in picked:
         block = dataset.read(i)
-        p = np.exp(block.top_logprobs[block.loss_mask].astype(np.float64))
+        p = _probabilities(block)
+        # What is left as one bucket: merging outcomes never raises the entropy, so this is a lower bound. Draws have
+        # nothing left, and the entropy of their counts is on average below the teacher's too.
         tail = np.clip(1 - p.sum(axis=1), 0, 1)
-        # The tail as one bucket: merging outcomes never raises the entropy, so this is a lower bound.
         parts = np.concatenate([p, tail[:, None]], axis=1)
         entropy = -(parts * np.log(np.where(parts > 0, parts, 1))).sum()
-        sums += p[:, 0].sum(), tail.sum(), entropy
+        sums += p[:, 0].sum(), tail.sum(), entropy, np.count_nonzero(p)
         count += len(p)
-    means = (sums / count).tolist() if count else [None] * 3
+    means = (sums / count).tolist() if count else [None] * 4
+    of_draws = settings.sampled is not None
     return _summary(
         dataset,
-        {"k": settings.k, "temperatures": list(settings.temperatures), "seq_len": settings.seq_len},
+        {
+            "k": None if of_draws else settings.k,
+            "sampled": settings.sampled,
+            "temperatures": list(settings.temperatures),
+            "seq_len": settings.seq_len,
+        },
         {
             "sampled_shards": len(picked),
             "mean_top1_probability": means[0],
-            "mean_tail_mass": means[1],
+            "mean_tail_mass": None if of_draws else means[1],
             "mean_entropy_at_least_nats": means[2],
+            "mean_different_ids": means[3] if of_draws else None,
             "replies": [_where(dataset, replies) for replies in dataset.scored_from],
             **_by_kind(dataset),
         },
     )
+
+
+def _probabilities(block: Block | SampledBlock) -> np.ndarray:
+    """Of the ids that are kept at the trained positions, the first choice first, float64 [n, ids]; estimates from
+    draws."""
+    if isinstance(block, SampledBlock):
+        counts = block.counts[block.loss_mask].astype(np.float64)
+        return counts / counts.sum(axis=1, keepdims=True)
+    return np.exp(block.top_logprobs[block.loss_mask].astype(np.float64))
 
 
 def _where(dataset: Dataset, replies: ScoredFrom) -> dict[str, Any]:
@@ -294,16 +312,20 @@ def table(summary: dict[str, Any]) -> str:
     teacher, settings = summary["teacher"], summary["settings"]
     whole = "complete" if summary["complete"] else "NOT complete"
     share = "" if summary["trained_share"] is None else f" ({summary['trained_share']:.1%})"
+    holds = ("logits" if summary["sampled"] is None else "draws") if of_shards else "replies"
     lines = [
-        ("holds", f"{'logits' if of_shards else 'replies'}, {whole}, format {summary['format']}"),
+        ("holds", f"{holds}, {whole}, format {summary['format']}"),
         ("teacher", f"{teacher['name']}, sha256 {teacher['hash'][:12]}, vocabulary of {summary['vocab_size']:,}"),
         ("tokens", f"{summary['tokens']:,} in {_count(summary['documents'], 'segment' if of_shards else 'document')}"),
         ("trained on", f"{summary['trained_tokens']:,}{share}"),
     ]
     if of_shards:
+        kept = f"top {summary['k']} logits, log-sum-exps at temperature {_joined(summary['temperatures'])}"
+        if summary["sampled"] is not None:
+            kept = f"{_count(summary['sampled'], 'draw')} from the teacher's distribution where it is trained on"
         lines += [
             ("rows", f"{summary['rows']:,} of {summary['seq_len']:,} tokens, in {_count(summary['shards'], 'shard')}"),
-            ("kept", f"top {summary['k']} logits, log-sum-exps at temperature {_joined(summary['temperatures'])}"),
+            ("kept", kept),
         ]
     else:
         lines.append(("replied to", f"{_count(summary['examples_replied'], 'document')}; the others are as they were"))
@@ -316,7 +338,9 @@ def table(summary: dict[str, Any]) -> str:
     if summary.get("mean_top1_probability") is not None:
         lines += [
             ("first choice", f"probability {summary['mean_top1_probability']:.3f} on average"),
-            ("outside the top", f"probability {summary['mean_tail_mass']:.4f} on average"),
+            ("outside the top", f"probability {summary['mean_tail_mass']:.4f} on average")
+            if summary["sampled"] is None
+            else ("different ids", f"{summary['mean_different_ids']:.1f} drawn on average"),
             ("entropy", f"at least {summary['mean_entropy_at_least_nats']:.3f} nats on average"),
         ]
     for replies in summary.get("replies", []):

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from distill.data.settings import CollectSettings, complete_settings
+from distill.data.settings import MOST_DRAWS, CollectSettings, complete_settings
 from kernels.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -26,9 +26,9 @@ SHARD_FILE = re.compile(r"(shard|reply)-\d{5,9}\.safetensors", re.ASCII)
 class DatasetSettings:
     """All that decides a dataset's content, as plain JSON; two datasets with equal settings are equal.
 
-    Every dataset has `teacher` {name, hash}, `tokenizer_hash` and `vocab_size`; shards of logits also
-    have `k`, `temperatures` (1.0 first) and `seq_len`. Whoever collects adds the rest: the teacher's
-    other files, sources, seeds, exclusions, budgets. Raises ValueError where one of these is missing or impossible.
+    Every dataset has `teacher` {name, hash}, `tokenizer_hash` and `vocab_size`; shards also have `k` (of logits) or
+    `sampled` (of draws), `temperatures` (1.0 first) and `seq_len`. Whoever collects adds the rest: the teacher's other
+    files, sources, seeds, exclusions, budgets. Raises ValueError where one of these is missing or impossible.
     """
 
     values: dict[str, Any]
@@ -44,14 +44,18 @@ class DatasetSettings:
             raise ValueError("settings: tokenizer_hash is missing")
         if "template_time" in values:
             datetime.fromisoformat(str(values["template_time"]))
-        whole = [name for name in ("vocab_size", "k", "seq_len") if name in values or name == "vocab_size"]
+        whole = [name for name in ("vocab_size", "k", "sampled", "seq_len") if name in values or name == "vocab_size"]
         for name in whole:
             if type(values.get(name)) is not int or not 1 <= values[name] < 2**MAX_BITS:
                 raise ValueError(f"settings: {name} is {values.get(name)!r}")
-        if "k" in values:
+        if self.sampled is not None and ("k" in values or self.sampled > MOST_DRAWS):
+            raise ValueError(
+                f"settings: sampled is {self.sampled!r}, expected at most {MOST_DRAWS}, and no k beside it"
+            )
+        if values.keys() & {"k", "sampled"}:
             temperatures = values.get("temperatures")
-            if "seq_len" not in values or self.k > self.vocab_size:
-                raise ValueError("settings: k needs a seq_len and a vocabulary of at least k tokens")
+            if "seq_len" not in values or values.get("k", 1) > self.vocab_size:
+                raise ValueError("settings: shards need a seq_len, and a vocabulary of at least k tokens")
             if (
                 not isinstance(temperatures, list)
                 or temperatures[:1] != [1.0]
@@ -77,7 +81,13 @@ class DatasetSettings:
 
     @property
     def k(self) -> int:
+        """Logits kept a position; KeyError of draws."""
         return self.values["k"]
+
+    @property
+    def sampled(self) -> int | None:
+        """Ids drawn a position; None of logits."""
+        return self.values.get("sampled")
 
     @property
     def temperatures(self) -> tuple[float, ...]:
@@ -136,6 +146,7 @@ class Entry:
     documents: int
     sha256: str
     bytes: int
+    device: str = ""  # what computed it, where ranks of several kinds work together
 
     @property
     def index(self) -> int:
@@ -184,8 +195,8 @@ class Manifest:
     sealed: bool = True
 
     def __post_init__(self) -> None:
-        if self.kind == "shards" and "k" not in self.settings.values:
-            raise ValueError("settings: shards need k, temperatures and seq_len")
+        if self.kind == "shards" and not self.settings.values.keys() & {"k", "sampled"}:
+            raise ValueError("settings: shards need k or sampled, temperatures and seq_len")
 
     @staticmethod
     def file_of(kind: str, index: int) -> str:
@@ -193,6 +204,9 @@ class Manifest:
 
     def dump(self) -> bytes:
         listed = [asdict(self.entries[index]) for index in sorted(self.entries)]
+        for line in listed:
+            if not line["device"]:
+                del line["device"]
         scored_from = {"scored_from": [asdict(replies) for replies in self.scored_from]} if self.scored_from else {}
         left_out = {"left_out": [asdict(omission) for omission in self.left_out]} if self.left_out else {}
         cut = {"cut": [asdict(omission) for omission in self.cut]} if self.cut else {}
@@ -268,8 +282,10 @@ class Manifest:
         if not SHARD_FILE.fullmatch(entry.file) or entry.file != self.file_of(self.kind, entry.index):
             raise ValueError(f"{entry.file!r} is not the name of a shard in this folder")
         counts = (entry.rows, entry.tokens, entry.trained_tokens, entry.documents, entry.bytes)
-        if any(type(count) is not int or count < 0 for count in counts) or not isinstance(entry.sha256, str):
-            raise ValueError(f"{entry.file} has an impossible count or hash")
+        if any(type(count) is not int or count < 0 for count in counts) or not all(
+            isinstance(text, str) for text in (entry.sha256, entry.device)
+        ):
+            raise ValueError(f"{entry.file} has an impossible count, hash or device")
         if entry.index in self.entries:
             raise ValueError(f"{entry.file} is listed twice")
         self.entries[entry.index] = entry

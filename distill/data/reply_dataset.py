@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from distill.data import codec
-from distill.data.dataset import Reader, Writer
+from distill.data.dataset import Coded, Reader, Writer
 from distill.data.manifest import FORMAT, Entry, Omission
 from kernels.errors import UserError, first_line
 
@@ -40,7 +40,7 @@ class ReplyWriter(Writer):
         if (self.manifest.left_out, self.manifest.cut) != (left_out, cut):
             self._write(replace(self.manifest, left_out=left_out, cut=cut))
 
-    def write(self, examples: Sequence[Example], index: int | None = None) -> Entry:
+    def write(self, examples: Sequence[Example], index: int | None = None, device: str = "") -> Entry:
         """Writes examples as file `index`, by default the first that is missing."""
         vocab_size = self.settings.vocab_size
         tokens = np.concatenate([np.zeros(0, np.int32), *(example.tokens for example in examples)])
@@ -60,7 +60,7 @@ class ReplyWriter(Writer):
             "kinds": np.array([names.index(example.kind) for example in examples], np.uint8),
             "kind_names": np.frombuffer("\n".join(names).encode(), np.uint8),
         }
-        return self._add(index, tensors, counts_of(examples))
+        return self.add(Coded.of(tensors, counts_of(examples), device), index)
 
 
 def counts_of(examples: Sequence[Example]) -> dict[str, int]:

@@ -24,8 +24,10 @@ from distill.data.duplicates import NearDuplicates
 from distill.data.exclusion import Excluded
 from distill.data.packing import MIN_SEGMENT
 from distill.data.prompts import Chosen
+from distill.data.ranks import Ranks
 from distill.data.reply_dataset import EXAMPLES_PER_FILE, Example, Replies, ReplyWriter
 from distill.data.settings import CollectSettings
+from distill.data.sharing import SharedBatch
 from distill.data.supply import TOO_SHORT, Candidate, Supply, size_in_rows
 from kernels.memory import check_fits
 
@@ -90,10 +92,12 @@ class ReplyPass:
         shape: Dimensions,
         settings: CollectSettings,
         progress: Progress,
+        ranks: Ranks,
     ) -> None:
         self.model, self.tokenizer, self.shape = model, tokenizer, shape
         self.settings, self.progress = settings, progress
         self.batch = Batch(model, settings.reply_batch, settings.max_reply, tokenizer.end_tokens, self._check_cache)
+        self.shared, self.device = SharedBatch(self.batch, ranks), ranks.device
         self._written: deque[Example] = deque()  # the next that an earlier run wrote
         self._unread: Iterator[Example] = iter(())  # and those behind them
         self._pending: list[Example] = []  # not yet in a file
@@ -132,7 +136,7 @@ class ReplyPass:
         while not quota.filled:
             asked: dict[int, Waiting] = {}
             jobs = self._jobs(writer, supply, quota, line, asked)
-            with closing(self.batch.run(jobs, self._advance, self._advance)) as done:
+            with closing(self.shared.run(jobs, self._advance, self._advance)) as done:
                 for place, replies in done:
                     said = [np.array(reply.tokens, np.int32) for reply in replies]
                     waiting = asked.pop(place)  # who is done is not kept
@@ -222,7 +226,7 @@ class ReplyPass:
     def _flush(self, writer: ReplyWriter) -> None:
         index = (self._at - 1) // EXAMPLES_PER_FILE
         if self._pending and index not in writer.manifest.entries:
-            writer.write(self._pending, index)
+            writer.write(self._pending, index, self.device)
         self._pending = []
 
     def _advance(self, tokens: int) -> None:

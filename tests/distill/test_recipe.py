@@ -138,7 +138,7 @@ def test_recipes_of_the_2b_say_what_is_predicted(layers: int) -> None:
 
 def test_recipes_say_every_setting() -> None:
     """So that another default some day does not change what they make. What may be left out is a choice of its own."""
-    may_lack = {"out", "source", "exclude", "vocab", "bits", "prompts", "limit"}
+    may_lack = {"out", "source", "exclude", "sampled", "vocab", "bits", "prompts", "limit"}
     for path in RECIPES.glob("*.toml"):
         values = tomllib.loads(path.read_text())
         for section in ("collect", "train", "evaluate"):
@@ -253,6 +253,11 @@ def test_run(inside: Command, small_teacher: Path, tmp_path: Path) -> None:
         ("tokens = 1500", "tokens = 1600", "runs/tiny/dataset: was begun with tokens = 1500, not 1600"),
         ("hidden = 64", "hidden = 64\nvocab = 99999", "vocab 99999: the teacher has 16384 tokens"),
         ("batch = 4", "batch = 4\ntop_k = 20000", "tiny.toml: line 10: [collect] top_k 20000: must be 1 to 16384"),
+        (
+            "batch = 4",
+            "batch = 4\nsampled = 8\ntop_k = 32",
+            "tiny.toml: line 10: [collect] sampled 8: takes the place of --top-k 32",
+        ),
         ('prompts = "prompts', 'prompts = "gone', "gone.jsonl"),
     ):
         (tmp_path / "tiny.toml").write_text(tiny.replace(old, new))
