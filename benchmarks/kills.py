@@ -58,6 +58,7 @@ class Run:
         hosts = folder.with_suffix(".json")  # as mlx.launch writes it
         hosts.write_text(json.dumps([[address]] * ranks))
         run = cls(folder, {})
+        run.begun.unlink(missing_ok=True)
         for rank in range(ranks):
             pid = os.fork()
             if not pid:
@@ -72,6 +73,13 @@ class Run:
         os.dup2(said, 1)
         os.dup2(said, 2)
         sys.argv = ["distill", *options]
+        work = collect.Collector.run
+
+        def marked(collector: collect.Collector) -> Any:
+            self.begun.touch()
+            return work(collector)
+
+        collect.Collector.run = marked  # type: ignore[method-assign]
         code: Any = 1
         try:
             cli.main()
@@ -81,6 +89,11 @@ class Run:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(int(code or 0))
+
+    @property
+    def begun(self) -> Path:
+        """A file that is there once all ranks have met and the work has begun."""
+        return self.folder.with_suffix(".begun")
 
     def _said(self, rank: int) -> Path:
         return self.folder.with_suffix(f".{rank}.txt")
@@ -126,7 +139,7 @@ def survive(options: list[str], work: Path, ranks: int, kills: int, dice: random
     """Kill collections of so many ranks so often; what was found, `faults` among it."""
     reference = work / f"whole-{ranks}"
     whole = Run.start(options, reference, ranks)
-    whole.wait(600, until=reference / "d" / "manifest.json")
+    whole.wait(600, until=whole.begun)
     began = time.monotonic()
     while not replied(reference) and whole.going():
         time.sleep(0.002)
@@ -143,7 +156,7 @@ def survive(options: list[str], work: Path, ranks: int, kills: int, dice: random
         run = Run.start(options, folder, ranks)
         attempt += 1
         if sum(stages.values()) < kills and here < KILLS_EACH:
-            run.wait(PATIENCE, until=folder / "d" / "manifest.json")
+            run.wait(PATIENCE, until=run.begun)
             if not run.wait(dice.uniform(0, spans["scoring" if replied(folder) else "replies"])):
                 chosen = dice.choice([[0], [1], [0, 1]] if ranks > 1 else [[0]])
                 if killed := run.kill(chosen):

@@ -181,6 +181,7 @@ class Ranks:
     slots: dict[int, int] = field(default_factory=dict)  # prompts that each answers at a time
     devices: dict[int, str] = field(default_factory=dict)  # of all ranks, where they may be of several kinds
     _inbox: queue.SimpleQueue[tuple[int, Message | None, bytes]] = field(default_factory=queue.SimpleQueue)
+    _ends: dict[int, UserError | Interrupted] = field(default_factory=dict)  # of those that have: how
 
     @property
     def size(self) -> int:
@@ -276,11 +277,15 @@ class Ranks:
             wait = False
             if message is None:
                 self._inbox.put((rank, None, b""))  # for whoever asks again, since nothing comes after it
-                raise UserError(f"{self.names[rank]}: has ended before its work was done; {KEPT}")
+                raise self._ends.setdefault(
+                    rank, UserError(f"{self.names[rank]}: has ended before its work was done; {KEPT}")
+                )
             if "error" in message:
-                raise UserError(f"{self.names[rank]}: {message['error']}")
+                self._ends[rank] = UserError(f"{self.names[rank]}: {message['error']}")
             if "interrupted" in message:
-                raise Interrupted(f"{self.names[rank]} was; {KEPT}")
+                self._ends[rank] = Interrupted(f"{self.names[rank]} was; {KEPT}")
+            if rank in self._ends:
+                raise self._ends[rank]
             yield rank, message, data
 
     def __enter__(self) -> Self:

@@ -37,6 +37,7 @@ from kernels.errors import UserError
 if TYPE_CHECKING:
     from distill.data.collect import Collector
 
+SHARDS_AHEAD = 3  # that a rank is given: one to score, and on a GPU one to be coded beside it; one to go on with
 Done = Generator[tuple[int, list[Reply]], None, None]
 
 
@@ -47,9 +48,6 @@ class Part:
     shard: int
     first: int
     rows: list[Row]
-
-
-SHARDS_AHEAD = 3  # that a rank is given: one to score, and on a GPU one to be coded beside it; one to go on with
 
 
 def introduction(checkpoint: Checkpoint, settings: CollectSettings, scores_only: bool) -> dict[str, dict[str, Any]]:

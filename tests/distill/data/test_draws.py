@@ -285,15 +285,15 @@ def test_stopped_or_divided_it_has_the_same_bytes(
     whole = shards(collected[1].folder)
     assert len(whole) >= 3
     stopped = scored(collected, tmp_path / "stopped")
-    write = ShardWriter.write
+    add = ShardWriter.add
 
-    def killed(writer: ShardWriter, block: Any, index: int | None = None) -> Any:
+    def killed(writer: ShardWriter, coded: Any, index: int | None = None) -> Any:
         if index == 2:
             raise KeyboardInterrupt
-        return write(writer, block, index)
+        return add(writer, coded, index)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ShardWriter, "write", killed)
+        patch.setattr(ShardWriter, "add", killed)
         with pytest.raises(KeyboardInterrupt):
             stopped.run()
     stopped.run()

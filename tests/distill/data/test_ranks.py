@@ -162,7 +162,8 @@ def test_a_rank_that_is_stopped_stops_the_others(command_line: list[object], tmp
     processes[which].send_signal(signal.SIGTERM)
     zero, one = ended(processes)
     assert one == (130, "", "")
-    assert zero[:2] == (130, "") and zero[2].strip().startswith("distill: interrupted: ")
+    assert zero[:2] == (130, ""), zero[2]
+    assert zero[2].strip().startswith("distill: interrupted")
     assert which == 0 or "rank 1 of 2" in zero[2]
 
 
@@ -266,13 +267,10 @@ def test_what_a_rank_says_last_is_passed_on(last: dict[str, object], expected: t
         connection.close()
 
     ranks = meet(speak)
-    with pytest.raises(expected, match=said):  # also where it is found out by sending
-        while True:
-            ranks.send(1, {"jobs": []}, bytes(1 << 20))
-    for _ in range(2):
-        with pytest.raises(UserError, match=r"rank 1 of 2 .* has ended"):
+    for _ in range(3):  # however often it is asked; also where it is found out by sending
+        with pytest.raises(expected, match=said):
             while True:
-                ranks.send(1, {"drop": True}, bytes(1 << 20))
+                ranks.send(1, {"jobs": []}, bytes(1 << 20))
 
 
 def test_a_port_in_use_is_named() -> None:
