@@ -62,6 +62,7 @@ def check_definition(attention: Attention, shape: AttentionShape, spans: Spans, 
     double precision from the caches as they are then."""
     qkv = qkv_rows(shape, spans.rows, seed=1)
     out, *found = attention(qkv, *caches(shape, spans.offsets, spans.end + 3), spans, shape)
+    mx.eval(out, found)  # before caches are read that were written to in place
     held = [floats(cache) for cache in found]
     exact = definition(np.array(qkv), *held, spans, shape, written=True)
     for cache, right in zip(held, exact[1:], strict=True):
@@ -82,6 +83,7 @@ def check_rounding(attention: Attention, shape: AttentionShape) -> None:
     qkv = np.resize(edges, (3, (shape.heads + 2 * shape.kv_heads) * shape.head_dim))
     qkv[:, -3:] = np.inf, -np.inf, np.nan  # of values, since a turn would make NaN of infinity
     _, *found = attention(mx.array(qkv), *caches(shape, (2,), 9), Spans((2,), (3,)), still)
+    mx.eval(found)
     rows = qkv.reshape(3, -1, shape.head_dim)[:, shape.heads :].reshape(3, 2, shape.kv_heads, -1)
     for cache, right in zip(found, rows.transpose(1, 2, 0, 3), strict=True):
         np.testing.assert_array_equal(floats(cache[0, :, 2:5]), nearest(right))
