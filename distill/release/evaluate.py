@@ -20,7 +20,7 @@ from decode.models.drafts import find_draft, is_unfinished, newest_draft
 from decode.prompts import Prompt, parse_prompts, read_content
 from decode.session import Completion, Session
 from decode.tokenizer import Tokenizer
-from distill.provenance import config_hashes, teacher_files
+from distill.provenance import completed, config_hashes, teacher_files
 from distill.release.plots import acceptance_by_category, acceptance_by_position
 from distill.release.settings import EvaluateSettings
 from kernels import UserError, backend
@@ -92,7 +92,10 @@ def _same(identity: Any, of: dict[str, Any]) -> bool:
 def _differences(identity: dict[str, Any], of: dict[str, Any]) -> list[str]:
     """What in a fingerprint is other than in this one, by name. What one of an older version does not know was at its
     default; the time that a chat template was told may be another."""
-    was, now = _flat(EvaluateSettings.with_defaults(identity)), _flat(of)
+    identity = EvaluateSettings.with_defaults(identity)
+    if isinstance(files := identity.get("teacher_files"), dict) and "teacher_files" in of:
+        identity |= {"teacher_files": completed(files, of["teacher_files"])}
+    was, now = _flat(identity), _flat(of)
     names = sorted((was.keys() | now.keys()) - {"template_time"})
     return [name for name in names if was.get(name) != now.get(name)]
 

@@ -30,7 +30,15 @@ from decode.models.checkpoint import RUNS, Checkpoint, has_tokenizer
 from decode.tokenizer import Tokenizer, check_tokenizer
 from distill.data.manifest import MANIFEST
 from distill.data.shards import Dataset
-from distill.provenance import FORMS_PROMPTS, dataset_metadata, made_with, origin, teacher_files, teacher_metadata
+from distill.provenance import (
+    FORMS_PROMPTS,
+    completed,
+    dataset_metadata,
+    made_with,
+    origin,
+    teacher_files,
+    teacher_metadata,
+)
 from distill.training import cpu
 from distill.training.checkpoint import check_draft_folder, check_files, rounded, save
 from distill.training.cpu import CpuHead
@@ -170,7 +178,8 @@ def other_teacher(dataset: Dataset, teacher_folder: Path) -> dict[str, Any] | No
 
 def _check_template(dataset: Dataset, teacher_folder: Path, files: dict[str, str]) -> None:
     """Refuse a teacher that writes prompts in another way than those of the dataset: its draft gets its template."""
-    collected = dataset.settings.values.get("teacher_files", {})
+    recorded = dataset.settings.values.get("teacher_files")
+    collected = completed(recorded, files) if recorded else {}
     for name in FORMS_PROMPTS if collected else ():
         if collected.get(name) != files.get(name):
             raise UserError(f"{dataset.folder}: was collected with another {name} than that of {teacher_folder}")

@@ -776,12 +776,23 @@ def test_a_teachers_files_belong_to_a_dataset(
     write("tokenizer_config.json", kept["tokenizer_config.json"] | {"backend": "tokenizers", "is_local": True})
     assert inside("distill", *options, "--out", tmp_path / "d").code == 0
 
+    def forgotten() -> None:
+        """What an older version began does not know a tokenizer's rules, and goes on."""
+        for folder in (replies, tmp_path / "d"):
+            manifest = json.loads((folder / "manifest.json").read_text())
+            del manifest["settings"]["teacher_files"]["tokenizer.json"]
+            (folder / "manifest.json").write_text(json.dumps(manifest))
+
     digits = {"type": "Digits", "individual_digits": False}
+    phi = [token | {"rstrip": token["content"] == "<|im_end|>"} for token in kept["tokenizer.json"]["added_tokens"]]
+    helper = {"type": "Replace", "pattern": {"String": "assistant"}, "content": "helper"}
     for name, change in (
         ("config.json", {"rope_theta": 5.0}),
         ("generation_config.json", {"temperature": 0.5}),
         ("tokenizer_config.json", {"bos_token": "<|endoftext|>"}),
         ("tokenizer.json", {"pre_tokenizer": digits}),
+        ("tokenizer.json", {"added_tokens": phi}),
+        ("tokenizer.json", {"normalizer": helper}),
     ):
         write(name, kept[name] | change)
         inside("distill", *options, "--out", tmp_path / "d").refused("distill", str(tmp_path / "d"), name)
@@ -790,6 +801,8 @@ def test_a_teachers_files_belong_to_a_dataset(
             again.refused("distill", str(replies), name)
         write(name, kept[name])
     assert files(tmp_path / "d") == before and not (tmp_path / "e").exists()
+    forgotten()
+    assert inside("distill", *options, "--out", tmp_path / "d").code == 0
 
 
 @pytest.mark.slow

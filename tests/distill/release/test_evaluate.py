@@ -222,11 +222,12 @@ def test_what_forms_the_prompts_belongs_to_an_evaluation(
     assert begun["template_time"] == whole["template_time"] == whole["identity"]["template_time"] is not None
     assert begun["outputs"] == whole["outputs"][:1]
     assert finished_report(out, evaluation.fingerprint(settings, prompts.read_bytes(), teacher, draft))
-    for change in ("generation_config", "config", "chat_template.jinja"):
-        file = folder / (change if "." in change else f"{change}.json")
+    helper = {"normalizer": {"type": "Replace", "pattern": {"String": "assistant"}, "content": "helper"}}
+    for name in ("generation_config.json", "config.json", "chat_template.jinja", "tokenizer.json"):
+        file = folder / name
         data = file.read_bytes() if file.exists() else b""
         file.unlink(missing_ok=True)
-        file.write_text(json.dumps(json.loads(data or b"{}") | {"added": 1}))
+        file.write_text(json.dumps(json.loads(data or b"{}") | (helper if name == "tokenizer.json" else {"added": 1})))
         assert not finished_report(out, evaluation.fingerprint(settings, prompts.read_bytes(), teacher, draft))
         file.unlink()
         if data:
