@@ -46,13 +46,16 @@ def json_hash(content: Any) -> str:
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """The values of a file that has one a line; a line that a kill cut short is left out."""
+    """The values of a file that has one a line, or a UserError that names it; a line that a kill cut short is left
+    out."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {first_line(error)}") from error
     values = []
-    for line in path.read_text(encoding="utf-8-sig").splitlines():
-        try:
+    for line in text.splitlines():
+        with suppress(ValueError, RecursionError):
             values.append(json.loads(line))
-        except ValueError:
-            continue
     return values
 
 
@@ -78,7 +81,7 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     shared: several processes may write it at once; otherwise what a killed one left is written over by the next. Raises
     UserError naming the folder where it cannot be written.
     """
-    temporary = path.with_name(f"{TEMPORARY}{f'{os.getpid()}-' if shared else ''}{path.name}")
+    temporary = temporary_for(path, shared)
     try:
         try:
             yield temporary
@@ -89,6 +92,26 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
                 temporary.unlink()
             raise
         sync(path.parent)
+    except OSError as error:
+        raise UserError(f"{cannot_write(error)} {path.parent} ({path.name}: {error.strerror})") from error
+
+
+def temporary_for(path: Path, shared: bool = False) -> Path:
+    """Where a file lies until it takes its place. A long name has a short one there: file systems limit names."""
+    name = os.fsencode(path.name)
+    short = path.name if len(name) <= 100 else hashlib.sha256(name).hexdigest() + path.suffix[:20]
+    return path.with_name(f"{TEMPORARY}{f'{os.getpid()}-' if shared else ''}{short}")
+
+
+def check_writable(path: Path) -> None:
+    """UserError where `replacing(path, shared=True)` would fail: there is no room, no right, or the name is too long."""
+    temporary = temporary_for(path, shared=True)
+    try:
+        path.exists()  # raises where the name is too long
+        try:
+            temporary.write_bytes(b"0")  # takes a block of the disk
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{cannot_write(error)} {path.parent} ({path.name}: {error.strerror})") from error
 

@@ -210,7 +210,8 @@ def finished_run(out: Path, fingerprint: dict[str, Any]) -> Summary | None:
     discard(out / STATE)
     log = out / "log.jsonl"
     lines = read_json_lines(log) if log.is_file() else []
-    best = [line for line in lines if (line.get("kind"), line.get("step")) == ("eval", figures["best_step"])]
+    evals = [line for line in lines if isinstance(line, dict) and line.get("kind") == "eval"]
+    best = [line for line in evals if line.get("step") == figures["best_step"]]
     return Summary(
         out=out,
         parameters=parameters,

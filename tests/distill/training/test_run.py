@@ -289,6 +289,14 @@ def test_drafts_of_older_versions_are_finished(made: tuple[Path, Path], whole: P
     del about["training"]["settings"]["dtype"]
     path.write_text(json.dumps(about))
     assert train(*made, out, SMALL, quiet=True).done_before
+    with (out / "log.jsonl").open("ab") as log:
+        log.write(b'"a note"\n')
+    assert train(*made, out, SMALL, quiet=True).done_before
+    with (out / "log.jsonl").open("ab") as log:
+        log.write(b"\xff\n")
+    with pytest.raises(UserError, match=r"log\.jsonl: cannot be read"):
+        train(*made, out, SMALL, quiet=True)
+    (out / "log.jsonl").unlink()
     with pytest.raises(UserError, match="trained with dtype = auto, not float32"):
         train(*made, out, dataclasses.replace(SMALL, dtype="float32"), quiet=True)
 
