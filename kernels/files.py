@@ -104,7 +104,7 @@ def temporary_for(path: Path, shared: bool = False) -> Path:
 
 
 def check_writable(path: Path) -> None:
-    """UserError where `replacing(path, shared=True)` would fail: there is no room, no right, or the name is too long."""
+    """UserError where `replacing(path, shared=True)` would fail: no room, no right, or too long a name."""
     temporary = temporary_for(path, shared=True)
     try:
         path.exists()  # raises where the name is too long
@@ -238,7 +238,7 @@ def replacing_files(folder: Path, record: str) -> Iterator[Path]:
     and is not there any more goes; all else in `folder` stays. A kill while files take their places leaves no
     config.json, so nothing that could be taken for a model, and `finish_replacing` ends what was begun.
     """
-    new = folder / f"{TEMPORARY}new"
+    new, whole = _waiting(folder, "new", record), _waiting(folder, "whole", record)
     shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
     try:
         new.mkdir()
@@ -246,7 +246,7 @@ def replacing_files(folder: Path, record: str) -> Iterator[Path]:
         for path in new.iterdir():
             sync(path)
         sync(new)
-        new.rename(_whole(folder))
+        new.rename(whole)
     finally:
         shutil.rmtree(new, ignore_errors=True)
     finish_replacing(folder, record)
@@ -254,7 +254,7 @@ def replacing_files(folder: Path, record: str) -> Iterator[Path]:
 
 def finish_replacing(folder: Path, record: str) -> None:
     """Let the files take their places that a kill kept from it."""
-    whole = _whole(folder)
+    whole = _waiting(folder, "whole", record)
     if not whole.is_dir():
         return
     waiting = {path.name for path in whole.iterdir()}
@@ -268,9 +268,9 @@ def finish_replacing(folder: Path, record: str) -> None:
     whole.rmdir()
 
 
-def _whole(folder: Path) -> Path:
-    """Where files wait to take their places, all of them written."""
-    return folder / f"{TEMPORARY}whole"
+def _waiting(folder: Path, how: str, record: str) -> Path:
+    """Where files wait to take their places, all of them written in "whole"; a folder may have several records."""
+    return folder / f"{TEMPORARY}{how}-{record}"
 
 
 def listed_files(record: Path) -> dict[str, str]:
@@ -300,5 +300,11 @@ def check_own_files(folder: Path, record: str, names: Collection[str]) -> None:
             continue
         if not path.is_file() or path.name not in listed:
             raise UserError(f"{path}: is in the way: bitdraft did not write it; move it elsewhere")
-        if not weights and sha256(path) != listed[path.name]:
-            raise UserError(f"{path}: was changed, and would be replaced; move it elsewhere")
+        if not weights:
+            check_unchanged(path, listed[path.name])
+
+
+def check_unchanged(path: Path, digest: str) -> None:
+    """UserError where a file of ours is not as we wrote it, and would be replaced."""
+    if not path.is_file() or sha256(path) != digest:
+        raise UserError(f"{path}: was changed, and would be replaced; move it elsewhere")

@@ -90,7 +90,9 @@ class DatasetSettings:
         """The first setting that differs, as (dotted name, value here, value there); None if none does. Either may be
         of an older version: what it does not know was at its default, or is not known."""
         here, there = (_flat("", complete_settings(settings.values)) for settings in (self, other))
-        unknown = [one for one in PINNED_LATER if not all(any(_is_of(one, name) for name in flat) for flat in (here, there))]
+        unknown = [
+            one for one in PINNED_LATER if not all(any(_is_of(one, name) for name in flat) for flat in (here, there))
+        ]
         for name in [*here, *(name for name in there if name not in here)]:
             if any(_is_of(one, name) for one in unknown):
                 continue
