@@ -982,7 +982,17 @@ def test_impossible_settings(
 def test_caches_beyond_the_memory_are_refused(
     teacher: Checkpoint, settings: CollectSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("kernels.memory.memory_bytes", lambda: 16 << 30)
+        for batch, named in ((1 << 16, r"--batch 65536: .* this machine has 17\.2 GB"), (1 << 17, "--batch 131072")):
+            with pytest.raises(UserError, match=named):
+                Collector(plan_collection(teacher, replace(settings, batch=batch), tmp_path))
+        # What fits is estimated from a part of it: with all rows of a batch this would take minutes.
+        patch.setattr("distill.data.collect.ESTIMATE_SECONDS", 0.1)
+        collector = Collector(plan_collection(teacher, replace(settings, batch=4000, reply=False), tmp_path))
+        assert collector.estimate().tokens == settings.tokens
     monkeypatch.setattr("kernels.memory.memory_bytes", lambda: 1_000_000)
+    monkeypatch.setattr("distill.data.collect.check_memory", lambda *shape: None)
     with pytest.raises(UserError, match=rf"--reply-batch {settings.reply_batch}: .* this machine has 0\.0 GB"):
         Collector(plan_collection(teacher, settings, tmp_path)).run()
     with pytest.raises(UserError, match=rf"--reply-batch {settings.reply_batch}: .* this machine has 0\.0 GB"):

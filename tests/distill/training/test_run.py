@@ -256,7 +256,9 @@ def test_a_teachers_files_belong_to_a_run(made: tuple[Path, Path], begun: Path, 
         train(data, other, finished, SMALL, quiet=True)
     content = json.loads((teacher / "tokenizer.json").read_text())
     (other / "config.json").write_text(json.dumps(config))
-    (other / "tokenizer.json").write_text(json.dumps(content | {"normalizer": {"type": "Replace", "pattern": {"String": "\x07"}, "content": ""}}))
+    (other / "tokenizer.json").write_text(
+        json.dumps(content | {"normalizer": {"type": "Replace", "pattern": {"String": "\x07"}, "content": ""}})
+    )
     with pytest.raises(UserError, match=r"trained with another tokenizer\.json of the teacher"):
         train(data, other, finished, SMALL, quiet=True)
     about = json.loads((finished / "draft.json").read_text())
