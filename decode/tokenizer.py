@@ -28,6 +28,7 @@ STRFTIME_NOW = """\
 """
 DIRECTIVES = [f"%{dash}{letter}" for letter in "aAwdbBmyYHIlkpMSfzZjUWcxXFTDReGuVhCsP" for dash in ("", "-")]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+UNUSED = ("version", "truncation", "padding")  # in a tokenizer.json: each call says what it wants of them
 LINE_END = re.compile("\r\n|\r")
 PLACE = "bitdraft-holds-this-place"  # stands for a text that is still to be written
 # Shows how text is normalised, split and begun: words, numbers, white space, other scripts, what may be special tokens.
@@ -82,6 +83,14 @@ class Tokenizer:
         otherwise, with what concerns only them."""
         ids = self._wrapped.encode(PROBE), self._wrapped.encode(PROBE, add_special_tokens=False)
         return json_hash([ids, self._wrapped.special_tokens_map])
+
+    @cached_property
+    def rules_hash(self) -> str:
+        """sha256 of all else by which text becomes tokens and tokens text, as it was loaded, whatever its files leave
+        out: normaliser, pre-tokeniser, post-processor, decoder, the model's options and the added tokens' flags."""
+        rules = json.loads(self._wrapped.backend_tokenizer.to_str())
+        model = {name: value for name, value in rules["model"].items() if name not in ("vocab", "merges")}
+        return json_hash({name: value for name, value in rules.items() if name not in UNUSED} | {"model": model})
 
     @property
     def template_time(self) -> str | None:

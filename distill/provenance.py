@@ -22,7 +22,8 @@ CONVERTED = "converted.json"  # what `distill convert` leaves in a folder: where
 HUB = "https://huggingface.co"
 LICENCE_KEYS = ("license", "license_name", "license_link")
 CONFIG_FILES = ("config.json", "generation_config.json")
-FORMS_PROMPTS = ("chat template", "tokenizer.json or tokenizer_config.json")
+RULES = "tokenizer.json"  # stands for a tokenizer's rules; what was begun before they were kept does not know them
+FORMS_PROMPTS = ("chat template", "tokenizer.json or tokenizer_config.json", RULES)
 # What tools write into these as they save a model again, and no model reads.
 BOOKKEEPING = ("_name_or_path", "_from_model_config", "transformers_version")
 ORIGIN_KEYS = ("repo", "revision", *LICENCE_KEYS)
@@ -37,8 +38,13 @@ def teacher_files(tokenizer: Tokenizer) -> dict[str, str]:
     return (
         config_hashes(tokenizer.folder)
         | ({} if template is None else {FORMS_PROMPTS[0]: template})
-        | {FORMS_PROMPTS[1]: tokenizer.spelling_hash}
+        | {FORMS_PROMPTS[1]: tokenizer.spelling_hash, RULES: tokenizer.rules_hash}
     )
+
+
+def completed(begun: dict[str, Any], now: dict[str, str]) -> dict[str, Any]:
+    """The `teacher_files` of what was begun, perhaps by an older version: rules it does not know were those of now."""
+    return {RULES: now[RULES]} | begun if RULES in now else begun
 
 
 def config_hashes(folder: Path) -> dict[str, str]:

@@ -23,7 +23,7 @@ from distill.data.settings import CollectSettings
 from distill.release.settings import EvaluateSettings
 from distill.training.losses import check_draws
 from distill.training.settings import TrainSettings
-from kernels.errors import UserError
+from kernels.errors import UserError, first_line
 
 RECIPES = ROOT / "recipes"
 RECIPE_FILE = "recipe.toml"  # the copy beside a draft
@@ -111,8 +111,8 @@ def read_recipe(path: Path) -> Recipe:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not valid UTF-8 (byte {error.start})") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: is not TOML: {error}") from None
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: is not TOML: {first_line(error)}") from None
     if not values:
         raise UserError(f"{path}: holds no settings")
     source = _Source(path, content.decode("utf-8-sig"))

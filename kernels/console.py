@@ -16,7 +16,7 @@ import typer
 from tqdm import tqdm
 
 from kernels.errors import UserError
-from kernels.files import NO_ROOM, goes_round, replacing
+from kernels.files import NO_ROOM, check_writable, goes_round, replacing
 
 JsonOption = Annotated[
     str | None,
@@ -159,8 +159,12 @@ def write_json(target: str | None, value: dict[str, Any]) -> None:
         else:  # a pipe or device is written where it is
             path.write_text(text, encoding="utf-8")
     except (OSError, UserError) as error:
-        cause = error.__cause__ or error
-        raise UserError(f"--json {target}: cannot be written: {getattr(cause, 'strerror', cause)}") from error
+        raise _cannot_be_written(target, error) from error
+
+
+def _cannot_be_written(target: str, error: Exception) -> UserError:
+    cause = error.__cause__ or error
+    return UserError(f"--json {target}: cannot be written: {getattr(cause, 'strerror', cause)}")
 
 
 def check_json_target(target: str | None) -> None:
@@ -177,6 +181,11 @@ def check_json_target(target: str | None) -> None:
         raise UserError(f"--json {target}: the folder {folder} does not exist")
     if not os.access(path if path.exists() else folder, os.W_OK):
         raise UserError(f"--json {target}: cannot be written: no permission")
+    if path.is_file() or not path.exists():
+        try:
+            check_writable(path.resolve())
+        except UserError as error:
+            raise _cannot_be_written(target, error) from error
 
 
 def say(quiet: bool) -> Callable[[str], None]:

@@ -46,13 +46,16 @@ def json_hash(content: Any) -> str:
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """The values of a file that has one a line; a line that a kill cut short is left out."""
+    """The values of a file that has one a line, or a UserError that names it; a line that a kill cut short is left
+    out."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {first_line(error)}") from error
     values = []
-    for line in path.read_text(encoding="utf-8-sig").splitlines():
-        try:
+    for line in text.splitlines():
+        with suppress(ValueError, RecursionError):
             values.append(json.loads(line))
-        except ValueError:
-            continue
     return values
 
 
@@ -78,7 +81,7 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     shared: several processes may write it at once; otherwise what a killed one left is written over by the next. Raises
     UserError naming the folder where it cannot be written.
     """
-    temporary = path.with_name(f"{TEMPORARY}{f'{os.getpid()}-' if shared else ''}{path.name}")
+    temporary = temporary_for(path, shared)
     try:
         try:
             yield temporary
@@ -89,6 +92,26 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
                 temporary.unlink()
             raise
         sync(path.parent)
+    except OSError as error:
+        raise UserError(f"{cannot_write(error)} {path.parent} ({path.name}: {error.strerror})") from error
+
+
+def temporary_for(path: Path, shared: bool = False) -> Path:
+    """Where a file lies until it takes its place. A long name has a short one there: file systems limit names."""
+    name = os.fsencode(path.name)
+    short = path.name if len(name) <= 100 else hashlib.sha256(name).hexdigest() + path.suffix[:20]
+    return path.with_name(f"{TEMPORARY}{f'{os.getpid()}-' if shared else ''}{short}")
+
+
+def check_writable(path: Path) -> None:
+    """UserError where `replacing(path, shared=True)` would fail: no room, no right, or too long a name."""
+    temporary = temporary_for(path, shared=True)
+    try:
+        path.exists()  # raises where the name is too long
+        try:
+            temporary.write_bytes(b"0")  # takes a block of the disk
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{cannot_write(error)} {path.parent} ({path.name}: {error.strerror})") from error
 
@@ -215,7 +238,7 @@ def replacing_files(folder: Path, record: str) -> Iterator[Path]:
     and is not there any more goes; all else in `folder` stays. A kill while files take their places leaves no
     config.json, so nothing that could be taken for a model, and `finish_replacing` ends what was begun.
     """
-    new = folder / f"{TEMPORARY}new"
+    new, whole = _waiting(folder, "new", record), _waiting(folder, "whole", record)
     shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
     try:
         new.mkdir()
@@ -223,7 +246,7 @@ def replacing_files(folder: Path, record: str) -> Iterator[Path]:
         for path in new.iterdir():
             sync(path)
         sync(new)
-        new.rename(_whole(folder))
+        new.rename(whole)
     finally:
         shutil.rmtree(new, ignore_errors=True)
     finish_replacing(folder, record)
@@ -231,7 +254,7 @@ def replacing_files(folder: Path, record: str) -> Iterator[Path]:
 
 def finish_replacing(folder: Path, record: str) -> None:
     """Let the files take their places that a kill kept from it."""
-    whole = _whole(folder)
+    whole = _waiting(folder, "whole", record)
     if not whole.is_dir():
         return
     waiting = {path.name for path in whole.iterdir()}
@@ -245,9 +268,9 @@ def finish_replacing(folder: Path, record: str) -> None:
     whole.rmdir()
 
 
-def _whole(folder: Path) -> Path:
-    """Where files wait to take their places, all of them written."""
-    return folder / f"{TEMPORARY}whole"
+def _waiting(folder: Path, how: str, record: str) -> Path:
+    """Where files wait to take their places, all of them written in "whole"; a folder may have several records."""
+    return folder / f"{TEMPORARY}{how}-{record}"
 
 
 def listed_files(record: Path) -> dict[str, str]:
@@ -277,5 +300,11 @@ def check_own_files(folder: Path, record: str, names: Collection[str]) -> None:
             continue
         if not path.is_file() or path.name not in listed:
             raise UserError(f"{path}: is in the way: bitdraft did not write it; move it elsewhere")
-        if not weights and sha256(path) != listed[path.name]:
-            raise UserError(f"{path}: was changed, and would be replaced; move it elsewhere")
+        if not weights:
+            check_unchanged(path, listed[path.name])
+
+
+def check_unchanged(path: Path, digest: str) -> None:
+    """UserError where a file of ours is not as we wrote it, and would be replaced."""
+    if not path.is_file() or sha256(path) != digest:
+        raise UserError(f"{path}: was changed, and would be replaced; move it elsewhere")

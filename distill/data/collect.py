@@ -32,7 +32,7 @@ from distill.data.ranks import Ranks
 from distill.data.reply_dataset import Replies, ReplyWriter
 from distill.data.reply_pass import Progress, ReplyPass
 from distill.data.rows import Rows
-from distill.data.scoring import Scorer, bytes_per_token
+from distill.data.scoring import Scorer, bytes_per_token, check_memory
 from distill.data.settings import OF_REPLIES, OF_SCORES, CollectSettings, complete_settings
 from distill.data.shards import Dataset, ShardWriter
 from distill.data.sharing import Part, score
@@ -42,6 +42,7 @@ from kernels import UserError
 from kernels.files import check_room, sha256, stored_bytes
 
 ROWS_PER_SHARD = 64
+ESTIMATE_SECONDS = 5.0  # that an estimate of how long scoring takes may take, about
 
 
 @dataclass
@@ -210,6 +211,7 @@ class Collector:
         """
         self.plan, self.settings, self.progress = plan, plan.settings, progress
         limit_memory()
+        check_memory(plan.teacher.config, plan.settings.batch, plan.settings.seq_len)
         self.tokenizer = Tokenizer(plan.teacher.folder, plan.reply_manifest.values.get("template_time"))
         self.ranks = ranks or Ranks()
         for rank in self.ranks.connections:
@@ -373,14 +375,14 @@ class Collector:
         asked = [first is not None and wants_reply(first) for first in firsts]
         row = np.full(settings.seq_len, min(self.tokenizer.end_tokens, default=0), np.int32)
         prompt = row[: min(64, settings.seq_len // 2)].tolist()
-        rows = [(row, np.ones_like(row, bool), np.ones_like(row, np.uint8))] * settings.batch
+        one = (row, np.ones_like(row, bool), np.ones_like(row, np.uint8))
         scorer = replace(self.scorer(), advance=lambda tokens: None)
-        seconds = []
-        for _ in range(2):
+        rows = 1
+        for _ in range(3):  # the first compiles, the second tells how many rows take a while, not minutes
             began = time.perf_counter()
-            block = scorer.score(rows)
-            seconds.append(time.perf_counter() - began)
-        per_token = seconds[-1] / block.tokens.size
+            scorer.score([one] * rows)
+            per_token = (time.perf_counter() - began) / (rows * settings.seq_len)
+            rows = max(1, min(settings.batch, int(ESTIMATE_SECONDS / (per_token * settings.seq_len))))
         if any(asked):
             batch = self.reply_pass().batch
             jobs = [Job([prompt], [1.0], (0, i), len(prompt) + 16) for i in range(settings.reply_batch)]

@@ -17,7 +17,7 @@ OLD_FORMATS = {1: 2, 3: 3}  # that are still read: the manifest's version (0.1.0
 MAX_BITS = 25  # a packed value and the up to seven bits before it have to fit one 32-bit window
 # What manifests began to pin after others had been written without it, and what no folder is named after: where one of
 # these differs, the same command must find the folder and refuse it, or take the time from it.
-PINNED_LATER = ("teacher_files", "template_time")
+PINNED_LATER = ("teacher_files", "teacher_files.tokenizer.json", "template_time")
 SEAL = b',\n "sha256": "'  # what stands between a manifest and the hash of all before it, its last entry
 SHARD_FILE = re.compile(r"(shard|reply)-\d{5,9}\.safetensors", re.ASCII)
 
@@ -100,15 +100,21 @@ class DatasetSettings:
     def difference(self, other: "DatasetSettings") -> tuple[str, Any, Any] | None:
         """The first setting that differs, as (dotted name, value here, value there); None if none does. Either may be
         of an older version: what it does not know was at its default, or is not known."""
-        unknown = {name for name in PINNED_LATER if not (name in self.values and name in other.values)}
-        here, there = (
-            _flat("", {k: v for k, v in complete_settings(settings.values).items() if k not in unknown})
-            for settings in (self, other)
-        )
+        here, there = (_flat("", complete_settings(settings.values)) for settings in (self, other))
+        unknown = [
+            one for one in PINNED_LATER if not all(any(_is_of(one, name) for name in flat) for flat in (here, there))
+        ]
         for name in [*here, *(name for name in there if name not in here)]:
+            if any(_is_of(one, name) for one in unknown):
+                continue
             if here.get(name, "absent") != there.get(name, "absent"):
                 return name, here.get(name, "absent"), there.get(name, "absent")
         return None
+
+
+def _is_of(setting: str, name: str) -> bool:
+    """Whether a dotted name is a setting's, or of a part of it."""
+    return f"{name}.".startswith(f"{setting}.")
 
 
 def _positive(number: Any) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -19,6 +20,7 @@ from distill.data.draws import draw, draw_on_host, tally, uniforms
 from distill.data.packing import Row
 from distill.data.settings import ScoringSettings
 from kernels.errors import UserError
+from kernels.memory import check_fits
 
 LOGIT_ROWS = 512  # whose logits are there at the same time
 
@@ -101,6 +103,15 @@ class Scorer:
             raise UserError(
                 f"the teacher's logits are not finite (at token {position} of row {row} of those scored together)"
             )
+
+
+def check_memory(config: dict[str, Any], batch: int, seq_len: int) -> None:
+    """UserError where the rows of a batch do not fit: counted are states and the feed-forward layer of one layer, in
+    float32, and one head's attention scores."""
+    widths = 4 * config["hidden_size"] + 2 * config.get("intermediate_size", 0)
+    need = 4 * batch * seq_len * (widths + seq_len)
+    what = f"--batch {batch}: scoring so many rows of {seq_len} tokens needs about {{}}"
+    check_fits(need, what, "choose a smaller --batch or --seq-len")
 
 
 def bytes_per_token(vocab_size: int, settings: ScoringSettings) -> int:

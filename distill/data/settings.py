@@ -75,7 +75,7 @@ class ScoringSettings(Settings):
         low=0.01,
         high=100,
     )
-    batch: int = option(8, "Rows scored at a time.", low=1)
+    batch: int = option(8, "Rows scored at a time.", low=1, high=1 << 16)
 
 
 # What decides the replies, and what decides the scores of given replies. All else can change, and they stay.

@@ -20,13 +20,25 @@ from decode.models.drafts import find_draft, is_unfinished, newest_draft
 from decode.prompts import Prompt, parse_prompts, read_content
 from decode.session import Completion, Session
 from decode.tokenizer import Tokenizer
-from distill.provenance import config_hashes, teacher_files
+from distill.provenance import completed, config_hashes, teacher_files
 from distill.release.plots import acceptance_by_category, acceptance_by_position
 from distill.release.settings import EvaluateSettings
 from kernels import UserError, backend
 from kernels.console import progress, say
 from kernels.device import device_name, versions
-from kernels.files import append_line, read_json, read_json_lines, working_in, write_atomic
+from kernels.files import (
+    append_line,
+    cannot_write,
+    check_unchanged,
+    finish_replacing,
+    listed_files,
+    read_json,
+    read_json_lines,
+    replacing_files,
+    sha256,
+    working_in,
+    write_atomic,
+)
 
 REPORT, TABLE, UNFINISHED = "evaluation.json", "evaluation.md", "evaluation-unfinished.jsonl"
 CATEGORY_PLOT, POSITION_PLOT = "evaluation-categories.png", "evaluation-positions.png"
@@ -92,7 +104,10 @@ def _same(identity: Any, of: dict[str, Any]) -> bool:
 def _differences(identity: dict[str, Any], of: dict[str, Any]) -> list[str]:
     """What in a fingerprint is other than in this one, by name. What one of an older version does not know was at its
     default; the time that a chat template was told may be another."""
-    was, now = _flat(EvaluateSettings.with_defaults(identity)), _flat(of)
+    identity = EvaluateSettings.with_defaults(identity)
+    if isinstance(files := identity.get("teacher_files"), dict) and "teacher_files" in of:
+        identity |= {"teacher_files": completed(files, of["teacher_files"])}
+    was, now = _flat(identity), _flat(of)
     names = sorted((was.keys() | now.keys()) - {"template_time"})
     return [name for name in names if was.get(name) != now.get(name)]
 
@@ -168,7 +183,7 @@ def evaluate(
             bar.close()
         pairs = [done[index] for index in sorted(done)]
         report = _report(session, pairs, settings, measured, complete=len(pairs) == len(prompts))
-        _write(out, report)
+        report = _write(out, report)
         if report["complete"]:
             unfinished.path.unlink(missing_ok=True)
     return report
@@ -181,13 +196,23 @@ def check_evaluation_folder(out: Path) -> None:
 
 
 def _check_own(out: Path) -> None:
-    """Refuse files with the names of results that are not ours: pages and pictures are where JSON of ours is."""
-    marks = {REPORT: "acceptance_rate", UNFINISHED: "identity"}
-    ours = {name for name, key in marks.items() if key in _first_object(out / name)}
-    for name in (*marks, TABLE, CATEGORY_PLOT, POSITION_PLOT):
-        path = out / name
-        if path.exists() and (not path.is_file() or not ours or (name in marks and name not in ours)):
-            raise UserError(f"{path}: is in the way: it was not written by `distill evaluate`; move it elsewhere")
+    """Refuse files with the names of results that are not ours, or not as we wrote them: the report lists the page and
+    the pictures by their hashes. Beside a report of an older version, which does not, they are taken as ours."""
+    finish_replacing(out, REPORT)
+    for name, key in ((REPORT, "acceptance_rate"), (UNFINISHED, "identity")):
+        if (out / name).exists() and key not in _first_object(out / name):
+            raise _in_the_way(out / name)
+    listed = listed_files(out / REPORT)
+    older = (out / REPORT).exists() and not listed
+    for path in (out / name for name in (TABLE, CATEGORY_PLOT, POSITION_PLOT)):
+        if path.name in listed and path.exists():
+            check_unchanged(path, listed[path.name])
+        elif path.exists() and not (older and path.is_file()):
+            raise _in_the_way(path)
+
+
+def _in_the_way(path: Path) -> UserError:
+    return UserError(f"{path}: is in the way: it was not written by `distill evaluate`; move it elsewhere")
 
 
 def _first_object(path: Path) -> dict[str, Any]:
@@ -322,13 +347,19 @@ def _completion(line: dict[str, Any], prompt: Prompt, ids: list[int]) -> Complet
     return Completion(prompt, ids, [int(token) for token in line["tokens"]], metrics, str(line["finish_reason"]))
 
 
-def _write(out: Path, report: dict[str, Any]) -> None:
-    """The JSON last: where it is, all of it is."""
-    write_atomic(out / TABLE, markdown(report).encode())
+def _write(out: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """All of it or nothing. Returns the report with the hashes of the other files, as evaluation.json has it."""
     title = f"{report['draft']}, k = {report['k']}"
-    acceptance_by_category(report["categories"], out / CATEGORY_PLOT, title)
-    acceptance_by_position(report, out / POSITION_PLOT, title)
-    write_atomic(out / REPORT, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
+    try:
+        with replacing_files(out, REPORT) as new:
+            (new / TABLE).write_text(markdown(report), encoding="utf-8")
+            acceptance_by_category(report["categories"], new / CATEGORY_PLOT, title)
+            acceptance_by_position(report, new / POSITION_PLOT, title)
+            report = report | {"files": {path.name: sha256(path) for path in sorted(new.iterdir())}}
+            (new / REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{cannot_write(error)} {out} (the results: {error.strerror})") from error
+    return report
 
 
 def markdown(report: dict[str, Any]) -> str:

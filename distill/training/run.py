@@ -30,7 +30,15 @@ from decode.models.checkpoint import RUNS, Checkpoint, has_tokenizer
 from decode.tokenizer import Tokenizer, check_tokenizer
 from distill.data.manifest import MANIFEST
 from distill.data.shards import Dataset
-from distill.provenance import FORMS_PROMPTS, dataset_metadata, made_with, origin, teacher_files, teacher_metadata
+from distill.provenance import (
+    FORMS_PROMPTS,
+    completed,
+    dataset_metadata,
+    made_with,
+    origin,
+    teacher_files,
+    teacher_metadata,
+)
 from distill.training import cpu
 from distill.training.checkpoint import check_draft_folder, check_files, rounded, save
 from distill.training.cpu import CpuHead
@@ -42,13 +50,23 @@ from distill.training.memory import check_memory, disk_bytes, is_narrow
 from distill.training.optimizer import learning_rate
 from distill.training.plots import training_curves
 from distill.training.settings import TrainSettings
-from distill.training.state import STATE, State, difference, discard
+from distill.training.state import CURVES, LOG, STATE, State, check_shown, difference, discard
 from distill.training.step import Step, TrimmedHead, measure
 from distill.training.vocabulary import DraftVocabulary, select_draft_vocabulary
 from kernels.backends import use_fast_blas
 from kernels.console import say
 from kernels.errors import UserError
-from kernels.files import append_line, cannot_write, read_json, read_json_lines, sha256, stored_bytes, working_in
+from kernels.files import (
+    append_line,
+    cannot_write,
+    read_json,
+    read_json_lines,
+    replacing,
+    sha256,
+    stored_bytes,
+    working_in,
+    write_atomic,
+)
 
 DRAW_SECONDS = 20.0  # a picture takes part of a second
 READ_EVERY = 20  # most steps that run before the host looks at their losses
@@ -143,6 +161,7 @@ def working_on_draft(out: Path, config: DraftConfig) -> Iterator[None]:
     """Hold the folder of a draft that is to be trained, after all that can be found wrong with it before the work."""
     with working_in(out, room=disk_bytes(config) - stored_bytes(out / STATE)):
         check_draft_folder(out)
+        check_shown(out)
         yield
 
 
@@ -171,7 +190,8 @@ def other_teacher(dataset: Dataset, teacher_folder: Path) -> dict[str, Any] | No
 
 def _check_template(dataset: Dataset, teacher_folder: Path, files: dict[str, str]) -> None:
     """Refuse a teacher that writes prompts in another way than those of the dataset: its draft gets its template."""
-    collected = dataset.settings.values.get("teacher_files", {})
+    recorded = dataset.settings.values.get("teacher_files")
+    collected = completed(recorded, files) if recorded else {}
     for name in FORMS_PROMPTS if collected else ():
         if collected.get(name) != files.get(name):
             raise UserError(f"{dataset.folder}: was collected with another {name} than that of {teacher_folder}")
@@ -200,9 +220,10 @@ def finished_run(out: Path, fingerprint: dict[str, Any]) -> Summary | None:
         raise UserError(f"{out}: holds a finished draft that was trained with {text}; give another --out or delete it")
     check_files(out, about)
     discard(out / STATE)
-    log = out / "log.jsonl"
+    log = out / LOG
     lines = read_json_lines(log) if log.is_file() else []
-    best = [line for line in lines if (line.get("kind"), line.get("step")) == ("eval", figures["best_step"])]
+    evals = [line for line in lines if isinstance(line, dict) and line.get("kind") == "eval"]
+    best = [line for line in evals if line.get("step") == figures["best_step"]]
     return Summary(
         out=out,
         parameters=parameters,
@@ -211,7 +232,7 @@ def finished_run(out: Path, fingerprint: dict[str, Any]) -> Summary | None:
         held_out_loss_float=best[-1].get("held_out_loss") if best else None,
         vocabulary=about.get("vocabulary"),
         log=log,
-        plot=out / "curves.png",
+        plot=out / CURVES,
         done_before=True,
         **figures,
     )
@@ -257,7 +278,7 @@ class _Run:
             attention=llama.masked_attention if plain else cpu.attention,
             trimmed=None if vocabulary is None else TrimmedHead(vocabulary.d2t, vocabulary.size),
         )
-        self.log = out / "log.jsonl"
+        self.log = out / LOG
         self.seconds = 0.0
         self.drawn = -math.inf
 
@@ -322,8 +343,9 @@ class _Run:
                     embedding = llama.init_embedding_from(teacher, self.config.hidden, self.settings.seed)
             model = llama.create(self.config, self.settings.seed, embedding)
             self.state.begin(llama.named_weights(model))
-        text = "".join(line + "\n" for line in lines)
-        self._write(lambda: self.log.write_text(text, encoding="utf-8"))
+        text = "".join(line + "\n" for line in lines).encode()
+        write_atomic(self.log, text)
+        self.state.write_run(text)
         self._line({"kind": "start", "step": self.state.step, "steps": self.steps} | self.loader.row_counts())
         return self.state.step
 
@@ -365,7 +387,9 @@ class _Run:
 
         c = self.config
         title = f"{c.layers} x {c.hidden} draft for {self.loader.dataset.settings.teacher_name}"
-        self._write(lambda: training_curves(self.log, self.out / "curves.png", title))
+        with replacing(self.out / CURVES) as picture:
+            self._write(lambda: training_curves(self.log, picture, title))
+            self.state.note_picture(picture)
 
     def _line(self, line: dict[str, Any]) -> None:
         append_line(self.log, line)
@@ -445,7 +469,7 @@ class _Run:
             best_step=self.state.best_step,
             held_out_loss_float=self.state.best_loss,
             log=self.log,
-            plot=self.out / "curves.png",
+            plot=self.out / CURVES,
             vocabulary=None if self.vocabulary is None else self.vocabulary.metadata(),
             **figures,
         )

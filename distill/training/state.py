@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Collection
@@ -11,13 +12,16 @@ from typing import Any
 
 import mlx.core as mx
 
+from distill.provenance import completed
 from distill.training.settings import TrainSettings
 from distill.training.tensors import Tensors, load_tensors, save_tensors
 from kernels.errors import UserError
-from kernels.files import TEMPORARY, cannot_write, read_json, write_atomic
+from kernels.files import TEMPORARY, cannot_write, read_json, sha256, sync, write_atomic
 
+LOG, CURVES = "log.jsonl", "curves.png"  # beside a draft
 STATE = "state"  # the folder of a run that is not finished, beside its draft
 RUN = "run.json"
+OF_LOG = b'{"kind": "'  # what its lines begin with
 OURS = re.compile(r"run\.json|(step|best)-\d+\.safetensors|" + re.escape(TEMPORARY) + ".*")
 
 
@@ -36,6 +40,7 @@ class State:
         self.best_loss: float | None = None
         self.best_weights: Tensors | None = None
         self.tensors: dict[str, Tensors] = {}
+        self._run: dict[str, Any] = {}  # what run.json says
 
     @classmethod
     def open(cls, folder: Path, fingerprint: dict[str, Any]) -> State:
@@ -52,12 +57,15 @@ class State:
                 state.best_loss = None if run["best_loss"] is None else float(run["best_loss"])
             except (KeyError, TypeError, ValueError) as error:
                 raise UserError(f"{folder / RUN}: damaged ({error}); delete {folder} to start over") from error
-        else:
+            state._run = run
+        curves = folder.parent / CURVES
+        state._run.setdefault("curves", [sha256(curves)] if curves.is_file() else [])  # as `check_shown` takes it
+        if not (folder / RUN).is_file():
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(f"{cannot_write(error)} {folder} ({error.strerror})") from error
-            state._write_run()
+            state.write_run(b"")
         return state
 
     @property
@@ -95,7 +103,9 @@ class State:
             current.add(path.name)
             if tensors is not None and not (kind == "best" and path.exists()):
                 save_tensors(path, tensors)
-        self._write_run()
+        log = self.folder.parent / LOG
+        sync(log)  # or a power cut could leave less of it than is said here
+        self.write_run(log.read_bytes())
         _remove(self.folder, but=current)
 
     def _file(self, kind: str, step: int) -> Path:
@@ -107,14 +117,46 @@ class State:
         except UserError as error:
             raise UserError(f"{error}; delete {self.folder} to start over") from error
 
-    def _write_run(self) -> None:
-        run = {
+    def note_picture(self, picture: Path) -> None:
+        """Say that this is one of ours, before it takes the place of the last one."""
+        self._run["curves"] = [*self._run["curves"][-1:], sha256(picture)]
+        self._replace_run()
+
+    def write_run(self, log: bytes) -> None:
+        """Write run.json. log: what log.jsonl holds."""
+        self._run = {
             "identity": self.fingerprint,
             "step": self.step,
             "best_step": self.best_step,
             "best_loss": self.best_loss,
+            "log": {"bytes": len(log), "sha256": hashlib.sha256(log).hexdigest()},
+            "curves": self._run["curves"],
         }
-        write_atomic(self.folder / RUN, (json.dumps(run, indent=1) + "\n").encode())
+        self._replace_run()
+
+    def _replace_run(self) -> None:
+        write_atomic(self.folder / RUN, (json.dumps(self._run, indent=1) + "\n").encode())
+
+
+def check_shown(out: Path) -> None:
+    """UserError where the log or the picture of a run that goes on in `out` is not as the run left it: it would be
+    replaced. What a run of an older version left is taken as its own, but lines of a log that no run writes."""
+    try:
+        run = read_json(out / STATE / RUN)
+    except UserError:
+        run = {}
+    kept, log, curves = run.get("log"), out / LOG, out / CURVES
+    for path in (log, curves):
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: is in the way: bitdraft did not write it; move it elsewhere")
+    content = log.read_bytes() if log.is_file() else b""
+    size, digest = (kept.get("bytes"), kept.get("sha256")) if isinstance(kept, dict) else (None, None)
+    whole = not content or type(size) is not int or hashlib.sha256(content[:size]).hexdigest() == digest
+    behind = content[size if type(size) is int else 0 :].split(b"\n")  # the last one may be cut short
+    if not whole or not all(line.startswith(OF_LOG) or OF_LOG.startswith(line) for line in behind):
+        raise UserError(f"{log}: was changed, and would be replaced; move it elsewhere")
+    if "curves" in run and curves.exists() and sha256(curves) not in run["curves"]:
+        raise UserError(f"{curves}: is not the run's, and would be replaced; move it elsewhere")
 
 
 def is_begun(folder: Path) -> bool:
@@ -148,7 +190,7 @@ def difference(begun: Any, fingerprint: dict[str, Any]) -> str | None:
     """
     begun = TrainSettings.with_defaults(begun if isinstance(begun, dict) else {})
     files, files_now = begun.pop("teacher_files", None), fingerprint.get("teacher_files")
-    if files is not None and files_now is not None and files != files_now:
+    if files is not None and files_now is not None and (files := completed(files, files_now)) != files_now:
         names = files.keys() | files_now.keys()
         return f"another {min(name for name in names if files.get(name) != files_now.get(name))} of the teacher"
     fingerprint = {name: value for name, value in fingerprint.items() if name != "teacher_files"}

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import TEACHER, Command, arguments, changed_copy, environment, in_background
+from conftest import TEACHER, Command, arguments, changed_copy, environment, in_background, mounted
 
 PLAIN_KEYS = {
     "teacher", "draft", "k", "prompts", "tokens", "rounds", "drafted", "accepted", "acceptance_rate",
@@ -306,6 +306,30 @@ def test_samples_are_not_compared(command: Command, weak_draft: Path) -> None:
     report = json.loads(done.out)
     assert report["speedup"] > 0 and "identical" not in report and "identical" not in report["outputs"][0]
     assert "identical" not in done.err and "not compared with the text of plain decoding" in done.err
+
+
+def test_a_json_file_that_could_not_be_written_is_refused_before_the_work(inside: Command, tmp_path: Path) -> None:
+    """Any name that the file system takes is written; a longer one, and one on a full disk, are refused at once."""
+    longest = tmp_path / ("n" * 250 + ".json")
+    assert inside("decode", "plain", "--prompt", "a", "--max-tokens", 1, "-q", "--json", longest).code == 0
+    assert json.loads(longest.read_text())["tokens"] == 1 and list(tmp_path.iterdir()) == [longest]
+    longer = tmp_path / ("n" * 251 + ".json")
+    inside("decode", "plain", "--prompt", "a", "--json", longer).refused("decode", str(longer))
+    program = """
+import shutil, sys
+from pathlib import Path
+from kernels.console import check_json_target
+disk = Path(sys.argv[1])
+check_json_target(str(disk / "r.json"))
+(disk / "filled").write_bytes(bytes(shutil.disk_usage(disk).free))
+try:
+    check_json_target(str(disk / "r.json"))
+except Exception as error:
+    print(error, [path.name for path in disk.iterdir()])
+"""
+    (tmp_path / "disk").mkdir()
+    done = mounted(tmp_path / "disk", "1m", program)
+    assert "r.json" in done.stdout and "No space left" in done.stdout and "['filled']" in done.stdout, done.stderr
 
 
 @pytest.mark.slow

@@ -89,6 +89,7 @@ BITNET_2B = {
         ('[evaluate]\nout = "../x"\n[collect]\nout = "../x/y"\n', "line 2: [evaluate] out: the folders of"),
         ('[evaluate]\nhead = "int4"\n', "[evaluate] head int4"),
         ("[train\n", "is not TOML: "),
+        ("a=" + "[" * 100_000, "is not TOML: "),
         ("[train]\nlayers = 2\nlayers = 3\n", "is not TOML: "),
     ],
 )

@@ -826,12 +826,23 @@ def test_a_teachers_files_belong_to_a_dataset(
     write("tokenizer_config.json", kept["tokenizer_config.json"] | {"backend": "tokenizers", "is_local": True})
     assert inside("distill", *options, "--out", tmp_path / "d").code == 0
 
+    def forgotten() -> None:
+        """What an older version began does not know a tokenizer's rules, and goes on."""
+        for folder in (replies, tmp_path / "d"):
+            manifest = json.loads((folder / "manifest.json").read_text())
+            del manifest["settings"]["teacher_files"]["tokenizer.json"]
+            (folder / "manifest.json").write_text(json.dumps(manifest))
+
     digits = {"type": "Digits", "individual_digits": False}
+    phi = [token | {"rstrip": token["content"] == "<|im_end|>"} for token in kept["tokenizer.json"]["added_tokens"]]
+    helper = {"type": "Replace", "pattern": {"String": "assistant"}, "content": "helper"}
     for name, change in (
         ("config.json", {"rope_theta": 5.0}),
         ("generation_config.json", {"temperature": 0.5}),
         ("tokenizer_config.json", {"bos_token": "<|endoftext|>"}),
         ("tokenizer.json", {"pre_tokenizer": digits}),
+        ("tokenizer.json", {"added_tokens": phi}),
+        ("tokenizer.json", {"normalizer": helper}),
     ):
         write(name, kept[name] | change)
         inside("distill", *options, "--out", tmp_path / "d").refused("distill", str(tmp_path / "d"), name)
@@ -840,6 +851,8 @@ def test_a_teachers_files_belong_to_a_dataset(
             again.refused("distill", str(replies), name)
         write(name, kept[name])
     assert files(tmp_path / "d") == before and not (tmp_path / "e").exists()
+    forgotten()
+    assert inside("distill", *options, "--out", tmp_path / "d").code == 0
 
 
 @pytest.mark.slow
@@ -1042,7 +1055,17 @@ def test_impossible_settings(
 def test_caches_beyond_the_memory_are_refused(
     teacher: Checkpoint, settings: CollectSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("kernels.memory.memory_bytes", lambda: 16 << 30)
+        for batch, named in ((1 << 16, r"--batch 65536: .* this machine has 17\.2 GB"), (1 << 17, "--batch 131072")):
+            with pytest.raises(UserError, match=named):
+                Collector(plan_collection(teacher, replace(settings, batch=batch), tmp_path))
+        # What fits is estimated from a part of it: with all rows of a batch this would take minutes.
+        patch.setattr("distill.data.collect.ESTIMATE_SECONDS", 0.1)
+        collector = Collector(plan_collection(teacher, replace(settings, batch=4000, reply=False), tmp_path))
+        assert collector.estimate().tokens == settings.tokens
     monkeypatch.setattr("kernels.memory.memory_bytes", lambda: 100_000)
+    monkeypatch.setattr("distill.data.collect.check_memory", lambda *shape: None)
     with pytest.raises(UserError, match=rf"--reply-batch {settings.reply_batch}: .* this machine has 0\.0 GB"):
         Collector(plan_collection(teacher, settings, tmp_path)).run()
     with pytest.raises(UserError, match=rf"--reply-batch {settings.reply_batch}: .* this machine has 0\.0 GB"):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -222,11 +223,12 @@ def test_what_forms_the_prompts_belongs_to_an_evaluation(
     assert begun["template_time"] == whole["template_time"] == whole["identity"]["template_time"] is not None
     assert begun["outputs"] == whole["outputs"][:1]
     assert finished_report(out, evaluation.fingerprint(settings, prompts.read_bytes(), teacher, draft))
-    for change in ("generation_config", "config", "chat_template.jinja"):
-        file = folder / (change if "." in change else f"{change}.json")
+    helper = {"normalizer": {"type": "Replace", "pattern": {"String": "assistant"}, "content": "helper"}}
+    for name in ("generation_config.json", "config.json", "chat_template.jinja", "tokenizer.json"):
+        file = folder / name
         data = file.read_bytes() if file.exists() else b""
         file.unlink(missing_ok=True)
-        file.write_text(json.dumps(json.loads(data or b"{}") | {"added": 1}))
+        file.write_text(json.dumps(json.loads(data or b"{}") | (helper if name == "tokenizer.json" else {"added": 1})))
         assert not finished_report(out, evaluation.fingerprint(settings, prompts.read_bytes(), teacher, draft))
         file.unlink()
         if data:
@@ -307,6 +309,56 @@ def test_files_of_others_stay(
         (out / name).write_text(text)
         inside("distill", *options, "--out", out, "-q").refused("distill", str(out / name))
         assert {path.name: path.read_text() for path in out.iterdir()} == {name: text}
+
+
+def test_results_that_were_edited_stay(
+    small_teacher: Path, weak_draft: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are refused before the work; results that a kill kept from their places are not, whichever it was."""
+    models = find_teacher(str(small_teacher)), find_model(str(weak_draft), "--draft")
+    names = ("evaluation.md", "evaluation-categories.png", "evaluation-positions.png")
+
+    def run(limit: int) -> dict[str, Any]:
+        settings = EvaluateSettings(prompts=str(prompts), max_tokens=2, limit=limit)
+        return evaluate(*models, settings, tmp_path, quiet=True)
+
+    def picture(_: object, path: Path, title: str) -> None:
+        path.write_bytes(title.encode() + bytes(len(drawn)))
+        drawn.append(path.name)
+
+    class Killed(BaseException):
+        pass
+
+    drawn: list[str] = []
+    for draw in ("acceptance_by_category", "acceptance_by_position"):
+        monkeypatch.setattr(evaluation, draw, picture)
+    report = run(1)
+    for name in names:
+        written = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(written + b"mine")
+        with pytest.raises(UserError, match=f"{name}: was changed"):
+            run(2)
+        assert (tmp_path / name).read_bytes() == written + b"mine"
+        (tmp_path / name).write_bytes(written)
+    replace = Path.replace
+    for left in range(4):
+        allowed = iter(range(left))
+
+        def replaced(path: Path, target: Path, allowed: Iterator[int] = allowed) -> Path:
+            if path.parent.name.startswith(".tmp-whole") and next(allowed, None) is None:
+                raise Killed
+            return replace(path, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", replaced)
+            with pytest.raises(Killed):
+                evaluation._write(tmp_path, report)
+        evaluation.check_evaluation_folder(tmp_path)  # as the same command begins
+    assert {path.name for path in tmp_path.iterdir()} == {*names, "evaluation.json"}
+    assert json.loads((tmp_path / "evaluation.json").read_text()).keys() == report.keys()
+    del report["files"]  # as an older version left it
+    (tmp_path / "evaluation.json").write_text(json.dumps(report))
+    assert run(2)["complete"]
 
 
 def test_a_full_disk_is_named(

@@ -362,6 +362,7 @@ def test_what_belongs_to_another_draft_is_not_published(tmp_path: Path) -> None:
         ("draft.json", {"made_with": {"versions": ["mlx"]}}, r"made_with.versions is \['mlx'\]"),
         ("draft.json", {"teacher": "me"}, "teacher is 'me'"),
         ("log.jsonl", [1], r"log\.jsonl: is damaged \(holds \[1\], not an object\)"),
+        ("log.jsonl", b"\xff\n", r"log\.jsonl: cannot be read"),
         ("log.jsonl", b"", r"log\.jsonl: ends at step 0, the training of draft\.json at 2"),
         ("log.jsonl", b'{"kind": "step", "step": 1}\n{"kind": "st', r"log\.jsonl: ends at step 1"),
         ("recipe.toml", b"# caf\xe9", r"recipe\.toml: is not valid UTF-8 \(byte 5\)"),

@@ -164,6 +164,47 @@ def test_files_of_ours_that_were_edited_stay(made: tuple[Path, Path], tmp_path: 
     assert contents(tmp_path / "mine") == {"log.jsonl": b"mine"}
 
 
+def test_a_log_and_a_picture_that_were_edited_stay(made: tuple[Path, Path], whole: Path, tmp_path: Path) -> None:
+    """They are refused before the work; what a kill left of ours is not, nor are those of an older version's run."""
+    out = tmp_path / "out"
+
+    def killed(kind: str) -> None:
+        with pytest.raises(Stopped):
+            train(*made, out, TINY, stop_at(kind), quiet=True)
+
+    killed("eval")  # before anything is drawn or saved
+    (out / "curves.png").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"curves\.png: .* move it elsewhere"):
+        train(*made, out, TINY, quiet=True)
+    assert (out / "curves.png").read_bytes() == b"mine"
+    (out / "curves.png").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        train(*made, out, TINY, ctrl_c_once, quiet=True)
+    log = (out / "log.jsonl").read_bytes()
+    for name, content in (
+        ("log.jsonl", log + b"a note\n"),
+        ("log.jsonl", log + b"\xff\n"),
+        ("log.jsonl", log.replace(b'"lr"', b'"LR"')),
+        ("curves.png", b"mine"),
+    ):
+        before = (out / name).read_bytes()
+        (out / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{name}: .* would be replaced; move it elsewhere"):
+            train(*made, out, TINY, quiet=True)
+        assert (out / name).read_bytes() == content
+        (out / name).write_bytes(before)
+    killed("eval")
+    (out / "log.jsonl").write_bytes((out / "log.jsonl").read_bytes() + b'{"kind": "st')
+    killed("start")
+    (out / "log.jsonl").unlink()
+    killed("start")
+    run = json.loads((out / "state" / "run.json").read_text())
+    del run["log"], run["curves"]
+    (out / "state" / "run.json").write_text(json.dumps(run))
+    train(*made, out, TINY, quiet=True)
+    assert weights(out) == weights(whole)
+
+
 def test_through_a_link(made: tuple[Path, Path], whole: Path, tmp_path: Path) -> None:
     """To a folder that is not there yet: the link stays, stopped or not, and the draft is where it leads."""
     link, target = tmp_path / "link", tmp_path / "disk" / "target"

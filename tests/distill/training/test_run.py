@@ -284,8 +284,19 @@ def test_a_teachers_files_belong_to_a_run(made: tuple[Path, Path], begun: Path, 
     finished = shutil.copytree(whole, tmp_path / "whole")
     with pytest.raises(UserError, match=r"trained with another config\.json of the teacher"):
         train(data, other, finished, SMALL, quiet=True)
+    content = json.loads((teacher / "tokenizer.json").read_text())
+    (other / "config.json").write_text(json.dumps(config))
+    (other / "tokenizer.json").write_text(
+        json.dumps(content | {"normalizer": {"type": "Replace", "pattern": {"String": "\x07"}, "content": ""}})
+    )
+    with pytest.raises(UserError, match=r"trained with another tokenizer\.json of the teacher"):
+        train(data, other, finished, SMALL, quiet=True)
     about = json.loads((finished / "draft.json").read_text())
-    del about["training"]["teacher_files"]  # as an older version left it
+    del about["training"]["teacher_files"]["tokenizer.json"]  # as older versions left it
+    (finished / "draft.json").write_text(json.dumps(about))
+    assert train(data, other, finished, SMALL, quiet=True).done_before
+    (other / "config.json").write_text(json.dumps(config | {"rope_theta": 77.0}))
+    del about["training"]["teacher_files"]
     (finished / "draft.json").write_text(json.dumps(about))
     assert train(data, other, finished, SMALL, quiet=True).done_before
 
@@ -310,6 +321,14 @@ def test_drafts_of_older_versions_are_finished(made: tuple[Path, Path], whole: P
     del about["training"]["settings"]["dtype"]
     path.write_text(json.dumps(about))
     assert train(*made, out, SMALL, quiet=True).done_before
+    with (out / "log.jsonl").open("ab") as log:
+        log.write(b'"a note"\n')
+    assert train(*made, out, SMALL, quiet=True).done_before
+    with (out / "log.jsonl").open("ab") as log:
+        log.write(b"\xff\n")
+    with pytest.raises(UserError, match=r"log\.jsonl: cannot be read"):
+        train(*made, out, SMALL, quiet=True)
+    (out / "log.jsonl").unlink()
     with pytest.raises(UserError, match="trained with dtype = auto, not float32"):
         train(*made, out, dataclasses.replace(SMALL, dtype="float32"), quiet=True)
 
