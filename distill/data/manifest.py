@@ -5,6 +5,7 @@ import json
 import re
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,12 @@ class Entry:
     bytes: int
     device: str = ""  # what computed it, where ranks of several kinds work together
 
+    @cached_property
+    def text(self) -> str:
+        """Its lines in a manifest, which are written again with every further file."""
+        values = {name: value for name, value in asdict(self).items() if name != "device" or value}
+        return "  " + json.dumps(values, indent=1, ensure_ascii=False).replace("\n", "\n  ")
+
     @property
     def index(self) -> int:
         return int(self.file.split("-")[1].split(".")[0])
@@ -209,10 +216,6 @@ class Manifest:
         return f"{'shard' if kind == 'shards' else 'reply'}-{index:05d}.safetensors"
 
     def dump(self) -> bytes:
-        listed = [asdict(self.entries[index]) for index in sorted(self.entries)]
-        for line in listed:
-            if not line["device"]:
-                del line["device"]
         scored_from = {"scored_from": [asdict(replies) for replies in self.scored_from]} if self.scored_from else {}
         left_out = {"left_out": [asdict(omission) for omission in self.left_out]} if self.left_out else {}
         cut = {"cut": [asdict(omission) for omission in self.cut]} if self.cut else {}
@@ -224,9 +227,13 @@ class Manifest:
             **scored_from,
             **left_out,
             **cut,
-            "shards": listed,
+            "shards": [],
         }
-        data = json.dumps(content, indent=1, ensure_ascii=False).encode().removesuffix(b"\n}")
+        text = json.dumps(content, indent=1, ensure_ascii=False).removesuffix("\n}")
+        if self.entries:
+            lines = ",\n".join(self.entries[index].text for index in sorted(self.entries))
+            text = f"{text.removesuffix('[]')}[\n{lines}\n ]"
+        data = text.encode()
         return (data + SEAL + _end_of(data) if self.sealed else data + b"\n}") + b"\n"
 
     @classmethod
