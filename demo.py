@@ -5,12 +5,13 @@
     distill evaluate  the shipped draft on the same prompts, so that `decode spec` takes the faster one from then on
     decode spec       the teacher decodes with that draft, and with the shipped one
 
-It runs the commands a user would, and shows each. Everything it makes is in runs/demo. A finished demo is started
-anew, unless one of its folders holds something that is not of its making; an interrupted one goes on where it stopped.
+It runs the commands a user would, and shows each. Everything it makes is in runs/demo. A finished demo is moved aside,
+whatever else is in its folder, and made anew; an interrupted one goes on where it stopped.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shlex
@@ -19,24 +20,17 @@ import subprocess
 import sys
 import time
 import warnings
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from kernels.errors import UserError
-from kernels.files import listed_files, sha256, working_in
+from kernels.files import working_in
 
 ROOT = Path(__file__).resolve().parent
 OUT = Path("runs/demo")
 DRAFT, RESULTS = OUT / "draft", OUT / "results.json"  # OUT and DRAFT as recipes/demo.toml has them
 SHIPPED = Path("checkpoints/bitnet-smol-116m-draft")
 PROMPTS = Path("data/prompts-sample.jsonl")
-OF_ITS_MAKING = (  # beside what a draft.json lists
-    *("manifest.json", "shard-*.safetensors", "reply-*.safetensors"),
-    *("draft.json", "log.jsonl", "curves.png", "recipe.toml"),
-    *("evaluation.json", "evaluation.md", "evaluation-*.png"),
-    ".DS_Store",  # the Finder's, of whoever looked
-)
 COLUMNS = ("draft", "acceptance rate", "tokens per verification", "tok/s", "plain tok/s", "speed-up", "identical")
 
 
@@ -46,29 +40,20 @@ def main() -> int:
     try:
         with working_in(OUT):
             if RESULTS.exists():
-                clear()
+                move_aside()
+        with working_in(OUT):
             return demonstrate()
     except UserError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
 
 
-def clear() -> None:
-    """Delete what a finished demo made; nothing where there is something else, or something was edited."""
-    folders = [OUT / "dataset", DRAFT, OUT / "shipped", *OUT.glob("replies-*")]
-    made = [path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir())]
-    listed = listed_files(DRAFT / "draft.json")
-    for path in made:
-        if not any(map(path.match, (*OF_ITS_MAKING, *listed))) or not path.is_file():
-            raise UserError(f"{path}: is not of the demo's making, which starts anew; move it elsewhere")
-        if path.parent == DRAFT and path.name in listed and sha256(path) != listed[path.name]:
-            raise UserError(f"{path}: was changed, and the demo starts anew; move it elsewhere")
-    for path in made:
-        path.unlink()
-    for folder in folders:
-        with suppress(OSError):  # one that is not there, or a link
-            folder.rmdir()
-    RESULTS.unlink()  # last: while it is there, what is left is cleared
+def move_aside() -> None:
+    """Give the folder of a finished demo another name."""
+    names = (OUT.with_name(f"{OUT.name}-{number}") for number in itertools.count(1))
+    aside = next(path for path in names if not os.path.lexists(path))
+    OUT.rename(aside)
+    print(f"The demo that was done is in {aside} now; delete it when you like.")
 
 
 def demonstrate() -> int:

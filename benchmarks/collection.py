@@ -4,6 +4,10 @@ decoding, and scoring over the bare model. Prints Markdown for docs/collect.md.
     python -m benchmarks.collection
     python -m benchmarks.collection --at-once 2048 --prompts 9300 --batch 64 --rows 1024
     python -m benchmarks.collection --shape bitnet-2b --at-once 256 --prompts 1024 --batch 16 --rows 128
+    python -m benchmarks.collection --work memory --tokens 10000000 --at-once 3072 --batch 64
+
+`memory` collects a tenth of `--tokens` and all of them, each whole and in a process of its own: half from the prompts,
+the rest from what the teacher says to itself.
 
 `--shape bitnet-2b` is a stand-in with random weights (benchmarks.standin), in a folder that is deleted: its replies
 mean nothing, and none ends by itself.
@@ -19,6 +23,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from itertools import cycle, islice
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +41,14 @@ from decode.models.transformer import Transformer
 from decode.prompts import read_prompts
 from decode.tokenizer import Tokenizer
 from distill.data import codec
+from distill.data.collect import Collector, plan_collection
 from distill.data.manifest import DatasetSettings
 from distill.data.packing import Row
 from distill.data.scoring import LOGIT_ROWS, Scorer
+from distill.data.settings import CollectSettings
 from kernels.device import device_name
 
+PROMPTS = ROOT / "data" / "prompts.jsonl"
 PLAIN = 8  # prompts of the baseline
 
 
@@ -71,7 +81,7 @@ def replies(teacher: Transformer, prompts: list[list[int]], ends: frozenset[int]
         "tokens": tokens,
         "tok_per_s": tokens / (seconds - prefill),
         "with_prefill_tok_per_s": tokens / seconds,
-        "prefill_tok_per_s": sum(map(len, prompts)) / prefill,
+        "prefill_tok_per_s": sum(map(len, prompts)) / prefill if prefill else float("nan"),  # of two groups not known
         "plain_tok_per_s": said / plain,
         "over_plain": tokens / (seconds - prefill) / (said / plain),
     }
@@ -144,11 +154,43 @@ def scoring(teacher: Transformer, vocab_size: int, asked: argparse.Namespace) ->
     }
 
 
+def memory(asked: argparse.Namespace) -> dict[str, float]:
+    """Most memory of a collection, resident and what MLX held, in bytes; and over that of a tenth of its tokens."""
+    figures: dict[str, float] = {}
+    for tokens in (asked.tokens // 10, asked.tokens):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            resident, held = process.submit(peak_of, tokens, asked).result()
+        if figures:
+            figures["over_a_tenth"] = resident / figures["resident"]
+            figures["mlx_over_a_tenth"] = held / figures["mlx"]
+        figures |= {"tokens": tokens, "resident": resident, "mlx": held}
+    return figures
+
+
+def peak_of(tokens: int, asked: argparse.Namespace) -> tuple[int, int]:
+    settings = CollectSettings(
+        sources=(str(PROMPTS), "self"),
+        tokens=tokens,
+        seq_len=asked.seq_len,
+        max_reply=asked.max_reply,
+        reply_batch=asked.at_once,
+        batch=asked.batch,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        Collector(plan_collection(find_teacher(asked.teacher), settings, Path(folder, "data"))).run()
+    return resident_bytes(), mx.get_peak_memory()
+
+
+def resident_bytes() -> int:
+    """Most memory that this process had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", default=None, help="a model folder; the embedded one by default")
     parser.add_argument("--shape", choices=["bitnet-2b"], help="a stand-in of this shape in place of a teacher")
-    parser.add_argument("--work", default="replies,scoring", help="[%(default)s]")
+    parser.add_argument("--work", default="replies,scoring", help="replies, scoring, or memory alone [%(default)s]")
     parser.add_argument("--prompts", type=int, default=512, help="of data/prompts.jsonl, the first so many [512]")
     parser.add_argument("--at-once", type=int, default=64, help="prompts answered at a time [64]")
     parser.add_argument("--max-reply", type=int, default=128, help="most tokens a reply [128]")
@@ -156,14 +198,18 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="rows scored at a time [8]")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens a row [512]")
     parser.add_argument("--rounds", type=int, default=5, help="of scoring and its baselines [5]")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="of memory's larger collection [1000000]")
     parser.add_argument("--json", type=Path, metavar="FILE")
     asked = parser.parse_args()
+    if asked.work == "memory":
+        print(", ".join(f"{name} {value:,.3f}" for name, value in memory(asked).items()))
+        return
 
     embedded = find_teacher(asked.teacher)
     tokenizer = Tokenizer(embedded.folder)
     most = 512 - asked.max_reply
-    prompts = [tokenizer.encode_prompt(prompt) for prompt in read_prompts(ROOT / "data" / "prompts.jsonl")]
-    prompts = [prompt for prompt in prompts if len(prompt) <= most][: asked.prompts]
+    prompts = [tokenizer.encode_prompt(prompt) for prompt in read_prompts(PROMPTS)]
+    prompts = list(islice(cycle(prompt for prompt in prompts if len(prompt) <= most), asked.prompts))
     ends = tokenizer.end_tokens
     with tempfile.TemporaryDirectory() as folder:
         if asked.shape:
@@ -184,8 +230,7 @@ def main() -> None:
         figures = (
             replies(teacher, prompts, ends, asked) if name == "replies" else scoring(teacher, teacher.vocab_size, asked)
         )
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        report[name] = figures | {"resident_bytes": peak, "mlx_bytes": mx.get_peak_memory()}
+        report[name] = figures | {"resident_bytes": resident_bytes(), "mlx_bytes": mx.get_peak_memory()}
         line = ", ".join(f"{key} {value:,.2f}" for key, value in figures.items())
         print(
             f"{name}: {line}; {time.perf_counter() - began:.0f} s, MLX {mx.get_peak_memory() / 1e9:.2f} GB", flush=True

@@ -190,7 +190,7 @@ def position_bytes(dataset: Path) -> float:
 def predictions(options: argparse.Namespace, reports: dict[str, Any]) -> dict[str, Any]:
     """What bytes alone allow on a Mac, at its full memory bandwidth: floors, nothing that was measured.
 
-    A step of decoding reads the ternary weights, the bfloat16 head and the float32 cache; replies share weights and
+    A step of decoding reads the ternary weights, the bfloat16 head and the bfloat16 cache; replies share weights and
     head among a batch. AdamW reads weight, gradient and two moments and writes three of them, and the gradient is
     written before: 32 bytes a parameter a step.
     """
@@ -198,7 +198,7 @@ def predictions(options: argparse.Namespace, reports: dict[str, Any]) -> dict[st
     ternary = sum(tensor.nbytes for tensor in tensors(config) if tensor.dtype == "U8")
     head = 2 * config["vocab_size"] * config["hidden_size"]
     head_dim = config["hidden_size"] // config["num_attention_heads"]
-    cached = 2 * 4 * config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim  # bytes a token
+    cached = 2 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim  # bytes a token
     plain = ternary + head + CONTEXT * cached
     replies = (ternary + head) / REPLY_BATCH + CONTEXT * cached  # a token
     training = 32 * reports["train"]["parameters"] / (BATCH * options.seq_len)  # a token

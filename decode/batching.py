@@ -23,6 +23,9 @@ LONGEST_LOOP = 16  # tokens; another value cuts replies elsewhere
 # Steps that a GPU is given before their tokens are looked at, so that it need not wait for this process; a reply begins
 # with such a window and so ends, for a loop or for its length, with one.
 STEPS_AT_ONCE = CHECK_EVERY
+# From so many sequences on, a GPU is given them in two groups: it works on one while this process looks at the other's
+# tokens. Fewer keep it busier together.
+TWO_GROUPS = 2048
 PREFILL_ROWS = {False: 512, True: 16_384}  # of prompts in one pass: on a CPU, and on a GPU
 
 
@@ -57,7 +60,7 @@ class _Slot:
     place: int
     job: Job
     most_tokens: int  # of the sequence
-    uniform: np.ndarray  # float32 [turns, most tokens of a reply]
+    uniform: np.ndarray | None  # float32 [turns, most tokens of a reply]; None where all is greedy
     length: int = 0  # tokens of the sequence whose keys and values are in the cache
     feed: list[int] = field(default_factory=list)  # those that are not; the last is the next step's
     replies: list[Reply] = field(default_factory=list)
@@ -81,11 +84,16 @@ class Batch:
         grows: Callable[[int], None] = lambda rows: None,
     ) -> None:
         """max_reply: most tokens of a reply; grows: told before the cache grows, of how many rows a sequence."""
-        self.teacher, self.max_reply, self.end_tokens, self.grows = teacher, max_reply, end_tokens, grows
-        self.cache: KVCache = teacher.new_cache(slots)
-        self.prefill_seconds = 0.0  # of the time that `run` took
-        self._slots: list[_Slot | None] = [None] * slots
-        self._steps = STEPS_AT_ONCE if teacher.async_decode else 1
+        groups = 2 if teacher.async_decode and slots >= TWO_GROUPS else 1
+        self._groups = [
+            _Group(teacher, len(range(i, slots, groups)), max_reply, end_tokens, grows, alone=groups == 1)
+            for i in range(groups)
+        ]
+
+    @property
+    def prefill_seconds(self) -> float:
+        """Of the time that `run` took; of two groups it is not known."""
+        return sum(group.prefill_seconds for group in self._groups)
 
     def run(
         self,
@@ -97,101 +105,100 @@ class Batch:
 
         A job is taken when a slot is free for it. advance, prefilled: told how many tokens were written, and read.
         """
+        places = enumerate(jobs)
         try:
-            yield from self._run(enumerate(jobs), advance, prefilled)
+            while True:
+                for group in self._groups:
+                    written, done = group.look()
+                    if written:
+                        advance(written)
+                    if read := group.fill(places):
+                        prefilled(read)
+                    group.go_on()
+                    for slot in done:
+                        yield slot.place, slot.replies
+                if not any(group.busy for group in self._groups):
+                    return
         finally:  # whoever stops early leaves jobs at work
-            self._slots = [None] * len(self._slots)
-            self.cache.offsets = [0] * len(self._slots)
+            for group in self._groups:
+                group.clear()
 
-    def _run(
-        self, places: Iterator[tuple[int, Job]], advance: Callable[[int], None], prefilled: Callable[[int], None]
-    ) -> Iterator[tuple[int, list[Reply]]]:
-        while True:
-            begun, given = list[int](), 0
-            for i, slot in enumerate(self._slots):
-                if slot is None and (job := next(places, None)) is not None:
-                    begun.append(i)
-                    slot = self._slots[i] = self._begin(*job)
-                    given += len(slot.feed)
-            self._prefill(begun)
-            if given:
-                prefilled(given)
-            if not any(self._slots):
-                return
-            resumed, done = list[int](), list[_Slot]()
-            taken = given = 0
-            for i, fresh in self._step():
-                slot = self._slots[i]
-                assert slot is not None
-                taken += self._take(slot, fresh)
-                self.cache.offsets[i] = slot.length
-                if not slot.feed:
-                    self._slots[i] = None
-                    self.cache.offsets[i] = 0
-                    done.append(slot)
-                elif len(slot.feed) > 1:
-                    resumed.append(i)
-                    given += len(slot.feed) - 1
-            advance(taken)
-            for slot in done:
-                yield slot.place, slot.replies
-            self._prefill(resumed)
-            if given:
-                prefilled(given)
 
-    def _begin(self, place: int, job: Job) -> _Slot:
-        if any(job.temperatures):
-            uniform = np.random.default_rng(job.seed).random((len(job.turns), self.max_reply), np.float32)
-        else:
-            uniform = np.zeros((len(job.turns), self.max_reply), np.float32)
-        return _Slot(place, job, min(job.most_tokens, self.teacher.context), uniform, feed=list(job.turns[0]))
+class _Group:
+    """Sequences that share steps, and their cache."""
 
-    def _prefill(self, which: list[int]) -> None:
-        """Compute all but the last of the tokens that these slots are given, those of several in one pass."""
+    def __init__(
+        self,
+        teacher: Transformer,
+        slots: int,
+        max_reply: int,
+        end_tokens: frozenset[int],
+        grows: Callable[[int], None],
+        alone: bool,
+    ) -> None:
+        """alone: whether the device works on nothing else meanwhile."""
+        self.alone = alone
+        self.teacher, self.max_reply, self.end_tokens, self.grows = teacher, max_reply, end_tokens, grows
+        self.cache: KVCache = teacher.new_cache(slots)
+        self.prefill_seconds = 0.0
+        self._slots: list[_Slot | None] = [None] * slots
+        self._steps = STEPS_AT_ONCE if teacher.async_decode else 1
+        self._chosen: mx.array | None = None  # uint32 [busy slots, steps], perhaps not computed yet
+
+    @property
+    def busy(self) -> bool:
+        """Whether a slot has a job."""
+        return any(self._slots)
+
+    def clear(self) -> None:
+        """Forget all jobs."""
+        self._slots, self._chosen = [None] * len(self._slots), None
+        self.cache.offsets = [0] * len(self._slots)
+
+    def look(self) -> tuple[int, list[_Slot]]:
+        """Wait for the steps that were begun: how many tokens were written, and the slots whose jobs are done."""
+        if self._chosen is None:
+            return 0, []
+        taken, done = 0, list[_Slot]()
+        fresh = np.array(self._chosen).tolist()
+        self._chosen = None
+        for (i, slot), tokens in zip(self._active(), fresh, strict=True):
+            taken += self._take(slot, tokens)
+            self.cache.offsets[i] = slot.length
+            if not slot.feed:
+                self._slots[i] = None
+                self.cache.offsets[i] = 0
+                done.append(slot)
+        return taken, done
+
+    def fill(self, places: Iterator[tuple[int, Job]]) -> int:
+        """Begin jobs in the slots that are free, and compute all but the last of the tokens that slots are given, those
+        of several in one pass. Returns how many were read."""
+        for i, slot in enumerate(self._slots):
+            if slot is None and (job := next(places, None)) is not None:
+                self._slots[i] = self._begin(*job)
         began = time.perf_counter()
-        left = [i for i in which if len(self._fed(i)) > 1]
-        most = PREFILL_ROWS[self.teacher.async_decode]
+        left = [(i, slot) for i, slot in self._active() if len(slot.feed) > 1]
+        read = sum(len(slot.feed) - 1 for _, slot in left)
         while left:
-            counts = [0] * len(self._slots)
-            tokens: list[int] = []
-            for i in left:
-                chunk = self._fed(i)[: PREFILL_CHUNK - self.cache.offsets[i] % PREFILL_CHUNK][: len(self._fed(i)) - 1]
-                if tokens and len(tokens) + len(chunk) > most:
-                    break
-                counts[i] = len(chunk)
-                tokens += chunk
-            # A slot's tokens lie in the order of the slots.
-            order = [i for i, count in enumerate(counts) if count]
-            self._reserve(max(self.cache.offsets[i] + counts[i] for i in order))
-            self.teacher.forward([t for i in order for t in self._fed(i)[: counts[i]]], NewRows(self.cache, counts))
-            mx.eval(self.cache.keys, self.cache.values)
-            for i in order:
-                slot = self._slots[i]
-                assert slot is not None
-                slot.feed = slot.feed[counts[i] :]
-                slot.length += counts[i]
-            left = [i for i in left if len(self._fed(i)) > 1]
-        self.prefill_seconds += time.perf_counter() - began
+            self._prefill(left)
+            left = [(i, slot) for i, slot in left if len(slot.feed) > 1]
+        if self.alone:
+            self.prefill_seconds += time.perf_counter() - began
+        return read
 
-    def _fed(self, i: int) -> list[int]:
-        slot = self._slots[i]
-        return [] if slot is None else slot.feed
-
-    def _reserve(self, rows: int) -> None:
-        """Make room for positions below `rows` in every sequence."""
-        if rows > self.cache.keys[0].shape[2]:
-            self.grows(rows)
-            self.cache.reserve_upto(rows)
-
-    def _step(self) -> list[tuple[int, list[int]]]:
-        """A step or some of every sequence: the tokens chosen for each slot, behind an end perhaps more than count."""
-        active = [(i, slot) for i, slot in enumerate(self._slots) if slot is not None]
+    def go_on(self) -> None:
+        """Begin a step of every sequence, or some: a GPU works on them from now on."""
+        active = self._active()
+        if not active:
+            return
         sequences = [i for i, _ in active]
         temperature = np.array([slot.job.temperatures[len(slot.replies)] for _, slot in active], np.float32)
         uniform = np.zeros((self._steps, len(active)), np.float32)
         for column, (_, slot) in enumerate(active):
-            numbers = slot.uniform[len(slot.replies), len(slot.written) :][: self._steps]
-            uniform[: len(numbers), column] = numbers
+            if slot.uniform is not None:
+                numbers = slot.uniform[len(slot.replies), len(slot.written) :][: self._steps]
+                uniform[: len(numbers), column] = numbers
         self._reserve(max(slot.length for _, slot in active) + self._steps)
         feed = mx.array([slot.feed[-1] for _, slot in active], mx.uint32)
         chosen = []
@@ -200,7 +207,40 @@ class Batch:
             # On a CPU a step queued behind one that still runs would copy the whole cache.
             (mx.async_eval if self.teacher.async_decode else mx.eval)(feed, self.cache.keys, self.cache.values)
             chosen.append(feed)
-        return list(zip(sequences, np.array(mx.stack(chosen, axis=1)).tolist(), strict=True))
+        self._chosen = mx.stack(chosen, axis=1)
+        mx.async_eval(self._chosen)
+
+    def _active(self) -> list[tuple[int, _Slot]]:
+        return [(i, slot) for i, slot in enumerate(self._slots) if slot is not None]
+
+    def _begin(self, place: int, job: Job) -> _Slot:
+        uniform = None
+        if any(job.temperatures):
+            uniform = np.random.default_rng(job.seed).random((len(job.turns), self.max_reply), np.float32)
+        return _Slot(place, job, min(job.most_tokens, self.teacher.context), uniform, feed=list(job.turns[0]))
+
+    def _prefill(self, left: list[tuple[int, _Slot]]) -> None:
+        """Compute a chunk of each of these slots, or of the first of them."""
+        counts = [0] * len(self._slots)
+        tokens: list[int] = []
+        for i, slot in left:
+            chunk = slot.feed[: min(PREFILL_CHUNK - slot.length % PREFILL_CHUNK, len(slot.feed) - 1)]
+            if tokens and len(tokens) + len(chunk) > PREFILL_ROWS[self.teacher.async_decode]:
+                break
+            counts[i] = len(chunk)
+            tokens += chunk  # those of a slot lie in the order of the slots
+        self._reserve(max(slot.length + counts[i] for i, slot in left))
+        self.teacher.forward(tokens, NewRows(self.cache, counts))
+        (mx.eval if self.alone else mx.async_eval)(self.cache.keys, self.cache.values)
+        for i, slot in left:
+            slot.feed = slot.feed[counts[i] :]
+            slot.length += counts[i]
+
+    def _reserve(self, rows: int) -> None:
+        """Make room for positions below `rows` in every sequence."""
+        if rows > self.cache.keys[0].shape[2]:
+            self.grows(rows)
+            self.cache.reserve_upto(rows)
 
     def _take(self, slot: _Slot, fresh: list[int]) -> int:
         """Add what was chosen to a slot's reply, up to its end; how many tokens that were. Sets what it is fed next:

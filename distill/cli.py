@@ -23,6 +23,8 @@ from distill.training.settings import TrainSettings
 from kernels.console import Interrupted, JsonOption, QuietOption, check_json_target, progress, run, say, write_json
 
 if TYPE_CHECKING:
+    from decode.models.checkpoint import Checkpoint
+    from distill.data.ranks import Ranks
     from distill.recipe import Recipe
 
 app = typer.Typer(
@@ -60,29 +62,58 @@ def collect(
         typer.Option("--out", metavar="DIR", help="Dataset folder. Default: a name made of the settings in runs/."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take; write nothing.")] = False,
+    mixed: Annotated[
+        bool,
+        typer.Option("--mixed", help="Take ranks of other devices or versions too; the manifest names each shard's."),
+    ] = False,
     json_file: JsonOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Run the teacher over text and over its own replies, and keep its top logits in shards.
+    """Run the teacher over text and over its own replies, and keep its top logits, or draws from them, in shards.
 
     Killed or interrupted, the same command goes on where it stopped, and ends with the same bytes.
 
-    Replies and texts are kept as tokens beside the dataset, in replies-TEACHER-DIGITS: with another --top-k,
+    Replies and texts are kept as tokens beside the dataset, in replies-TEACHER-DIGITS: with another --top-k, --sampled,
     --temperature or --batch they are found there and not made again; --replies scores them without their sources.
+
+    Under mlx.launch all ranks work on the one dataset, which rank 0 writes.
     """
+    from distill.data.ranks import Launch, Ranks
+    from distill.data.sharing import assist, introduction
+
+    launch = Launch.found()
+    if launch is not None and launch.rank:
+        assist(launch, teacher, settings, replies is not None)
+    check_json_target(json_file, *settings.sources, *settings.exclude)
+    with Ranks.gather(launch) as ranks:
+        checkpoint = find_teacher(teacher)
+        if ranks.connections:
+            ranks.admit(introduction(checkpoint, settings, replies is not None), mixed)
+        _collect(context, checkpoint, ranks, settings, replies, out, dry_run, json_file, quiet)
+
+
+def _collect(
+    context: typer.Context,
+    checkpoint: Checkpoint,
+    ranks: Ranks,
+    settings: CollectSettings,
+    replies: Path | None,
+    out: Path | None,
+    dry_run: bool,
+    json_file: str | None,
+    quiet: bool,
+) -> None:
     from distill.data.collect import Collector, plan_collection, plan_scoring, what_is_read
     from distill.predict import duration
 
-    check_json_target(json_file, *settings.sources, *settings.exclude)
     note = say(quiet)
     began = time.perf_counter()
-    checkpoint = find_teacher(teacher)
     if replies is None:
         plan = plan_collection(checkpoint, settings, out)
     else:
         plan = plan_scoring(checkpoint, replies, settings, given_options(context), out)
     bars = Bars(quiet)
-    collector = Collector(plan, bars)
+    collector = Collector(plan, bars, ranks)
     done = not dry_run and collector.check_folder()
     result: dict[str, Any] = {"out": str(plan.folder), "teacher": plan.teacher.name, "dry_run": dry_run}
     if dry_run:
@@ -93,7 +124,8 @@ def collect(
         estimate = collector.estimate()
         result["estimate"] = vars(estimate)
         note(
-            f"{plan.folder}: about {estimate.tokens:,} tokens, {estimate.bytes / 1e6:.1f} MB,"
+            f"{plan.folder}: about {estimate.tokens:,} tokens,"
+            f" {'' if settings.sampled is None else 'at most '}{estimate.bytes / 1e6:.1f} MB,"
             f" {duration(estimate.seconds)} ({estimate.tok_per_s:,.0f} tok/s)"
         )
     if not dry_run:
@@ -113,6 +145,7 @@ def collect(
             seconds=time.perf_counter() - began,
         )
         result["left_out"] = [vars(omission) for omission in collector.left_out()]
+        result["cut"] = [vars(omission) for omission in collector.cut()]
         for remark in collector.remarks(dataset):
             note(remark)
         shards = "1 shard" if len(dataset.shards) == 1 else f"{len(dataset.shards)} shards"

@@ -131,7 +131,7 @@ def _collect(recipe: Recipe, teacher: Dimensions) -> Work:
     """Replies are written in batches, their prompts counted like them, then everything is scored once."""
     settings = recipe.collect
     context = settings.seq_len / 2
-    shards = bytes_per_token(teacher.vocab, settings.top_k, len(settings.temperatures))
+    shards = bytes_per_token(teacher.vocab, settings)
     disk = settings.tokens * (shards + (2 if teacher.vocab <= 1 << 16 else 4))
     rows = settings.reply_batch
     writing = settings.tokens * answered(settings.sources) if settings.reply else 0
@@ -184,7 +184,8 @@ def _evaluate(recipe: Recipe, teacher: Dimensions, shape: DraftConfig, prompts: 
 
 def _collection(recipe: Recipe) -> str:
     settings = recipe.collect
-    return f"{settings.tokens:,} tokens, top {settings.top_k}{', teacher replies' if settings.reply else ''}"
+    kept = f"top {settings.top_k}" if settings.sampled is None else f"{settings.sampled} draws"
+    return f"{settings.tokens:,} tokens, {kept}{', teacher replies' if settings.reply else ''}"
 
 
 def _training(recipe: Recipe) -> str:

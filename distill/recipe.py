@@ -21,6 +21,7 @@ from decode.prompts import STANDARD_INPUT, read_content
 from decode.settings import Settings
 from distill.data.settings import CollectSettings
 from distill.release.settings import EvaluateSettings
+from distill.training.losses import check_draws
 from distill.training.settings import TrainSettings
 from kernels.errors import UserError, first_line
 
@@ -185,6 +186,7 @@ def _check(recipe: Recipe) -> None:
     def check_rest() -> None:
         if train.temperature not in temperatures:
             raise UserError(f"--temperature {train.temperature}: must be 1 or one of [collect] temperature")
+        check_draws(train.loss, recipe.collect.sampled)
 
     recipe.attempt("train", check_rest)
     dataset = Path(os.path.realpath(recipe.dataset))

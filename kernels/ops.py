@@ -16,6 +16,7 @@ import numpy as np
 Epilogue = Literal["relu2_mul", "silu_mul"]
 
 SMALL_ROWS = 8  # rows of a sequence up to which every operation gives each row the bits that it has alone
+CACHED = mx.bfloat16  # what keys and values are rounded to before any row sees them (docs/kernels.md)
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,9 @@ def check_product(
 
 
 def check_attention(qkv: mx.array, k_cache: mx.array, v_cache: mx.array, spans: Spans, shape: AttentionShape) -> None:
-    """Raise ValueError for shapes with which a kernel would read or write outside of its buffers."""
+    """Raise ValueError for types and shapes with which a kernel would read or write outside of its buffers."""
+    if (k_cache.dtype, v_cache.dtype) != (CACHED, CACHED):
+        raise ValueError(f"caches of {k_cache.dtype} and {v_cache.dtype}, not of {CACHED}")
     sequences, kv_heads, capacity, dim = k_cache.shape
     if k_cache.shape != v_cache.shape or (kv_heads, dim) != (shape.kv_heads, shape.head_dim):
         raise ValueError(f"caches of {k_cache.shape} and {v_cache.shape} do not fit the model's heads")
@@ -194,7 +197,7 @@ class FusedStep(Protocol):
     ) -> mx.array:
         """Logits of m new tokens, float32 [m, vocab], not evaluated; the lists' caches are replaced or written to.
 
-        tokens: m ids, or an array of them; keys, values: a layer's float32 [1, kv_heads, capacity, d] each, of which
+        tokens: m ids, or an array of them; keys, values: a layer's bfloat16 [1, kv_heads, capacity, d] each, of which
         nobody else holds a part, with offset + m <= capacity.
         """
         ...
@@ -236,7 +239,7 @@ class ChoosesTokens(Protocol):
     ) -> mx.array:
         """A step of several sequences, one token each, and the choice (`reference.choose`) behind each, uint32 [m].
 
-        tokens: m ids, or an array of them; keys, values: a layer's float32 [sequences, kv_heads, capacity, d] each, as
+        tokens: m ids, or an array of them; keys, values: a layer's bfloat16 [sequences, kv_heads, capacity, d] each, as
         in a call; sequences, offsets: each token's place there; temperature, uniform: float32 [m].
         """
         ...

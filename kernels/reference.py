@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from kernels.ops import (
+    CACHED,
     SMALL_ROWS,
     AttentionShape,
     DenseWeight,
@@ -166,10 +167,11 @@ def attention(
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Causal attention of new rows of several sequences, each over the keys and values of its own.
 
-    qkv: float32 [spans.rows, (heads + 2 kv_heads) * d], not yet rotated; k_cache, v_cache: float32 [sequences,
-    kv_heads, capacity, d], of sequence i valid below spans.offsets[i], with room for its new rows. Returns the output
-    [spans.rows, heads * d] and both caches with the new rows written. Up to SMALL_ROWS rows of a sequence, a row's bits
-    follow from its own sequence up to its own position; more of them (a prefill) are left to the library.
+    qkv: float32 [spans.rows, (heads + 2 kv_heads) * d], not yet rotated; k_cache, v_cache: bfloat16 [sequences,
+    kv_heads, capacity, d], of sequence i valid below spans.offsets[i], with room for its new rows. Returns the output,
+    float32 [spans.rows, heads * d], and both caches with the new rows written. Every row sees keys and values as they
+    are cached, rounded, its own too; all else is float32. Up to SMALL_ROWS rows of a sequence, a row's bits follow from
+    its own sequence up to its own position; more of them (a prefill) are left to the library.
     """
     q, k, v = split_heads(qkv, spans.positions, shape)
     write_rows(k_cache, k, spans)
@@ -178,23 +180,26 @@ def attention(
     outputs, first = [mx.zeros((0, shape.heads * shape.head_dim))], 0
     for sequence, (offset, count) in enumerate(zip(spans.offsets, spans.counts, strict=True)):
         queries, first = q[first : first + count], first + count
+        seen = (sequence, slice(None), slice(offset + count))
+        keys, values = (cache[seen].astype(mx.float32) for cache in (k_cache, v_cache))
         if count > SMALL_ROWS:
-            seen = (slice(sequence, sequence + 1), slice(None), slice(offset + count))
             out = mx.fast.scaled_dot_product_attention(
-                queries.transpose(1, 0, 2)[None], k_cache[seen], v_cache[seen], scale=shape.scale, mask="causal"
+                queries.transpose(1, 0, 2)[None], keys[None], values[None], scale=shape.scale, mask="causal"
             )
             outputs.append(out[0].transpose(1, 0, 2).reshape(count, -1))
             continue
         for i in range(count):  # a library may reduce a row differently among others
-            keys, values = (cache[sequence, :, : offset + i + 1] for cache in (k_cache, v_cache))
+            end = offset + i + 1
             query = queries[i].reshape(shape.kv_heads, group, shape.head_dim) * shape.scale
-            weights = mx.softmax(query @ keys.transpose(0, 2, 1), axis=-1)
-            outputs.append((weights @ values).reshape(1, -1))
+            weights = mx.softmax(query @ keys[:, :end].transpose(0, 2, 1), axis=-1)
+            outputs.append((weights @ values[:, :end]).reshape(1, -1))
     return mx.concatenate(outputs), k_cache, v_cache
 
 
 def write_rows(cache: mx.array, rows: mx.array, spans: Spans) -> None:
-    """Write rows, float32 [spans.rows, kv_heads, d], to where they stand in [sequences, kv_heads, capacity, d]."""
+    """Write rows, float32 [spans.rows, kv_heads, d], to where they stand in [sequences, kv_heads, capacity, d], as
+    bfloat16: each value is rounded to the nearest, of two as near to the even one."""
+    rows = rows.astype(CACHED)
     if len(spans.offsets) == 1:  # as a slice: a scatter is slower, and on a GPU compiled when first used
         cache[0, :, spans.offsets[0] : spans.end] = rows.transpose(1, 0, 2)
     else:
@@ -249,7 +254,8 @@ def attention_packed(qkv: mx.array, segments: np.ndarray, shape: AttentionShape)
     """Causal attention within the segments of packed rows; positions restart with each segment.
 
     qkv: float32 [b, t, (heads + 2 kv_heads) * d], not yet rotated; segments: int [b, t], equal
-    ids side by side are one segment. Returns float32 [b, t, heads * d].
+    ids side by side are one segment. Returns float32 [b, t, heads * d]. Keys and values are rounded as in a cache, so
+    that a text is the same when it is scored and when it is written.
     """
     t = segments.shape[1]
     first = np.ones_like(segments, dtype=bool)
@@ -257,5 +263,6 @@ def attention_packed(qkv: mx.array, segments: np.ndarray, shape: AttentionShape)
     positions = np.arange(t) - np.maximum.accumulate(np.where(first, np.arange(t), 0), axis=1)
     same = (segments[:, :, None] == segments[:, None, :]) & np.tri(t, dtype=bool)
     q, k, v = (part.transpose(0, 2, 1, 3) for part in split_heads(qkv, mx.array(positions), shape))
+    k, v = (part.astype(CACHED).astype(mx.float32) for part in (k, v))
     out = mx.fast.scaled_dot_product_attention(q, k, v, scale=shape.scale, mask=mx.array(same[:, None]))
     return out.transpose(0, 2, 1, 3).reshape(*segments.shape, -1)

@@ -147,6 +147,13 @@ def changed_copy(source: Path, target: Path, **replaced: bytes | None) -> Path:
     return target
 
 
+def unsealed(manifest: Path) -> str:
+    """What a dataset's manifest says, without its own hash, as earlier versions wrote it: may be edited."""
+    content = json.loads(manifest.read_text())
+    content.pop("sha256", None)
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
 def trimmed_copy(source: Path, target: Path, kept: np.ndarray) -> Path:
     """A draft's folder whose head knows some ids only. kept: int32 [v], ascending."""
     from decode.models import draft_vocabulary

@@ -7,21 +7,21 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from kernels.ops import AttentionShape, Backend, Spans
+from kernels.ops import CACHED, AttentionShape, Backend, Spans
 
 CACHE_STEP = 256  # rows by which a cache grows
 
 
 class KVCache:
-    """Keys and values of one or several sequences, a layer's float32 [sequences, kv_heads, capacity, head_dim] each.
+    """Keys and values of one or several sequences, a layer's bfloat16 [sequences, kv_heads, capacity, head_dim] each.
 
     Rows of sequence i at and beyond `offsets[i]` are junk that is overwritten before it is read, so rewinding is
     an assignment.
     """
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, sequences: int = 1) -> None:
-        self.keys = [mx.zeros((sequences, kv_heads, 0, head_dim)) for _ in range(layers)]
-        self.values = [mx.zeros((sequences, kv_heads, 0, head_dim)) for _ in range(layers)]
+        self.keys = [mx.zeros((sequences, kv_heads, 0, head_dim), CACHED) for _ in range(layers)]
+        self.values = [mx.zeros((sequences, kv_heads, 0, head_dim), CACHED) for _ in range(layers)]
         self.offsets = [0] * sequences
         self._spans = Spans((), ())
 
@@ -48,7 +48,7 @@ class KVCache:
             if capacity:  # kernels on GPUs write to caches in place, which MLX does not know of
                 mx.eval(self.keys, self.values)
                 mx.synchronize()
-            room = mx.zeros((sequences, heads, -(-missing // CACHE_STEP) * CACHE_STEP, dim))
+            room = mx.zeros((sequences, heads, -(-missing // CACHE_STEP) * CACHE_STEP, dim), CACHED)
             self.keys = [mx.concatenate([keys, room], axis=2) for keys in self.keys]
             self.values = [mx.concatenate([values, room], axis=2) for values in self.values]
 

@@ -94,8 +94,8 @@ class Dimensions:
         return self.weights + self.vocab * self.hidden
 
     def cache_bytes(self, context: int) -> int:
-        """Keys and values, float32, of `context` positions."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * 4 * context
+        """Keys and values, bfloat16, of `context` positions."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * 2 * context
 
 
 def checked_head_dim(hidden: int, heads: int, kv_heads: int, head_dim: int | None) -> int:

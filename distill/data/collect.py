@@ -9,7 +9,7 @@ elsewhere. The last two can be stopped at any instant and go on.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,19 @@ from decode.models.dimensions import Dimensions
 from decode.models.transformer import Transformer
 from decode.tokenizer import Tokenizer, check_tokenizer
 from distill.data.codec import token_type
+from distill.data.documents import LeftOut
 from distill.data.exclusion import Excluded, load_excluded
 from distill.data.manifest import MANIFEST, DatasetSettings, Manifest, Omission, ScoredFrom, folder_name
-from distill.data.packing import MIN_SEGMENT, Row, cut, pack, segment
+from distill.data.packing import MIN_SEGMENT
 from distill.data.prompts import Chosen, choose_documents, wants_reply
-from distill.data.reply_dataset import Example, Replies, ReplyWriter
+from distill.data.ranks import Ranks
+from distill.data.reply_dataset import Replies, ReplyWriter
 from distill.data.reply_pass import Progress, ReplyPass
+from distill.data.rows import Rows
 from distill.data.scoring import Scorer, bytes_per_token, check_memory
 from distill.data.settings import OF_REPLIES, OF_SCORES, CollectSettings, complete_settings
 from distill.data.shards import Dataset, ShardWriter
+from distill.data.sharing import Part, score
 from distill.data.sources import Source, at_commit, describe, parse_source, read_source, shown_name, source_fingerprint
 from distill.provenance import teacher_files
 from kernels import UserError
@@ -88,7 +92,7 @@ def plan_collection(teacher: Checkpoint, settings: CollectSettings, out: Path | 
             for _ in read_source(source):
                 pass
     values: dict[str, Any] = {
-        **_of_teacher(teacher),
+        **of_teacher(teacher),
         **settings.recorded(OF_REPLIES),
         "sources": [
             {"name": one.name, "kind": "hub"} if one.kind == "hub" else source_fingerprint(one) for one in named
@@ -126,7 +130,7 @@ def plan_scoring(
         raise UserError(f"--replies {folder}: is of the older format {replies.format}, and cannot be scored again")
     if not replies.complete:
         raise UserError(f"--replies {folder}: is not complete; the command that began it goes on with it")
-    mine, values = _of_teacher(teacher), complete_settings(replies.settings.values)
+    mine, values = of_teacher(teacher), complete_settings(replies.settings.values)
     if replies.settings.teacher_hash != teacher.weights_hash:
         raise UserError(f"--replies {folder}: was written by {replies.settings.teacher_name}, not by {teacher.name}")
     mine |= _named_as(values, teacher)
@@ -144,14 +148,14 @@ def plan_scoring(
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder / MANIFEST}: is damaged (settings: {error})") from None
     replace(settings, max_reply=1).check(teacher.config)
-    of_teacher = {name: values[name] for name in mine if name in values}
-    manifest = DatasetSettings(of_teacher | known | settings.recorded(OF_SCORES))
+    pinned = {name: values[name] for name in mine if name in values}
+    manifest = DatasetSettings(pinned | known | settings.recorded(OF_SCORES))
     return Plan(
         teacher, settings, out or RUNS / folder_name("data", manifest), manifest, folder, replies.settings, sources=None
     )
 
 
-def _of_teacher(teacher: Checkpoint) -> dict[str, Any]:
+def of_teacher(teacher: Checkpoint) -> dict[str, Any]:
     """What decides replies of a teacher: its weights, what forms its prompts, and where it ends."""
     tokenizer = Tokenizer(teacher.folder)
     values = {
@@ -195,8 +199,12 @@ def what_is_read(plan: Plan) -> list[dict[str, Any]]:
 class Collector:
     """Runs a plan."""
 
-    def __init__(self, plan: Plan, progress: Progress = lambda stage, done, total: None) -> None:
-        """progress(stage, tokens more, total or None) is called as work is done.
+    def __init__(
+        self, plan: Plan, progress: Progress = lambda stage, done, total: None, ranks: Ranks | None = None
+    ) -> None:
+        """ranks: those that help; they are told what there is to do.
+
+        progress(stage, tokens more, total or None) is called as work is done.
 
         A total begins a stage, and ends the one before it. That of replies is what is asked for: the last batch may
         bring more, and prompts may run out before.
@@ -205,6 +213,10 @@ class Collector:
         limit_memory()
         check_memory(plan.teacher.config, plan.settings.batch, plan.settings.seq_len)
         self.tokenizer = Tokenizer(plan.teacher.folder, plan.reply_manifest.values.get("template_time"))
+        self.ranks = ranks or Ranks()
+        for rank in self.ranks.connections:
+            values = {name: getattr(self.settings, name) for name in (*OF_SCORES, "max_reply", "seed")}
+            self.ranks.send(rank, {"settings": values, "dataset": plan.manifest.values})
         self.model: Transformer = plan.teacher.load()
 
     def check_folder(self) -> bool:
@@ -226,14 +238,20 @@ class Collector:
             rows = self.rows(replies)
             if not rows:
                 raise self._nothing()
-            shards = [rows[i : i + ROWS_PER_SHARD] for i in range(0, len(rows), ROWS_PER_SHARD)]
+            shards = [slice(i, i + ROWS_PER_SHARD) for i in range(0, len(rows), ROWS_PER_SHARD)]
             missing = writer.missing(len(shards))
-            total = sum(int(np.count_nonzero(segments)) for _, _, segments in rows)
-            done = total - sum(int(np.count_nonzero(segments)) for i in missing for _, _, segments in shards[i])
+            total = int(rows.sizes.sum())
+            done = total - sum(int(rows.sizes[shards[i]].sum()) for i in missing)
             self.progress("scoring", done, total)
-            scorer = self._scorer()
-            for index in missing:
-                writer.write(scorer.score(shards[index]), index)
+            scored = score(
+                self.ranks,
+                self.scorer(),
+                self.plan.manifest,
+                lambda index: Part(index, index * ROWS_PER_SHARD, rows[shards[index]]),
+                missing,
+            )
+            for index, coded in scored:
+                writer.add(coded, index)
             writer.finish()
         return Dataset.open(self.plan.folder)
 
@@ -245,14 +263,14 @@ class Collector:
             if not writer.manifest.complete:
                 chosen = self.choose()
                 try:
-                    self._reply_pass().run(writer, chosen, self.plan.excluded)
+                    cut = self.reply_pass().run(writer, chosen, self.plan.excluded)
                 finally:
                     for one in chosen:
                         one.documents.close()
-                omissions = self._omissions(chosen)
+                omissions = self._omissions([one.left_out for one in chosen])
                 if not writer.manifest.entries:
                     raise self._nothing(omissions)
-                writer.note_omissions(omissions)
+                writer.note_omissions(omissions, self._omissions(cut))
                 writer.finish()
         return Replies.open(self.plan.replies)
 
@@ -277,8 +295,7 @@ class Collector:
 
     def _bytes_per_token(self) -> int:
         """Of the shards."""
-        settings = self.settings
-        return bytes_per_token(self.plan.manifest.vocab_size, settings.top_k, len(settings.temperatures))
+        return bytes_per_token(self.plan.manifest.vocab_size, self.settings)
 
     def choose(self) -> list[Chosen]:
         """The first pass: the documents of each source."""
@@ -293,17 +310,14 @@ class Collector:
             for index, source in enumerate(self.plan.sources or ())
         ]
 
-    def rows(self, examples: Iterable[Example]) -> list[Row]:
-        """Examples in segments, shuffled and packed: tokens int32, trained positions bool, segment ids uint8,
-        each [seq_len]."""
-        seq_len = self.settings.seq_len
-        segments = [part for example in examples for part in cut(segment(example.tokens, example.trained), seq_len)]
-        order = np.random.default_rng(self.settings.seed).permutation(len(segments))
-        return pack([segments[i] for i in order], seq_len)
+    def rows(self, replies: Replies) -> Rows:
+        """What is scored."""
+        return Rows(replies, self.settings.seq_len, self.settings.seed)
 
     def remarks(self, dataset: Dataset) -> list[str]:
         """What a user should know of a collection that is done: what was left out, and tokens that no source had."""
-        remarks, asked = [str(omission) for omission in self.left_out()], self.settings.tokens
+        remarks, asked = [omission.told("left out") for omission in self.left_out()], self.settings.tokens
+        remarks += [omission.told("cut") for omission in self.cut()]
         if self.plan.sources is not None and dataset.tokens < asked - MIN_SEGMENT * len(self.settings.sources):
             remarks.append(
                 f"{dataset.folder}: the sources had only {dataset.tokens:,} of the {asked:,} tokens asked for"
@@ -317,30 +331,41 @@ class Collector:
         except UserError:
             return ()
 
-    def _omissions(self, chosen: Sequence[Chosen]) -> tuple[Omission, ...]:
+    def cut(self) -> tuple[Omission, ...]:
+        """Which conversations of a collection that is done end early; nothing where its replies are not here."""
+        try:
+            return Replies.open(self.plan.replies).cut
+        except UserError:
+            return ()
+
+    def _omissions(self, of_sources: Sequence[LeftOut]) -> tuple[Omission, ...]:
         return tuple(
-            Omission(shown_name(source), reason, count, one.left_out.firsts[reason])
-            for source, one in zip(self.settings.sources, chosen, strict=True)
-            for reason, count in one.left_out.counts.items()
+            Omission(shown_name(source), reason, count, one.firsts[reason])
+            for source, one in zip(self.settings.sources, of_sources, strict=True)
+            for reason, count in one.counts.items()
         )
 
     def _nothing(self, omissions: Sequence[Omission] = ()) -> UserError:
         if self.plan.sources is None:
             return UserError(f"--replies {self.plan.replies}: nothing to score")
-        reasons = "; ".join(map(str, omissions)) or "nothing is there"
+        reasons = "; ".join(omission.told("left out") for omission in omissions) or "nothing is there"
         return UserError(f"{', '.join(self.settings.sources)}: nothing to collect from ({reasons})")
 
-    def _reply_pass(self) -> ReplyPass:
+    def reply_pass(self) -> ReplyPass:
+        """What answers prompts with these settings."""
         shape = Dimensions.of(self.plan.teacher.config, str(self.plan.teacher.folder))
-        return ReplyPass(self.model, self.tokenizer, shape, self.settings, self.progress)
+        return ReplyPass(self.model, self.tokenizer, shape, self.settings, self.progress, self.ranks)
 
-    def _scorer(self) -> Scorer:
+    def scorer(self) -> Scorer:
+        """What scores rows of these settings."""
         return Scorer(
             self.model,
             self.settings.top_k,
             self.settings.temperatures,
             self.settings.batch,
             lambda tokens: self.progress("scoring", tokens, None),
+            self.settings.sampled or 0,
+            self.settings.seed,
         )
 
     def estimate(self) -> Estimate:
@@ -351,7 +376,7 @@ class Collector:
         row = np.full(settings.seq_len, min(self.tokenizer.end_tokens, default=0), np.int32)
         prompt = row[: min(64, settings.seq_len // 2)].tolist()
         one = (row, np.ones_like(row, bool), np.ones_like(row, np.uint8))
-        scorer = replace(self._scorer(), advance=lambda tokens: None)
+        scorer = replace(self.scorer(), advance=lambda tokens: None)
         rows = 1
         for _ in range(3):  # the first compiles, the second tells how many rows take a while, not minutes
             began = time.perf_counter()
@@ -359,7 +384,7 @@ class Collector:
             per_token = (time.perf_counter() - began) / (rows * settings.seq_len)
             rows = max(1, min(settings.batch, int(ESTIMATE_SECONDS / (per_token * settings.seq_len))))
         if any(asked):
-            batch = self._reply_pass().batch
+            batch = self.reply_pass().batch
             jobs = [Job([prompt], [1.0], (0, i), len(prompt) + 16) for i in range(settings.reply_batch)]
             began, written = time.perf_counter(), 0
             for _, replies in batch.run(iter(jobs)):
@@ -368,6 +393,7 @@ class Collector:
             share = sum(weight for weight, asks in zip(weights, asked, strict=True) if asks) / sum(weights)
             per_token += (time.perf_counter() - began) / written * share
         total = self._tokens()
+        per_token /= self.ranks.size
         return Estimate(total, total * self._bytes_per_token(), total * per_token, 1 / per_token)
 
     def _unanswered(self) -> tuple[Source, ...]:

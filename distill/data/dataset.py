@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -26,6 +26,19 @@ from kernels.files import TEMPORARY, lock_folder, make_folder, write_atomic
 _TEMPORARY = re.compile(rf"{re.escape(TEMPORARY)}(manifest\.json|(shard|reply)-\d+\.safetensors)")
 
 
+@dataclass(frozen=True)
+class Coded:
+    """The content of a file, and what its manifest line says of it. device: see `Entry`."""
+
+    data: bytes
+    counts: dict[str, int]
+    device: str = ""
+
+    @classmethod
+    def of(cls, tensors: Tensors, counts: dict[str, int], device: str = "") -> Self:
+        return cls(save_tensors(tensors), counts, device)
+
+
 class Writer:
     """Writes the files of one dataset, one process at a time; the kinds differ only in the tensors they hold."""
 
@@ -35,10 +48,11 @@ class Writer:
         self.folder, self.manifest, self._lock = folder, manifest, lock
 
     @classmethod
-    def open(cls, folder: Path | str, settings: DatasetSettings) -> Self:
+    def open(cls, folder: Path | str, settings: DatasetSettings, *, changed: bool = False) -> Self:
         """Begins a dataset, or goes on with one that was begun with the same settings.
 
-        Listed files that have gone count as missing. One process at a time may write to a folder.
+        Listed files that have gone count as missing. One process at a time may write to a folder. changed: take a
+        manifest that was changed since it was written as it is.
         Raises UserError for other settings, a foreign folder, one in use, and one not writable.
         """
         folder, manifest = Path(folder), Manifest(cls.kind, settings)
@@ -46,7 +60,7 @@ class Writer:
             make_folder(folder)
             writer = cls(folder, manifest, lock_folder(folder))
             try:
-                writer._begin()
+                writer._begin(changed)
             except BaseException:
                 writer.close()
                 raise
@@ -54,7 +68,7 @@ class Writer:
             raise UserError(f"cannot write to {folder} ({error.strerror})") from None
         return writer
 
-    def _begin(self) -> None:
+    def _begin(self, changed: bool) -> None:
         """Takes up what the folder holds, and removes what a killed run left half done."""
         path = self.folder / MANIFEST
         names = {path.name for path in self.folder.iterdir()}
@@ -62,7 +76,7 @@ class Writer:
             if (SHARD_FILE.fullmatch(name) or _TEMPORARY.fullmatch(name)) and (self.folder / name).is_dir():
                 raise UserError(f"{self.folder / name}: is a folder, where a file belongs; move it elsewhere")
         if MANIFEST in names:
-            self._resume()
+            self._resume(changed)
         elif foreign := sorted(name for name in names if not _TEMPORARY.fullmatch(name)):
             raise UserError(f"{self.folder}: is no dataset and not empty (it holds {foreign[0]})")
         # A shard that is not listed stays until it is written again: it may be someone's.
@@ -73,8 +87,8 @@ class Writer:
         if MANIFEST not in names or path.read_bytes() != data:
             write_atomic(path, data)
 
-    def _resume(self) -> None:
-        old = Manifest.read(self.folder, self.kind)
+    def _resume(self, changed: bool) -> None:
+        old = Manifest.read(self.folder, self.kind, changed=changed)
         if old.format != FORMAT:
             raise UserError(
                 f"{self.folder}: is of the older format {old.format}, which this version reads but does not write;"
@@ -129,15 +143,15 @@ class Writer:
     def __del__(self) -> None:
         self.close()
 
-    def _add(self, index: int | None, tensors: Tensors, counts: dict[str, int]) -> Entry:
+    def add(self, coded: Coded, index: int | None = None) -> Entry:
+        """Writes a file as number `index`, by default the first that is missing. UserError if it cannot be written."""
         if index is None:
             index = self.missing(self.finished_shards + 1)[0]
         if index in self.manifest.entries:
             raise ValueError(f"shard {index} is finished already")
-        data = save_tensors(tensors)
-        file, digest = Manifest.file_of(self.kind, index), hashlib.sha256(data).hexdigest()
-        entry = Entry(file, **counts, sha256=digest, bytes=len(data))
-        write_atomic(self.folder / file, data)
+        file, digest = Manifest.file_of(self.kind, index), hashlib.sha256(coded.data).hexdigest()
+        entry = Entry(file, **coded.counts, sha256=digest, bytes=len(coded.data), device=coded.device)
+        write_atomic(self.folder / file, coded.data)
         self._commit({**self.manifest.entries, index: entry}, self.manifest.complete)
         return entry
 
@@ -161,7 +175,8 @@ class Reader:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.settings, self.complete = folder, manifest.settings, manifest.complete
-        self.format, self.scored_from, self.left_out = manifest.format, manifest.scored_from, manifest.left_out
+        self.format, self.scored_from = manifest.format, manifest.scored_from
+        self.left_out, self.cut = manifest.left_out, manifest.cut
         self.shards = [manifest.entries[index] for index in sorted(manifest.entries)]
 
     @classmethod

@@ -9,8 +9,18 @@ from typing import Any
 import numpy as np
 
 from distill.data import codec, reply_dataset, shards
+from distill.data.codec import Block, SampledBlock
 from distill.data.dataset import Reader
-from distill.data.manifest import MANIFEST, DamagedManifest, Entry, Manifest, ScoredFrom
+from distill.data.manifest import (
+    CHANGED,
+    MANIFEST,
+    SHARD_FILE,
+    DamagedManifest,
+    Entry,
+    Manifest,
+    ScoredFrom,
+    is_changed,
+)
 from distill.data.reply_dataset import Replies, ReplyWriter
 from distill.data.shards import Dataset, ShardWriter
 from kernels.errors import UserError
@@ -19,7 +29,7 @@ from kernels.files import sha256
 SAMPLED_SHARDS = 8
 # What a manifest's settings say that `distill inspect` shows elsewhere, or only as JSON.
 SHOWN_APART = {"teacher", "tokenizer_hash", "chat_template_hash", "teacher_files", "vocab_size", "sources", "exclude"}
-OF_SHARDS_APART = {"k", "temperatures", "seq_len", "collection_format"}
+OF_SHARDS_APART = {"k", "sampled", "temperatures", "seq_len", "collection_format"}
 
 
 @dataclass(frozen=True)
@@ -38,26 +48,26 @@ def verify(folder: Path | str, repair: bool = False) -> list[Problem]:
     here; an empty list means that all is well.
 
     `repair` drops what is broken, so that collecting again with the same settings writes it anew, with the bytes it
-    had. Raises UserError where there is no dataset to check.
+    had. What is not listed stays: it may be someone's. Raises UserError where there is no dataset to check.
     """
     folder = Path(folder)
     try:
-        manifest = Manifest.read(folder)
+        manifest = Manifest.read(folder, changed=True)
     except DamagedManifest as error:
         return [Problem(MANIFEST, _without(folder / MANIFEST, error))]
     if manifest.kind == "replies":
         return _reply_problems(Replies(folder, manifest), repair)
     dataset = Dataset(folder, manifest)
-    wrong = _problems(dataset, _shard_faults)
-    problems = _flat(wrong)
+    wrong, about = _problems(dataset, _shard_faults), _folder_problems(dataset)
+    of_replies: list[Problem] = []
     for path, expected in _replies_of(dataset):
         found = _scored(path, expected, repair)
-        problems += [Problem(os.path.relpath(path / problem.file, folder), problem.message) for problem in found]
-    if problems and repair:
+        of_replies += [Problem(os.path.relpath(path / problem.file, folder), problem.message) for problem in found]
+    if repair and (wrong or of_replies):
         # A dataset that lacks replies is not whole, even if it has every shard: collecting has work to do.
-        with ShardWriter.open(folder, dataset.settings) as writer:
+        with ShardWriter.open(folder, dataset.settings, changed=True) as writer:
             writer.drop(wrong)
-    return problems
+    return _flat(wrong) + about + of_replies
 
 
 def _replies_of(dataset: Dataset) -> Iterator[tuple[Path, ScoredFrom | None]]:
@@ -86,7 +96,7 @@ def find_replies(folder: Path, replies: ScoredFrom) -> Path | None:
 def _scored(path: Path, expected: ScoredFrom | None, repair: bool) -> list[Problem]:
     """What is wrong with replies that shards were scored from."""
     try:
-        replies = Replies.open(path)
+        replies = Replies(path, Manifest.read(path, Replies.kind, changed=True))
     except UserError as error:
         return [Problem(MANIFEST, _without(path / MANIFEST, error))]
     problems = _reply_problems(replies, repair)
@@ -97,11 +107,11 @@ def _scored(path: Path, expected: ScoredFrom | None, repair: bool) -> list[Probl
 
 def _reply_problems(replies: Replies, repair: bool) -> list[Problem]:
     """What is wrong with a reply dataset, dropped where `repair` says so."""
-    wrong = _problems(replies, _reply_faults)
+    wrong, about = _problems(replies, _reply_faults), _folder_problems(replies)
     if wrong and repair:
-        with ReplyWriter.open(replies.folder, replies.settings) as writer:
+        with ReplyWriter.open(replies.folder, replies.settings, changed=True) as writer:
             writer.drop(wrong)
-    return _flat(wrong)
+    return _flat(wrong) + about
 
 
 def _problems(reader: Reader, faults: Callable[[Any, int], list[str]]) -> dict[int, list[Problem]]:
@@ -110,12 +120,29 @@ def _problems(reader: Reader, faults: Callable[[Any, int], list[str]]) -> dict[i
     for i, entry in enumerate(reader.shards):
         if found := faults(reader, i):
             problems[entry.index] = [Problem(entry.file, message) for message in found]
-    total = 1 + max((entry.index for entry in reader.shards), default=-1)
     if reader.complete:
-        for index in set(range(total)) - {entry.index for entry in reader.shards}:
+        for index in set(range(_total(reader))) - {entry.index for entry in reader.shards}:
             name = Manifest.file_of(reader.kind, index)
             problems[index] = [Problem(name, f"is not listed, though the {reader.kind} are marked complete")]
     return problems
+
+
+def _total(reader: Reader) -> int:
+    """How many files there must be, by the last one."""
+    return 1 + max((entry.index for entry in reader.shards), default=-1)
+
+
+def _folder_problems(reader: Reader) -> list[Problem]:
+    """What is wrong beside the listed files: with the manifest, and with files behind the last that it lists. While a
+    dataset is not complete, a killed run may have left one."""
+    known = {Manifest.file_of(reader.kind, index) for index in range(_total(reader))}
+    names = sorted(path.name for path in reader.folder.iterdir()) if reader.complete else []
+    problems = [Problem(MANIFEST, CHANGED)] if is_changed((reader.folder / MANIFEST).read_bytes()) else []
+    return problems + [
+        Problem(name, "is not listed in the manifest; it is not needed, and may be deleted")
+        for name in names
+        if SHARD_FILE.fullmatch(name) and name not in known
+    ]
 
 
 def _flat(problems: dict[int, list[Problem]]) -> list[Problem]:
@@ -164,29 +191,46 @@ def inspect_dataset(folder: Path | str) -> dict[str, Any]:
 def _inspect_shards(dataset: Dataset) -> dict[str, Any]:
     settings, listed = dataset.settings, dataset.shards
     picked = sorted(set(np.linspace(0, len(listed) - 1, min(SAMPLED_SHARDS, len(listed))).astype(int).tolist()))
-    sums, count = np.zeros(3), 0
+    sums, count = np.zeros(4), 0
     for i in picked:
         block = dataset.read(i)
-        p = np.exp(block.top_logprobs[block.loss_mask].astype(np.float64))
+        p = _probabilities(block)
+        # What is left as one bucket: merging outcomes never raises the entropy, so this is a lower bound. Draws have
+        # nothing left, and the entropy of their counts is on average below the teacher's too.
         tail = np.clip(1 - p.sum(axis=1), 0, 1)
-        # The tail as one bucket: merging outcomes never raises the entropy, so this is a lower bound.
         parts = np.concatenate([p, tail[:, None]], axis=1)
         entropy = -(parts * np.log(np.where(parts > 0, parts, 1))).sum()
-        sums += p[:, 0].sum(), tail.sum(), entropy
+        sums += p[:, 0].sum(), tail.sum(), entropy, np.count_nonzero(p)
         count += len(p)
-    means = (sums / count).tolist() if count else [None] * 3
+    means = (sums / count).tolist() if count else [None] * 4
+    of_draws = settings.sampled is not None
     return _summary(
         dataset,
-        {"k": settings.k, "temperatures": list(settings.temperatures), "seq_len": settings.seq_len},
+        {
+            "k": None if of_draws else settings.k,
+            "sampled": settings.sampled,
+            "temperatures": list(settings.temperatures),
+            "seq_len": settings.seq_len,
+        },
         {
             "sampled_shards": len(picked),
             "mean_top1_probability": means[0],
-            "mean_tail_mass": means[1],
+            "mean_tail_mass": None if of_draws else means[1],
             "mean_entropy_at_least_nats": means[2],
+            "mean_different_ids": means[3] if of_draws else None,
             "replies": [_where(dataset, replies) for replies in dataset.scored_from],
             **_by_kind(dataset),
         },
     )
+
+
+def _probabilities(block: Block | SampledBlock) -> np.ndarray:
+    """Of the ids that are kept at the trained positions, the first choice first, float64 [n, ids]; estimates from
+    draws."""
+    if isinstance(block, SampledBlock):
+        counts = block.counts[block.loss_mask].astype(np.float64)
+        return counts / counts.sum(axis=1, keepdims=True)
+    return np.exp(block.top_logprobs[block.loss_mask].astype(np.float64))
 
 
 def _where(dataset: Dataset, replies: ScoredFrom) -> dict[str, Any]:
@@ -208,10 +252,8 @@ def _by_kind(dataset: Dataset) -> dict[str, Any]:
 
 
 def _inspect_replies(replies: Replies) -> dict[str, Any]:
-    left_out = [vars(omission) for omission in replies.left_out]
-    return _summary(
-        replies, {}, {**_counts(replies), "sha256": sha256(replies.folder / MANIFEST), "left_out": left_out}
-    )
+    omissions = {"left_out": list(map(vars, replies.left_out)), "cut": list(map(vars, replies.cut))}
+    return _summary(replies, {}, {**_counts(replies), "sha256": sha256(replies.folder / MANIFEST), **omissions})
 
 
 def _counts(replies: Replies) -> dict[str, Any]:
@@ -270,16 +312,20 @@ def table(summary: dict[str, Any]) -> str:
     teacher, settings = summary["teacher"], summary["settings"]
     whole = "complete" if summary["complete"] else "NOT complete"
     share = "" if summary["trained_share"] is None else f" ({summary['trained_share']:.1%})"
+    holds = ("logits" if summary["sampled"] is None else "draws") if of_shards else "replies"
     lines = [
-        ("holds", f"{'logits' if of_shards else 'replies'}, {whole}, format {summary['format']}"),
+        ("holds", f"{holds}, {whole}, format {summary['format']}"),
         ("teacher", f"{teacher['name']}, sha256 {teacher['hash'][:12]}, vocabulary of {summary['vocab_size']:,}"),
         ("tokens", f"{summary['tokens']:,} in {_count(summary['documents'], 'segment' if of_shards else 'document')}"),
         ("trained on", f"{summary['trained_tokens']:,}{share}"),
     ]
     if of_shards:
+        kept = f"top {summary['k']} logits, log-sum-exps at temperature {_joined(summary['temperatures'])}"
+        if summary["sampled"] is not None:
+            kept = f"{_count(summary['sampled'], 'draw')} from the teacher's distribution where it is trained on"
         lines += [
             ("rows", f"{summary['rows']:,} of {summary['seq_len']:,} tokens, in {_count(summary['shards'], 'shard')}"),
-            ("kept", f"top {summary['k']} logits, log-sum-exps at temperature {_joined(summary['temperatures'])}"),
+            ("kept", kept),
         ]
     else:
         lines.append(("replied to", f"{_count(summary['examples_replied'], 'document')}; the others are as they were"))
@@ -292,7 +338,9 @@ def table(summary: dict[str, Any]) -> str:
     if summary.get("mean_top1_probability") is not None:
         lines += [
             ("first choice", f"probability {summary['mean_top1_probability']:.3f} on average"),
-            ("outside the top", f"probability {summary['mean_tail_mass']:.4f} on average"),
+            ("outside the top", f"probability {summary['mean_tail_mass']:.4f} on average")
+            if summary["sampled"] is None
+            else ("different ids", f"{summary['mean_different_ids']:.1f} drawn on average"),
             ("entropy", f"at least {summary['mean_entropy_at_least_nats']:.3f} nats on average"),
         ]
     for replies in summary.get("replies", []):
@@ -308,10 +356,10 @@ def table(summary: dict[str, Any]) -> str:
         if any(one[what] is not None for one in counts):
             shares = [_share(one, what, sum(x["tokens"] for x in counts)) for one in counts]
             text += f"\n\n{title}\n{_columns(shares)}"
-    if rows := [
-        (one["source"], f"{one['count']:,}", one["reason"], one["first"]) for one in summary.get("left_out", [])
-    ]:
-        text += f"\n\nleft out of the sources\n{_columns(rows)}"
+    for title, omissions in (("left out of the sources", "left_out"), ("conversations that were cut", "cut")):
+        found = summary.get(omissions, [])
+        if rows := [(one["source"], f"{one['count']:,}", one["reason"], one["first"]) for one in found]:
+            text += f"\n\n{title}\n{_columns(rows)}"
     apart = SHOWN_APART | OF_SHARDS_APART if of_shards else SHOWN_APART
     others = [(name, _joined(value)) for name, value in settings.items() if name not in apart]
     return text + (f"\n\nsettings\n{_columns(others)}" if others else "")

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from distill.data.settings import CollectSettings, complete_settings
+from distill.data.settings import MOST_DRAWS, CollectSettings, complete_settings
 from kernels.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -18,6 +18,7 @@ MAX_BITS = 25  # a packed value and the up to seven bits before it have to fit o
 # What manifests began to pin after others had been written without it, and what no folder is named after: where one of
 # these differs, the same command must find the folder and refuse it, or take the time from it.
 PINNED_LATER = ("teacher_files", "teacher_files.tokenizer.json", "template_time")
+SEAL = b',\n "sha256": "'  # what stands between a manifest and the hash of all before it, its last entry
 SHARD_FILE = re.compile(r"(shard|reply)-\d{5,9}\.safetensors", re.ASCII)
 
 
@@ -25,9 +26,9 @@ SHARD_FILE = re.compile(r"(shard|reply)-\d{5,9}\.safetensors", re.ASCII)
 class DatasetSettings:
     """All that decides a dataset's content, as plain JSON; two datasets with equal settings are equal.
 
-    Every dataset has `teacher` {name, hash}, `tokenizer_hash` and `vocab_size`; shards of logits also
-    have `k`, `temperatures` (1.0 first) and `seq_len`. Whoever collects adds the rest: the teacher's
-    other files, sources, seeds, exclusions, budgets. Raises ValueError where one of these is missing or impossible.
+    Every dataset has `teacher` {name, hash}, `tokenizer_hash` and `vocab_size`; shards also have `k` (of logits) or
+    `sampled` (of draws), `temperatures` (1.0 first) and `seq_len`. Whoever collects adds the rest: the teacher's other
+    files, sources, seeds, exclusions, budgets. Raises ValueError where one of these is missing or impossible.
     """
 
     values: dict[str, Any]
@@ -43,14 +44,18 @@ class DatasetSettings:
             raise ValueError("settings: tokenizer_hash is missing")
         if "template_time" in values:
             datetime.fromisoformat(str(values["template_time"]))
-        whole = [name for name in ("vocab_size", "k", "seq_len") if name in values or name == "vocab_size"]
+        whole = [name for name in ("vocab_size", "k", "sampled", "seq_len") if name in values or name == "vocab_size"]
         for name in whole:
             if type(values.get(name)) is not int or not 1 <= values[name] < 2**MAX_BITS:
                 raise ValueError(f"settings: {name} is {values.get(name)!r}")
-        if "k" in values:
+        if self.sampled is not None and ("k" in values or self.sampled > MOST_DRAWS):
+            raise ValueError(
+                f"settings: sampled is {self.sampled!r}, expected at most {MOST_DRAWS}, and no k beside it"
+            )
+        if values.keys() & {"k", "sampled"}:
             temperatures = values.get("temperatures")
-            if "seq_len" not in values or self.k > self.vocab_size:
-                raise ValueError("settings: k needs a seq_len and a vocabulary of at least k tokens")
+            if "seq_len" not in values or values.get("k", 1) > self.vocab_size:
+                raise ValueError("settings: shards need a seq_len, and a vocabulary of at least k tokens")
             if (
                 not isinstance(temperatures, list)
                 or temperatures[:1] != [1.0]
@@ -76,7 +81,13 @@ class DatasetSettings:
 
     @property
     def k(self) -> int:
+        """Logits kept a position; KeyError of draws."""
         return self.values["k"]
+
+    @property
+    def sampled(self) -> int | None:
+        """Ids drawn a position; None of logits."""
+        return self.values.get("sampled")
 
     @property
     def temperatures(self) -> tuple[float, ...]:
@@ -120,6 +131,9 @@ def _flat(name: str, value: Any) -> dict[str, Any]:
     return {key: leaf for part in parts for key, leaf in _flat(*part).items()} if parts else {name: value}
 
 
+CHANGED = "was changed since it was written (its own sha256 differs): put a copy back, or begin anew"
+
+
 class DamagedManifest(UserError):
     """The folder is a dataset, but its manifest cannot be trusted."""
 
@@ -138,6 +152,7 @@ class Entry:
     documents: int
     sha256: str
     bytes: int
+    device: str = ""  # what computed it, where ranks of several kinds work together
 
     @property
     def index(self) -> int:
@@ -154,15 +169,16 @@ class ScoredFrom:
 
 @dataclass(frozen=True)
 class Omission:
-    """What of a source is not in the dataset, for one reason: how many documents, and which was the first."""
+    """What of a source is not in the dataset, or ends early, for one reason: how many, and which was the first."""
 
     source: str
     reason: str
     count: int
     first: str
 
-    def __str__(self) -> str:
-        return f"{self.source}: {self.count:,} left out, {self.reason} (the first: {self.first})"
+    def told(self, what: str) -> str:
+        """In a line; what: happened to them."""
+        return f"{self.source}: {self.count:,} {what}, {self.reason} (the first: {self.first})"
 
 
 @dataclass
@@ -170,7 +186,8 @@ class Manifest:
     """What `manifest.json` says. `kind` is "shards" or "replies" and names the files as well.
 
     scored_from: of shards, the reply datasets that their tokens come from, once those are complete. left_out: of
-    complete replies, what was met in the sources and not used.
+    complete replies, what was met in the sources and not used; cut: of those, conversations that end early. sealed:
+    whether it ends with its own hash; one that was begun without goes on without, since others hold its bytes' hash.
     """
 
     kind: str
@@ -179,11 +196,13 @@ class Manifest:
     complete: bool = False
     scored_from: tuple[ScoredFrom, ...] = ()
     left_out: tuple[Omission, ...] = ()
+    cut: tuple[Omission, ...] = ()
     format: int = FORMAT
+    sealed: bool = True
 
     def __post_init__(self) -> None:
-        if self.kind == "shards" and "k" not in self.settings.values:
-            raise ValueError("settings: shards need k, temperatures and seq_len")
+        if self.kind == "shards" and not self.settings.values.keys() & {"k", "sampled"}:
+            raise ValueError("settings: shards need k or sampled, temperatures and seq_len")
 
     @staticmethod
     def file_of(kind: str, index: int) -> str:
@@ -191,8 +210,12 @@ class Manifest:
 
     def dump(self) -> bytes:
         listed = [asdict(self.entries[index]) for index in sorted(self.entries)]
+        for line in listed:
+            if not line["device"]:
+                del line["device"]
         scored_from = {"scored_from": [asdict(replies) for replies in self.scored_from]} if self.scored_from else {}
         left_out = {"left_out": [asdict(omission) for omission in self.left_out]} if self.left_out else {}
+        cut = {"cut": [asdict(omission) for omission in self.cut]} if self.cut else {}
         content = {
             "format": f"bitdraft {self.kind}",
             "version": FORMAT,
@@ -200,13 +223,16 @@ class Manifest:
             "settings": self.settings.values,
             **scored_from,
             **left_out,
+            **cut,
             "shards": listed,
         }
-        return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+        data = json.dumps(content, indent=1, ensure_ascii=False).encode().removesuffix(b"\n}")
+        return (data + SEAL + _end_of(data) if self.sealed else data + b"\n}") + b"\n"
 
     @classmethod
-    def read(cls, folder: Path, kind: str | None = None) -> "Manifest":
-        """The manifest of a folder that holds `kind`, or either kind if it is None.
+    def read(cls, folder: Path, kind: str | None = None, *, changed: bool = False) -> "Manifest":
+        """The manifest of a folder that holds `kind`, or either kind if it is None; one that was changed since it was
+        written only where `changed` says so.
 
         Raises UserError if the folder holds no such dataset, or an unfinished one of an older format; DamagedManifest
         if the manifest is broken, or says nothing of a dataset whose files are beside it.
@@ -216,7 +242,8 @@ class Manifest:
             raise UserError(f"{folder}: no such dataset folder")
         wrong = DamagedManifest if any(SHARD_FILE.fullmatch(file.name) for file in folder.iterdir()) else UserError
         try:
-            content = json.loads(path.read_bytes())
+            data = path.read_bytes()
+            content = json.loads(data)
         except FileNotFoundError:
             raise wrong(f"{path}: missing, so this is not a dataset") from None
         except OSError as error:
@@ -243,13 +270,17 @@ class Manifest:
                 complete=content["complete"] is True,
                 scored_from=tuple(_scored_from(entry) for entry in content.get("scored_from", [])),
                 left_out=tuple(_omission(entry) for entry in content.get("left_out", [])),
+                cut=tuple(_omission(entry) for entry in content.get("cut", [])),
                 format=OLD_FORMATS.get(version, FORMAT),
+                sealed=SEAL in data,
             )
             for line in content["shards"]:
                 manifest._list(Entry(**line))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             what = error if type(error) is ValueError else f"{type(error).__name__}: {error}"
             raise DamagedManifest(f"{path}: is damaged ({what})") from None
+        if not changed and is_changed(data):
+            raise DamagedManifest(f"{path}: {CHANGED}")
         return manifest
 
     def _list(self, entry: Entry) -> None:
@@ -257,11 +288,28 @@ class Manifest:
         if not SHARD_FILE.fullmatch(entry.file) or entry.file != self.file_of(self.kind, entry.index):
             raise ValueError(f"{entry.file!r} is not the name of a shard in this folder")
         counts = (entry.rows, entry.tokens, entry.trained_tokens, entry.documents, entry.bytes)
-        if any(type(count) is not int or count < 0 for count in counts) or not isinstance(entry.sha256, str):
-            raise ValueError(f"{entry.file} has an impossible count or hash")
+        if any(type(count) is not int or count < 0 for count in counts) or not all(
+            isinstance(text, str) for text in (entry.sha256, entry.device)
+        ):
+            raise ValueError(f"{entry.file} has an impossible count, hash or device")
         if entry.index in self.entries:
             raise ValueError(f"{entry.file} is listed twice")
         self.entries[entry.index] = entry
+
+
+def is_changed(data: bytes) -> bool:
+    """Whether the bytes of a manifest are others than those that were written, as far as its hash tells. Until format 4
+    had one, `shards` was the last entry."""
+    body, seal, end = data.rpartition(SEAL)
+    if seal:
+        return end != _end_of(body) + b"\n"
+    content = json.loads(data)
+    return bool(content["version"] == FORMAT and next(reversed(content)) != "shards")
+
+
+def _end_of(body: bytes) -> bytes:
+    """What stands behind the seal of a manifest, but for the last end of line."""
+    return f'{hashlib.sha256(body).hexdigest()}"\n}}'.encode()
 
 
 def _scored_from(values: dict[str, str]) -> ScoredFrom:
@@ -276,7 +324,7 @@ def _omission(values: dict[str, Any]) -> Omission:
     if type(omission.count) is not int or not all(
         isinstance(text, str) for text in (omission.source, omission.reason, omission.first)
     ):
-        raise ValueError(f"left_out: {values!r} is no source, reason, count and first document")
+        raise ValueError(f"left_out or cut: {values!r} is no source, reason, count and first document")
     return omission
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,40 +30,48 @@ def segment(tokens: np.ndarray, trained: np.ndarray) -> Segment:
 
 
 def cut(whole: Segment, seq_len: int) -> Iterator[Segment]:
-    """A segment in parts of at most seq_len. Ends too short to learn from are dropped, and parts with nothing to learn,
-    unless all of it is such: the beginning of a text that was cut off."""
-    for start in range(0, len(whole.tokens), seq_len):
-        part = Segment(whole.tokens[start : start + seq_len], whole.mask[start : start + seq_len].copy())
-        if len(part.tokens) >= MIN_SEGMENT and (part.mask.any() or not whole.mask.any()):
+    """A segment in parts of at most seq_len, as `cuts` says."""
+    for part in cuts(whole.mask, seq_len):
+        yield Segment(whole.tokens[part], whole.mask[part].copy())
+
+
+def cuts(mask: np.ndarray, seq_len: int) -> Iterator[slice]:
+    """Where a segment is cut into parts of at most seq_len. Ends too short to learn from are dropped, and parts with
+    nothing to learn, unless all of it is such: the beginning of a text that was cut off."""
+    for start in range(0, len(mask), seq_len):
+        part = slice(start, min(start + seq_len, len(mask)))
+        if part.stop - start >= MIN_SEGMENT and (mask[part].any() or not mask.any()):
             yield part
 
 
-def pack(segments: list[Segment], seq_len: int) -> list[Row]:
-    """First fit into rows of seq_len, with OPEN_ROWS rows open at a time.
+def pack(segments: Sequence[Segment], seq_len: int) -> list[Row]:
+    """Rows of seq_len that hold segments, as `place` says."""
+    sizes = (len(part.tokens) for part in segments)
+    return [row_of([segments[number] for number in row], seq_len) for row in place(sizes, seq_len)]
 
-    Returns tokens int32, trained positions bool and segment ids uint8 (0 is padding) for each row.
-    """
-    closed: list[list[Segment]] = []
-    opened: list[list[Segment]] = []
+
+def place(sizes: Iterable[int], seq_len: int) -> Iterator[list[int]]:
+    """Which segments form each row of seq_len, by their numbers: first fit, with OPEN_ROWS rows open at a time."""
+    opened: list[list[int]] = []
     free: list[int] = []
-    for part in segments:
-        size = len(part.tokens)
+    for number, size in enumerate(sizes):
         fits = (i for i, room in enumerate(free) if room >= size and len(opened[i]) < MAX_SEGMENTS)
         at = next(fits, None)
         if at is None:
             if len(opened) == OPEN_ROWS:
                 fullest = free.index(min(free))
-                closed.append(opened.pop(fullest))
                 free.pop(fullest)
+                yield opened.pop(fullest)
             opened.append([])
             free.append(seq_len)
             at = len(opened) - 1
-        opened[at].append(part)
+        opened[at].append(number)
         free[at] -= size
-    return [_row(row, seq_len) for row in closed + opened]
+    yield from opened
 
 
-def _row(parts: list[Segment], seq_len: int) -> Row:
+def row_of(parts: list[Segment], seq_len: int) -> Row:
+    """Segments, one behind the other, as a row."""
     tokens, mask = np.zeros(seq_len, np.int32), np.zeros(seq_len, bool)
     segments = np.zeros(seq_len, np.uint8)
     at = 0

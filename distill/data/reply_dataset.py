@@ -1,14 +1,15 @@
 """A reply dataset: what is scored, as tokens. Conversations with the teacher's replies, and the texts beside them."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from distill.data import codec
-from distill.data.dataset import Reader, Writer
+from distill.data.dataset import Coded, Reader, Writer
 from distill.data.manifest import FORMAT, Entry, Omission
-from kernels.errors import UserError
+from kernels.errors import UserError, first_line
 
 EXAMPLES_PER_FILE = 128
 
@@ -34,12 +35,12 @@ class ReplyWriter(Writer):
 
     kind = "replies"
 
-    def note_omissions(self, left_out: tuple[Omission, ...]) -> None:
-        """Record what of the sources was not used."""
-        if self.manifest.left_out != left_out:
-            self._write(replace(self.manifest, left_out=left_out))
+    def note_omissions(self, left_out: tuple[Omission, ...], cut: tuple[Omission, ...]) -> None:
+        """Record what of the sources was not used, and which conversations were cut."""
+        if (self.manifest.left_out, self.manifest.cut) != (left_out, cut):
+            self._write(replace(self.manifest, left_out=left_out, cut=cut))
 
-    def write(self, examples: Sequence[Example], index: int | None = None) -> Entry:
+    def write(self, examples: Sequence[Example], index: int | None = None, device: str = "") -> Entry:
         """Writes examples as file `index`, by default the first that is missing."""
         vocab_size = self.settings.vocab_size
         tokens = np.concatenate([np.zeros(0, np.int32), *(example.tokens for example in examples)])
@@ -59,7 +60,7 @@ class ReplyWriter(Writer):
             "kinds": np.array([names.index(example.kind) for example in examples], np.uint8),
             "kind_names": np.frombuffer("\n".join(names).encode(), np.uint8),
         }
-        return self._add(index, tensors, counts_of(examples))
+        return self.add(Coded.of(tensors, counts_of(examples), device), index)
 
 
 def counts_of(examples: Sequence[Example]) -> dict[str, int]:
@@ -100,6 +101,21 @@ class Replies(Reader):
         parts = zip(np.split(tokens, ends), np.split(trained, ends), strict=True) if entry.rows else ()
         columns = zip(sources, tensors["prompts"], parts, replied, kinds, strict=True)
         return [Example(int(s), int(n), *part, bool(r), kind) for s, n, part, r, kind in columns]
+
+    def tokens_at(self, i: int, start: int, count: int) -> np.ndarray:
+        """Some tokens of the i-th listed file, int32 [count], its hash taken on trust."""
+        path, dtype = self.folder / self.shards[i].file, codec.token_type(self.settings.vocab_size)
+        try:
+            with path.open("rb") as file:
+                header = int.from_bytes(file.read(8), "little")
+                begin = json.loads(file.read(header))["tokens"]["data_offsets"][0]
+                file.seek(8 + header + begin + start * dtype.itemsize)
+                tokens = np.frombuffer(file.read(count * dtype.itemsize), dtype).astype(np.int32)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path}: cannot be read any more ({first_line(error)})") from None
+        if len(tokens) != count:
+            raise UserError(f"{path}: became shorter while it was read")
+        return tokens
 
     def _layout(self, entry: Entry, kind_names: int) -> codec.Layout:
         """kind_names: their bytes, which only the file itself says."""

@@ -19,12 +19,15 @@ from decode.batching import Batch, Job
 from decode.models.dimensions import Dimensions
 from decode.models.transformer import Transformer
 from decode.tokenizer import Tokenizer
+from distill.data.documents import LeftOut
 from distill.data.duplicates import NearDuplicates
 from distill.data.exclusion import Excluded
 from distill.data.packing import MIN_SEGMENT
 from distill.data.prompts import Chosen
+from distill.data.ranks import Ranks
 from distill.data.reply_dataset import EXAMPLES_PER_FILE, Example, Replies, ReplyWriter
 from distill.data.settings import CollectSettings
+from distill.data.sharing import SharedBatch
 from distill.data.supply import TOO_SHORT, Candidate, Supply, size_in_rows
 from kernels.memory import check_fits
 
@@ -89,26 +92,29 @@ class ReplyPass:
         shape: Dimensions,
         settings: CollectSettings,
         progress: Progress,
+        ranks: Ranks,
     ) -> None:
         self.model, self.tokenizer, self.shape = model, tokenizer, shape
         self.settings, self.progress = settings, progress
         self.batch = Batch(model, settings.reply_batch, settings.max_reply, tokenizer.end_tokens, self._check_cache)
+        self.shared, self.device = SharedBatch(self.batch, ranks), ranks.device
         self._written: deque[Example] = deque()  # the next that an earlier run wrote
         self._unread: Iterator[Example] = iter(())  # and those behind them
         self._pending: list[Example] = []  # not yet in a file
         self._at = 0  # the place of the next example
         self._replies, self._reply_tokens = 1, settings.max_reply // 2  # so far: what the next ones are expected to be
 
-    def run(self, writer: ReplyWriter, chosen: Sequence[Chosen], excluded: Excluded) -> None:
+    def run(self, writer: ReplyWriter, chosen: Sequence[Chosen], excluded: Excluded) -> list[LeftOut]:
         """Every source gives its share of the tokens, by its weight; what one cannot give, the later ones do, and what
-        is missing then is shared out among those that have more, until it is there or none has any."""
+        is missing then is shared out among those that have more, until it is there or none has any. Returns which
+        conversations of each were cut."""
         self._unread = iter(Replies(writer.folder, writer.manifest))
         asked = NearDuplicates()
         supplies = [
             Supply(source, documents, self.tokenizer, self.settings, self.model.context, asked, excluded)
             for source, documents in enumerate(chosen)
         ]
-        left = self.settings.tokens
+        cut, left = [supply.cut for supply in supplies], self.settings.tokens
         while supplies:
             before, more = left, []
             for place, supply in enumerate(supplies):
@@ -119,6 +125,7 @@ class ReplyPass:
                 more += [] if ended else [supply]
             supplies = more if left < before else []
         self._flush(writer)
+        return cut
 
     def _turn(self, writer: ReplyWriter, supply: Supply, quota: Quota) -> bool:
         """Let a source fill its quota; whether it has nothing more to give.
@@ -127,13 +134,14 @@ class ReplyPass:
         """
         line = Line()
         while not quota.filled:
-            asked: list[Waiting] = []
+            asked: dict[int, Waiting] = {}
             jobs = self._jobs(writer, supply, quota, line, asked)
-            with closing(self.batch.run(jobs, self._advance, self._advance)) as done:
+            with closing(self.shared.run(jobs, self._advance, self._advance)) as done:
                 for place, replies in done:
                     said = [np.array(reply.tokens, np.int32) for reply in replies]
-                    example = asked[place].candidate.example(supply.source, said)
-                    line.settle(asked[place], example, self._size(example))
+                    waiting = asked.pop(place)  # who is done is not kept
+                    example = waiting.candidate.example(supply.source, said)
+                    line.settle(waiting, example, self._size(example))
                     self._replies += len(said)
                     self._reply_tokens += sum(map(len, said))
                     self._use(writer, supply, quota, line)
@@ -146,10 +154,11 @@ class ReplyPass:
         return False
 
     def _jobs(
-        self, writer: ReplyWriter, supply: Supply, quota: Quota, line: Line, asked: list[Waiting]
+        self, writer: ReplyWriter, supply: Supply, quota: Quota, line: Line, asked: dict[int, Waiting]
     ) -> Iterator[Job]:
         """The next candidates, as many as will probably fill the quota, at the end of the line; those that the teacher
-        is to answer now as jobs, in the order in which they are put down in `asked`."""
+        is to answer now as jobs, and in `asked` by their places among these."""
+        jobs = 0
         while True:
             self._use(writer, supply, quota, line)
             candidate = supply.ahead(len(line))
@@ -166,7 +175,8 @@ class ReplyPass:
                 if not quota.announced:
                     quota.announced = True
                     self.progress("replies", quota.taken, quota.size)
-                asked.append(waiting)
+                asked[jobs] = waiting
+                jobs += 1
                 temperatures = self.settings.reply_temperatures
                 yield Job(
                     candidate.turns,
@@ -216,7 +226,7 @@ class ReplyPass:
     def _flush(self, writer: ReplyWriter) -> None:
         index = (self._at - 1) // EXAMPLES_PER_FILE
         if self._pending and index not in writer.manifest.entries:
-            writer.write(self._pending, index)
+            writer.write(self._pending, index, self.device)
         self._pending = []
 
     def _advance(self, tokens: int) -> None:

@@ -13,6 +13,7 @@ from distill.data.packing import MIN_SEGMENT
 from distill.data.sources import parse_source, shown_name
 from kernels.errors import UserError
 
+MOST_DRAWS = 254  # of a position: with the teacher's first choice beside them, a byte counts the different ids
 HELD_OUT = ROOT / "data" / "eval.jsonl"
 DEFAULT_SOURCES = tuple(str(ROOT / "data" / name) for name in ("prompts.jsonl", "wiki.jsonl.xz", "novels.jsonl.xz"))
 
@@ -57,7 +58,16 @@ class ReplySettings(Settings):
 class ScoringSettings(Settings):
     """The third pass: what is kept of the logits."""
 
-    top_k: int = option(32, "Logits kept a token.", low=1)
+    top_k: int | None = option(32, "Logits kept a token. [32]", metavar="N", low=1, show_default=False)
+    sampled: int | None = option(
+        None,
+        "In place of --top-k: draw this many ids from the teacher's distribution and keep them with their counts, at"
+        " the positions that are trained on. 1 to 254.",
+        metavar="N",
+        low=1,
+        high=MOST_DRAWS,
+        added=True,
+    )
     temperatures: tuple[float, ...] = option(
         (1.0,),
         "Also store exact log-sum-exps at this temperature. Repeatable; 1 always is.",
@@ -81,7 +91,7 @@ class CollectSettings(ScoringSettings, ReplySettings, PromptSettings):
     @classmethod
     def from_options(cls, **values: Any) -> Self:
         """As options or a recipe give them. Beside what `exclude` names, the held-out prompts are excluded wherever
-        they are there."""
+        they are there. Draws take the place of the top logits."""
         settings = super().from_options(**values)
         held_out = [str(HELD_OUT)] if HELD_OUT.exists() else []
         return replace(
@@ -89,12 +99,17 @@ class CollectSettings(ScoringSettings, ReplySettings, PromptSettings):
             exclude=tuple(dict.fromkeys([*held_out, *settings.exclude])),
             temperatures=tuple(dict.fromkeys((1.0, *settings.temperatures))),
             max_reply=settings.seq_len // 2 if values.get("max_reply") is None else settings.max_reply,
+            top_k=None if settings.sampled is not None and values.get("top_k") is None else settings.top_k,
         )
 
     def check(self, config: Mapping[str, Any] | None = None) -> None:
         """UserError naming the first option that cannot be; config: the teacher's, which sets some of the limits."""
         context = config.get("max_position_embeddings") if config else None
         self.check_bounds(seq_len=context, top_k=config["vocab_size"] if config else None, max_reply=context)
+        if self.sampled is not None and self.top_k is not None:
+            raise UserError(f"--sampled {self.sampled}: takes the place of --top-k {self.top_k}; give one of the two")
+        if self.sampled is not None and (others := [t for t in self.temperatures if t != 1]):
+            raise UserError(f"--temperature {others[0]:g}: --sampled draws at temperature 1, and at no other")
         if self.reply and self.seq_len - self.max_reply < MIN_SEGMENT:
             raise UserError(f"--max-reply {self.max_reply}: leaves no room for prompts in --seq-len {self.seq_len}")
         if not self.sources:
@@ -106,9 +121,9 @@ class CollectSettings(ScoringSettings, ReplySettings, PromptSettings):
                 raise UserError(f"{flag} -: standard input is no source; a collection that goes on reads a file again")
 
     def recorded(self, names: tuple[str, ...]) -> dict[str, Any]:
-        """These settings as a manifest has them; sources as they were given."""
+        """These settings as a manifest has them: `k` or `sampled`, not both; sources as they were given."""
         record = self.record()
-        return {IN_MANIFESTS.get(name, name): record[name] for name in names}
+        return {IN_MANIFESTS.get(name, name): record[name] for name in names if record[name] is not None}
 
     def difference(self, values: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
         """The first setting that decides content and is not what a manifest's (or a draft.json's) settings say: its
@@ -125,7 +140,8 @@ class CollectSettings(ScoringSettings, ReplySettings, PromptSettings):
 
 
 def complete_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A manifest's settings, perhaps of an older version, with those that it does not know yet at their defaults."""
-    return {IN_MANIFESTS.get(name, name): value for name, value in CollectSettings.with_defaults({}).items()} | dict(
-        values
-    )
+    """A manifest's settings, perhaps of an older version, with those that it does not know yet at their defaults; what
+    is None has no place in one."""
+    defaults = {IN_MANIFESTS.get(name, name): value for name, value in CollectSettings.with_defaults({}).items()}
+    absent = {name for name, value in defaults.items() if value is None} | ({"k"} if "sampled" in values else set())
+    return {name: value for name, value in defaults.items() if name not in absent} | dict(values)

@@ -1,4 +1,4 @@
-"""Datasets of teacher logits: writing and reading them.
+"""Datasets of what a teacher predicts, logits or draws: writing and reading them.
 
 A dataset is a folder with `manifest.json` and `shard-00000.safetensors` onwards; `dataset` says how files come to
 exist, `codec` what is in them.
@@ -12,13 +12,13 @@ import numpy as np
 
 from decode.models.checkpoint import RUNS, Checkpoint
 from distill.data import codec
-from distill.data.codec import Block
-from distill.data.dataset import Reader, Writer
-from distill.data.manifest import MANIFEST, Entry, ScoredFrom
+from distill.data.codec import Block, SampledBlock, TokenRows
+from distill.data.dataset import Coded, Reader, Writer
+from distill.data.manifest import MANIFEST, DatasetSettings, Entry, ScoredFrom
 from kernels.errors import UserError
 
 
-def counts_of(block: Block) -> dict[str, int]:
+def counts_of(block: TokenRows) -> dict[str, int]:
     """What a manifest line says of a block."""
     last = block.segments.max(axis=1) if block.segments.size else np.zeros(0)
     return {
@@ -29,19 +29,24 @@ def counts_of(block: Block) -> dict[str, int]:
     }
 
 
+def coded(block: Block | SampledBlock, settings: DatasetSettings, device: str = "") -> Coded:
+    """A block as a shard. Raises ValueError if it is not what its class promises."""
+    if wrong := codec.faults(block, settings, coded=False):
+        raise ValueError(wrong[0])
+    return Coded.of(codec.encode(block, settings), counts_of(block), device)
+
+
 class ShardWriter(Writer):
     """Writes shards of logits."""
 
     kind = "shards"
 
-    def write(self, block: Block, index: int | None = None) -> Entry:
+    def write(self, block: Block | SampledBlock, index: int | None = None) -> Entry:
         """Writes a block as shard `index`, by default the first that is missing.
 
-        Raises ValueError if the block is not what `Block` promises, UserError if it cannot be written.
+        Raises ValueError if the block is not what its class promises, UserError if it cannot be written.
         """
-        if wrong := codec.faults(block, self.settings, coded=False):
-            raise ValueError(wrong[0])
-        return self._add(index, codec.encode(block, self.settings), counts_of(block))
+        return self.add(coded(block, self.settings), index)
 
     def score_from(self, replies: ScoredFrom) -> None:
         """Record the reply dataset that all shards are scored from. UserError where there are some of another."""
@@ -60,20 +65,23 @@ class Dataset(Reader):
 
     kind = "shards"
 
-    def read(self, i: int, verify: bool = True) -> Block:
+    def read(self, i: int, verify: bool = True) -> Block | SampledBlock:
         """The i-th listed shard. Without `verify` its hash is taken on trust, its shapes are not."""
         tensors = self._tensors(i, verify)
-        self._expect(i, tensors, codec.layout(self.shards[i].rows, self.settings))
-        return codec.decode(tensors, self.settings)
+        self._expect(i, tensors, codec.layout(self.shards[i].rows, self.settings, tensors))
+        try:
+            return codec.decode(tensors, self.settings)
+        except ValueError as error:
+            raise UserError(f"{self.folder / self.shards[i].file}: {error}") from None
 
     def read_text(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens, which positions are trained on, and segment ids of the i-th shard, its hash taken on trust:
         int32, bool and uint8 [rows, seq_len]."""
         tensors = self._tensors(i, verify=False)
-        self._expect(i, tensors, codec.layout(self.shards[i].rows, self.settings))
+        self._expect(i, tensors, codec.layout(self.shards[i].rows, self.settings, tensors))
         return codec.decode_text(tensors)
 
-    def __iter__(self) -> Iterator[Block]:
+    def __iter__(self) -> Iterator[Block | SampledBlock]:
         return (self.read(i) for i in range(len(self.shards)))
 
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from decode.batching import LONGEST_LOOP
+from decode.metrics import is_looping
 from decode.tokenizer import Tokenizer
 from distill.data.documents import Document, LeftOut, normalise_prompt
 from distill.data.duplicates import NearDuplicates
@@ -24,6 +26,9 @@ REFUSED = "refused by the chat template or tokenizer"
 TOO_SHORT = f"fewer than {MIN_SEGMENT} tokens"
 SAME, NEAR = "the same as a prompt before", "near a prompt before"
 SILENT = "a reply that says nothing"
+LOOPING = "fell into a loop, and ends there"
+UNENDED = "has no end token within --max-reply, or was the last that --tokens left room for"
+FURTHER = "left no room for a further turn and its reply"
 GIVEN_UP = 1000
 OF_USERS = 1.0  # the temperature at which the teacher writes a user's turn
 
@@ -96,6 +101,7 @@ class Supply:
         self.source, self.weight, self.left_out = source, chosen.weight, chosen.left_out
         self.room = min(context, settings.seq_len) - settings.max_reply  # most tokens before a reply
         self._tokenizer, self._settings, self._asked, self._excluded = tokenizer, settings, asked, excluded
+        self.cut = LeftOut()  # not the documents: what their replies lack
         self._dropped = 0  # of what the teacher wrote, in a row
         self._unread: Iterator[_Met] = self._encoded(chosen)
         self._met: deque[_Met] = deque()  # behind what was taken
@@ -130,7 +136,17 @@ class Supply:
             self.left_out.add(reason, f"number {candidate.number}")
         if candidate.as_user and self._dropped == GIVEN_UP:
             raise UserError(f"--source self: the teacher said nothing of use {GIVEN_UP} times in a row ({reason})")
+        if not reason and candidate.asks and (lacks := self._lacks(candidate, example)):
+            self.cut.add(lacks, f"number {candidate.number}")
         return not reason
+
+    def _lacks(self, candidate: Candidate, example: Example) -> str | None:
+        """Why a conversation ends before its end: the last reply was cut, or there would have been further turns."""
+        (starts,) = np.nonzero(np.diff(example.trained, prepend=False) & example.trained)
+        if not len(starts) or not example.trained[-1] or int(example.tokens[-1]) not in self._tokenizer.end_tokens:
+            reply = example.tokens[starts[-1] :].tolist() if len(starts) else []
+            return LOOPING if is_looping(reply, LONGEST_LOOP) else UNENDED
+        return FURTHER if len(starts) < len(candidate.turns) else None
 
     def _fault(self, candidate: Candidate, example: Example) -> str | None:
         if example.trained.any() and not self._tokenizer.decode(example.tokens[example.trained].tolist()).strip():

@@ -269,7 +269,9 @@ def _training(subject: Subject) -> str:
         ("device", _cell(subject.get("made_with", "device"))),
         ("tok/s, median", _number(_median([x["tok_per_s"] for x in subject.log if "tok_per_s" in x]), 0)),
     ]
-    text = "## Training\n\nKnowledge distillation from the teacher's top logits, by bitdraft's `distill train`."
+    sampled = subject.get("training", "data", "settings", "sampled")
+    learnt = "the teacher's top logits" if sampled is None else "ids drawn from the teacher's distribution"
+    text = f"## Training\n\nKnowledge distillation from {learnt}, by bitdraft's `distill train`."
     text += "\n\n" + _table(("result", ""), results)
     evals = [line for line in subject.log if line.get("kind") == "eval"]
     if len(evals) > 1:
@@ -296,6 +298,7 @@ def _data(subject: Subject) -> str:
         ("tokens", _number(subject.get("training", "data", "tokens")) + _unfinished(subject)),
         ("sha256 of the dataset's manifest", _hash(subject.get("training", "data", "sha256"))),
         ("logits kept a token", _number(settings.get("k"))),
+        ("ids drawn a token", _number(settings.get("sampled"))),
         ("tokens a row", _number(settings.get("seq_len"))),
     ]
     if (reply := settings.get("reply")) is not None:

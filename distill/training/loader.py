@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from distill.data.codec import Block
+from distill.data.codec import Block, SampledBlock
 from distill.data.shards import Dataset
 from kernels.errors import UserError
 
@@ -31,26 +31,28 @@ PARTS = 8  # trained positions are padded to eighths of a batch: few shapes, lit
 class Batch:
     """What one step needs. Only trained positions carry targets: m of them, padded with weight 0.
 
-    tokens, segments: int32 [b, t]; positions: int32 [m] into b * t, None where m = b * t; top_ids:
-    int32 [m, k]; top_logprobs: float32 [m, k]; lse_one, lse, weights: float32 [m].
+    tokens, segments: int32 [b, t]; positions: int32 [m] into b * t, None where m = b * t; weights: float32 [m];
+    top_ids: int32 [m, k]; of logits: top_logprobs, float32 [m, k]; lse_one, lse, float32 [m]; of draws: counts,
+    int32 [m, k], where top_ids is -1 behind the last.
     """
 
     tokens: np.ndarray
     segments: np.ndarray
     positions: np.ndarray | None
-    top_ids: np.ndarray
-    top_logprobs: np.ndarray
-    lse_one: np.ndarray
-    lse: np.ndarray
     weights: np.ndarray
+    top_ids: np.ndarray
+    top_logprobs: np.ndarray | None = None
+    lse_one: np.ndarray | None = None
+    lse: np.ndarray | None = None
+    counts: np.ndarray | None = None
 
     def arrays(self) -> dict[str, mx.array]:
         """As MLX arrays, one copy each."""
         return {name: mx.array(value) for name, value in vars(self).items() if value is not None}
 
 
-def assemble(rows: list[tuple[Block, int]], temperature_index: int) -> Batch:
-    """A batch of the given rows of decoded blocks."""
+def assemble(rows: Sequence[tuple[Block | SampledBlock, int]], temperature_index: int) -> Batch:
+    """A batch of the given rows of decoded blocks, all of one kind."""
     tokens = np.stack([block.tokens[i] for block, i in rows])
     segments = np.stack([block.segments[i] for block, i in rows]).astype(np.int32)
     t = tokens.shape[1]
@@ -58,23 +60,40 @@ def assemble(rows: list[tuple[Block, int]], temperature_index: int) -> Batch:
     count, n = sum(map(len, trained)), tokens.size
     unit = -(-n // PARTS)
     m = min(n, max(1, -(-count // unit)) * unit)
-    k = rows[0][0].top_ids.shape[-1]
-    top_ids = np.zeros((m, k), np.int32)
-    # Padding is a teacher sure of ids 0..k-1 in equal parts: finite everywhere, and weight 0.
-    top_ids[count:] = np.arange(k)
-    top_logprobs = np.full((m, k), -np.log(k), np.float32)
-    lse_one, lse, weights = (np.zeros(m, np.float32) for _ in range(3))
+    positions, weights = np.zeros(m, np.int32), np.zeros(m, np.float32)
+    positions[:count] = np.concatenate([where + index * t for index, where in enumerate(trained)])
     weights[:count] = 1.0
-    positions = np.zeros(m, np.int32)
+    targets: dict[str, np.ndarray] = {}
     at = 0
-    for index, ((block, i), where) in enumerate(zip(rows, trained, strict=True)):
-        part = slice(at, at + len(where))
-        positions[part] = where + index * t
-        top_ids[part], top_logprobs[part] = block.top_ids[i][where], block.top_logprobs[i][where]
-        lse_one[part], lse[part] = block.lse[i][where, 0], block.lse[i][where, temperature_index]
+    for (block, i), where in zip(rows, trained, strict=True):
+        if isinstance(block, SampledBlock):
+            here = _draws(block, i, where)
+        else:
+            here = _logits(block, i, where, temperature_index)
+        for name, (values, padding) in here.items():
+            if name not in targets:
+                targets[name] = np.empty((m, *values.shape[1:]), values.dtype)
+                targets[name][count:] = padding
+            targets[name][at : at + len(where)] = values
         at += len(where)
-    everywhere = count == n
-    return Batch(tokens, segments, None if everywhere else positions, top_ids, top_logprobs, lse_one, lse, weights)
+    return Batch(tokens, segments, None if count == n else positions, weights, **targets)
+
+
+def _logits(block: Block, i: int, where: np.ndarray, temperature_index: int) -> dict[str, tuple[np.ndarray, Any]]:
+    """The targets of positions of row i, and what stands at padding: a teacher sure of ids 0..k-1 in equal parts,
+    finite everywhere."""
+    k = block.top_ids.shape[-1]
+    return {
+        "top_ids": (block.top_ids[i][where], np.arange(k)),
+        "top_logprobs": (block.top_logprobs[i][where], -np.log(k)),
+        "lse_one": (block.lse[i][where, 0], 0.0),
+        "lse": (block.lse[i][where, temperature_index], 0.0),
+    }
+
+
+def _draws(block: SampledBlock, i: int, where: np.ndarray) -> dict[str, tuple[np.ndarray, Any]]:
+    """The same of draws; padding has none."""
+    return {"top_ids": (block.ids[i][where], -1), "counts": (block.counts[i][where].astype(np.int32), 0)}
 
 
 class DataLoader:
@@ -99,7 +118,9 @@ class DataLoader:
         self.train = [[i for i in range(n) if (s, i) not in apart] for s, n in enumerate(rows)]
         self.rows = sum(map(len, self.train))
         self.batch = min(batch, self.rows)
-        per_row = dataset.settings.seq_len * (9 + 8 * dataset.settings.k + 4 * len(temperatures))
+        draws = dataset.settings.sampled
+        kept = 8 * dataset.settings.k + 4 * len(temperatures) if draws is None else 5 * (draws + 1)
+        per_row = dataset.settings.seq_len * (9 + kept)
         self.in_memory = sum(rows) * per_row <= IN_MEMORY_BYTES
         self.window = max(1, WINDOW_BYTES // (max(rows) * per_row))
 
@@ -160,8 +181,8 @@ class DataLoader:
     def _assembled(self, first: int) -> Iterator[Batch]:
         skip = first * self.batch
         epoch, skip = divmod(skip, self.rows)
-        blocks: dict[int, Future[Block]] = {}
-        held: list[tuple[Block, int]] = []
+        blocks: dict[int, Future[Block | SampledBlock]] = {}
+        held: list[tuple[Block | SampledBlock, int]] = []
         reader = ThreadPoolExecutor(max_workers=1)
         try:
             upcoming = self._windows_from(epoch)

@@ -41,6 +41,19 @@ def teacher_buckets(
     return mx.concatenate([p, tail], axis=-1)
 
 
+def drawn_buckets(counts: mx.array, valid: mx.array) -> mx.array:
+    """What draws say of the teacher's probabilities: the share of each id, and nothing for the tail.
+
+    counts: int [n, k], how often each id was drawn; valid: bool [n, k], ids that the draft's head has. Draws of others
+    count for no bucket: the draft learns the teacher's distribution over what its head has. So the expectation is that
+    of each id's probability, and the KL's that over the head's whole vocabulary, but for a constant. Returns float32
+    [n, k + 1].
+    """
+    draws = mx.maximum(counts.sum(axis=-1, keepdims=True), 1)  # padding has none
+    p = mx.where(valid, counts / draws, 0.0)
+    return mx.pad(p, [(0, 0), (0, 1)])
+
+
 def kl(log_q: mx.array, p: mx.array) -> mx.array:
     """sum_S p (log p - log q) + r (log r - log q_tail), with 0 log 0 = 0.
 
@@ -53,8 +66,8 @@ def kl(log_q: mx.array, p: mx.array) -> mx.array:
 
 
 def ce(log_q: mx.array, p: mx.array) -> mx.array:
-    """Cross-entropy to the teacher's first choice (bucket 0; the tail if the head lacks it)."""
-    missing = p[:, 0] == 0
+    """Cross-entropy to the teacher's first choice (bucket 0; the tail if the head lacks it, where q is 0)."""
+    missing = log_q[:, 0] == -mx.inf
     return -mx.where(missing, log_q[:, -1], log_q[:, 0])
 
 
@@ -65,6 +78,17 @@ def tv(log_q: mx.array, p: mx.array) -> mx.array:
 
 
 LOSSES: dict[str, BucketLoss] = {"kl": kl, "ce": ce, "tv": tv}
+
+
+OF_DRAWS = ("kl", "ce")  # linear in p but for a constant, so that draws estimate them without bias
+
+
+def check_draws(name: str, sampled: int | None) -> None:
+    """UserError where a loss cannot be learnt from a dataset of so many draws a position; None: it has logits."""
+    if sampled is not None and name not in OF_DRAWS:
+        raise UserError(
+            f"--loss {name}: cannot be learnt from draws (--sampled {sampled}), only {' and '.join(OF_DRAWS)} can"
+        )
 
 
 def bucket_loss(name: str) -> BucketLoss:

@@ -45,7 +45,7 @@ from distill.training.cpu import CpuHead
 from distill.training.draft_config import DraftConfig
 from distill.training.drafts import llama
 from distill.training.loader import DataLoader
-from distill.training.losses import FusedHead
+from distill.training.losses import FusedHead, check_draws
 from distill.training.memory import check_memory, disk_bytes, is_narrow
 from distill.training.optimizer import learning_rate
 from distill.training.plots import training_curves
@@ -87,7 +87,7 @@ class Summary:
     best_step: int
     held_out_loss: float  # of the saved weights, quantised as they are
     agreement: float
-    expected_acceptance: float  # lower bound: sum over the top k of min(p, q)
+    expected_acceptance: float  # lower bound: sum of min(p, q) over the top k, or over the ids that were drawn
     held_out_loss_float: float | None  # of the same weights in float32; None where the log of an earlier run is gone
     vocabulary: dict[str, Any] | None  # of a trimmed head: tokens kept, of how many, share of the targets
     log: Path
@@ -112,6 +112,7 @@ def train(
     data, teacher_folder, out = Path(data), Path(teacher_folder), Path(out)
     dataset = Dataset.open(data)
     settings.check(dataset.settings.vocab_size)
+    check_draws(settings.loss, dataset.settings.sampled)
     check_tokenizer(teacher_folder)
     other = other_teacher(dataset, teacher_folder)
     fingerprint = settings.record() | {"data": sha256(data / MANIFEST)}

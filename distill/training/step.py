@@ -9,7 +9,7 @@ from mlx.utils import tree_unflatten
 
 from distill.training.drafts.llama import Attention, forward, head_weight, masked_attention
 from distill.training.loader import Batch
-from distill.training.losses import FusedHead, head_rows, teacher_buckets
+from distill.training.losses import FusedHead, drawn_buckets, head_rows, teacher_buckets
 from distill.training.optimizer import adamw, schedule
 from distill.training.tensors import Tensors
 
@@ -35,8 +35,12 @@ def targets(
     batch: Tensors, temperature: float, trimmed: TrimmedHead | None = None
 ) -> tuple[mx.array, mx.array, mx.array]:
     """What `FusedHead` takes: the head's rows, the teacher's buckets, the weights."""
-    rows = batch["top_ids"] if trimmed is None else trimmed.rows[batch["top_ids"]]
-    p = teacher_buckets(batch["top_logprobs"], batch["lse_one"], batch["lse"], rows >= 0, temperature)
+    ids = batch["top_ids"]
+    rows = ids if trimmed is None else mx.where(ids < 0, -1, trimmed.rows[mx.maximum(ids, 0)])
+    if "counts" in batch:
+        p = drawn_buckets(batch["counts"], rows >= 0)
+    else:
+        p = teacher_buckets(batch["top_logprobs"], batch["lse_one"], batch["lse"], rows >= 0, temperature)
     return rows, p, batch["weights"]
 
 

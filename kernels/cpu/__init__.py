@@ -24,6 +24,7 @@ from kernels.device import processors
 from kernels.errors import UserError
 from kernels.openblas import find_openblas
 from kernels.ops import (
+    CACHED,
     AttentionShape,
     DenseWeight,
     Epilogue,
@@ -165,7 +166,7 @@ def attention_packed(qkv: mx.array, segments: np.ndarray, shape: AttentionShape)
     borders = [*np.flatnonzero(starts).tolist(), b * t]
     outputs = []
     for start, end in itertools.pairwise(borders):
-        cache = mx.zeros((2, 1, shape.kv_heads, end - start, shape.head_dim))
+        cache = mx.zeros((2, 1, shape.kv_heads, end - start, shape.head_dim), CACHED)
         outputs.append(attention(flat[start:end], cache[0], cache[1], Spans((0,), (end - start,)), shape)[0])
     return mx.concatenate(outputs).reshape(b, t, -1)
 

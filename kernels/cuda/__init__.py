@@ -21,6 +21,7 @@ from kernels.cuda.launch import Constants, Outputs, float_bits, launch
 from kernels.cuda.nvrtc import device_attribute
 from kernels.errors import UserError
 from kernels.ops import (
+    CACHED,
     SMALL_ROWS,
     AttentionShape,
     DenseWeight,
@@ -384,7 +385,7 @@ def attention_packed(qkv: mx.array, segments: np.ndarray, shape: AttentionShape)
         return reference.attention_packed(qkv, segments, shape)
     rows, kv_heads = _packed_rows(segments), shape.kv_heads
     strides = (kv_heads, 1, kv_heads)  # [rows][kv_heads][d]: a segment starts at its first row
-    new = ((segments.size, kv_heads, shape.head_dim), mx.float32)
+    new = ((segments.size, kv_heads, shape.head_dim), CACHED)
     qkv = qkv.reshape(segments.size, -1)
     queries, keys, values = _rope(qkv, rows, strides, shape, {}, {"keys": new, "values": new})
     return _attend(queries, keys, values, rows, strides, shape).reshape(*segments.shape, -1)
@@ -439,6 +440,7 @@ def _attend(
     inputs = {"queries": queries, "keys": keys, "values": values}
     sizes = _sizes(m, *strides)
     whole: Outputs = {"out": ((m, heads * dim), mx.float32)}
+    chunk = 2 * _CHUNK * (2 * dim + 8)  # bytes of its keys and values, as chunk_bytes has them
     part_floats = chunks * m * heads * (dim + 2)
     if longest > SMALL_ROWS or (longest > 1 and 4 * part_floats > _PARTS_BYTES):
         lines = _lines(dim)
@@ -450,7 +452,7 @@ def _attend(
             (len(groups), kv_heads, 1),
             _MANY_THREADS,
             model | {"THREADS": _MANY_THREADS},
-            shared_memory=4 * (_CHUNK * (2 * dim + 4) + lines * (dim + 4 + _CHUNK + 4)),
+            shared_memory=chunk + 4 * lines * (dim + 4 + _CHUNK + 4),
         )[0]
     groups = rows.groups(SMALL_ROWS)
     # One warp goes through all of a row's keys where there are enough rows, or few keys.
@@ -462,7 +464,7 @@ def _attend(
         (len(groups), kv_heads, 1 if fold else chunks),
         32,
         model | {"FOLD": fold},
-        shared_memory=4 * (_CHUNK * (2 * dim + 4) + group * (dim + _CHUNK)),
+        shared_memory=chunk + 4 * group * (dim + _CHUNK),
     )
     if fold:
         return out

@@ -1,14 +1,14 @@
 // Attention of a few rows of a sequence: a warp, which is a block, has them, a key/value head, and with FOLD all chunks of
 // keys, of one row; else one chunk, for `combine`. The next keys come while values are multiplied, and the other way round.
 // queries [..][HEADS * DIM]; keys and values: as rope.cu has them; groups: the sequence, the first row, how many, and its
-// position, of each; sizes: rows in all, and the strides of a key, a head and a sequence, in DIM floats.
+// position, of each; sizes: rows in all, and the strides of a key, a head and a sequence, in DIM values.
 // out: with FOLD [rows][HEADS * DIM], else [chunks][rows * HEADS][DIM + 2]. Constants: HEADS, KV_HEADS, DIM, FOLD.
 constexpr int GROUP = HEADS / KV_HEADS, each = DIM / 32, width = DIM + 2;
 extern __shared__ __align__(128) uint8_t work[];
-float* chunk_keys = reinterpret_cast<float*>(work);
-float* chunk_values = chunk_keys + kChunk * padded_dim(DIM);
-float* mine = chunk_values + kChunk * DIM;  // queries of a row, [GROUP][DIM]
-float* weights = mine + GROUP * DIM;        // [GROUP][kChunk]
+bfloat16* chunk_keys = reinterpret_cast<bfloat16*>(work);
+bfloat16* chunk_values = chunk_keys + kChunk * padded_dim(DIM);
+float* mine = reinterpret_cast<float*>(work + chunk_bytes(DIM));  // queries of a row, [GROUP][DIM]
+float* weights = mine + GROUP * DIM;                              // [GROUP][kChunk]
 const int lane = threadIdx.x, head = blockIdx.y;
 const int sequence = groups[4 * blockIdx.x], first_row = groups[4 * blockIdx.x + 1], here = groups[4 * blockIdx.x + 2],
           position = groups[4 * blockIdx.x + 3], total = position + here;
@@ -17,12 +17,12 @@ const int64_t base = (static_cast<int64_t>(sequence) * sizes[3] + static_cast<in
 const int first = FOLD ? 0 : blockIdx.z, end = FOLD ? (total + kChunk - 1) / kChunk : first + 1;
 
 // Starts to copy a chunk's keys or values, if there is such a chunk.
-const auto fetch = [&](const float* from, float* to, int line, int chunk) {
+const auto fetch = [&](const bfloat16* from, bfloat16* to, int line, int chunk) {
   if (chunk < end) {
     const int start = chunk * kChunk, count = total - start < kChunk ? total - start : kChunk;
 #pragma unroll 4
-    for (int i = lane; i < count * (DIM / 4); i += 32) {
-      const int key = i / (DIM / 4), d = i % (DIM / 4) * 4;
+    for (int i = lane; i < count * (DIM / 8); i += 32) {
+      const int key = i / (DIM / 8), d = i % (DIM / 8) * 8;
       copy_ahead(to + key * line + d, from + base + (start + key) * stride + d);
     }
   }
@@ -57,16 +57,20 @@ if (first * kChunk < total) {
       await_copies<1>();
       __syncwarp();
       float score[GROUP] = {};
-#pragma unroll 4
-      for (int d = 0; d < DIM; d += 4) {
-        const float4 k = *reinterpret_cast<const float4*>(chunk_keys + lane * padded_dim(DIM) + d);
+#pragma unroll 2
+      for (int d = 0; d < DIM; d += 8) {
+        float k[8];
+        load_widened(chunk_keys + lane * padded_dim(DIM) + d, k);
 #pragma unroll
         for (int g = 0; g < GROUP; g++) {
-          const float4 q = *reinterpret_cast<const float4*>(mine + g * DIM + d);
-          score[g] = __fmaf_rn(q.x, k.x, score[g]);
-          score[g] = __fmaf_rn(q.y, k.y, score[g]);
-          score[g] = __fmaf_rn(q.z, k.z, score[g]);
-          score[g] = __fmaf_rn(q.w, k.w, score[g]);
+#pragma unroll
+          for (int i = 0; i < 8; i += 4) {
+            const float4 q = *reinterpret_cast<const float4*>(mine + g * DIM + d + i);
+            score[g] = __fmaf_rn(q.x, k[i], score[g]);
+            score[g] = __fmaf_rn(q.y, k[i + 1], score[g]);
+            score[g] = __fmaf_rn(q.z, k[i + 2], score[g]);
+            score[g] = __fmaf_rn(q.w, k[i + 3], score[g]);
+          }
         }
       }
       float top[GROUP], sum[GROUP];
@@ -89,7 +93,7 @@ if (first * kChunk < total) {
 #pragma unroll 4
       for (int key = 0; key < count; key++) {
         float v[each];
-        load_floats(chunk_values + key * DIM + lane * each, v);
+        load_widened(chunk_values + key * DIM + lane * each, v);
 #pragma unroll
         for (int g = 0; g < GROUP; g++) {  // a key that the row does not see weighs zero
           const float weight = weights[g * kChunk + key];

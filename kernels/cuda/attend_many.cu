@@ -3,12 +3,12 @@
 // of the chunk, and an eighth of the dimensions. Parameters are those of attend_few.cu.
 // Constants: HEADS, KV_HEADS, DIM, THREADS (128).
 constexpr int GROUP = HEADS / KV_HEADS, each = DIM > 128 ? 2 : 4;  // lines a thread
-constexpr int lines = 16 * each, held = kChunk + 4, wide = DIM / 32;
+constexpr int lines = 16 * each, query = DIM + 4, held = kChunk + 4, wide = DIM / 32;
 extern __shared__ __align__(128) uint8_t work[];
-float* chunk_keys = reinterpret_cast<float*>(work);
-float* chunk_values = chunk_keys + kChunk * padded_dim(DIM);
-float* mine = chunk_values + kChunk * DIM;        // queries, [lines][padded_dim(DIM)]
-float* weights = mine + lines * padded_dim(DIM);  // [lines][held]
+bfloat16* chunk_keys = reinterpret_cast<bfloat16*>(work);
+bfloat16* chunk_values = chunk_keys + kChunk * padded_dim(DIM);
+float* mine = reinterpret_cast<float*>(work + chunk_bytes(DIM));  // queries, [lines][query]
+float* weights = mine + lines * query;                            // [lines][held]
 // The last groups of a long sequence have most keys: they come first.
 const int* group = groups + 4 * (gridDim.x - 1 - blockIdx.x);
 const int sequence = group[0], row = group[1], here = group[2], position = group[3], total = position + here;
@@ -18,11 +18,11 @@ const int64_t stride = static_cast<int64_t>(sizes[1]) * DIM;
 const int64_t base = (static_cast<int64_t>(sequence) * sizes[3] + static_cast<int64_t>(head) * sizes[2]) * DIM;
 const bool working = first_of_warp < existing;
 
-const auto fetch = [&](const float* from, float* to, int to_line, int start) {
+const auto fetch = [&](const bfloat16* from, bfloat16* to, int to_line, int start) {
   const int count = total - start < kChunk ? total - start : kChunk;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < count * (DIM / 4); i += THREADS) {
-    const int key = i / (DIM / 4), d = i % (DIM / 4) * 4;
+  for (int i = threadIdx.x; i < count * (DIM / 8); i += THREADS) {
+    const int key = i / (DIM / 8), d = i % (DIM / 8) * 8;
     copy_ahead(to + key * to_line + d, from + base + (start + key) * stride + d);
   }
   close_copies();
@@ -31,9 +31,9 @@ const auto fetch = [&](const float* from, float* to, int to_line, int start) {
 fetch(keys, chunk_keys, padded_dim(DIM), 0);
 for (int i = threadIdx.x; i < lines * (DIM / 4); i += THREADS) {
   const int at = i / (DIM / 4), d = i % (DIM / 4) * 4;
-  const int64_t query = static_cast<int64_t>(row + at / GROUP) * HEADS + head * GROUP + at % GROUP;
-  *reinterpret_cast<float4*>(mine + at * padded_dim(DIM) + d) =
-      at < existing ? *reinterpret_cast<const float4*>(queries + query * DIM + d) : make_float4(0, 0, 0, 0);
+  const int64_t which = static_cast<int64_t>(row + at / GROUP) * HEADS + head * GROUP + at % GROUP;
+  *reinterpret_cast<float4*>(mine + at * query + d) =
+      at < existing ? *reinterpret_cast<const float4*>(queries + which * DIM + d) : make_float4(0, 0, 0, 0);
 }
 Fold folds[each];
 float sums[each][wide][4] = {};
@@ -50,22 +50,25 @@ for (int start = 0; start < total; start += kChunk) {
   float top[each], sum[each];
   if (working) {
     float score[each][4] = {};
-#pragma unroll 2
-    for (int d = 0; d < DIM; d += 4) {
-      float4 k[4];
+#pragma unroll 1
+    for (int d = 0; d < DIM; d += 8) {
+      float k[4][8];
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        k[i] = *reinterpret_cast<const float4*>(chunk_keys + (column + 8 * i) * padded_dim(DIM) + d);
+        load_widened(chunk_keys + (column + 8 * i) * padded_dim(DIM) + d, k[i]);
       }
 #pragma unroll
       for (int j = 0; j < each; j++) {
-        const float4 q = *reinterpret_cast<const float4*>(mine + (line + j) * padded_dim(DIM) + d);
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          score[j][i] = __fmaf_rn(q.x, k[i].x, score[j][i]);
-          score[j][i] = __fmaf_rn(q.y, k[i].y, score[j][i]);
-          score[j][i] = __fmaf_rn(q.z, k[i].z, score[j][i]);
-          score[j][i] = __fmaf_rn(q.w, k[i].w, score[j][i]);
+        for (int half = 0; half < 8; half += 4) {
+          const float4 q = *reinterpret_cast<const float4*>(mine + (line + j) * query + d + half);
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            score[j][i] = __fmaf_rn(q.x, k[i][half], score[j][i]);
+            score[j][i] = __fmaf_rn(q.y, k[i][half + 1], score[j][i]);
+            score[j][i] = __fmaf_rn(q.z, k[i][half + 2], score[j][i]);
+            score[j][i] = __fmaf_rn(q.w, k[i][half + 3], score[j][i]);
+          }
         }
       }
     }
@@ -111,7 +114,7 @@ for (int start = 0; start < total; start += kChunk) {
 #pragma unroll
       for (int w = 0; w < wide; w++) {
         float v[4];
-        load_floats(chunk_values + key * DIM + 4 * column + 32 * w, v);
+        load_widened(chunk_values + key * DIM + 4 * column + 32 * w, v);
 #pragma unroll
         for (int j = 0; j < each; j++) {  // a key that the line does not see weighs zero
 #pragma unroll
@@ -138,9 +141,9 @@ for (int start = 0; start < total; start += kChunk) {
 }
 #pragma unroll
 for (int j = 0; j < each; j++) {
-  const int query = line + j;
-  if (query < existing) {
-    float* to = out + (static_cast<int64_t>(row + query / GROUP) * HEADS + head * GROUP + query % GROUP) * DIM;
+  const int at = line + j;
+  if (at < existing) {
+    float* to = out + (static_cast<int64_t>(row + at / GROUP) * HEADS + head * GROUP + at % GROUP) * DIM;
 #pragma unroll
     for (int w = 0; w < wide; w++) {
       const float* v = sums[j][w];

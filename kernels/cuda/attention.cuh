@@ -1,4 +1,5 @@
-// Attention over the KV cache, in chunks of 32 keys that are combined in order.
+// Attention over the KV cache, in chunks of 32 keys that are combined in order. Keys and values are bfloat16, all else is
+// float.
 //
 // A query's chunk holds its largest score, the sum of its exponentials and its weighted values; keys
 // behind a query's own position count as exact zeros, and chunks behind it are left out. So a row's
@@ -16,7 +17,44 @@ constexpr int kChunk = 32;  // keys: one a lane
 
 __device__ inline float minus_infinity() { return __int_as_float(0xff800000); }
 
-constexpr int padded_dim(int dim) { return dim + 4; }  // keeps lanes' keys in different banks
+constexpr int padded_dim(int dim) { return dim + 8; }  // of keys, whose sixteen bytes lanes then find in different banks
+
+// Bytes of shared memory that a chunk's keys and values take.
+constexpr int chunk_bytes(int dim) { return 2 * kChunk * (padded_dim(dim) + dim); }
+
+// What is cached of a value: the nearest one, of two as near the even one.
+__device__ inline bfloat16 to_bfloat16(float x) {
+  const unsigned bits = __float_as_uint(x);
+  return {static_cast<unsigned short>(x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0)};
+}
+
+// N consecutive bfloat16, 1, 2, 4 or 8, aligned to as many.
+template <int N>
+__device__ inline void load_widened(const bfloat16* from, float (&to)[N]) {
+  if constexpr (N == 1) {
+    to[0] = from[0];
+  } else {
+    unsigned pairs[N / 2];
+    if constexpr (N == 8) {
+      const uint4 v = *reinterpret_cast<const uint4*>(from);
+      pairs[0] = v.x;
+      pairs[1] = v.y;
+      pairs[2] = v.z;
+      pairs[3] = v.w;
+    } else if constexpr (N == 4) {
+      const uint2 v = *reinterpret_cast<const uint2*>(from);
+      pairs[0] = v.x;
+      pairs[1] = v.y;
+    } else {
+      pairs[0] = *reinterpret_cast<const unsigned*>(from);
+    }
+#pragma unroll
+    for (int i = 0; i < N / 2; i++) {
+      to[2 * i] = __uint_as_float(pairs[i] << 16);
+      to[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
+    }
+  }
+}
 
 // cos and sin of pos * frequency for M rows: table [M][DIM / 2].
 template <int M, int DIM, int THREADS>
@@ -42,7 +80,7 @@ __device__ inline float2 rotated(float a, float b, float2 turn) {
 // count: keys of the chunk that exist for any query.
 // out: [QUERIES][DIM + 2]: weighted values, then the largest score and the sum of exponentials.
 template <int QUERIES, int DIM, int THREADS, class Last>
-__device__ void attend_chunk(const float* queries, const float* keys, const float* values, int count, Last last,
+__device__ void attend_chunk(const float* queries, const bfloat16* keys, const bfloat16* values, int count, Last last,
                              float* weights, float* out) {
   constexpr int width = DIM + 2;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -51,15 +89,20 @@ __device__ void attend_chunk(const float* queries, const float* keys, const floa
       continue;
     }
     const float4* a = reinterpret_cast<const float4*>(queries + query * DIM);
-    const float4* b = reinterpret_cast<const float4*>(keys + lane * padded_dim(DIM));
+    const bfloat16* b = keys + lane * padded_dim(DIM);
     float score[4] = {};
-#pragma unroll 8
-    for (int i = 0; i < DIM / 4; i++) {
-      const float4 q = a[i], k = b[i];
-      score[0] = __fmaf_rn(q.x, k.x, score[0]);
-      score[1] = __fmaf_rn(q.y, k.y, score[1]);
-      score[2] = __fmaf_rn(q.z, k.z, score[2]);
-      score[3] = __fmaf_rn(q.w, k.w, score[3]);
+#pragma unroll 4
+    for (int i = 0; i < DIM / 8; i++) {
+      float k[8];
+      load_widened(b + 8 * i, k);
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const float4 q = a[2 * i + half];
+        score[0] = __fmaf_rn(q.x, k[4 * half], score[0]);
+        score[1] = __fmaf_rn(q.y, k[4 * half + 1], score[1]);
+        score[2] = __fmaf_rn(q.z, k[4 * half + 2], score[2]);
+        score[3] = __fmaf_rn(q.w, k[4 * half + 3], score[3]);
+      }
     }
     const float total = __fadd_rn(__fadd_rn(score[0], score[1]), __fadd_rn(score[2], score[3]));
     const bool seen = lane <= last(query);
@@ -117,27 +160,6 @@ struct Fold {
 
 __device__ inline float folded(float value, float chunk_value, float2 factors) {
   return __fmaf_rn(chunk_value, factors.y, __fmul_rn(value, factors.x));
-}
-
-// N consecutive floats, aligned to as many, at most four.
-template <int N>
-__device__ inline void load_floats(const float* from, float (&to)[N]) {
-  if constexpr (N % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < N; i += 4) {
-      const float4 v = *reinterpret_cast<const float4*>(from + i);
-      to[i] = v.x;
-      to[i + 1] = v.y;
-      to[i + 2] = v.z;
-      to[i + 3] = v.w;
-    }
-  } else if constexpr (N == 2) {
-    const float2 v = *reinterpret_cast<const float2*>(from);
-    to[0] = v.x;
-    to[1] = v.y;
-  } else {
-    to[0] = from[0];
-  }
 }
 
 }  // namespace bitdraft

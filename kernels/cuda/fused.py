@@ -10,7 +10,17 @@ import mlx.core as mx
 
 from kernels.cuda.launch import Launch, float_bits, prepare
 from kernels.cuda.nvrtc import device_attribute
-from kernels.ops import SMALL_ROWS, AttentionShape, DenseWeight, Epilogue, Int8Weight, Layer, TernaryWeight, Weight
+from kernels.ops import (
+    CACHED,
+    SMALL_ROWS,
+    AttentionShape,
+    DenseWeight,
+    Epilogue,
+    Int8Weight,
+    Layer,
+    TernaryWeight,
+    Weight,
+)
 
 THREADS = 512
 TILE, SPAN = 16, 128  # outputs and inputs, as in products.cuh
@@ -161,7 +171,7 @@ class CudaFusedStep:
         lines = min(m, 2) * group
         stages = [
             *(product(2 * tiles["MOST_TILES"], k) for k in (hidden, c["HEADS"] * dim, c["FFN"])),
-            4 * (lines * (2 * dim + 2 + CHUNK) + CHUNK * (2 * dim + 4) + m * (group + 2) * dim),
+            4 * (lines * (2 * dim + 2 + CHUNK) + m * (group + 2) * dim) + 2 * CHUNK * (2 * dim + 8),
             4 * m * hidden,  # the states in front of a float head
         ]
         if c["INT8_HEAD"]:
@@ -215,6 +225,8 @@ class CudaFusedStep:
     ) -> mx.array:
         """The launch's output, of this shape."""
         given, (sequences, _, capacity, _) = len(tokens), keys[0].shape
+        if any(cache.dtype != CACHED for cache in (*keys, *values)):
+            raise ValueError(f"caches must be of {CACHED}")
         if sequences != 1 or not 0 <= offset <= capacity - given - count + 1:
             raise ValueError(f"caches of {keys[0].shape} do not fit {given} tokens at {offset} and {count} choices")
         self._reserve_packets(capacity)
@@ -244,7 +256,7 @@ class CudaFusedStep:
         layers = self.constants["LAYERS"]
         caches = [f"{kind}{i}" for kind in "kv" for i in range(layers)]
         prelude = "".join(
-            f"const float* const {kind}_caches[] = {{{', '.join(f'{kind}{i}' for i in range(layers))}}};\n"
+            f"const bfloat16* const {kind}_caches[] = {{{', '.join(f'{kind}{i}' for i in range(layers))}}};\n"
             for kind in "kv"
         )
         return prepare(
@@ -253,7 +265,7 @@ class CudaFusedStep:
                 *(("tokens", mx.uint32), ("request", mx.int32), ("after", mx.uint32), ("d2t", mx.uint32)),
                 ("packets", mx.uint32),
                 *zip(FIXED, (array.dtype for array in self.fixed), strict=True),
-                *((name, mx.float32) for name in caches),
+                *((name, CACHED) for name in caches),
             ),
             (("out", mx.uint32 if chain else mx.float32),),
             (device_attribute(_MULTIPROCESSORS), 1, 1),

@@ -116,7 +116,8 @@ for (int step = 0; step < steps; step++, offset++, number++) {
     const int first = stage.first, tiles = stage.tiles;
 
     if (which == kOutput) {
-      const Caches cache{const_cast<float*>(k_caches[layer]), const_cast<float*>(v_caches[layer]), offset, capacity};
+      const Caches cache{const_cast<bfloat16*>(k_caches[layer]), const_cast<bfloat16*>(v_caches[layer]), offset,
+                         capacity};
       attend<M, HEADS, KV_HEADS, DIM>(cache, qkv, parts, number, turns, __int_as_float(SCALE), stage_work);
       combine<M, HEADS, KV_HEADS, DIM>(in, offset, parts, number);
       finish_tiles<M>(in, number, [&](int tile, int m, int o) { return in.mine[(tile * M + m) * kTile + o]; });
@@ -129,8 +130,8 @@ for (int step = 0; step < steps; step++, offset++, number++) {
     if (which == kQkv && !at_head && blockIdx.x < Task<M, KV_HEADS>::total(offset)) {
       const Task<M, KV_HEADS> task(blockIdx.x, offset);
       const int64_t at = (static_cast<int64_t>(task.head) * capacity + task.start) * DIM;
-      call_ahead(k_caches[layer] + at, task.old * DIM * 4);
-      call_ahead(v_caches[layer] + at, task.old * DIM * 4);
+      call_ahead(k_caches[layer] + at, task.old * DIM * 2);
+      call_ahead(v_caches[layer] + at, task.old * DIM * 2);
     }
 #pragma unroll 1
     for (int i = threadIdx.x; i < (stage.gate ? 2 : 1) * tiles * kTile * M; i += kThreads) {

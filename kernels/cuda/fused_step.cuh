@@ -85,7 +85,7 @@ __device__ inline void copy_tiles(float* to, const float* from, int tiles) {
 
 // A layer's caches, [KV_HEADS][capacity][DIM], `offset` keys long before this step.
 struct Caches {
-  float *keys, *values;
+  bfloat16 *keys, *values;
   int offset, capacity;
 };
 
@@ -107,7 +107,7 @@ struct Task {
   }
 };
 
-// The parts of attention. New keys and values are rotated and put into the cache by the tasks of their rows.
+// The parts of attention. New keys and values are rotated, rounded and put into the cache by the tasks of their rows.
 // qkv: packets [(Q + 2 KV) / 16]; parts: packets of 16 values, the largest score and the sum,
 // [chunks][KV_HEADS][M * GROUP][DIM / 16].
 template <int M, int HEADS, int KV_HEADS, int DIM>
@@ -116,9 +116,9 @@ __device__ void attend(const Caches& cache, const Packet* qkv, Packet* parts, un
   constexpr int GROUP = HEADS / KV_HEADS, QUERIES = Task<M, KV_HEADS>::each * GROUP, half = DIM / 2, width = DIM + 2,
                 tiles = DIM / kTile;  // of a head
   float* queries = reinterpret_cast<float*>(work);  // query m * GROUP + g, of the task's rows
-  float* keys = queries + QUERIES * DIM;
-  float* values = keys + kChunk * padded_dim(DIM);
-  float* weights = values + kChunk * DIM;
+  bfloat16* keys = reinterpret_cast<bfloat16*>(queries + QUERIES * DIM);
+  bfloat16* values = keys + kChunk * padded_dim(DIM);
+  float* weights = reinterpret_cast<float*>(values + kChunk * DIM);
   float* part = weights + QUERIES * kChunk;
   float* fresh = part + QUERIES * width;  // [M][GROUP queries, key, value][DIM]
   const int tasks = Task<M, KV_HEADS>::total(cache.offset);
@@ -129,12 +129,12 @@ __device__ void attend(const Caches& cache, const Packet* qkv, Packet* parts, un
       continue;
     }
     const int64_t at = (static_cast<int64_t>(task.head) * cache.capacity + task.start) * DIM;
-    float* k_rows = cache.keys + at;
-    float* v_rows = cache.values + at;
+    bfloat16* k_rows = cache.keys + at;
+    bfloat16* v_rows = cache.values + at;
     __syncthreads();
 #pragma unroll 2
-    for (int i = threadIdx.x; i < task.old * DIM / 4; i += kThreads) {
-      const int key = i / (DIM / 4), d = i % (DIM / 4) * 4;
+    for (int i = threadIdx.x; i < task.old * DIM / 8; i += kThreads) {
+      const int key = i / (DIM / 8), d = i % (DIM / 8) * 8;
       copy_ahead(keys + key * padded_dim(DIM) + d, k_rows + key * DIM + d);
       copy_ahead(values + key * DIM + d, v_rows + key * DIM + d);
     }
@@ -166,15 +166,17 @@ __device__ void attend(const Caches& cache, const Packet* qkv, Packet* parts, un
       if (key >= 0 && key < kChunk) {
         const float* from = fresh + (m * (GROUP + 2) + GROUP) * DIM;
         const float2 y = rotated(from[d], from[d + half], turns[m * half + d]);
-        keys[key * padded_dim(DIM) + d] = y.x;
-        keys[key * padded_dim(DIM) + d + half] = y.y;
-        values[key * DIM + d] = from[DIM + d];
-        values[key * DIM + d + half] = from[DIM + d + half];
+        const bfloat16 k[] = {to_bfloat16(y.x), to_bfloat16(y.y)};
+        const bfloat16 v[] = {to_bfloat16(from[DIM + d]), to_bfloat16(from[DIM + d + half])};
+        keys[key * padded_dim(DIM) + d] = k[0];
+        keys[key * padded_dim(DIM) + d + half] = k[1];
+        values[key * DIM + d] = v[0];
+        values[key * DIM + d + half] = v[1];
         if (m >= task.row) {
-          k_rows[key * DIM + d] = y.x;
-          k_rows[key * DIM + d + half] = y.y;
-          v_rows[key * DIM + d] = from[DIM + d];
-          v_rows[key * DIM + d + half] = from[DIM + d + half];
+          k_rows[key * DIM + d] = k[0];
+          k_rows[key * DIM + d + half] = k[1];
+          v_rows[key * DIM + d] = v[0];
+          v_rows[key * DIM + d + half] = v[1];
         }
       }
     }

@@ -1,5 +1,5 @@
-// qkv [m][QKV] -> rotated and scaled queries [m][Q]; rotated keys and plain values go to where they stand, in place.
-// One block a row. sequences, positions: of each row; keys, values: position p of a head of a sequence is DIM floats at
+// qkv [m][QKV] -> rotated and scaled queries [m][Q]; rotated keys and plain values go, rounded, to where they stand, in place.
+// One block a row. sequences, positions: of each row; keys, values: position p of a head of a sequence is DIM values at
 // DIM * (p * sizes[0] + head * sizes[1] + sequence * sizes[2]). after: what must have been done before.
 // Constants: HEADS, KV_HEADS, DIM, SCALE (bits), THREADS.
 constexpr int half = DIM / 2, width = (HEADS + 2 * KV_HEADS) * DIM;
@@ -17,12 +17,12 @@ for (int i = threadIdx.x; i < (HEADS + KV_HEADS) * half; i += THREADS) {
     to[d] = __fmul_rn(y.x, __int_as_float(SCALE));
     to[d + half] = __fmul_rn(y.y, __int_as_float(SCALE));
   } else {
-    float* to = const_cast<float*>(keys) + (base + static_cast<int64_t>(head - HEADS) * sizes[1]) * DIM;
-    to[d] = y.x;
-    to[d + half] = y.y;
+    bfloat16* to = const_cast<bfloat16*>(keys) + (base + static_cast<int64_t>(head - HEADS) * sizes[1]) * DIM;
+    to[d] = to_bfloat16(y.x);
+    to[d + half] = to_bfloat16(y.y);
   }
 }
 for (int i = threadIdx.x; i < KV_HEADS * DIM; i += THREADS) {
-  float* to = const_cast<float*>(values) + (base + static_cast<int64_t>(i / DIM) * sizes[1]) * DIM;
-  to[i % DIM] = from[(HEADS + KV_HEADS) * DIM + i];
+  bfloat16* to = const_cast<bfloat16*>(values) + (base + static_cast<int64_t>(i / DIM) * sizes[1]) * DIM;
+  to[i % DIM] = to_bfloat16(from[(HEADS + KV_HEADS) * DIM + i]);
 }

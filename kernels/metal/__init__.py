@@ -19,6 +19,7 @@ import numpy as np
 
 from kernels import reference
 from kernels.ops import (
+    CACHED,
     SMALL_ROWS,
     AttentionShape,
     DenseWeight,
@@ -319,8 +320,8 @@ def attention(
         },
         {
             "queries": ((m, heads, dim), mx.float32),
-            "keys": ((m, kv_heads, dim), mx.float32),
-            "values": ((m, kv_heads, dim), mx.float32),
+            "keys": ((m, kv_heads, dim), CACHED),
+            "values": ((m, kv_heads, dim), CACHED),
         },
         (_up(m * (heads + 2 * kv_heads) * dim // 2, _ROW_THREADS), 1, 1),
         _ROW_THREADS,

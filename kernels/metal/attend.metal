@@ -2,7 +2,7 @@
 // combine.metal. Their `count * group` queries of the head ("lines", rows first) are shared out LINES a simdgroup,
 // which reads keys and values once for them. A lane holds DIM / 32 elements of a key, or the weight of one key.
 //
-// queries: float [m, heads, DIM]; keys, values: float [sequences, kv_heads, capacity, DIM]; groups: int [.., 4], the
+// queries: float [m, heads, DIM]; keys, values: bfloat16 [sequences, kv_heads, capacity, DIM]; groups: int [.., 4], the
 // sequence, the first row, how many rows (count), and the first one's position; dims: m, kv_heads, capacity, group.
 // tops, totals: float [kv_heads, chunks, m * group], the largest score and the sum of exponentials; parts: float
 // [kv_heads, chunks, m * group, DIM], the weighted sum of values. Nothing is written for a line that stands before the
@@ -50,7 +50,7 @@ const int place = (kv_head * chunks + int(threadgroup_position_in_grid.x)) * dim
 for (int key = 0; key < most; ++key) {
   float elements[PART];
   for (int i = 0; i < PART; ++i) {
-    elements[i] = keys[base + key * DIM + i * LANES];
+    elements[i] = float(keys[base + key * DIM + i * LANES]);
   }
   for (int l = 0; l < LINES; ++l) {
     if (key < seen[l]) {
@@ -84,7 +84,7 @@ for (int l = 0; l < LINES; ++l) {
 for (int key = 0; key < most; ++key) {
   float elements[PART];
   for (int i = 0; i < PART; ++i) {
-    elements[i] = values[base + key * DIM + i * LANES];
+    elements[i] = float(values[base + key * DIM + i * LANES]);
   }
   for (int l = 0; l < LINES; ++l) {
     if (key < seen[l]) {

@@ -1,7 +1,7 @@
 // Splits rows into queries, keys and values and rotates queries and keys (rotate-half): a thread a pair.
 //
 // qkv: float [m, (heads + 2 kv_heads) * d]; frequency: float [d / 2]; positions: int [m]; dims: m, heads, kv_heads, d,
-// bits of the scale of queries. queries: float [m, heads, d], scaled; keys, values: float [m, kv_heads, d].
+// bits of the scale of queries. queries: float [m, heads, d], scaled; keys, values: bfloat16 [m, kv_heads, d].
 
 const int heads = dims[1];
 const int kv_heads = dims[2];
@@ -20,8 +20,8 @@ const float a = qkv[source];
 const float b = qkv[source + half_dim];
 if (head >= heads + kv_heads) {
   const int target = (row * kv_heads + head - heads - kv_heads) * 2 * half_dim + pair;
-  values[target] = a;
-  values[target + half_dim] = b;
+  values[target] = bfloat16_t(a);
+  values[target + half_dim] = bfloat16_t(b);
   return;
 }
 const float angle = float(positions[row]) * frequency[pair];
@@ -36,6 +36,6 @@ if (head < heads) {
   queries[target + half_dim] = turned_b * scale;
 } else {
   const int target = (row * kv_heads + head - heads) * 2 * half_dim + pair;
-  keys[target] = turned_a;
-  keys[target + half_dim] = turned_b;
+  keys[target] = bfloat16_t(turned_a);
+  keys[target + half_dim] = bfloat16_t(turned_b);
 }

@@ -44,6 +44,15 @@ def test_replies_do_not_depend_on_the_batch(teacher: Transformer) -> None:
     assert run(teacher, jobs[::-1], 5)[::-1] == together
 
 
+def test_two_groups_say_the_same(teacher: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, which works on one while the other's tokens are looked at; a window of steps at once."""
+    jobs = jobs_of(prompts(20))
+    alone = run(teacher, jobs, 6)
+    monkeypatch.setattr("decode.batching.TWO_GROUPS", 5)
+    monkeypatch.setattr(teacher, "async_decode", True)
+    assert run(teacher, jobs, 5) == run(teacher, jobs, 4) == alone
+
+
 def test_greedy_replies_are_those_of_plain_decoding(teacher: Transformer) -> None:
     given = [*prompts(8), list(range(1000, 2200))]  # the last is of several chunks
     for prompt, (reply,) in zip(given, run(teacher, jobs_of(given, (0.0,)), 4), strict=True):

@@ -313,7 +313,10 @@ def test_a_draft_with_a_shorter_context_falls_silent(
 
 def junk(cache_arrays: list[mx.array], offset: int) -> list[mx.array]:
     """Arrays whose rows from `offset` on are finite nonsense, as a rewind leaves them."""
-    return [mx.concatenate([a[..., :offset, :], mx.full(a[..., offset:, :].shape, 1e4)], axis=-2) for a in cache_arrays]
+    return [
+        mx.concatenate([a[..., :offset, :], mx.full(a[..., offset:, :].shape, 1e4, a.dtype)], axis=-2)
+        for a in cache_arrays
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -381,7 +384,7 @@ def test_int8_layers_are_close_to_float_ones(
     caches = [model.new_cache() for model in (weak, int8_draft)]
     for model, cache in zip((weak, int8_draft), caches, strict=True):
         model.prefill(prompts[0], cache)
-    a, b = (np.array(cache.keys[0][:, : cache.offset]) for cache in caches)
+    a, b = (np.array(cache.keys[0][:, :, : cache.offset].astype(mx.float32)) for cache in caches)
     assert 0 < np.abs(a - b).max() < 0.1 * np.abs(a).max()
 
 

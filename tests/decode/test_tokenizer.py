@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, TEACHER, Command, changed_copy
+from conftest import ROOT, TEACHER, Command, changed_copy, unsealed
 
 from decode.tokenizer import Tokenizer
 from distill.data.reply_dataset import Replies
@@ -200,7 +200,7 @@ def test_a_tokenizer_saved_again_is_the_same(small_teacher: Path, inside: Comman
     assert done.code == 0, done.err
 
     # What was collected before 0.2.0 names the hash of all that the file holds.
-    older = json.loads(manifest)
+    older = json.loads(unsealed(data / "manifest.json"))
     file = json.dumps(json.loads((small_teacher / "tokenizer.json").read_text()), sort_keys=True)
     older["settings"]["tokenizer_hash"] = hashlib.sha256(file.encode()).hexdigest()
     (data / "manifest.json").write_text(json.dumps(older))

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from decode.models.checkpoint import Checkpoint, tokenizer_hash
-from distill.data.codec import Block
+from distill.data.codec import Block, SampledBlock
+from distill.data.draws import draw_on_host, tally
 from distill.data.manifest import DatasetSettings
 from distill.data.shards import ShardWriter
 
@@ -67,20 +68,35 @@ def block(rows: int, seed: int, mask: bool = True, vocab: int = VOCAB, k: int = 
     return Block(tokens, trained, segments, ids, top.astype(np.float32), lse.astype(np.float32))
 
 
-def dataset(folder: Path, teacher: Path, shards: int = 3, rows: int = 16, mask: bool = True) -> Path:
-    """A finished dataset for the teacher."""
+def sampled_block(rows: int, seed: int, draws: int) -> SampledBlock:
+    """The same rows, with draws from the teacher's distribution."""
+    whole = block(rows, seed, k=VOCAB)
+    logits = np.empty((rows * SEQ_LEN, VOCAB), np.float32)
+    np.put_along_axis(logits, whole.top_ids.reshape(-1, VOCAB), whole.top_logprobs.reshape(-1, VOCAB), axis=1)
+    drawn = draw_on_host(logits, np.random.default_rng(seed).random((len(logits), draws), np.float32))
+    ids, counts = tally(logits.argmax(axis=1).astype(np.int32), drawn, whole.loss_mask.ravel())
+    wide = (rows, SEQ_LEN, draws + 1)
+    return SampledBlock(whole.tokens, whole.loss_mask, whole.segments, ids.reshape(wide), counts.reshape(wide))
+
+
+def dataset(
+    folder: Path, teacher: Path, shards: int = 3, rows: int = 16, mask: bool = True, sampled: int | None = None
+) -> Path:
+    """A finished dataset for the teacher, of logits or of so many draws a position."""
     settings = DatasetSettings(
         {
             "teacher": {"name": "synthetic", "hash": Checkpoint(teacher, teacher.name, {}).weights_hash},
             "tokenizer_hash": tokenizer_hash(teacher),
             "vocab_size": VOCAB,
-            "k": K,
-            "temperatures": [1.0, 0.7],
+            **(
+                {"k": K, "temperatures": [1.0, 0.7]} if sampled is None else {"sampled": sampled, "temperatures": [1.0]}
+            ),
             "seq_len": SEQ_LEN,
         }
     )
     with ShardWriter.open(folder, settings) as writer:
         for i in range(shards):
-            writer.write(block(rows, seed=i + 1, mask=mask))
+            seed = i + 1
+            writer.write(block(rows, seed, mask) if sampled is None else sampled_block(rows, seed, sampled))
         writer.finish()
     return folder

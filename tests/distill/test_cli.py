@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import TEACHER, Command, changed_copy
+from conftest import TEACHER, Command, changed_copy, unsealed
 from synthetic import dataset, teacher_folder
 
 from distill.data.reply_dataset import Replies
@@ -97,7 +97,7 @@ def test_inspect_and_verify(inside: Command, data: Path) -> None:
 
     manifest = data / "manifest.json"
     whole = manifest.read_text()
-    manifest.write_text(whole.replace('"complete": true', '"complete": false'))
+    manifest.write_text(unsealed(manifest).replace('"complete": true', '"complete": false'))
     assert "not complete" in inside("distill", "verify", data).out
     manifest.write_text(whole)
     shard = sorted(data.glob("shard-*"))[1]

@@ -13,7 +13,7 @@ from contextlib import chdir
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TEACHER, Command, arguments, changed_copy, environment
+from conftest import ROOT, TEACHER, Command, arguments, changed_copy, environment, unsealed
 
 from decode.models.checkpoint import find_teacher
 from distill.pipeline import Pipeline, free_memory
@@ -139,7 +139,7 @@ def test_recipes_of_the_2b_say_what_is_predicted(layers: int) -> None:
 
 def test_recipes_say_every_setting() -> None:
     """So that another default some day does not change what they make. What may be left out is a choice of its own."""
-    may_lack = {"out", "source", "exclude", "vocab", "bits", "prompts", "limit"}
+    may_lack = {"out", "source", "exclude", "sampled", "vocab", "bits", "prompts", "limit"}
     for path in RECIPES.glob("*.toml"):
         values = tomllib.loads(path.read_text())
         for section in ("collect", "train", "evaluate"):
@@ -246,16 +246,22 @@ def test_run(inside: Command, small_teacher: Path, tmp_path: Path) -> None:
     assert 'was made with sources = ["prompts.jsonl"], not ["other.jsonl"]' in run("--from", "train")[2]
     (tmp_path / "tiny.toml").write_text(tiny)
     manifest, ours = out / "dataset" / "manifest.json", about["teacher"]["hash"]
-    manifest.write_text(manifest.read_text().replace(ours, "0" * 64))
+    whole = manifest.read_bytes()
+    manifest.write_text(unsealed(manifest).replace(ours, "0" * 64))
     (out / "draft").rename(out / "away")
     assert f"runs/tiny/dataset: was made with another teacher than {small_teacher.name}" in run("--from", "train")[2]
-    manifest.write_text(manifest.read_text().replace("0" * 64, ours))
+    manifest.write_bytes(whole)
     (out / "away").rename(out / "draft")
     for old, new, named in (
         ("hidden = 64", "hidden = 128", "runs/tiny/draft: holds a finished draft that was trained with hidden = 64"),
         ("tokens = 1500", "tokens = 1600", "runs/tiny/dataset: was begun with tokens = 1500, not 1600"),
         ("hidden = 64", "hidden = 64\nvocab = 99999", "vocab 99999: the teacher has 16384 tokens"),
         ("batch = 4", "batch = 4\ntop_k = 20000", "tiny.toml: line 10: [collect] top_k 20000: must be 1 to 16384"),
+        (
+            "batch = 4",
+            "batch = 4\nsampled = 8\ntop_k = 32",
+            "tiny.toml: line 10: [collect] sampled 8: takes the place of --top-k 32",
+        ),
         ('prompts = "prompts', 'prompts = "gone', "gone.jsonl"),
     ):
         (tmp_path / "tiny.toml").write_text(tiny.replace(old, new))

@@ -8,8 +8,17 @@ import numpy as np
 
 def same_bits(a: mx.array, b: mx.array) -> bool:
     """Equality by bits: unlike `==`, it tells -0 from 0 and takes a NaN for itself."""
-    x, y = np.array(a), np.array(b)
-    return x.shape == y.shape and x.dtype == y.dtype and x.tobytes() == y.tobytes()
+    return a.shape == b.shape and a.dtype == b.dtype and stored(a) == stored(b)
+
+
+def stored(a: mx.array) -> bytes:
+    """An array's bytes; NumPy has no bfloat16."""
+    return np.array(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a).tobytes()
+
+
+def floats(a: mx.array) -> np.ndarray:
+    """An array of any type of floats as float32."""
+    return np.array(a.astype(mx.float32))
 
 
 def close(a: mx.array, b: mx.array, tolerance: float = 1e-5) -> bool:

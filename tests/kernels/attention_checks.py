@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
-from arrays import normal, same_bits
+from arrays import floats, normal, same_bits
 
-from kernels.ops import AttentionShape, Spans
+from kernels.ops import CACHED, AttentionShape, Spans
 
 Attention = Callable[[mx.array, mx.array, mx.array, Spans, AttentionShape], tuple[mx.array, mx.array, mx.array]]
 
@@ -30,7 +31,7 @@ def caches(shape: AttentionShape, offsets: tuple[int, ...], capacity: int, first
     for i, offset in enumerate(offsets):
         rows = np.random.default_rng([11, first + i]).standard_normal((2, offset, *out.shape[2::2]), np.float32)
         out[:, i, :, :offset] = rows.transpose(0, 2, 1, 3)
-    return mx.array(out[0]), mx.array(out[1])
+    return mx.array(out[0]).astype(CACHED), mx.array(out[1]).astype(CACHED)
 
 
 def qkv_rows(shape: AttentionShape, rows: int, seed: int = 0) -> mx.array:
@@ -53,22 +54,58 @@ def check_rows_alone(attention: Attention, shape: AttentionShape, spans: Spans) 
             row += 1
         for together, single in ((keys, k), (values, v)):
             assert same_bits(together[sequence, :, :end], single[0, :, :end]), sequence
-            assert np.isnan(np.array(together[sequence, :, end:])).all(), "spare room was written to"
+            assert np.isnan(floats(together[sequence, :, end:])).all(), "spare room was written to"
 
 
 def check_definition(attention: Attention, shape: AttentionShape, spans: Spans, tolerance: float = 2e-6) -> None:
-    """Outputs and new keys and values are within a tolerance of those in double precision."""
+    """New keys and values are those in double precision, rounded, and outputs within a tolerance of what follows in
+    double precision from the caches as they are then."""
     qkv = qkv_rows(shape, spans.rows, seed=1)
-    given = caches(shape, spans.offsets, spans.end + 3)
-    expected = definition(np.array(qkv), *map(np.array, given), spans, shape)
-    for found, right in zip(attention(qkv, *given, spans, shape), expected, strict=True):
-        np.testing.assert_allclose(np.array(found), right, rtol=1e-5, atol=tolerance)
+    out, *found = attention(qkv, *caches(shape, spans.offsets, spans.end + 3), spans, shape)
+    mx.eval(out, found)  # before caches are read that were written to in place
+    held = [floats(cache) for cache in found]
+    exact = definition(np.array(qkv), *held, spans, shape, written=True)
+    for cache, right in zip(held, exact[1:], strict=True):
+        error = 1e-5 * np.abs(right) + tolerance  # after which a value may lie beyond the middle of two
+        low, high = (floats(mx.array(right + side, mx.float32).astype(CACHED)) for side in (-error, error))
+        assert (((low <= cache) & (cache <= high)) | np.isnan(right)).all()
+    np.testing.assert_allclose(
+        np.array(out), definition(np.array(qkv), *held, spans, shape)[0], rtol=1e-5, atol=tolerance
+    )
+
+
+def check_rounding(attention: Attention, shape: AttentionShape) -> None:
+    """Keys and values are cached as the nearest bfloat16, of two as near as the even one; NaN and infinity stay."""
+    still = replace(shape, inverse_frequency=mx.zeros(shape.head_dim // 2))  # keys that are not turned
+    ties = 1 + np.arange(1, 16, 2) / 256
+    edges = np.concatenate([ties, np.nextafter(np.float32(ties), np.float32(0)), np.nextafter(np.float32(ties), 2)])
+    edges = np.concatenate([edges, -edges, [0.0, 3.4e38, 1e-30]]).astype(np.float32)
+    qkv = np.resize(edges, (3, (shape.heads + 2 * shape.kv_heads) * shape.head_dim))
+    qkv[:, -3:] = np.inf, -np.inf, np.nan  # of values, since a turn would make NaN of infinity
+    _, *found = attention(mx.array(qkv), *caches(shape, (2,), 9), Spans((2,), (3,)), still)
+    mx.eval(found)
+    rows = qkv.reshape(3, -1, shape.head_dim)[:, shape.heads :].reshape(3, 2, shape.kv_heads, -1)
+    for cache, right in zip(found, rows.transpose(1, 2, 0, 3), strict=True):
+        np.testing.assert_array_equal(floats(cache[0, :, 2:5]), nearest(right))
+
+
+def nearest(x: np.ndarray) -> np.ndarray:
+    """float32 rounded to eight bits of mantissa, the definition of bfloat16's, by whole numbers."""
+    mantissa, exponent = np.frexp(x.astype(np.float64))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.ldexp(np.rint(mantissa * 256), exponent - 8).astype(np.float32)
 
 
 def definition(
-    qkv: np.ndarray, keys: np.ndarray, values: np.ndarray, spans: Spans, shape: AttentionShape
+    qkv: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    spans: Spans,
+    shape: AttentionShape,
+    written: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`kernels.reference.attention` row by row, in double precision."""
+    """`kernels.reference.attention` row by row, in double precision and without rounding; written: new keys and values
+    take the place of those in the caches, which else hold them already."""
     d, group = shape.head_dim, shape.heads // shape.kv_heads
     frequency = np.array(shape.inverse_frequency, np.float64)
     keys, values = keys.astype(np.float64), values.astype(np.float64)
@@ -83,7 +120,8 @@ def definition(
     for sequence, (offset, count) in enumerate(zip(spans.offsets, spans.counts, strict=True)):
         for position in range(offset, offset + count):
             q, k, v = np.split(next(rows), [shape.heads, shape.heads + shape.kv_heads])
-            keys[sequence, :, position], values[sequence, :, position] = rotated(k, position), v
+            if written:
+                keys[sequence, :, position], values[sequence, :, position] = rotated(k, position), v
             seen, weighed = (np.repeat(a[sequence, :, : position + 1], group, axis=0) for a in (keys, values))
             scores = np.einsum("hd,hjd->hj", rotated(q, position), seen) / np.sqrt(d)
             weights = np.exp(scores - scores.max(-1, keepdims=True))

@@ -7,7 +7,7 @@ import platform
 import mlx.core as mx
 import numpy as np
 import pytest
-from arrays import same_bits
+from arrays import same_bits, stored
 from attention_checks import (
     FEW,
     LONG,
@@ -15,12 +15,13 @@ from attention_checks import (
     attention_shape,
     caches,
     check_definition,
+    check_rounding,
     check_rows_alone,
     qkv_rows,
 )
 
 from kernels import reference
-from kernels.ops import Spans
+from kernels.ops import CACHED, Spans
 
 if platform.system() != "Linux":
     pytest.skip("the native CPU backend is built on Linux only", allow_module_level=True)
@@ -71,6 +72,11 @@ def test_attention_is_close_to_its_definition(isa: str, heads: int, kv_heads: in
     check_definition(cpu.attention, attention_shape(heads, kv_heads, d), spans)
 
 
+def test_keys_and_values_are_rounded() -> None:
+    check_rounding(cpu.attention, attention_shape())
+    check_rounding(reference.attention, attention_shape())
+
+
 def test_large_scores_make_no_infinities(isa: str) -> None:
     """A key that wins by hundreds: its value is the output, all others weigh nothing."""
     shape, spans = attention_shape(2, 1, 16), Spans((40,), (1,))
@@ -83,17 +89,17 @@ def test_large_scores_make_no_infinities(isa: str) -> None:
 def test_a_cache_that_someone_else_holds_is_not_overwritten() -> None:
     shape = attention_shape()
     k_cache, v_cache = caches(shape, (5, 3), 9)
-    before = np.array(k_cache).tobytes(), np.array(v_cache).tobytes()
+    before = stored(k_cache), stored(v_cache)
     spans, qkv = Spans((5, 3), (2, 1)), qkv_rows(shape, 3)
     mx.eval(*cpu.attention(qkv, k_cache, v_cache, spans, shape))
     mx.eval(*cpu.attention(qkv, k_cache[:, :, :8], v_cache[:, :, :8], spans, shape))
-    assert (np.array(k_cache).tobytes(), np.array(v_cache).tobytes()) == before
+    assert (stored(k_cache), stored(v_cache)) == before
 
 
 def test_a_cache_of_our_own_is_updated_in_place() -> None:
     """Twenty steps over a large cache must not copy it: no second one is ever allocated."""
     shape = attention_shape(4, 4, 128)
-    k_cache, v_cache = mx.zeros((2, 4, 4096, 128)), mx.zeros((2, 4, 4096, 128))
+    k_cache, v_cache = mx.zeros((2, 4, 4096, 128), CACHED), mx.zeros((2, 4, 4096, 128), CACHED)
     qkv = qkv_rows(shape, 2)
     mx.eval(k_cache, v_cache, qkv)
     mx.reset_peak_memory()

@@ -13,6 +13,7 @@ from attention_checks import (
     attention_shape,
     caches,
     check_definition,
+    check_rounding,
     check_rows_alone,
     qkv_rows,
 )
@@ -157,6 +158,10 @@ def test_attention(heads: tuple[int, int, int], spans: Spans) -> None:
     check_definition(cuda.attention, attention_shape(*heads), spans, tolerance=1e-5)
 
 
+def test_keys_and_values_are_rounded() -> None:
+    check_rounding(cuda.attention, attention_shape())
+
+
 @pytest.mark.parametrize("offset", [0, 24, 31, 250, 2042])
 def test_any_number_of_rows_of_a_sequence_has_the_bits_of_single_ones(offset: int) -> None:
     shape = attention_shape(9, 3, 64)
@@ -203,7 +208,8 @@ def test_packed_rows_have_the_bits_of_sequences() -> None:
         alone = cuda.attention(qkv, *caches(shape, spans.offsets, 160), spans, shape)[0]
         assert same_bits(packed, alone.reshape(3, 145, -1))
         with mx.stream(mx.cpu):  # a library on the GPU may multiply with fewer bits
-            assert close(packed, reference.attention_packed(qkv.reshape(3, 145, -1), segments, shape), 1e-5)
+            defined = reference.attention_packed(qkv.reshape(3, 145, -1), segments, shape)
+        assert close(packed, defined, 1e-2)  # a key may be turned to the other side of the middle of two bfloat16
 
 
 @pytest.mark.parametrize("n", [1, 700, 16384, 128256])

@@ -15,12 +15,21 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from arrays import close, normal, random_ternary, same_bits
-from attention_checks import FEW, SEVERAL, attention_shape, caches, check_definition, check_rows_alone, qkv_rows
+from attention_checks import (
+    FEW,
+    SEVERAL,
+    attention_shape,
+    caches,
+    check_definition,
+    check_rounding,
+    check_rows_alone,
+    qkv_rows,
+)
 
 from kernels import cuda, reference
 from kernels.cuda import fused
 from kernels.cuda.launch import FOLDER, kernel, text
-from kernels.ops import AttentionShape, Epilogue, Layer, Spans
+from kernels.ops import CACHED, AttentionShape, Epilogue, Layer, Spans
 from kernels.self_test import CHECKS, operation_faults
 
 if platform.system() != "Linux" or emulation.compiler() is None:
@@ -185,6 +194,10 @@ def test_attention_is_close_to_its_definition(emulator: cuda_emulator.Emulator) 
         check_definition(cuda.attention, attention_shape(heads, kv_heads, d), Spans((0, 101, 3, 24), (9, 2, 0, 20)))
 
 
+def test_keys_and_values_are_rounded() -> None:
+    check_rounding(cuda.attention, attention_shape())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("counts", [(8, 7, 1, 0, 6, 5, 3, 8, 2), (1, 1, 1, 0, 1, 1, 1, 1, 1)])
 def test_each_way_to_attention_gives_the_same_bits(
@@ -225,7 +238,8 @@ def test_packed_rows_have_the_bits_of_sequences(heads: tuple[int, int, int]) -> 
     packed = cuda.attention_packed(qkv.reshape(3, 45, -1), segments, shape)
     alone = cuda.attention(qkv, *caches(shape, (0,) * 6, 64), Spans((0,) * 6, counts), shape)[0]
     assert same_bits(packed, alone.reshape(3, 45, -1))
-    assert close(packed, reference.attention_packed(qkv.reshape(3, 45, -1), segments, shape), 1e-5)
+    defined = reference.attention_packed(qkv.reshape(3, 45, -1), segments, shape)
+    assert close(packed, defined, 1e-2)  # a key may be turned to the other side of the middle of two bfloat16
 
 
 # Choosing tokens
@@ -347,7 +361,7 @@ class Model:
             rows = [np.array(normal(*size, seed=seed + 2 * i)) for i in range(len(self.layers))]
             for array in rows:
                 array[:, filled:] = np.nan
-            out.append([mx.array(array[None]) for array in rows])
+            out.append([mx.array(array[None]).astype(CACHED) for array in rows])
         mx.eval(out)
         return out[0], out[1]
 

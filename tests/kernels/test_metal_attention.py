@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from arrays import same_bits
+from arrays import same_bits, stored
 from attention_checks import (
     FEW,
     LONG,
@@ -13,6 +13,7 @@ from attention_checks import (
     attention_shape,
     caches,
     check_definition,
+    check_rounding,
     check_rows_alone,
     qkv_rows,
 )
@@ -70,6 +71,10 @@ def test_attention_is_close_to_its_definition(heads: int, kv_heads: int, d: int)
     check_definition(metal.attention, shape, Spans((0, 100, 9, 0, 305), (1, 4, 0, 8, 5)))
 
 
+def test_keys_and_values_are_rounded() -> None:
+    check_rounding(metal.attention, attention_shape())
+
+
 def test_large_scores_make_no_infinities() -> None:
     """A key that wins by hundreds: its value is the output, all others weigh nothing."""
     shape, spans = attention_shape(2, 1, 32), Spans((40,), (1,))
@@ -83,6 +88,6 @@ def test_large_scores_make_no_infinities() -> None:
 def test_a_cache_that_someone_else_holds_is_not_overwritten(spans: Spans) -> None:
     shape = attention_shape()
     k_cache, v_cache = caches(shape, spans.offsets, 9)
-    before = np.array(k_cache).tobytes(), np.array(v_cache).tobytes()
+    before = stored(k_cache), stored(v_cache)
     mx.eval(*metal.attention(qkv_rows(shape, spans.rows), mx.array(k_cache), mx.array(v_cache), spans, shape))
-    assert (np.array(k_cache).tobytes(), np.array(v_cache).tobytes()) == before
+    assert (stored(k_cache), stored(v_cache)) == before

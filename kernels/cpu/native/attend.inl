@@ -1,9 +1,27 @@
 // Attention of queries that share a key/value head, in blocks of keys that stay in the first cache.
 //
-// A query of length n sees: each score summed in sixteen lanes over d and across lanes by one tree;
-// the exact maximum; exp in lanes, key j in lane j % 16, summed in order and across lanes; values
-// added key after key. Nothing here depends on the other queries of the call, and no key or value
-// from n on is ever read.
+// Keys and values are bfloat16, all else is float. A query of length n sees: each score summed in sixteen lanes
+// over d and across lanes by one tree; the exact maximum; exp in lanes, key j in lane j % 16, summed in order and
+// across lanes; values added key after key. Nothing here depends on the other queries of the call, and no key or
+// value from n on is ever read.
+
+void rotate(const float* x, const float* table, int d, float scale, float* out) {
+  const int half = d / 2;
+  for (int i = 0; i < half; i++) {
+    const float a = x[i], b = x[half + i], cos = table[i], sin = table[half + i];
+    out[i] = (a * cos - b * sin) * scale;
+    out[half + i] = (b * cos + a * sin) * scale;
+  }
+}
+
+void narrow(const float* x, int64_t n, uint16_t* out) {
+  for (int64_t i = 0; i < n; i++) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, sizeof(bits));
+    const bool nan = (bits & 0x7fffffff) > 0x7f800000;
+    out[i] = static_cast<uint16_t>(nan ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  }
+}
 
 // Scores of sixteen keys from `first` on for Q queries, each by the same steps whatever Q is. Keys past
 // `length` are read as the last one. `ahead`: how many keys further on to fetch into the cache.
@@ -14,7 +32,7 @@ inline void score_block(const Attend& a, const float* queries, int first, int le
   F groups[Q][4];
 #pragma GCC unroll 4
   for (int g = 0; g < 4; g++) {
-    const float* key[4];
+    const uint16_t* key[4];
     F sums[Q][4];
 #pragma GCC unroll 4
     for (int l = 0; l < 4; l++) {
@@ -33,10 +51,10 @@ inline void score_block(const Attend& a, const float* queries, int first, int le
       }
 #pragma GCC unroll 4
       for (int l = 0; l < 4; l++) {
-        if constexpr (fetch) {
+        if (fetch && c % 2 == 0) {  // 64 bytes at once
           __builtin_prefetch(key[l] + 16 * c + static_cast<int64_t>(ahead) * a.d);
         }
-        const F k = load(key[l] + 16 * c);
+        const F k = load_bf16(key[l] + 16 * c);
 #pragma GCC unroll 4
         for (int q = 0; q < Q; q++) {
           sums[q][l] = fma(k, query[q], sums[q][l]);
@@ -46,7 +64,7 @@ inline void score_block(const Attend& a, const float* queries, int first, int le
     if (rest > 0) {
 #pragma GCC unroll 4
       for (int l = 0; l < 4; l++) {
-        const F k = load_part(key[l] + 16 * whole, rest);
+        const F k = load_bf16_part(key[l] + 16 * whole, rest);
 #pragma GCC unroll 4
         for (int q = 0; q < Q; q++) {
           sums[q][l] = fma(k, load(queries + q * a.padded + 16 * whole), sums[q][l]);
@@ -64,23 +82,34 @@ inline void score_block(const Attend& a, const float* queries, int first, int le
   }
 }
 
+template <int Q>
+inline void score_some(const Attend& a, const float* queries, bool fetch, int first, int length, float* scores) {
+  if constexpr (Q <= kScoreQueries) {
+    fetch ? score_block<Q, true>(a, queries, first, length, scores, kKeyBlock)
+          : score_block<Q, false>(a, queries, first, length, scores, 0);
+  }
+}
+
 // Scores of one block of keys for all queries.
 inline void score_all(const Attend& a, int block) {
   for (int i = 0; i < a.count;) {
     // Queries that have all of the block share its loads.
-    int together = i + kScoreQueries <= a.count ? kScoreQueries : 1;
+    int together = a.count - i < kScoreQueries ? a.count - i : kScoreQueries;
     for (int q = 0; q < together; q++) {
       together = a.lengths[i + q] < block + kKeyBlock ? 1 : together;
     }
     const float* query = a.queries + i * a.padded;
     float* scores = a.scores + i * a.score_stride;
     for (int j = block; j < block + kKeyBlock && j < a.lengths[i]; j += 16) {
-      if (together == 1) {
-        i == 0 ? score_block<1, true>(a, query, j, a.lengths[i], scores + j, kKeyBlock)
-               : score_block<1, false>(a, query, j, a.lengths[i], scores + j, 0);
-      } else {
-        i == 0 ? score_block<kScoreQueries, true>(a, query, j, a.lengths[i], scores + j, kKeyBlock)
-               : score_block<kScoreQueries, false>(a, query, j, a.lengths[i], scores + j, 0);
+      switch (together) {
+        case 1:
+          score_some<1>(a, query, i == 0, j, a.lengths[i], scores + j);
+          break;
+        case 2:
+          score_some<2>(a, query, i == 0, j, a.lengths[i], scores + j);
+          break;
+        default:
+          score_some<3>(a, query, i == 0, j, a.lengths[i], scores + j);
       }
     }
     i += together;
@@ -127,12 +156,14 @@ inline void add_values(const Attend& a, float* const* out, const float* const* w
     }
   }
   for (int j = first; j < last; j++) {
-    const float* value = a.values + static_cast<int64_t>(j) * a.d + column;
+    const uint16_t* value = a.values + static_cast<int64_t>(j) * a.d + column;
     F v[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; c++) {
-      __builtin_prefetch(value + 16 * c + static_cast<int64_t>(ahead) * a.d);
-      v[c] = load(value + 16 * c);
+      if (c % 2 == 0) {
+        __builtin_prefetch(value + 16 * c + static_cast<int64_t>(ahead) * a.d);
+      }
+      v[c] = load_bf16(value + 16 * c);
     }
 #pragma GCC unroll 4
     for (int q = 0; q < Q; q++) {
@@ -166,8 +197,8 @@ inline void add_values_strips(const Attend& a, float* const* out, const float* c
     for (int q = 0; q < Q; q++) {
       F sum = load(out[q] + column);
       for (int j = first; j < last; j++) {
-        sum =
-            fma(set1(weights[q][j]), load_part(a.values + static_cast<int64_t>(j) * a.d + column, rest), sum);
+        const uint16_t* value = a.values + static_cast<int64_t>(j) * a.d + column;
+        sum = fma(set1(weights[q][j]), load_bf16_part(value, rest), sum);
       }
       store(out[q] + column, sum);
     }

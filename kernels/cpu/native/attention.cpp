@@ -42,40 +42,33 @@ class RopeTable {
 
 thread_local RopeTable rope_table;
 
-// Rotate-half RoPE of one head, times `scale`.
-void rotate(const float* x, const float* table, int d, float scale, float* out) {
-  const int half = d / 2;
-  for (int i = 0; i < half; i++) {
-    const float a = x[i], b = x[half + i], cos = table[i], sin = table[half + i];
-    out[i] = (a * cos - b * sin) * scale;
-    out[half + i] = (b * cos + a * sin) * scale;
-  }
-}
-
 // Rotates a row's queries into `queries` [kv_heads][count][padded] as number `index` of each kv head's
 // rows, and writes its key and value at `position` of a cache [kv_heads][capacity][d].
-void place_row(const Heads& h, const float* row, int position, const float* frequency, float* queries,
-               int64_t queries_per_kv, int64_t index, float* keys, float* values, int64_t capacity) {
+void place_row(const Kernels& set, const Heads& h, const float* row, int position, const float* frequency,
+               float* queries, int64_t queries_per_kv, int64_t index, uint16_t* keys, uint16_t* values,
+               int64_t capacity) {
   const float* table = rope_table.at(position, frequency, h.d / 2);
   const int group = h.group(), padded = h.padded();
   for (int head = 0; head < h.heads; head++) {
     float* q = queries + (head / group * queries_per_kv + index * group + head % group) * padded;
-    rotate(row + head * h.d, table, h.d, h.scale, q);
+    set.rotate(row + head * h.d, table, h.d, h.scale, q);
     std::fill(q + h.d, q + padded, 0.0f);
   }
   const float* k = row + h.heads * h.d;
   const float* v = k + h.kv_heads * h.d;
+  float rotated[kMaxHeadDim];
   for (int head = 0; head < h.kv_heads; head++) {
     const int64_t at = (head * capacity + position) * h.d;
-    rotate(k + head * h.d, table, h.d, 1.0f, keys + at);
-    std::memcpy(values + at, v + head * h.d, static_cast<size_t>(h.d) * sizeof(float));
+    set.rotate(k + head * h.d, table, h.d, 1.0f, rotated);
+    set.narrow(rotated, h.d, keys + at);
+    set.narrow(v + head * h.d, h.d, values + at);
   }
 }
 
 // Queries first..last-1 of a kv head; length(i) and out(i) tell each one's keys and place.
 template <class Length, class Out>
-void attend_range(const Kernels& set, const Heads& h, const float* queries, const float* keys,
-                  const float* values, int first, int last, Length&& length, Out&& out) {
+void attend_range(const Kernels& set, const Heads& h, const float* queries, const uint16_t* keys,
+                  const uint16_t* values, int first, int last, Length&& length, Out&& out) {
   int lengths[kMaxQueries];
   float* places[kMaxQueries];
   for (int start = first; start < last; start += kMaxQueries) {
@@ -121,8 +114,8 @@ class Attention : public CpuPrimitive {
                if (copy_k) copy_cache(in[1], out[1]);
                if (copy_v) copy_cache(in[2], out[2]);
                std::vector<float> space;
-               attend_spans(h, spans, Matrix<float>(in[0]), vector_data(in[3], space), out[1].data<float>(),
-                            out[2].data<float>(), out[1].shape(2), out[0].data<float>());
+               attend_spans(h, spans, Matrix<float>(in[0]), vector_data(in[3], space), out[1].data<mx::bfloat16_t>(),
+                            out[2].data<mx::bfloat16_t>(), out[1].shape(2), out[0].data<float>());
              });
   }
 
@@ -133,9 +126,9 @@ class Attention : public CpuPrimitive {
 
 Heads check(const mx::array& qkv, const mx::array& k_cache, const mx::array& v_cache,
             int heads, int kv_heads, const mx::array& frequency, float scale) {
-  require(k_cache.ndim() == 4 && k_cache.shape() == v_cache.shape() && k_cache.dtype() == mx::float32 &&
-              v_cache.dtype() == mx::float32,
-          "both caches must be float32 of one shape, [sequences, kv_heads, capacity, d]");
+  require(k_cache.ndim() == 4 && k_cache.shape() == v_cache.shape() && k_cache.dtype() == mx::bfloat16 &&
+              v_cache.dtype() == mx::bfloat16,
+          "both caches must be bfloat16 of one shape, [sequences, kv_heads, capacity, d]");
   const int d = k_cache.shape(-1);
   require(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, "heads must be a multiple of kv_heads");
   require(d % 2 == 0 && d > 0 && d <= kMaxHeadDim, "the head dimension must be even and at most 512");
@@ -146,7 +139,7 @@ Heads check(const mx::array& qkv, const mx::array& k_cache, const mx::array& v_c
   return Heads{heads, kv_heads, d, scale};
 }
 
-void copy_strided(const mx::array& from, size_t axis, const float* source, float*& to) {
+void copy_strided(const mx::array& from, size_t axis, const mx::bfloat16_t* source, mx::bfloat16_t*& to) {
   if (axis == from.ndim()) {
     *to++ = *source;
     return;
@@ -154,7 +147,7 @@ void copy_strided(const mx::array& from, size_t axis, const float* source, float
   const int64_t stride = from.strides()[axis];
   const int size = from.shape()[axis];
   if (axis + 1 == from.ndim() && stride == 1) {
-    std::memcpy(to, source, static_cast<size_t>(size) * sizeof(float));
+    std::copy_n(source, size, to);
     to += size;
     return;
   }
@@ -166,11 +159,11 @@ void copy_strided(const mx::array& from, size_t axis, const float* source, float
 }  // namespace
 
 void copy_cache(const mx::array& from, mx::array& to) {
-  float* out = to.data<float>();
+  auto* out = to.data<mx::bfloat16_t>();
   if (from.flags().row_contiguous) {
-    std::memcpy(out, from.data<float>(), from.nbytes());
+    std::memcpy(out, from.data<mx::bfloat16_t>(), from.nbytes());
   } else {
-    copy_strided(from, 0, from.data<float>(), out);
+    copy_strided(from, 0, from.data<mx::bfloat16_t>(), out);
   }
 }
 
@@ -192,58 +185,68 @@ bool share_cache(const mx::array& in, mx::array& out) {
 }
 
 void attend_spans(const Heads& h, const std::vector<Span>& spans, const Matrix<float>& qkv,
-                  const float* frequency, float* keys, float* values, int64_t capacity, float* result) {
+                  const float* frequency, mx::bfloat16_t* key_cache, mx::bfloat16_t* value_cache, int64_t capacity,
+                  float* result) {
   const Kernels& set = kernels();
   const int group = h.group();
   const int64_t row_queries = int64_t{h.heads} * h.padded(), cache = int64_t{h.kv_heads} * capacity * h.d;
-  float* queries = scratch_floats(kQueries, qkv.rows * row_queries);
-  float* row_space = scratch_floats(kRow, qkv.cols);
+  auto *keys = reinterpret_cast<uint16_t*>(key_cache), *values = reinterpret_cast<uint16_t*>(value_cache);
+  const auto place = [&](const Span& span, float* queries) {
+    float* row_space = scratch_floats(kRow, qkv.cols);
+    for (int i = 0; i < span.count; i++) {
+      place_row(set, h, qkv.row(span.row + i, row_space), span.offset + i, frequency, queries,
+                int64_t{span.count} * group, i, keys + span.sequence * cache, values + span.sequence * cache, capacity);
+    }
+  };
+  // Queries first..last-1 of a key/value head; a query is never split, so its bits stay its own.
+  const auto attend = [&](const Span& span, const float* queries, int kv, int first, int last) {
+    const int64_t head = (int64_t{span.sequence} * h.kv_heads + kv) * capacity * h.d;
+    attend_range(
+        set, h, queries + int64_t{kv} * span.count * group * h.padded(), keys + head, values + head, first, last,
+        [&](int i) { return span.offset + i / group + 1; },
+        [&](int i) { return result + ((span.row + i / group) * h.heads + kv * group + i % group) * h.d; });
+  };
   int64_t work = 0;
   int busy = 0;  // spans with rows
   for (const Span& span : spans) {
-    for (int i = 0; i < span.count; i++) {
-      place_row(h, qkv.row(span.row + i, row_space), span.offset + i, frequency,
-                queries + span.row * row_queries, int64_t{span.count} * group, i, keys + span.sequence * cache,
-                values + span.sequence * cache, capacity);
-    }
     work += 2 * int64_t{h.heads} * span.count * (span.offset + span.count) * h.d;
     busy += span.count > 0;
   }
-  // A few queries a task share its keys; a query is never split, so its bits stay its own.
   const bool shared = work >= kParallelFlops && threads() > 1;
-  thread_local std::vector<Task> tasks;
+  if (!shared || busy >= 4 * threads()) {  // a span as a whole: what it is about to read was just written
+    const auto count = static_cast<int64_t>(spans.size());
+    const int64_t chunks = shared ? std::min<int64_t>(count, 8 * threads()) : 1;
+    parallel_for(static_cast<int>(chunks), [&](int chunk) {
+      for (int64_t s = chunk * count / chunks; s < (chunk + 1) * count / chunks; s++) {
+        const Span& span = spans[static_cast<size_t>(s)];
+        float* queries = scratch_floats(kQueries, span.count * row_queries);
+        place(span, queries);
+        for (int kv = 0; span.count > 0 && kv < h.kv_heads; kv++) {
+          attend(span, queries, kv, 0, span.count * group);
+        }
+      }
+    });
+    return;
+  }
+  float* queries = scratch_floats(kQueries, qkv.rows * row_queries);
+  thread_local std::vector<Task> tasks;  // a few queries each, which share their keys
   tasks.clear();
   for (int s = 0; s < static_cast<int>(spans.size()); s++) {
-    const int head_queries = spans[static_cast<size_t>(s)].count * group;
-    int pieces = 1;
-    if (shared && head_queries > 0) {
-      const int wanted = (6 * threads() + h.kv_heads * busy - 1) / (h.kv_heads * busy);
-      pieces = std::max(std::clamp(wanted, 1, std::max(1, head_queries / 4)), head_queries / 32);
-    }
+    const Span& span = spans[static_cast<size_t>(s)];
+    place(span, queries + span.row * row_queries);
+    const int head_queries = span.count * group;
+    const int wanted = (6 * threads() + h.kv_heads * busy - 1) / (h.kv_heads * busy);
+    const int pieces = std::max(std::clamp(wanted, 1, std::max(1, head_queries / 4)), head_queries / 32);
     for (int kv = 0; head_queries > 0 && kv < h.kv_heads; kv++) {
       for (int piece = 0; piece < pieces; piece++) {
         tasks.push_back({s, kv, piece * head_queries / pieces, (piece + 1) * head_queries / pieces});
       }
     }
   }
-  const auto attend = [&](const Task& task) {
-    const Span& span = spans[static_cast<size_t>(task.span)];
-    const int64_t head = (int64_t{span.sequence} * h.kv_heads + task.kv) * capacity * h.d;
-    attend_range(
-        set, h, queries + span.row * row_queries + int64_t{task.kv} * span.count * group * h.padded(),
-        keys + head, values + head, task.first, task.last,
-        [&](int i) { return span.offset + i / group + 1; },
-        [&](int i) {
-          return result + ((span.row + i / group) * h.heads + task.kv * group + i % group) * h.d;
-        });
-  };
-  const auto count = static_cast<int64_t>(tasks.size());
-  const int64_t chunks = !shared ? 1 : busy == 1 ? count : std::min<int64_t>(count, 8 * threads());
   const Task* all = tasks.data();  // not another thread's own
-  parallel_for(static_cast<int>(chunks), [&](int chunk) {
-    for (int64_t i = chunk * count / chunks; i < (chunk + 1) * count / chunks; i++) {
-      attend(all[i]);
-    }
+  parallel_for(static_cast<int>(tasks.size()), [&](int i) {
+    const Span& span = spans[static_cast<size_t>(all[i].span)];
+    attend(span, queries + span.row * row_queries, all[i].kv, all[i].first, all[i].last);
   });
 }
 
@@ -263,7 +266,7 @@ std::vector<mx::array> attention(const mx::array& qkv, const mx::array& k_cache,
   }
   require(rows == qkv.shape(0), "the spans must have as many rows as qkv");
   return mx::array::make_arrays({{qkv.shape(0), heads * h.d}, k_cache.shape(), v_cache.shape()},
-                                {mx::float32, mx::float32, mx::float32},
+                                {mx::float32, mx::bfloat16, mx::bfloat16},
                                 std::make_shared<Attention>(cpu_stream(), h, std::move(spans)),
                                 {as_float(qkv), k_cache, v_cache, as_float(inverse_frequency)});
 }

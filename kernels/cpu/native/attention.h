@@ -19,10 +19,10 @@ struct Span {
   int offset, count;
 };
 
-// RoPE, the write to the caches [sequences][kv_heads][capacity][d], and attention over them, for the rows of some
-// spans; qkv: [rows][(heads + 2 kv_heads) * d]; out: [rows][heads * d].
+// RoPE, the write to the caches [sequences][kv_heads][capacity][d], where keys and values are rounded, and attention
+// over them, for the rows of some spans; qkv: [rows][(heads + 2 kv_heads) * d]; out: [rows][heads * d].
 void attend_spans(const Heads& h, const std::vector<Span>& spans, const Matrix<float>& qkv,
-                  const float* frequency, float* keys, float* values, int64_t capacity, float* out);
+                  const float* frequency, mx::bfloat16_t* keys, mx::bfloat16_t* values, int64_t capacity, float* out);
 
 // Every output of a primitive holds the inputs; left so, a cache never has one holder only and would
 // be copied each time. MLX drops them all right after the evaluation anyway.

@@ -1,6 +1,12 @@
 // Float matrix rows times 1..8 rows of x. Every output is summed in sixteen lanes over k in order and
 // then across lanes by one fixed tree, however many rows and outputs share a pass.
 
+inline F load_bf16_part(const uint16_t* p, int n) {
+  uint16_t lanes[16] = {};
+  std::memcpy(lanes, p, static_cast<size_t>(n) * sizeof(uint16_t));
+  return load_bf16(lanes);
+}
+
 template <bool bf16>
 inline F load_weights(const void* p, int64_t at) {
   if constexpr (bf16) {
@@ -12,9 +18,7 @@ inline F load_weights(const void* p, int64_t at) {
 template <bool bf16>
 inline F load_weights_part(const void* p, int64_t at, int n) {
   if constexpr (bf16) {
-    uint16_t lanes[16] = {};
-    std::memcpy(lanes, static_cast<const uint16_t*>(p) + at, static_cast<size_t>(n) * sizeof(uint16_t));
-    return load_bf16(lanes);
+    return load_bf16_part(static_cast<const uint16_t*>(p) + at, n);
   } else {
     return load_part(static_cast<const float*>(p) + at, n);
   }

@@ -41,7 +41,7 @@ void embed(const mx::array& embedding, int token, float* x) {
 
 // The caches' memory: the keys of each layer, then the values of each.
 struct Caches {
-  std::vector<float*> data;
+  std::vector<mx::bfloat16_t*> data;
   int64_t capacity;
 };
 
@@ -97,7 +97,7 @@ class OverCaches : public CpuPrimitive {
       }
       Caches caches{{}, out[1].shape(2)};
       for (size_t i = 1; i < out.size(); i++) {
-        caches.data.push_back(out[i].data<float>());
+        caches.data.push_back(out[i].data<mx::bfloat16_t>());
       }
       std::vector<int32_t> tokens(in[0].size());
       for (size_t i = 0; i < tokens.size(); i++) {
@@ -193,11 +193,11 @@ std::vector<mx::array> over_caches(const std::shared_ptr<FusedModel>& model, con
   std::vector<mx::Dtype> dtypes{dtype};
   std::vector<mx::array> inputs{tokens};
   for (const mx::array& cache : caches) {
-    require(cache.ndim() == 4 && cache.dtype() == mx::float32 && cache.shape() == caches[0].shape() &&
+    require(cache.ndim() == 4 && cache.dtype() == mx::bfloat16 && cache.shape() == caches[0].shape() &&
                 cache.shape(1) == h.kv_heads && cache.shape(3) == h.d,
-            "every cache must be float32 [sequences, kv_heads, capacity, d]");
+            "every cache must be bfloat16 [sequences, kv_heads, capacity, d]");
     shapes.push_back(cache.shape());
-    dtypes.push_back(mx::float32);
+    dtypes.push_back(mx::bfloat16);
     inputs.push_back(cache);
   }
   int64_t rows = 0;

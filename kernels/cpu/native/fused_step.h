@@ -33,7 +33,7 @@ std::shared_ptr<FusedModel> fused_model(const mx::array& embedding, const mx::ar
 void add_linear(FusedModel& model, const mx::array& data, const MaybeArray& scale, int n, int k,
                 const MaybeArray& norm);
 
-// tokens: int32 [m], m <= 8; caches: float32 [1, kv_heads, capacity, d], the keys of each layer, then the values of
+// tokens: int32 [m], m <= 8; caches: bfloat16 [1, kv_heads, capacity, d], the keys of each layer, then the values of
 // each. Returns the logits, float32 [m, vocab], and the caches.
 std::vector<mx::array> fused_step(const std::shared_ptr<FusedModel>& model, const mx::array& tokens,
                                   const std::vector<mx::array>& caches, int offset);

@@ -32,7 +32,7 @@ constexpr int kValueStrip = 1;
 }  // namespace
 
 const Kernels kAvx2 = {"avx2",    8,        dot_ternary, dot_int8, finish,
-                       normalise, quantise, gate,        dense,    attend, largest, exp_sum, next_above};
+                       normalise, quantise, gate,        dense, rotate, narrow, attend, largest, exp_sum, next_above};
 
 }  // namespace bitdraft
 

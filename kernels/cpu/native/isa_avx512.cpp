@@ -19,7 +19,7 @@ namespace bitdraft {
 namespace {
 
 constexpr int kDenseAccumulators = 24;  // of 32 registers
-constexpr int kScoreQueries = 2;
+constexpr int kScoreQueries = 3;
 constexpr int kValueStrip = 4;
 
 #include "simd_avx512.inl"
@@ -33,7 +33,7 @@ constexpr int kValueStrip = 4;
 }  // namespace
 
 const Kernels kAvx512Vnni = {"avx512vnni", kMaxRowBlock, dot_ternary, dot_int8, finish,
-                             normalise,    quantise,     gate,        dense,    attend, largest, exp_sum, next_above};
+                             normalise,    quantise,     gate,        dense, rotate, narrow, attend, largest, exp_sum, next_above};
 
 }  // namespace bitdraft
 

@@ -26,6 +26,6 @@ constexpr int kValueStrip = 1;
 }  // namespace
 
 const Kernels kPortable = {"portable", 8,        dot_ternary, dot_int8, finish,
-                           normalise,  quantise, gate,        dense,    attend, largest, exp_sum, next_above};
+                           normalise,  quantise, gate,        dense, rotate, narrow, attend, largest, exp_sum, next_above};
 
 }  // namespace bitdraft

@@ -89,8 +89,8 @@ struct Attend {
   const float* queries;  // [count][padded], rotated, scaled, zero-padded to a multiple of 16
   const int* lengths;    // [count]
   float* const* out;     // [count] pointers to d floats
-  const float* keys;     // [capacity][d]
-  const float* values;
+  const uint16_t* keys;  // bfloat16 [capacity][d]
+  const uint16_t* values;
   int count;
   int d;
   int padded;
@@ -124,6 +124,10 @@ struct Kernels {
   // out = activation(gate) * up, elementwise over `count`.
   void (*gate)(Epilogue epilogue, const float* gate, const float* up, int64_t count, float* out);
   void (*dense)(const Dense& args, int64_t first, int64_t last);
+  // out = rotate-half RoPE of a head of d floats, times `scale`; table: d/2 cosines, then d/2 sines.
+  void (*rotate)(const float* x, const float* table, int d, float scale, float* out);
+  // n floats to bfloat16, to the nearest, ties to even.
+  void (*narrow)(const float* x, int64_t n, uint16_t* out);
   void (*attend)(const Attend& args);
   // The largest of n > 0 values; a NaN counts as none.
   float (*largest)(const float* x, int64_t n);

@@ -2,6 +2,7 @@
 
 typedef float Quad __attribute__((vector_size(16)));
 typedef int32_t IntQuad __attribute__((vector_size(16)));
+typedef uint16_t ShortQuad __attribute__((vector_size(8)));
 
 struct F {
   Quad q[4];
@@ -32,9 +33,9 @@ inline F load_part(const float* p, int n) {
 }
 inline F load_bf16(const uint16_t* p) {
   return each([&](int i) {
-    const uint16_t* s = p + 4 * i;
-    const IntQuad bits = {s[0], s[1], s[2], s[3]};
-    return reinterpret_cast<Quad>(bits << 16);
+    ShortQuad bits;
+    std::memcpy(&bits, p + 4 * i, sizeof(bits));
+    return reinterpret_cast<Quad>(__builtin_convertvector(bits, IntQuad) << 16);
   });
 }
 inline void store(float* p, F x) { std::memcpy(p, x.q, sizeof(x.q)); }

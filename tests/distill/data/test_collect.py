@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, Command, arguments, changed_copy, environment, in_background
+from conftest import ROOT, Command, arguments, changed_copy, environment, in_background, unsealed
 
 from decode.batching import Batch, Job, Reply
 from decode.models.checkpoint import Checkpoint, find_teacher
@@ -30,9 +30,10 @@ from distill.data.duplicates import NearDuplicates
 from distill.data.exclusion import Excluded
 from distill.data.inspection import inspect_dataset, table, verify
 from distill.data.manifest import DatasetSettings, folder_name
-from distill.data.packing import Segment, cut, pack
+from distill.data.packing import Segment, cut, pack, segment
 from distill.data.prompts import Chosen, split_text, wants_reply
 from distill.data.reply_dataset import Example, Replies
+from distill.data.rows import Rows
 from distill.data.settings import CollectSettings
 from distill.data.shards import Dataset
 from distill.data.sources import Document, LeftOut, normalise_prompt, read_source
@@ -152,8 +153,9 @@ def test_damaged_replies_are_named_and_written_anew(
 
 def test_reply_manifests_are_verified(collector: tuple[Collector, Dataset], tmp_path: Path) -> None:
     path = copied(collector[0], tmp_path).plan.replies / "manifest.json"
-    content = path.read_text()
+    whole, content = path.read_text(), unsealed(path)
     for change, named in (
+        (whole.replace('"seed": 0', '"seed": 1'), "was changed since it was written"),
         (content[:100], "not valid JSON"),
         (content.replace('"seed": 0', '"seed": 1'), "is not the one that the shards were scored from"),
         (content.replace('"rows": 8', '"rows": 9', 1), "lengths is uint32 [8], expected uint32 [9]"),
@@ -219,8 +221,8 @@ def test_shards_hold_what_the_teacher_thinks(collector: tuple[Collector, Dataset
     block = collector[1].read(0)
     checked = 0
     for row in range(0, len(block.tokens), 3):
-        for segment in set(block.segments[row].tolist()) - {0}:
-            places = np.flatnonzero(block.segments[row] == segment)
+        for one in set(block.segments[row].tolist()) - {0}:
+            places = np.flatnonzero(block.segments[row] == one)
             if len(places) > 60:
                 places = places[:60]
             cache = model.new_cache()
@@ -261,7 +263,8 @@ def test_what_the_last_source_lacks_the_first_gives(
     stopped.progress = whole.progress
     datasets = [stopped.run(), whole.run()]
     assert files(tmp_path / "stopped") == files(tmp_path / "whole")
-    assert 600 - 16 < datasets[1].tokens <= 600 and len(whole.remarks(datasets[1])) == 1  # what is excluded
+    assert 600 - 16 < datasets[1].tokens <= 600
+    assert sum(" left out, " in remark for remark in whole.remarks(datasets[1])) == 1  # what is excluded
 
 
 @pytest.mark.slow
@@ -367,7 +370,8 @@ def test_shards_of_other_replies_are_not_mixed(collector: tuple[Collector, Datas
     again = copied(collector[0], tmp_path)
     manifest = again.plan.folder / "manifest.json"
     (sha256,) = (replies.sha256 for replies in collector[1].scored_from)
-    manifest.write_text(manifest.read_text().replace(sha256, "0" * 64).replace('"complete": true', '"complete": false'))
+    whole = unsealed(manifest)
+    manifest.write_text(whole.replace(sha256, "0" * 64).replace('"complete": true', '"complete": false'))
     assert "and what is there now is another" in table(inspect_dataset(again.plan.folder))
     with pytest.raises(UserError, match=rf"was begun from other replies \(.*0{{12}}\), not from .*{sha256[:12]}"):
         again.run()
@@ -380,7 +384,7 @@ def test_what_an_older_version_made_is_taken_up(
     """A whole reply dataset and shards that were begun, whose manifests lack a setting that came later."""
     again = copied(collector[0], tmp_path)
     plan, listed = again.plan, [folder / "manifest.json" for folder in (again.plan.replies, again.plan.folder)]
-    replies, begun = (json.loads(path.read_text()) for path in listed)
+    replies, begun = (json.loads(unsealed(path)) for path in listed)
     del replies["settings"]["seed"], begun["settings"]["seed"]
     listed[0].write_text(json.dumps(replies, indent=1) + "\n")
     begun |= {"complete": False, "scored_from": [begun["scored_from"][0] | {"sha256": sha256(listed[0])}]}
@@ -405,7 +409,7 @@ def test_replies_that_cannot_be_scored(
 ) -> None:
     folder = copied(collector[0], tmp_path).plan.replies
     manifest = folder / "manifest.json"
-    content = manifest.read_text()
+    content = unsealed(manifest)
 
     def refused(message: str, *given: str, change: tuple[str, str] = ("", "")) -> None:
         manifest.write_text(content.replace(*change))
@@ -754,6 +758,52 @@ def test_long_prompts_and_conversations_are_taken_as_often_as_they_are_there(
     assert len(asked) / len(replies) == pytest.approx(600 / 800, abs=0.08)
 
 
+def test_conversations_that_end_early_are_counted(
+    small_teacher: Path, inside: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By source and reason, said at the end and kept in the manifest; also of what an earlier run wrote."""
+    turns = [{"turns": [ask(2 * i), ask(2 * i + 1)], "kind": "talk"} for i in range(6)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(one) + "\n" for one in turns))
+    looping, whole = [600, 601] * 8, [500, 501, 2]
+    said = [
+        [Reply(whole, "stop"), Reply(whole, "stop")],
+        [Reply(looping, "loop")],
+        [Reply(whole, "stop"), Reply(looping, "loop")],
+        [Reply(list(range(100, 116)), "length")],
+        [Reply(whole, "stop")],  # there was no room for the second turn
+        [Reply(whole, "stop"), Reply(whole, "stop")],
+    ]
+    stop_at = 3
+
+    class Saying(Batch):
+        def run(self, jobs: Iterator[Job], *told: object) -> Iterator[tuple[int, list[Reply]]]:  # type: ignore[override]
+            for place, job in enumerate(jobs):
+                if job.seed[2:] == (stop_at,):
+                    raise KeyboardInterrupt
+                yield place, said[job.seed[-1] % len(said)]
+
+    monkeypatch.setattr("distill.data.reply_pass.Batch", Saying)
+    monkeypatch.setattr("distill.data.reply_pass.EXAMPLES_PER_FILE", 1)
+    run = ("collect", "--teacher", small_teacher, "--source", tmp_path / "p.jsonl", "--tokens", 5000, "--seq-len", 128)
+    run = (*run, "--max-reply", 16, "--out", tmp_path / "d", "--json", tmp_path / "c.json")
+    assert inside("distill", *run).code == 130
+    (replies,) = tmp_path.glob("replies-*")
+    assert len(Replies.open(replies).shards) == 3
+    stop_at = -1
+    done = inside("distill", *run)
+    assert done.code == 0, done.err
+    cut = json.loads((tmp_path / "c.json").read_text())["cut"]
+    assert [(one["reason"][:4], one["count"], one["first"]) for one in cut] == [
+        ("fell", 2, "number 1"),
+        ("has ", 1, "number 3"),
+        ("left", 1, "number 4"),
+    ]
+    assert all(one["source"].endswith("p.jsonl") for one in cut), cut
+    assert "2 cut, fell into a loop" in done.err, done.err
+    assert inspect_dataset(replies)["cut"] == cut == json.loads((replies / "manifest.json").read_text())["cut"]
+    assert "fell into a loop" in table(inspect_dataset(replies)) and verify(replies) == []
+
+
 @pytest.mark.slow
 def test_a_teachers_files_belong_to_a_dataset(
     small_teacher: Path, inside: Command, sources: tuple[str, ...], tmp_path: Path
@@ -854,7 +904,7 @@ def test_replies_that_an_older_version_began_are_refused(collector: tuple[Collec
     """It chose another order."""
     again = copied(collector[0], tmp_path)
     manifest = again.plan.replies / "manifest.json"
-    content = json.loads(manifest.read_text())
+    content = json.loads(unsealed(manifest))
     manifest.write_text(json.dumps(content | {"version": 3, "complete": False}))
     with pytest.raises(
         UserError, match=re.escape(f"{again.plan.replies}: is an unfinished dataset of the older format 3")
@@ -863,6 +913,29 @@ def test_replies_that_an_older_version_began_are_refused(collector: tuple[Collec
 
 
 # --- rows
+
+
+def test_rows_are_those_of_all_segments_in_memory(collector: tuple[Collector, Dataset]) -> None:
+    """By bytes, though no more than places is held: cut, shuffled by the seed, packed."""
+    replies = Replies.open(collector[0].plan.replies)
+    for seq_len, seed in ((128, 0), (24, 1)):
+        segments = [part for one in replies for part in cut(segment(one.tokens, one.trained), seq_len)]
+        order = np.random.default_rng(seed).permutation(len(segments))
+        expected = pack([segments[i] for i in order], seq_len)
+        rows = Rows(replies, seq_len, seed)
+        assert len(rows) == len(expected) > 8
+        for row, other in zip([*rows[:3], *rows[3:5], *list(rows)[5:]], expected, strict=True):
+            assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(row, other, strict=True))
+        assert rows.sizes.tolist() == [np.count_nonzero(ids) for _, _, ids in expected]
+
+
+def test_replies_that_go_while_they_are_scored(collector: tuple[Collector, Dataset], tmp_path: Path) -> None:
+    again = copied(collector[0], tmp_path)
+    rows = Rows(Replies.open(again.plan.replies), 128, 0)
+    for path in again.plan.replies.glob("reply-*"):
+        path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(UserError, match=r"reply-0000\d.safetensors"):
+        rows[:]
 
 
 def test_pack_keeps_every_token_once() -> None:
@@ -991,7 +1064,7 @@ def test_caches_beyond_the_memory_are_refused(
         patch.setattr("distill.data.collect.ESTIMATE_SECONDS", 0.1)
         collector = Collector(plan_collection(teacher, replace(settings, batch=4000, reply=False), tmp_path))
         assert collector.estimate().tokens == settings.tokens
-    monkeypatch.setattr("kernels.memory.memory_bytes", lambda: 1_000_000)
+    monkeypatch.setattr("kernels.memory.memory_bytes", lambda: 100_000)
     monkeypatch.setattr("distill.data.collect.check_memory", lambda *shape: None)
     with pytest.raises(UserError, match=rf"--reply-batch {settings.reply_batch}: .* this machine has 0\.0 GB"):
         Collector(plan_collection(teacher, settings, tmp_path)).run()

@@ -19,15 +19,18 @@ from typing import Any
 import numpy as np
 import pytest
 import synthetic
+from conftest import unsealed
 from safetensors.numpy import load, save
 
 from distill.data.codec import Block
 from distill.data.inspection import inspect_dataset, table, verify
-from distill.data.manifest import DatasetSettings
+from distill.data.manifest import DatasetSettings, Omission, ScoredFrom
+from distill.data.reply_dataset import Example, ReplyWriter
 from distill.data.shards import Dataset, ShardWriter, newest_dataset
 from distill.training.run import train
 from distill.training.settings import TrainSettings
 from kernels.errors import UserError
+from kernels.files import sha256
 
 ROOT = Path(__file__).parents[3]
 BIG = 128_256
@@ -90,7 +93,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def edit_manifest(folder: Path, change: Any) -> None:
+    """Changes what a manifest says, as one that has no hash of its own."""
     manifest = json.loads((folder / "manifest.json").read_text())
+    manifest.pop("sha256", None)
     change(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
@@ -263,7 +268,7 @@ def kill_everywhere(folder: Path) -> None:
 def test_killed_collection_ends_with_the_same_bytes(tmp_path: Path, how: str) -> None:
     # In a process of its own: forking is safe only where no library has started threads.
     script = f"import pathlib, test_shards as t; t.{how}(pathlib.Path({str(tmp_path)!r}))"
-    paths = os.pathsep.join(map(str, (ROOT, Path(__file__).parent, Path(__file__).parents[1])))
+    paths = os.pathsep.join(map(str, (ROOT, *Path(__file__).parents[:3])))
     subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": paths}, check=True, timeout=60)
     folders = list(tmp_path.iterdir())
     assert len(folders) == 2 if how == "kill_at_random" else len(folders) > 20
@@ -486,6 +491,81 @@ def test_bad_manifests(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_bytes(good)
     edit_manifest(tmp_path, lambda m: m["shards"].pop(0))
     assert [problem.file for problem in verify(tmp_path)] == ["shard-00000.safetensors"]
+
+
+def test_verify_finds_every_byte(tmp_path: Path) -> None:
+    """Every byte of the manifests, and some of each file; benchmarks/verify_sweep.py changes all of them."""
+    settings = make_settings(k=2, seq_len=8)
+    data, replies = tmp_path / "data", tmp_path / "replies"
+    with ReplyWriter.open(replies, DatasetSettings(settings.values | {"seed": 0})) as replied:
+        for index in range(2):
+            replied.write([Example(0, index, np.arange(20, dtype=np.int32), np.arange(20) > 9, True, "code")])
+        omission = Omission("a.jsonl", "empty", 3, "line 1")
+        replied.note_omissions((omission,), (omission,))
+        replied.finish()
+    with ShardWriter.open(data, settings) as writer:
+        writer.score_from(ScoredFrom("replies", sha256(replies / "manifest.json")))
+        for index in range(2):
+            writer.write(make_block(settings, seed=index))
+        writer.finish()
+    assert verify(data) == verify(replies) == []
+
+    def found(folder: Path, path: Path) -> bool:
+        try:
+            return any((folder / problem.file).resolve() == path.resolve() for problem in verify(folder))
+        except UserError as error:  # of another version or kind, by what it says
+            return str(path.parent) in str(error)
+
+    for path in (*data.iterdir(), *replies.iterdir()):
+        whole = path.read_bytes()
+        more = path.with_name(path.name.replace("00000", "00099"))
+        for at in range(0, len(whole), 1 if path.name == "manifest.json" else 7):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 + at % 255)]) + whole[at + 1 :])
+            assert found(data, path) and found(path.parent, path), (path, at)
+        for other in (whole[:-1], whole + b"\n", whole + b"\0", whole.replace(b",\n", b", \n", 1), b""):
+            path.write_bytes(other)
+            assert other == whole or (found(data, path) and found(path.parent, path)), (path, other)
+        path.unlink()
+        assert found(data, path) and found(path.parent, path)
+        path.write_bytes(whole)
+        if more != path:
+            more.write_bytes(whole)
+            assert found(data, more)
+            more.unlink()
+    assert verify(data) == []
+
+
+def test_a_changed_manifest_is_never_written_over(tmp_path: Path) -> None:
+    """Nobody can tell what it said; a line that says something else of a file than it holds makes that file broken."""
+    collect(tmp_path, 3, make_settings(note=1))
+    whole, path = contents(tmp_path), tmp_path / "manifest.json"
+    path.write_bytes(whole["manifest.json"].replace(b'"note": 1', b'"note": 7'))
+    changed = path.read_bytes()
+    for use in (Dataset.open, lambda folder: collect(folder, 3, make_settings(note=7))):
+        with pytest.raises(UserError, match=r"manifest\.json: was changed since it was written"):
+            use(tmp_path)
+    assert [problem.file for problem in verify(tmp_path, repair=True)] == ["manifest.json"]
+    assert path.read_bytes() == changed
+
+    path.write_bytes(whole["manifest.json"].replace(b'"rows": 4', b'"rows": 5', 1))
+    verify(tmp_path, repair=True)
+    assert contents(tmp_path).keys() == whole.keys() - {"shard-00000.safetensors"}
+    collect(tmp_path, 3, make_settings(note=1))
+    assert contents(tmp_path) == whole
+
+
+def test_a_manifest_without_a_hash_goes_on_without(tmp_path: Path) -> None:
+    """Of an earlier version: others may hold the hash of its bytes."""
+    collect(tmp_path, 3)
+    path = tmp_path / "manifest.json"
+    path.write_text(unsealed(path))
+    before = contents(tmp_path)
+    assert verify(tmp_path) == []
+    collect(tmp_path, 3)
+    assert contents(tmp_path) == before
+    (tmp_path / "shard-00001.safetensors").unlink()
+    collect(tmp_path, 3)
+    assert contents(tmp_path) == before
 
 
 # --- the older format

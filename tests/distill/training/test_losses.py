@@ -6,11 +6,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from distill.data.draws import draw_on_host, tally
 from distill.training.cpu import CpuHead
 from distill.training.losses import (
     LOSSES,
     FusedHead,
     bucket_loss,
+    drawn_buckets,
     head_rows,
     reference_loss,
     tail_bucket_kl,
@@ -183,6 +185,74 @@ def test_expected_acceptance_bounds_the_true_one() -> None:
     eye = mx.eye(V)
     loss, stats = FusedHead("tv").evaluate(mx.array(z.astype(np.float32)), eye, ids, buckets, mx.ones(N))
     assert (stats[1] / stats[2]).item() < true < 1 - loss.item()
+
+
+def drawn(logits: np.ndarray, draws: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and counts of draws from softmax(logits), as shards have them. logits: [n, v]."""
+    uniform = np.random.default_rng(seed).random((len(logits), draws), np.float32)
+    first = logits.argmax(axis=1).astype(np.int32)
+    return tally(first, draw_on_host(logits.astype(np.float32), uniform), np.ones(len(logits), bool))
+
+
+@pytest.mark.parametrize("kept", [None, KEPT], ids=["whole", "trimmed"])
+@pytest.mark.parametrize("head_type", [FusedHead, CpuHead])
+def test_the_gradient_of_draws_is_without_bias(kept: np.ndarray | None, head_type: type[FusedHead]) -> None:
+    """Over many draws it comes to that of the KL over the whole of the head's vocabulary, to within what chance
+    explains (5 standard deviations of independent draws); that of the top 6 with their tail does not."""
+    many, draws = 2000, 5
+    logits = teacher(11, spread=1.5)["logits"][:1]
+    p = np.exp(logits[0]) / np.exp(logits[0]).sum()
+    every = np.arange(V) if kept is None else kept
+    z = np.random.default_rng(3).standard_normal(len(every)).astype(np.float32)
+    q = np.exp(z.astype(np.float64)) / np.exp(z.astype(np.float64)).sum()
+    exact = p[every].sum() * q - p[every]
+    deviation = np.sqrt(p[every] * (1 - p[every]) / (many * draws)) + q * np.sqrt(0.25 / (many * draws))
+
+    def gradient(rows: mx.array, p: mx.array) -> np.ndarray:
+        """By the logits, the identity being the head; a mean over positions that are all the same."""
+        head, weights = head_type("kl", eager=True), mx.ones(len(rows))
+        by_position = mx.grad(lambda x: head(x, mx.eye(len(every)), rows, p, weights)[0])
+        return np.array(by_position(mx.array(np.tile(z, (len(rows), 1))))).sum(axis=0)
+
+    ids, counts = drawn(np.repeat(logits, many, axis=0), draws)
+    rows = mx.where(mx.array(ids) < 0, -1, head_rows(kept, V)[mx.maximum(mx.array(ids), 0)])
+    found = gradient(rows, drawn_buckets(mx.array(counts.astype(np.int32)), rows >= 0))
+    assert (np.abs(found - exact) < 5 * deviation).all()
+    top = np.argsort(-logits[0])[:K].astype(np.int32)
+    rows = head_rows(kept, V)[mx.array(top)][None]
+    of_top = gradient(rows, mx.array(np.append(p[top], 1 - p[top].sum())[None].astype(np.float32)))
+    assert (np.abs(of_top - exact) > 5 * deviation).sum() > 20
+
+
+@pytest.mark.parametrize("name", ["kl", "ce"])
+@pytest.mark.parametrize("kept", [None, KEPT], ids=["whole", "trimmed"])
+def test_losses_of_draws_equal_numpy(name: str, kept: np.ndarray | None) -> None:
+    """A position at a time; the fused heads give what the reference gives."""
+    ids, counts = drawn(teacher(12)["logits"], 7)
+    ids[-1], counts[-1] = -1, 0  # padding
+    every = np.arange(V) if kept is None else kept
+    z = np.random.default_rng(4).standard_normal((N, len(every))).astype(np.float32)
+    weights = np.append(np.ones(N - 1, np.float32), np.float32(0))
+    rows = np.where(ids < 0, -1, np.array(head_rows(kept, V))[ids])
+    log_q = z.astype(np.float64) - np.log(np.exp(z.astype(np.float64)).sum(-1, keepdims=True))
+    total = agree = overlap = 0.0
+    for i in range(N - 1):
+        known = {int(row): c / 7 for row, c in zip(rows[i], counts[i], strict=True) if row >= 0}
+        if name == "kl":
+            total += sum(p * (np.log(p) - log_q[i, row]) for row, p in known.items() if p > 0)
+        elif rows[i, 0] >= 0:
+            total -= log_q[i, rows[i, 0]]
+        else:
+            total -= np.log(1 - sum(np.exp(log_q[i, row]) for row in known))
+        agree += int(z[i].argmax() == rows[i, 0])
+        overlap += sum(min(p, np.exp(log_q[i, row])) for row, p in known.items())
+    buckets = drawn_buckets(mx.array(counts.astype(np.int32)), mx.array(rows) >= 0)
+    given = (mx.array(rows), buckets, mx.array(weights))
+    assert reference_loss(name, mx.array(z), *given).item() == pytest.approx(total / (N - 1), rel=1e-5)
+    for head_type in (FusedHead, CpuHead):
+        value, stats = head_type(name, eager=True).evaluate(mx.array(z), mx.eye(len(every)), *given)
+        assert value.item() == pytest.approx(total / (N - 1), rel=1e-5)
+        assert stats.tolist() == pytest.approx([agree, overlap, N - 1], rel=1e-5)
 
 
 def test_unknown_loss_is_named() -> None:

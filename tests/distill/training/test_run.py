@@ -29,7 +29,7 @@ from distill.training.losses import FusedHead
 from distill.training.optimizer import learning_rate
 from distill.training.run import default_folder, train
 from distill.training.settings import TrainSettings
-from distill.training.step import Step
+from distill.training.step import Step, measure
 from kernels.errors import UserError
 from kernels.files import read_json_lines
 
@@ -85,6 +85,36 @@ def test_learns_and_leaves_a_draft(made: tuple[Path, Path], whole: Path) -> None
     assert about["made_with"]["device"] and about["made_with"]["versions"]["python"]
     steps = [line for line in read_json_lines(whole / "log.jsonl") if line["kind"] == "step"]
     assert {"step", "tokens", "loss", "agreement", "lr", "grad_norm", "tok_per_s"} <= steps[0].keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vocab", [None, 60])
+def test_learns_from_draws(made: tuple[Path, Path], whole: Path, tmp_path: Path, vocab: int | None) -> None:
+    """As much of the teacher as from logits, by the logits of the held-out rows."""
+    data = dataset(tmp_path / "data", made[1], sampled=64)
+    out = tmp_path / "draft"
+    summary = train(data, made[1], out, dataclasses.replace(SMALL, vocab=vocab), quiet=True)
+    assert summary.agreement > (0.75 if vocab is None else 0.5)
+    assert 0 < summary.expected_acceptance < 1
+    about = json.loads((out / "draft.json").read_text())
+    assert about["training"]["data"]["settings"]["sampled"] == 64
+    if vocab is None:
+        held_out = DataLoader(Dataset.open(made[0]), 1.0, 4, 0, SMALL.eval_share, SMALL.eval_rows).held_out_batches()
+        model, head = checkpoint.load(out).model, FusedHead("kl", eager=True)
+        model.set_dtype(mx.float32)
+        loss, agreement, _ = measure(model, head, llama.named_weights(model), held_out)
+        assert loss < evals(whole)[0]["held_out_loss"] * 0.2 and agreement > 0.75
+
+
+def test_draws_cannot_teach_every_loss(made: tuple[Path, Path], tmp_path: Path) -> None:
+    data = dataset(tmp_path / "data", made[1], sampled=64)
+    for changed, named in (
+        ({"loss": "tv"}, r"--loss tv: cannot be learnt from draws \(--sampled 64\)"),
+        ({"temperature": 0.7}, r"data: temperature 0\.7 was not collected, only 1"),
+    ):
+        with pytest.raises(UserError, match=named):
+            train(data, made[1], tmp_path / "out", dataclasses.replace(SMALL, **changed), quiet=True)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

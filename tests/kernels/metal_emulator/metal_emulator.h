@@ -28,6 +28,12 @@ using float16_t = half;
 
 struct bfloat {
   uint16_t bits;
+  bfloat() = default;
+  explicit bfloat(float value) {
+    uint32_t wide;
+    std::memcpy(&wide, &value, 4);
+    bits = value == value ? (wide + 0x7fff + (wide >> 16 & 1)) >> 16 : 0x7fc0;
+  }
   operator float() const {
     const uint32_t wide = uint32_t(bits) << 16;
     float value;
