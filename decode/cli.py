@@ -60,7 +60,7 @@ def plain(
     Prompts come from --prompt, --prompts or standard input, else from data/.
     """
     settings.check()
-    check_json_target(json_file)
+    check_json_target(json_file, prompts)
     check_trace(trace)
     texts = gather_prompts(prompt, prompts, SAMPLES)
     session = Session(
@@ -107,7 +107,7 @@ def spec(
     --prompt, --prompts or standard input, else from data/.
     """
     settings.check()
-    check_json_target(json_file)
+    check_json_target(json_file, prompts)
     check_trace(trace)
     texts = gather_prompts(prompt, prompts, SAMPLES)
     teacher_checkpoint = find_teacher(teacher)

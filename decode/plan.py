@@ -19,7 +19,7 @@ from decode.models.checkpoint import embedded_teacher
 from decode.models.dimensions import Dimensions
 from decode.models.hub import fetch_by_name
 from kernels import UserError
-from kernels.files import read_json
+from kernels.files import own_name, read_json
 
 MOST_K = 8
 ACCEPTANCES = (0.5, 0.6, 0.7, 0.8)
@@ -222,7 +222,7 @@ def find_config(name: str | None, option: str) -> tuple[str, dict[str, Any]]:
     if path.is_file():
         return str(path), read_json(path)
     if path.exists():
-        return path.resolve().name, read_json(path / "config.json")
+        return own_name(path), read_json(path / "config.json")
 
     def fetch(repo: str, revision: str | None) -> str:
         from huggingface_hub import hf_hub_download

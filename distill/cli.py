@@ -84,7 +84,7 @@ def collect(
     launch = Launch.found()
     if launch is not None and launch.rank:
         assist(launch, teacher, settings, replies is not None)
-    check_json_target(json_file)
+    check_json_target(json_file, *settings.sources, *settings.exclude)
     with Ranks.gather(launch) as ranks:
         checkpoint = find_teacher(teacher)
         if ranks.connections:
@@ -162,6 +162,7 @@ def inspect(
     """Say what is in a dataset, of shards or of replies, and where the replies are that shards were scored from."""
     from distill.data.inspection import inspect_dataset, table
 
+    check_json_target(json_file)
     summary = inspect_dataset(dataset)
     write_json(json_file, summary)
     if json_file != "-" and not quiet:
@@ -182,6 +183,7 @@ def verify(
     from distill.data.inspection import verify as check
     from distill.data.manifest import Manifest
 
+    check_json_target(json_file)
     problems = check(dataset, repair=repair)
     unfinished = not problems and not Manifest.read(dataset).complete
     write_json(json_file, {"dataset": str(dataset), "ok": not problems, "problems": [vars(p) for p in problems]})
@@ -276,7 +278,7 @@ def run_recipe(
     from distill.pipeline import Pipeline
     from distill.recipe import find_recipe, read_recipe
 
-    check_json_target(json_file)
+    check_json_target(json_file, recipe)
     plan = read_recipe(find_recipe(recipe))
     result = {"recipe": str(plan.path), "sha256": plan.sha256, "teacher": plan.teacher, "dry_run": dry_run}
     if dry_run:

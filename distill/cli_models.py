@@ -49,7 +49,7 @@ def evaluate(
     from distill.release.evaluate import default_folder, draft_to_evaluate
     from distill.release.evaluate import evaluate as run_evaluation
 
-    check_json_target(json_file)
+    check_json_target(json_file, settings.prompts)
     teacher_checkpoint = find_teacher(teacher)
     draft_checkpoint = draft_to_evaluate(draft, teacher_checkpoint)
     folder = out or default_folder(draft_checkpoint)

@@ -31,7 +31,7 @@ from distill.release.evaluate import check_evaluation_folder, evaluate, fingerpr
 from distill.training.draft_config import DraftConfig
 from distill.training.memory import check_memory
 from distill.training.run import train, working_on_draft
-from distill.training.state import difference
+from distill.training.state import STATE, difference, discard
 from kernels.console import say
 from kernels.errors import UserError
 from kernels.files import read_json, sha256, write_atomic
@@ -201,6 +201,7 @@ class Pipeline:
         if not same_teacher or (manifest.is_file() and self._complete() and sha256(manifest) != data):
             what = "on other data" if same_teacher else "for another teacher"
             raise UserError(f"{folder}: holds a finished draft that was trained {what}; {OTHERWISE}")
+        discard(folder / STATE)  # which a kill left
         return True
 
     def _complete(self) -> bool:

@@ -18,6 +18,10 @@ from tqdm import tqdm
 from kernels.errors import UserError
 from kernels.files import NO_ROOM, check_writable, goes_round, replacing
 
+# Files of models and datasets, which results never replace.
+READ = {"manifest.json", "draft.json", "converted.json", "config.json", "generation_config.json"} | {
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "model.safetensors.index.json",
+}  # fmt: skip
 JsonOption = Annotated[
     str | None,
     typer.Option("--json", metavar="FILE", help="Write the results as one JSON object; - is standard output."),
@@ -167,8 +171,9 @@ def _cannot_be_written(target: str, error: Exception) -> UserError:
     return UserError(f"--json {target}: cannot be written: {getattr(cause, 'strerror', cause)}")
 
 
-def check_json_target(target: str | None) -> None:
-    """Find out before a long run that its results could not be written."""
+def check_json_target(target: str | None, *inputs: str | Path | None) -> None:
+    """Find out before a long run that its results could not be written, or would replace what it reads. inputs: the
+    files that the command was given, if they are any; files of a model or dataset are known by their names."""
     if target is None or target == "-":
         return
     path = Path(target)
@@ -176,6 +181,9 @@ def check_json_target(target: str | None) -> None:
         raise UserError(f"--json {target}: goes through a link that leads back to itself")
     if path.is_dir():
         raise UserError(f"--json {target}: is a folder")
+    read = any(name and Path(name).is_file() and path.exists() and path.samefile(name) for name in inputs)
+    if read or (path.is_file() and path.resolve().name in READ):
+        raise UserError(f"--json {target}: is what commands read, and would be replaced; give another name")
     folder = Path(os.path.realpath(path)).parent  # behind a link, as it is written
     if not folder.is_dir():
         raise UserError(f"--json {target}: the folder {folder} does not exist")

@@ -151,6 +151,17 @@ def make_folder(folder: Path) -> None:
     Path(os.path.realpath(folder)).mkdir(parents=True, exist_ok=True)
 
 
+def own_name(path: Path) -> str:
+    """The name that a file or folder has itself, be it reached as `.` or through a link. UserError where it is not
+    UTF-8: no manifest or report could hold it."""
+    name = Path(os.path.realpath(path)).name
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{path}: its name, {os.fsencode(name)!r}, is not valid UTF-8") from None
+    return name
+
+
 def goes_round(path: Path) -> bool:
     """Whether links on the way to a path lead back to themselves."""
     try:

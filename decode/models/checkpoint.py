@@ -23,7 +23,7 @@ from decode.models.hub import fetch_by_name
 from decode.models.transformer import Precision, Transformer
 from kernels import UserError, swap_bitlinear
 from kernels.errors import first_line
-from kernels.files import CONFIG, json_hash, read_json
+from kernels.files import CONFIG, json_hash, own_name, read_json
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEFAULT_TEACHER = ROOT / "checkpoints" / "bitnet-smol-116m"
@@ -180,7 +180,7 @@ def find_model(name: str, option: str) -> Checkpoint:
     if not (folder / "tokenizer.json").exists():
         older = " (tokenizer.model alone is not read)" if (folder / "tokenizer.model").exists() else ""
         raise UserError(f"{folder}: tokenizer.json is missing{older}")
-    return Checkpoint(folder, folder.resolve().name if local else name, config)
+    return Checkpoint(folder, own_name(folder) if local else name, config)
 
 
 def _check_config(config: dict[str, Any], path: Path) -> None:

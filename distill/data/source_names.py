@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from kernels.errors import UserError
+from kernels.files import own_name
 
 TEXT, LINES, COLUMNS = (".txt",), (".jsonl", ".ndjson", ".json"), (".parquet", ".arrow")
 SUFFIXES = tuple(f"{s}{c}" for s in TEXT + LINES for c in ("", ".xz", ".gz")) + COLUMNS
@@ -42,7 +43,7 @@ def parse_source(text: str | Path) -> Source:
     for path, column, weight in _readings(text):
         if Path(path).exists():
             kind: Literal["file", "folder"] = "folder" if Path(path).is_dir() else "file"
-            name = Path(path).resolve().name + text[len(path) :]
+            name = own_name(Path(path)) + text[len(path) :]
             return Source(name, kind, path, column=column, weight=_weight(weight, text))
     if (path := text.partition("=")[0]) == SELF:
         return Source(text, "self", path, weight=_weight(text[len(path) + 1 :] or None, text))
@@ -53,7 +54,7 @@ def parse_source(text: str | Path) -> Source:
             "path", "config", "split", "revision", "column", "weight"
         )
         return Source(text, "hub", path, config, split, revision, column, _weight(weight, text))
-    return Source(Path(text).resolve().name, "file", text)
+    return Source(own_name(Path(text)), "file", text)
 
 
 def shown_name(text: str | Path) -> str:

@@ -22,7 +22,7 @@ from distill.release.card import CURVES, EVALUATION, Metadata, Subject, is_uncha
 from distill.training.checkpoint import FORMAT, OPTIONAL_FILES, WEIGHTS, check_files
 from kernels import UserError
 from kernels.errors import first_line
-from kernels.files import read_json, sha256
+from kernels.files import listed_files, read_json, sha256
 
 DRAFT = "draft.json"
 LICENCE, LOG = "LICENSE", "log.jsonl"
@@ -187,7 +187,7 @@ def publish(package: Package, *, private: bool | None = None, force: bool = Fals
     """Upload, in one commit, whatever the repository does not hold yet.
 
     private: None leaves a repository as it is and makes a new one private; force: also in place of another model, and
-    of a card that was edited there.
+    of a card or files that were edited there.
     Interrupted, the same call goes on: what the Hub already has is not sent again. UserError for what stands against
     it, naming the repository.
     """
@@ -210,6 +210,8 @@ def publish(package: Package, *, private: bool | None = None, force: bool = Fals
             info = api.model_info(repo)
         there = [sibling.rfilename for sibling in info.siblings or []]
         stale = _stale(api, package, there, str(info.sha), force)
+        if DRAFT in there and not force:
+            _check_unchanged(api, package, str(info.sha))
         card_kept = CARD in there and not force and not _is_ours(api, package, str(info.sha))
         if private and not info.private:  # before anything can be seen
             api.update_repo_settings(repo, private=True)
@@ -237,6 +239,24 @@ def _is_ours(api: Any, package: Package, commit: str) -> bool:
     """Whether the card in the repository is as bitdraft wrote it: this one, or one whose last line has its hash."""
     text = Path(api.hf_hub_download(package.repo, CARD, revision=commit)).read_text(encoding="utf-8", errors="replace")
     return text == package.card or is_unchanged(text)
+
+
+def _check_unchanged(api: Any, package: Package, commit: str) -> None:
+    """UserError where a file of the draft in the repository is not the one that its draft.json lists, nor the one that
+    would take its place: somebody changed it there."""
+    listed = listed_files(Path(api.hf_hub_download(package.repo, DRAFT, revision=commit)))
+    for entry in api.list_repo_tree(package.repo, revision=commit):
+        name = entry.path
+        if name not in listed:
+            continue
+        lfs = getattr(entry, "lfs", None)
+        digest = lfs.sha256 if lfs else sha256(Path(api.hf_hub_download(package.repo, name, revision=commit)))
+        ours = package.files.get(name)
+        if digest != listed[name] and (ours is None or digest != sha256(ours)):
+            raise UserError(
+                f"{package.repo}: {name} was changed there since it was published; choose another --repo, or replace"
+                " it with --force"
+            )
 
 
 def _stale(api: Any, package: Package, there: list[str], commit: str, force: bool) -> list[str]:

@@ -308,6 +308,41 @@ def test_samples_are_not_compared(command: Command, weak_draft: Path) -> None:
     assert "identical" not in done.err and "not compared with the text of plain decoding" in done.err
 
 
+def test_results_do_not_replace_what_is_read(inside: Command, small_teacher: Path, tmp_path: Path) -> None:
+    """By its own name or a link's: prompts, sources, recipes, and the files of datasets and models."""
+    for name in ("p.jsonl", "r.toml", "manifest.json", "draft.json"):
+        (tmp_path / name).write_text('{"prompt": "Hi"}\n')
+    (tmp_path / "link").symlink_to("p.jsonl")
+    decode = ("decode", "plain", "--teacher", small_teacher, "--max-tokens", 1, "--prompts", "p.jsonl")
+    for command, target in (
+        (decode, "p.jsonl"),
+        (decode, "link"),
+        (decode, "draft.json"),
+        (("distill", "collect", "--teacher", small_teacher, "--source", "p.jsonl", "--out", "d"), "link"),
+        (("distill", "evaluate", "--teacher", small_teacher, "--prompts", "link", "--out", "d"), "p.jsonl"),
+        (("distill", "run", "r.toml"), "r.toml"),
+        (("distill", "inspect", "."), "manifest.json"),
+        (("distill", "verify", "."), "manifest.json"),
+    ):
+        inside(*command, "--json", target, cwd=tmp_path).refused(command[0], f"--json {target}", "would be replaced")
+    assert {path.read_text() for path in tmp_path.iterdir()} == {'{"prompt": "Hi"}\n'}
+
+
+def test_a_folder_whose_own_name_is_not_utf8_is_refused(inside: Command, small_teacher: Path, tmp_path: Path) -> None:
+    """Before the work, be it reached as `.` or through a link: no manifest or report could hold its name."""
+    folder, link = changed_copy(small_teacher, tmp_path / "t\udcff"), tmp_path / "link"
+    link.symlink_to(folder)
+    for place in (".", link):
+        for command in (
+            ("decode", "plain", "--prompt", "a", "--teacher", place, "--json", tmp_path / "r.json"),
+            ("decode", "plan", "--bandwidth", 100, "--teacher", place, "--json", tmp_path / "r.json"),
+            ("distill", "collect", "--teacher", place, "--out", tmp_path / "d"),
+            ("distill", "collect", "--teacher", small_teacher, "--source", place, "--out", tmp_path / "d"),
+        ):
+            inside(*command, cwd=folder).refused(command[0], "UTF-8")
+    assert {path.name for path in tmp_path.iterdir()} == {folder.name, "link"}
+
+
 def test_a_json_file_that_could_not_be_written_is_refused_before_the_work(inside: Command, tmp_path: Path) -> None:
     """Any name that the file system takes is written; a longer one, and one on a full disk, are refused at once."""
     longest = tmp_path / ("n" * 250 + ".json")

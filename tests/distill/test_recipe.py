@@ -215,8 +215,11 @@ def test_run(inside: Command, small_teacher: Path, tmp_path: Path) -> None:
     assert report["complete"] and [row["prompts"] for row in report["categories"]] == [2, 2]
     assert {**report, "outputs": None} == {**result["stages"][2]["report"], "outputs": None}
 
+    (out / "draft" / "state").mkdir()
+    (out / "draft" / "state" / "run.json").write_text('{"identity": {}}')  # of a run killed as its draft was whole
     again = json.loads(run("--quiet", "--json", "-")[1])
     assert [stage["skipped"] for stage in again["stages"]] == [True, True, True]
+    assert not (out / "draft" / "state").exists()
     listed = out / "dataset" / "manifest.json"
     today = listed.read_bytes()  # of format 2 it is whole, too, where the same settings made it
     older = json.loads(today) | {"version": 1, "settings": json.loads(today)["settings"] | {"collection_format": 2}}

@@ -467,6 +467,21 @@ def test_a_card_that_was_edited_stays(command: Command, hub: Hub, small: Path, t
     assert repository.files["README.md"] == ours and repository.files["LICENSE"] == b"by hand"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_files_that_were_edited_on_the_hub_stay(
+    command: Command, hub: Hub, small: Path, tmp_path: Path, name: str
+) -> None:
+    """A small file and a large one: refused, and replaced with --force."""
+    assert publish(command, hub, small, "-q").code == 0
+    repository = hub.repositories[REPO]
+    repository.commit({**repository.files, name: b'{"merged": 1}'})
+    publish(command, hub, small, "-q").refused("distill", REPO, name, "--force")
+    assert repository.files[name] == b'{"merged": 1}'
+    assert publish(command, hub, small, "-q", "--force").code == 0
+    assert repository.files[name] == (small / name).read_bytes()
+
+
 def test_a_licence_travels_with_its_link(tmp_path: Path) -> None:
     """Or the link leads to where the file is; one that leads nowhere is left out."""
     terms = {"license": "other", "license_name": "our-terms", "license_link": "TERMS.md"}
