@@ -173,19 +173,21 @@ class _Group:
 
     def fill(self, places: Iterator[tuple[int, Job]]) -> int:
         """Begin jobs in the slots that are free, and compute all but the last of the tokens that slots are given, those
-        of several in one pass. Returns how many were read."""
+        of several in one pass. Returns how many were given."""
+        given = 0
         for i, slot in enumerate(self._slots):
             if slot is None and (job := next(places, None)) is not None:
                 self._slots[i] = self._begin(*job)
+                given += 1  # of a prompt; the rest are counted below, behind a reply too
         began = time.perf_counter()
         left = [(i, slot) for i, slot in self._active() if len(slot.feed) > 1]
-        read = sum(len(slot.feed) - 1 for _, slot in left)
+        given += sum(len(slot.feed) - 1 for _, slot in left)
         while left:
             self._prefill(left)
             left = [(i, slot) for i, slot in left if len(slot.feed) > 1]
         if self.alone:
             self.prefill_seconds += time.perf_counter() - began
-        return read
+        return given
 
     def go_on(self) -> None:
         """Begin a step of every sequence, or some: a GPU works on them from now on."""
