@@ -1,7 +1,7 @@
 """A collection by one process and by several under mlx.launch: the same bytes, and how much faster.
 
     python -m benchmarks.ranks                                            # two GPUs
-    python -m benchmarks.ranks --tokens 20000 --backend ring --reply-batch 8 --batch 4 --max-reply 32   # tried on a CPU
+    python -m benchmarks.ranks --tokens 20000 --backend ring --reply-batch 8 --batch 4 --max-reply 32
 
 Each pass is timed by what appears in the folders: replies from the moment when the folder is begun, with the models
 loaded, to their complete manifest, scoring from there to the shards'. A small collection by each goes first, so that
