@@ -25,7 +25,7 @@ LONGEST_LOOP = 16  # tokens; another value cuts replies elsewhere
 STEPS_AT_ONCE = CHECK_EVERY
 # From so many sequences on, a GPU is given them in two groups: it works on one while this process looks at the other's
 # tokens. Fewer keep it busier together.
-TWO_GROUPS = 2048
+TWO_GROUPS = 6144
 PREFILL_ROWS = {False: 512, True: 16_384}  # of prompts in one pass: on a CPU, and on a GPU
 
 
