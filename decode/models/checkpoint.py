@@ -164,6 +164,8 @@ def find_teacher(name: str | None) -> Checkpoint:
 
 def find_model(name: str, option: str) -> Checkpoint:
     """Resolve a path or a Hub name (`owner/name[@revision]`) to a checked model folder."""
+    if not name.strip():  # which would be the current folder
+        raise UserError(f"{option} {name!r}: is no name")
     folder = Path(os.path.expanduser(name))  # noqa: PTH111  (Path.expanduser raises for an unknown ~user)
     local = folder.exists()
     if not local:

@@ -38,8 +38,9 @@ class Source:
 
 def parse_source(text: str | Path) -> Source:
     """What a name stands for. A file or folder that is there goes before everything else, so that its name may hold any
-    of the marks. UserError for a weight that is none."""
-    text = str(text)
+    of the marks. UserError for a weight that is none, and for no name, which would be the current folder."""
+    if not (text := str(text)).strip():
+        raise UserError(f"--source {text!r}: is no name")
     for path, column, weight in _readings(text):
         if Path(path).exists():
             kind: Literal["file", "folder"] = "folder" if Path(path).is_dir() else "file"
