@@ -31,7 +31,7 @@ from distill.release.evaluate import check_evaluation_folder, evaluate, fingerpr
 from distill.training.draft_config import DraftConfig
 from distill.training.memory import check_memory
 from distill.training.run import train, working_on_draft
-from distill.training.state import STATE, difference, discard
+from distill.training.state import STATE, difference, discard, of_finished
 from kernels.console import say
 from kernels.errors import UserError
 from kernels.files import read_json, sha256, write_atomic
@@ -188,8 +188,7 @@ class Pipeline:
             return False
         try:
             training = about["training"]
-            begun, data = training["settings"], training["data"]["sha256"]
-            begun = begun | {name: training[name] for name in ("teacher_files",) if name in training}
+            begun, data = of_finished(training), training["data"]["sha256"]
             teacher_hash = about["teacher"]["hash"]
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder / 'draft.json'}: is damaged (no {error})") from None

@@ -50,7 +50,7 @@ from distill.training.memory import check_memory, disk_bytes, is_narrow
 from distill.training.optimizer import learning_rate
 from distill.training.plots import training_curves
 from distill.training.settings import TrainSettings
-from distill.training.state import CURVES, LOG, STATE, State, check_shown, difference, discard
+from distill.training.state import CURVES, LOG, STATE, State, check_shown, difference, discard, of_finished
 from distill.training.step import Step, TrimmedHead, measure
 from distill.training.vocabulary import DraftVocabulary, select_draft_vocabulary
 from kernels.backends import use_fast_blas
@@ -208,8 +208,7 @@ def finished_run(out: Path, fingerprint: dict[str, Any]) -> Summary | None:
         return None
     try:
         training = about["training"]
-        begun = training["settings"] | {"data": training["data"]["sha256"]}
-        begun |= {"teacher_files": training["teacher_files"]} if "teacher_files" in training else {}
+        begun = of_finished(training) | {"data": training["data"]["sha256"]}
         if "started_from" in training:
             begun["teacher"] = training["started_from"]["hash"]
         parameters = DraftConfig.from_record(about["config"]).parameters

@@ -182,6 +182,12 @@ def _remove(folder: Path, but: Collection[str] = ()) -> None:
             path.unlink()
 
 
+def of_finished(training: dict[str, Any]) -> dict[str, Any]:
+    """Settings and teacher's files of a finished run, as its draft.json has them in `training`, for `difference`."""
+    files = {name: training[name] for name in ("teacher_files",) if name in training}
+    return {**training["settings"], **files}
+
+
 def difference(begun: Any, fingerprint: dict[str, Any]) -> str | None:
     """What an earlier run had that this one has not, in words; None where both make the same draft.
 
