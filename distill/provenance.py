@@ -42,6 +42,14 @@ def teacher_files(tokenizer: Tokenizer) -> dict[str, str]:
     )
 
 
+def check_unchanged(tokenizer: Tokenizer, begun: dict[str, Any]) -> None:
+    """UserError where a teacher's files are not those of the `teacher_files` with which a work was begun."""
+    now = teacher_files(tokenizer)
+    for name in sorted(begun.keys() | now.keys()):
+        if begun.get(name) != now.get(name):
+            raise UserError(f"{tokenizer.folder}: its {name} was changed meanwhile: put it back, or begin anew")
+
+
 def completed(begun: dict[str, Any], now: dict[str, str]) -> dict[str, Any]:
     """The `teacher_files` of what was begun, perhaps by an older version: rules it does not know were those of now."""
     return {RULES: now[RULES]} | begun if RULES in now else begun

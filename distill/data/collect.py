@@ -36,8 +36,17 @@ from distill.data.scoring import Scorer, bytes_per_token, check_memory
 from distill.data.settings import OF_REPLIES, OF_SCORES, CollectSettings, complete_settings
 from distill.data.shards import Dataset, ShardWriter
 from distill.data.sharing import Part, score
-from distill.data.sources import Source, at_commit, describe, parse_source, read_source, shown_name, source_fingerprint
-from distill.provenance import teacher_files
+from distill.data.sources import (
+    Source,
+    Watch,
+    at_commit,
+    describe,
+    parse_source,
+    read_source,
+    shown_name,
+    source_fingerprint,
+)
+from distill.provenance import check_unchanged, teacher_files
 from kernels import UserError
 from kernels.files import check_room, sha256, stored_bytes
 
@@ -50,7 +59,7 @@ class Plan:
     """Everything about a collection that is known before the teacher runs.
 
     folder, replies: of the shards and of the reply dataset; sources: what is read for the latter, each dataset of the
-    Hub at its commit; None where the reply dataset was given and only scoring is to be done.
+    Hub at its commit; None where the reply dataset was given and only scoring is to be done. watch: its local files.
     """
 
     teacher: Checkpoint
@@ -61,6 +70,7 @@ class Plan:
     reply_manifest: DatasetSettings
     sources: tuple[Source, ...] | None
     excluded: Excluded = field(default_factory=Excluded, repr=False)
+    watch: Watch = field(default_factory=lambda: Watch(()), repr=False)
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,7 @@ def plan_collection(teacher: Checkpoint, settings: CollectSettings, out: Path | 
         before, behind = Tokenizer(teacher.folder).open_turn
         if len(before) + len(behind) > settings.seq_len - settings.max_reply - MIN_SEGMENT:
             raise UserError(f"--source self: --seq-len {settings.seq_len} leaves no room for a user's turn")
+    watch = Watch(named)
     for source in named:
         if source.kind in ("file", "folder"):  # a fault in the last line must not show after hours of work
             for _ in read_source(source):
@@ -112,7 +123,7 @@ def plan_collection(teacher: Checkpoint, settings: CollectSettings, out: Path | 
         values["template_time"] = next(iter(times), values["template_time"])
     manifest, reply_manifest = DatasetSettings(values | scores), DatasetSettings(values)
     excluded = load_excluded(settings.exclude)
-    return Plan(teacher, settings, folder, manifest, replies, reply_manifest, sources, excluded)
+    return Plan(teacher, settings, folder, manifest, replies, reply_manifest, sources, excluded, watch)
 
 
 def plan_scoring(
@@ -213,6 +224,8 @@ class Collector:
         limit_memory()
         check_memory(plan.teacher.config, plan.settings.batch, plan.settings.seq_len)
         self.tokenizer = Tokenizer(plan.teacher.folder, plan.reply_manifest.values.get("template_time"))
+        if plan.sources is not None:
+            check_unchanged(self.tokenizer, plan.reply_manifest.values["teacher_files"])
         self.ranks = ranks or Ranks()
         for rank in self.ranks.connections:
             values = {name: getattr(self.settings, name) for name in (*OF_SCORES, "max_reply", "seed")}
@@ -263,7 +276,7 @@ class Collector:
             if not writer.manifest.complete:
                 chosen = self.choose()
                 try:
-                    cut = self.reply_pass().run(writer, chosen, self.plan.excluded)
+                    cut = self.reply_pass().run(writer, chosen, self.plan.excluded, self._check_sources)
                 finally:
                     for one in chosen:
                         one.documents.close()
@@ -273,6 +286,10 @@ class Collector:
                 writer.note_omissions(omissions, self._omissions(cut))
                 writer.finish()
         return Replies.open(self.plan.replies)
+
+    def _check_sources(self) -> None:
+        """Refuse what came of sources that were edited meanwhile, before it is written."""
+        self.plan.watch.check(self.plan.reply_manifest.values["sources"])
 
     def _missing_bytes(self) -> float:
         """What is still to be written, of replies and of shards."""

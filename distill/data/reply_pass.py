@@ -100,14 +100,24 @@ class ReplyPass:
         self.shared, self.device = SharedBatch(self.batch, ranks), ranks.device
         self._written: deque[Example] = deque()  # the next that an earlier run wrote
         self._unread: Iterator[Example] = iter(())  # and those behind them
+        self._check: Callable[[], None] = lambda: None
         self._pending: list[Example] = []  # not yet in a file
         self._at = 0  # the place of the next example
         self._replies, self._reply_tokens = 1, settings.max_reply // 2  # so far: what the next ones are expected to be
 
-    def run(self, writer: ReplyWriter, chosen: Sequence[Chosen], excluded: Excluded) -> list[LeftOut]:
-        """Every source gives its share of the tokens, by its weight; what one cannot give, the later ones do, and what
+    def run(
+        self,
+        writer: ReplyWriter,
+        chosen: Sequence[Chosen],
+        excluded: Excluded,
+        check: Callable[[], None] = lambda: None,
+    ) -> list[LeftOut]:
+        """check: called before a file is written, and at the end; it may refuse.
+
+        Every source gives its share of the tokens, by its weight; what one cannot give, the later ones do, and what
         is missing then is shared out among those that have more, until it is there or none has any. Returns which
         conversations of each were cut."""
+        self._check = check
         self._unread = iter(Replies(writer.folder, writer.manifest))
         asked = NearDuplicates()
         supplies = [
@@ -125,6 +135,7 @@ class ReplyPass:
                 more += [] if ended else [supply]
             supplies = more if left < before else []
         self._flush(writer)
+        self._check()
         return cut
 
     def _turn(self, writer: ReplyWriter, supply: Supply, quota: Quota) -> bool:
@@ -226,6 +237,7 @@ class ReplyPass:
     def _flush(self, writer: ReplyWriter) -> None:
         index = (self._at - 1) // EXAMPLES_PER_FILE
         if self._pending and index not in writer.manifest.entries:
+            self._check()
             writer.write(self._pending, index, self.device)
         self._pending = []
 

@@ -7,7 +7,7 @@ are read line by line, datasets of the Hub row by row, and the same source gives
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -19,11 +19,13 @@ from distill.data.documents import Document, LeftOut, normalise_prompt, of_rows
 from distill.data.source_files import has_lines_of_objects, read_files, read_shuffled, readable, source_files
 from distill.data.source_hub import COMMIT, commit_of, rows_of
 from distill.data.source_names import Source, parse_source, shown_name
+from kernels.errors import UserError
 
 __all__ = [
     "Document",
     "LeftOut",
     "Source",
+    "Watch",
     "at_commit",
     "normalise_prompt",
     "parse_source",
@@ -97,6 +99,33 @@ def source_fingerprint(source: Source | str | Path) -> dict[str, str]:
         return {"name": source.name, "kind": source.kind}
     values = {"name": source.name, "sha256": sha256_of(source), "kind": source.kind}
     return values if source.revision is None else values | {"commit": source.revision}
+
+
+class Watch:
+    """The local files of sources, looked at again and again while they are read: whoever edits one meanwhile would get
+    a dataset of both."""
+
+    def __init__(self, sources: Iterable[Source]) -> None:
+        """To be called before the hashes are taken."""
+        self._sources = tuple(sources)
+        self._stamps = [_stamps(source) for source in self._sources]
+
+    def check(self, fingerprints: Sequence[dict[str, Any]]) -> None:
+        """UserError for a source whose bytes are not those of its fingerprint any more."""
+        for index, source in enumerate(self._sources):
+            if (stamps := _stamps(source)) != self._stamps[index]:
+                if sha256_of(source) != fingerprints[index]["sha256"]:
+                    raise UserError(
+                        f"{source.path}: was changed while it was read; what is kept is of the file as it was"
+                    )
+                self._stamps[index] = stamps
+
+
+def _stamps(source: Source) -> list[tuple[Path, int, int, int]]:
+    """What tells a file that was written to from one that was not, for each file of a local source."""
+    files = source_files(Path(source.path)) if source.kind in ("file", "folder") else []
+    status = ((file, file.stat()) for file in files)
+    return [(file, of_file.st_ino, of_file.st_size, of_file.st_mtime_ns) for file, of_file in status]
 
 
 def at_commit(source: Source, begun: Iterable[Any] = ()) -> Source:

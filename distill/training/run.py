@@ -32,6 +32,7 @@ from distill.data.manifest import MANIFEST
 from distill.data.shards import Dataset
 from distill.provenance import (
     FORMS_PROMPTS,
+    check_unchanged,
     completed,
     dataset_metadata,
     made_with,
@@ -417,6 +418,8 @@ class _Run:
         Before the first evaluation those are the present ones, which the state doesn't learn: a run that is stopped
         has the evaluations of one that is not.
         """
+        # The draft gets its teacher's tokenizer and template: those that the run was begun with.
+        check_unchanged(Tokenizer(self.teacher_folder), self.state.fingerprint["teacher_files"])
         best, best_step = self.state.best_weights, self.state.best_step
         if best is None:
             best, best_step = self.state.weights, steps

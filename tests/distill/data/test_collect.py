@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -879,6 +880,35 @@ def test_a_dataset_is_of_one_time(small_teacher: Path, sources: tuple[str, ...],
         told.replace(" ", "T")
     }
     assert Collector(plan_collection(teacher, settings, tmp_path / "d")).run().complete  # is done, whatever the time
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("late", [False, True])
+def test_sources_edited_while_they_are_read(small_teacher: Path, tmp_path: Path, late: bool) -> None:
+    """Nothing of the edited file is kept, though its lines are read one by one; a touched file is not an edited one.
+    late: edited behind the first file of replies."""
+    prompts, folder = tmp_path / "p.jsonl", tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("The ships sail home. " * 40)
+    prompts.write_text("".join(json.dumps({"prompt": ask(number)}) + "\n" for number in range(400)))
+    settings = CollectSettings(
+        sources=(str(prompts), str(folder)), tokens=4000, seq_len=128, max_reply=4, reply_batch=8
+    )
+    teacher, edited = find_teacher(str(small_teacher)), list[str]()
+
+    def edit(stage: str, done: int, total: int | None) -> None:
+        os.utime(folder / "a.txt")
+        if not edited and bool(list(tmp_path.glob("replies-*/reply-*"))) == late:
+            edited.append(prompts.read_text())
+            prompts.write_text(edited[0].replace(ask(1)[:4], ask(1)[:4].upper()))
+
+    with pytest.raises(UserError, match=r"p\.jsonl: was changed while it was read"):
+        Collector(plan_collection(teacher, settings, tmp_path / "d"), edit).run()
+    prompts.write_text(edited[0])
+    assert Collector(plan_collection(teacher, settings, tmp_path / "d"), edit).run().complete
+    assert Collector(plan_collection(teacher, settings, tmp_path / "undisturbed" / "d")).run().complete
+    (made,), (undisturbed,) = tmp_path.glob("replies-*"), tmp_path.glob("undisturbed/replies-*")
+    assert files(made) == files(undisturbed)
 
 
 def test_of_a_hub_dataset_no_more_is_read_than_is_taken(

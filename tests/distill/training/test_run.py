@@ -301,6 +301,25 @@ def test_a_teachers_files_belong_to_a_run(made: tuple[Path, Path], begun: Path, 
     assert train(data, other, finished, SMALL, quiet=True).done_before
 
 
+@pytest.mark.slow
+def test_a_teacher_edited_while_its_draft_is_trained(made: tuple[Path, Path], whole: Path, tmp_path: Path) -> None:
+    """The draft would get a tokenizer that it was not trained with."""
+    data, teacher, out = made[0], shutil.copytree(made[1], tmp_path / "teacher"), tmp_path / "draft"
+    path = teacher / "tokenizer_config.json"
+    before = path.read_text()
+
+    def edit(line: dict[str, Any]) -> None:
+        if line["kind"] == "eval":
+            path.write_text(json.dumps(json.loads(before) | {"chat_template": "{{ messages[0].content }}!"}))
+
+    with pytest.raises(UserError, match="teacher: its chat template was changed meanwhile"):
+        train(data, teacher, out, SMALL, edit, quiet=True)
+    assert not (out / "draft.json").exists()
+    path.write_text(before)
+    train(data, teacher, out, SMALL, quiet=True)
+    assert same(out, whole)
+
+
 def test_the_default_folder_is_the_one_of_older_versions() -> None:
     """0.1.0 hashed this very text; a setting that came later must not change it."""
     text = (
