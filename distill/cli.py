@@ -21,6 +21,7 @@ from distill.cli_models import convert, evaluate, publish
 from distill.data.settings import CollectSettings
 from distill.training.settings import TrainSettings
 from kernels.console import Interrupted, JsonOption, QuietOption, check_json_target, progress, run, say, write_json
+from kernels.errors import printable
 
 if TYPE_CHECKING:
     from decode.models.checkpoint import Checkpoint
@@ -189,9 +190,9 @@ def verify(
     write_json(json_file, {"dataset": str(dataset), "ok": not problems, "problems": [vars(p) for p in problems]})
     if json_file != "-" and not quiet:
         for problem in problems:
-            print(f"{os.path.normpath(dataset / problem.file)}: {problem.message}")
+            print(printable(f"{os.path.normpath(dataset / problem.file)}: {problem.message}"))
         well = "all well so far, and not complete" if unfinished else "all well"
-        print(f"{dataset}: {well if not problems else f'{len(problems)} problems'}")
+        print(f"{printable(str(dataset))}: {well if not problems else f'{len(problems)} problems'}")
     if problems:
         raise typer.Exit(1)
 

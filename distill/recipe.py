@@ -98,6 +98,8 @@ def find_recipe(name: str) -> Path:
         return path
     if Path(name).name == name and shipped.is_file():
         return shipped
+    if path.exists():
+        raise UserError(f"{name}: is no regular file, which a recipe is: runs are kept by its name")
     known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.toml")))
     raise UserError(f"{name}: no such recipe, neither as a file nor among those in recipes/ ({known})")
 
@@ -205,8 +207,11 @@ def keys(section: str) -> list[str]:
 
 def _unlike(section: str, key: str, value: Any) -> str | None:
     """What a value must be in words, where it is not that."""
-    if any(isinstance(text, str) and "\0" in text for text in (value if isinstance(value, list) else [value])):
+    texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+    if any("\0" in text for text in texts):
         return "without null characters"  # no file's name can hold one
+    if not all(map(str.strip, texts)):
+        return "a name"  # an empty one would be the current folder
     if section and key != "out":
         return next(setting for setting in SETTINGS[section].schema() if setting.key == key).unlike(value)
     if key in STAGES:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 from tqdm import tqdm
 
-from kernels.errors import UserError
+from kernels.errors import UserError, printable
 from kernels.files import NO_ROOM, check_writable, goes_round, replacing
 
 # Files of models and datasets, which results never replace.
@@ -51,9 +53,12 @@ def run(app: typer.Typer, name: str) -> None:
     _mend_streams()
     if sys.getfilesystemencoding() != "utf-8":  # in which MLX and others would look for other files than were named
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
-    for argument in sys.argv[1:]:
+    for before, argument in pairwise(sys.argv):
         if not _is_text(argument):  # which no manifest or report could name, and MLX could not open
             fail(name, f"{argument}: is not valid UTF-8")
+        if argument == "" or re.fullmatch(r"--[a-z-]+=", argument):  # an unset variable, which would name the folder .
+            option = next((text for text in (argument, before) if text.startswith("-")), "an argument")
+            fail(name, f"{option.rstrip('=')} is empty")
     if not callable(signal.getsignal(signal.SIGINT)):  # ignored in a script's background; `kill -INT` shall end it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
@@ -143,7 +148,7 @@ def _mend_streams() -> None:
 
 def fail(name: str, message: str) -> NoReturn:
     """One line on standard error, exit code 2."""
-    print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{name}: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -198,7 +203,11 @@ def check_json_target(target: str | None, *inputs: str | Path | None) -> None:
 
 def say(quiet: bool) -> Callable[[str], None]:
     """A printer to standard error that --quiet silences."""
-    return (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
+
+    def to_stderr(text: str) -> None:
+        print("\n".join(map(printable, text.split("\n"))), file=sys.stderr, flush=True)
+
+    return (lambda text: None) if quiet else to_stderr
 
 
 def progress(total: int | None, label: str, unit: str, quiet: bool, initial: int = 0, scale: bool = True) -> tqdm:

@@ -23,7 +23,7 @@ from distill.data.manifest import (
 )
 from distill.data.reply_dataset import Replies, ReplyWriter
 from distill.data.shards import Dataset, ShardWriter
-from kernels.errors import UserError
+from kernels.errors import UserError, printable
 from kernels.files import sha256
 
 SAMPLED_SHARDS = 8
@@ -347,7 +347,7 @@ def table(summary: dict[str, Any]) -> str:
         where = replies["folder"] or f"{replies['name']}, which is not here"
         other = ", and what is there now is another" if replies["differs"] else ""
         lines.append(("scored from", f"{where} (sha256 {replies['sha256'][:12]}{other})"))
-    text = f"{summary['folder']}\n\n{_columns(lines)}"
+    text = f"{printable(summary['folder'])}\n\n{_columns(lines)}"
     for title, name in (("sources", "sources"), ("prompts left out", "exclude")):
         if rows := [_source(entry) for entry in settings.get(name) or []]:
             text += f"\n\n{title}\n{_columns(rows)}"
@@ -383,7 +383,7 @@ def _source(entry: Any) -> tuple[str, ...]:
 
 
 def _columns(rows: Iterable[tuple[str, ...]]) -> str:
-    rows = list(rows)
+    rows = [tuple(map(printable, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 

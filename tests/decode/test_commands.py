@@ -104,7 +104,7 @@ def test_a_locale_without_unicode(command: Command, small_teacher: Path, tmp_pat
         (["frob"], ["frob"]),
         (["plain", "--max-tokens", "many"], ["--max-tokens", "integer"]),
         (["plain", "--max-tokens", 0, "--prompt", "a"], ["--max-tokens 0"]),
-        (["plain", "--prompt", ""], ["prompt is empty"]),
+        (["plain", "--prompt", ""], ["--prompt is empty"]),
         (["plain", "--prompt", "a", "--prompts", "b"], ["--prompt or --prompts"]),
         (["plain", "--prompts", "gone.jsonl"], ["gone.jsonl"]),
         (["plain", "--prompts", "-"], ["standard input", "holds no prompt"]),
@@ -117,7 +117,7 @@ def test_a_locale_without_unicode(command: Command, small_teacher: Path, tmp_pat
         (["plain", "--prompt", "a", "--temperature", "-1"], ["--temperature -1.0"]),
         (["plain", "--prompt", "a", "--seed", "-1"], ["--seed"]),
         (["plain", "--prompt", "a", "--teacher", "gone"], ["--teacher gone"]),
-        (["plain", "--prompt", "a", "--teacher", ""], ["--teacher ''"]),  # an empty variable names none
+        (["plain", "--prompt", "a", "--teacher", ""], ["--teacher is empty"]),  # an empty variable names none
         (["plain", "--prompt", "a", "--teacher", "owner/not-there"], ["--teacher owner/not-there", "Hub"]),
         (["plain", "--prompt", "a", "--teacher", "cut"], ["cut/model.safetensors", "cut short"]),
         (["spec", "--prompt", "a", "--draft", TEACHER, "--k", 0], ["--k 0"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -40,7 +41,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["collect", "--temperature", 0], ["--temperature 0.0"]),
         (["collect", "--seed", -1], ["--seed"]),
         (["convert", "--out", "."], ["is the current folder or holds it"]),
-        (["convert", "--out", ""], ["is the current folder or holds it"]),
+        (["convert", "--out", ""], ["--out is empty"]),
+        (["collect", "--source", ""], ["--source is empty"]),
+        (["collect", "--exclude", ""], ["--exclude is empty"]),
+        (["train", "--data="], ["--data is empty"]),
+        (["inspect", ""], ["an argument is empty"]),
+        (["run", "pipe"], ["pipe: is no regular file"]),
         (["convert", "--out", "/"], ["--out /: is the current folder or holds it"]),
         (["convert", "--out", "round"], ["round: goes through a link"]),
         (["collect", "--out", "round"], ["round: goes through a link"]),
@@ -77,6 +83,7 @@ def test_bad_input_is_one_line(inside: Command, work: Path, options: list[object
         (work / "odd").mkdir()
         (work / "odd" / "b\udcff.txt").write_text("It was a bright cold day in April.")
         (work / "round").symlink_to("round")
+        os.mkfifo(work / "pipe")
         (work / "astray").symlink_to("nowhere/x.json")
         (work / "round.toml").write_text('out = "round"\n')
         (work / "bare.toml").write_text('teacher = "bare"\n')
@@ -110,6 +117,21 @@ def test_inspect_and_verify(inside: Command, data: Path) -> None:
     assert report["ok"] is False and report["problems"][0]["file"] == shard.name
     told = inside("distill", "verify", data)
     assert told.code == 1 and str(shard) in told.out
+
+
+def test_names_of_others_do_nothing_to_a_terminal(inside: Command, data: Path, tmp_path: Path) -> None:
+    """A dataset may come from anywhere; so may what its manifest calls its teacher and its sources."""
+    copy = shutil.copytree(data, tmp_path / "data\x1b[2J")
+    content = json.loads(unsealed(copy / "manifest.json"))
+    content["settings"]["sources"] = [{"name": "a\nall well\x1b[1A", "kind": "file", "sha256": "0" * 64}]
+    (copy / "manifest.json").write_text(json.dumps(content))
+    shown = inside("distill", "inspect", copy)
+    assert shown.code == 0 and "\x1b" not in shown.out and r"a\nall well\x1b[1A" in shown.out
+    next(copy.glob("shard-*")).unlink()
+    told = inside("distill", "verify", copy)
+    assert told.code == 1 and "\x1b" not in told.out and r"data\x1b[2J" in told.out
+    failed = inside("distill", "inspect", tmp_path / "gone\x1b[2J")
+    failed.refused("distill", r"gone\x1b[2J")
 
 
 def test_verify_tells_a_damaged_dataset_from_none(inside: Command, data: Path, tmp_path: Path) -> None:

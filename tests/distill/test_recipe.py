@@ -73,6 +73,8 @@ BITNET_2B = {
         ('[collect]\ntemperature = [1, "a"]\n', "[collect] temperature must be a list of numbers"),
         ('[collect]\nsource = ["a\\u0000"]\n', "line 2: [collect] source must be without null characters"),
         ('out = "\\u0000"\n', "line 1: out must be without null characters"),
+        ('teacher = ""\n', "line 1: teacher must be a name, not ''"),
+        ('[collect]\nsource = ["a.txt", ""]\n', "line 2: [collect] source must be a name"),
         ("train = 3\n", "line 1: train must be a section, not 3"),
         ("[train]\nhidden = 100\n", "line 2: [train] hidden 100: must be a multiple of 64"),
         ("[train]\nlayers = 2\nlr = -1\n", "line 3: [train] lr -1: must be above 0"),

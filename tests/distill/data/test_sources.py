@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Command
 from loopback_hub import Hub
 
 from distill.data.exclusion import Excluded, load_excluded
@@ -457,9 +456,3 @@ def test_exclusion(tmp_path: Path) -> None:
     assert hit("prompt", near) == hit("turns", None, [{"role": "user", "content": near}]) == "near an excluded prompt"
     assert not hit("text", near)
     assert not Excluded().reason(Document("prompt", "Sing!", None, 1))
-
-
-@pytest.mark.parametrize("option", ["--source", "--teacher"])
-def test_an_empty_name_is_not_the_current_folder(inside: Command, option: str, tmp_path: Path) -> None:
-    """As an unset variable gives it."""
-    inside("distill", "collect", "--dry-run", option, "", cwd=tmp_path).refused("distill", f"{option} ''")
