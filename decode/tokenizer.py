@@ -28,6 +28,7 @@ STRFTIME_NOW = """\
 """
 DIRECTIVES = [f"%{dash}{letter}" for letter in "aAwdbBmyYHIlkpMSfzZjUWcxXFTDReGuVhCsP" for dash in ("", "-")]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+MORE_FILES = ("special_tokens_map.json", "added_tokens.json")  # which a folder may have beside them
 UNUSED = ("version", "truncation", "padding")  # in a tokenizer.json: each call says what it wants of them
 LINE_END = re.compile("\r\n|\r")
 PLACE = "bitdraft-holds-this-place"  # stands for a text that is still to be written
@@ -55,6 +56,7 @@ class Tokenizer:
         except StrictDataclassError as error:  # transformers reads the model's config too, and checks its types
             raise UserError(f"{folder / 'config.json'}: {first_line(error)}") from error
         except Exception as error:  # several libraries read the files; `tokenizers` raises Exception itself
+            _check_files(folder)
             raise UserError(f"{folder}: the tokenizer cannot be loaded: {first_line(error)}") from error
         self.folder = folder
         self._time = (
@@ -272,6 +274,18 @@ def _declared_ends(folder: Path) -> set[int]:
             raise UserError(f"{path}: eos_token_id is {declared!r}, not a token's id or a list of them")
         ends.update(named)
     return ends
+
+
+def _check_files(folder: Path) -> None:
+    """Say which of a tokenizer's files is no JSON object or no text, where one is not."""
+    for name in (*TOKENIZER_FILES, *MORE_FILES):
+        if (path := folder / name).exists():
+            read_json(path)
+    for path in (*folder.glob("*.jinja"), *folder.glob("additional_chat_templates/*.jinja")):
+        try:
+            path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read: {first_line(error)}") from error
 
 
 @contextmanager

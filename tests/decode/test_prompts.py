@@ -394,6 +394,8 @@ def test_tokens_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
         ("tokenizer.json", b'{"model": []}', ": the tokenizer cannot be loaded"),
         ("tokenizer.json", b'{"added_tokens": [], "model": {"type": "BPE", "vocab": [1]}}', ": the tokenizer cannot"),
         ("tokenizer_config.json", b"nope", ""),
+        ("special_tokens_map.json", b"[]", "/special_tokens_map.json: is not a JSON object"),
+        ("chat_template.jinja", b"caf\xe9", "/chat_template.jinja: cannot be read"),
         ("tokenizer_config.json", b'{"chat_template_type": "zzz"}', ": the tokenizer cannot be loaded"),
         ("config.json", b'{"model_type": "bitnet", "eos_token_id": "a"}', "/config.json: eos_token_id is 'a', not"),
         ("config.json", b'{"model_type": "bitnet", "rms_norm_eps": "a"}', "/config.json: Validation error for field"),
