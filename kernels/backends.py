@@ -32,6 +32,8 @@ FALLBACKS: dict[str, tuple[str, ...]] = {
     "linear, float": ("prepare_dense",),
     "attention": ("attention", "attention_packed"),
     "argmax": ("argmax",),
+    "choose": ("choose",),
+    "top_k": ("top_k",),
     "fused step": (),
 }
 MADE_BY = {"prepare_ternary": TernaryWeight, "prepare_int8": Int8Weight, "prepare_dense": DenseWeight}

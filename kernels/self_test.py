@@ -1,12 +1,12 @@
 """Whether a backend computes what `kernels.reference` defines, found out at first use.
 
 What runs: products of each kind of weight with few rows and many, behind a norm and with each epilogue or a residual;
-attention of several sequences at three head dimensions; argmax; and, where the backend has them, fused steps of small
-models: of ternary weights with sub-norms, squared ReLU and a float head, three tokens at once and one by one; of int8
-weights with SiLU and a trimmed int8 head, tokens one by one and greedy ones. A CPU, which has fused steps of float
-weights too, runs them with SiLU in all three ways. What is not run: the shapes of a user's model, and fused steps of 2
-or 4..8 tokens. On CUDA each of the four fused steps is a second's compilation, of all kernels of the self-test nine
-seconds on a Cascade Lake core, once: what was compiled is kept on disk.
+attention of several sequences at three head dimensions; argmax, choices of tokens and the top of logits; and, where the
+backend has them, fused steps of small models: of ternary weights with sub-norms, squared ReLU and a float head, three
+tokens at once and one by one; of int8 weights with SiLU and a trimmed int8 head, tokens one by one and greedy ones. A
+CPU, which has fused steps of float weights too, runs them with SiLU in all three ways. What is not run: the shapes of a
+user's model, and fused steps of 2 or 4..8 tokens. On CUDA each of the four fused steps is a second's compilation, of
+all kernels of the self-test nine seconds on a Cascade Lake core, once: what was compiled is kept on disk.
 
 Shapes are tiny and fill no tile evenly; those of int8 products, float rows and attention are just large enough that a
 CPU shares them among its threads. BitLinear and int8 products are compared by bits; float operations within TOLERANCE;
@@ -163,6 +163,26 @@ def _argmax(candidate: Backend, rng: np.random.Generator) -> str | None:
     return None
 
 
+def _choose(candidate: Backend, rng: np.random.Generator) -> str | None:
+    x, temperature = _floats(rng, 12, 3000), mx.array(np.resize([0.0, 1.0, 0.5, 2.0], 12).astype(np.float32))
+    chosen, expected = (
+        ops.choose(x, temperature, mx.array(np.linspace(0.03, 0.97, 12, dtype=np.float32)))
+        for ops in (candidate, reference)
+    )
+    return None if chosen.tolist() == expected.tolist() else DIFFERS
+
+
+def _top_k(candidate: Backend, rng: np.random.Generator) -> str | None:
+    many = mx.round(mx.minimum(_floats(rng, 4, 3000), 0))  # of which half are 0, or minus 0
+    for x in (_floats(rng, 4, 700), mx.round(_floats(rng, 4, 700)), many):
+        (ids, values, lse), defined = (ops.top_k(x, 8, (1.0, 0.5)) for ops in (candidate, reference))
+        if ids.tolist() != defined[0].tolist() or not _equal(values, defined[1]):
+            return DIFFERS
+        if not _close(lse, defined[2], TOLERANCE):
+            return DIFFERS
+    return None
+
+
 def _fused_step(candidate: Backend, rng: np.random.Generator) -> str | None:
     """Models of two layers of 64, by the single operations of the reference and, where the backend has that, fused."""
     for kind, epilogue, together, greedy in MODELS:
@@ -292,5 +312,7 @@ CHECKS: dict[str, Callable[[Backend, np.random.Generator], str | None]] = {
     "linear, float": _linear_float,
     "attention": _attention,
     "argmax": _argmax,
+    "choose": _choose,
+    "top_k": _top_k,
     "fused step": _fused_step,
 }

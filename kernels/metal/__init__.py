@@ -3,13 +3,14 @@
 These kernels were never timed, nor run, on a Mac by those who wrote them: their text is executed as C++ in the
 tests (tests/kernels/metal_emulator), and the self-test of `kernels.backends` protects the first who uses them.
 
-Products of 1..8 rows decode a weight once for all rows; BitLinear equals the reference bit for bit. Every row's
-bits are its own, however many rows a call has. Kernel bodies are the `.metal` files of this folder.
+Products decode a weight once for eight rows; BitLinear equals the reference bit for bit. Every row's bits are its
+own, however many rows a call has. Kernel bodies are the `.metal` files of this folder.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,9 @@ _LARGE = (32, 64)  # rows and outputs a threadgroup of ternary_large.metal
 _KEYS = 32  # of a chunk of attend.metal
 _LINES = 4  # queries a simdgroup there
 _HEAD_DIMS = range(32, 257, 32)
+_CHOICE_THREADS = 512  # of choose.metal and top_k.metal, which take a row a threadgroup
+_MOST_IDS = 1 << 24  # that choose.metal tells apart as floats
+_MOST_TOP = 128  # logits for which top_k.metal is made
 
 Inputs = dict[str, mx.array]
 Outputs = dict[str, tuple[tuple[int, ...], mx.Dtype]]
@@ -231,7 +235,7 @@ def _product(
     rows = min(m, SMALL_ROWS)
     groups, each = _output_groups(width, gate, rows)
     template: Template = {"BITS": 2 if ternary else 8, "M": rows, "OUTPUTS": each}
-    grid = (groups, _up(m, rows), 1)
+    grid = (_up(m, rows), groups, 1)
     return launch("product_small", inputs, outputs, grid, _SIMDGROUP * _tuning["simdgroups"], template)[0]
 
 
@@ -250,34 +254,32 @@ def linear(
     epilogue: Epilogue | None = None,
     residual: mx.array | None = None,
 ) -> mx.array:
-    """As `reference.linear`, in two launches; more than 8 rows of a float weight go to the library."""
+    """As `reference.linear`, in two launches."""
     check_product(x, weight, epilogue, residual)
     x = x.astype(mx.float32)
     if not isinstance(weight, DenseWeight):
-        rows = _quantize(x, norm, eps, _up(weight.k, _BLOCK) * _BLOCK, mx.float16)
-        return _product(*rows, weight, epilogue, residual)
-    m = x.shape[0]
-    if m > SMALL_ROWS:
-        return reference.linear(x, weight, norm=norm, eps=eps, epilogue=epilogue, residual=residual)
+        quantized = _quantize(x, norm, eps, _up(weight.k, _BLOCK) * _BLOCK, mx.float16)
+        return _product(*quantized, weight, epilogue, residual)
     if norm is not None:
         x = rms_norm(x, norm, eps)
-    gate = _GATES[epilogue]
+    m, gate = x.shape[0], _GATES[epilogue]
     width = weight.n // 2 if gate else weight.n
-    groups, each = _output_groups(width, gate, m)
+    rows = min(m, SMALL_ROWS)
+    groups, each = _output_groups(width, gate, rows)
     return launch(
         "dense_small",
         {
             "x": x,
             "weight": weight.data,
             "residual": x if residual is None else residual.astype(mx.float32),
-            "dims": _dims(weight.n, weight.k, gate, residual is not None),
+            "dims": _dims(m, weight.n, weight.k, gate, residual is not None),
         },
         {"out": ((m, width), mx.float32)},
-        (groups, 1, 1),
+        (_up(m, rows), groups, 1),
         _SIMDGROUP * _tuning["simdgroups"],
         {
             "T": weight.data.dtype,
-            "M": m,
+            "M": rows,
             "OUTPUTS": each,
             "VECTOR": 4 if weight.k % 4 == 0 else 1,
         },
@@ -381,9 +383,50 @@ def _attention_with_prefill(
     return out, k_cache, v_cache
 
 
+# Choices
+
+
+def choose(logits: mx.array, temperature: mx.array, uniform: mx.array) -> mx.array:
+    """As `reference.choose`, with sums in another order."""
+    m, n = logits.shape
+    if not 0 < n < _MOST_IDS or not m:
+        return reference.choose(logits, temperature, uniform)
+    return launch(
+        "choose",
+        {"logits": logits, "temperature": temperature, "uniform": uniform, "dims": _dims(n)},
+        {"out": ((m,), mx.uint32)},
+        (m, 1, 1),
+        _CHOICE_THREADS,
+        {},
+    )[0]
+
+
+def top_k(logits: mx.array, k: int, temperatures: Sequence[float]) -> tuple[mx.array, mx.array, mx.array]:
+    """As `reference.top_k`; more than 128 are left to it."""
+    m, n = logits.shape
+    if not m or not temperatures or not 0 < k <= min(n, _MOST_TOP):
+        return reference.top_k(logits, k, temperatures)
+    ids, values, lse = launch(
+        "top_k",
+        {"logits": logits, "temperatures": _floats(*temperatures), "dims": _dims(n)},
+        {
+            "ids": ((m, k), mx.uint32),
+            "values": ((m, k), mx.float32),
+            "lse": ((m, len(temperatures)), mx.float32),
+        },
+        (m, 1, 1),
+        _CHOICE_THREADS,
+        {"K": k, "THREADS": _CHOICE_THREADS, "ROOM": 2 * _CHOICE_THREADS, "TEMPERATURES": len(temperatures)},
+    )
+    return ids, values, lse
+
+
+@lru_cache(maxsize=16)
+def _floats(*values: float) -> mx.array:
+    return mx.array(values, mx.float32)
+
+
 attention_packed = reference.attention_packed
 argmax = reference.argmax
-choose = reference.choose
-top_k = reference.top_k
 clock = reference.clock
 fused_step = reference.fused_step

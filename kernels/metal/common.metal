@@ -110,3 +110,64 @@ struct Codes<8> {  // byte i of four words is weight i + 128
     return as_type<float>((byte << 15) | 0x3f800000u);
   }
 };
+
+// What a logit weighs in a softmax whose highest logit is `highest`; a NaN nothing.
+inline float weight_of(float logit, float highest, float inverse) {
+  return logit > -INFINITY ? precise::exp((logit - highest) * inverse) : 0.0f;
+}
+
+// Where a sum of weights passes a number, as the weights come one by one.
+struct Found {
+  float sum;
+  float before;  // the sum before the chosen one
+  int chosen;
+  bool passed;
+};
+
+inline Found nothing_found() { return {0.0f, 0.0f, 0, false}; }
+
+inline void look_at(thread Found& found, int which, float weight, float number) {
+  if (weight > 0.0f && !found.passed) {
+    found.chosen = which;
+    found.before = found.sum;
+    found.passed = found.sum + weight > number;
+  }
+  found.sum += weight;
+}
+
+// Of two logits the one that comes first has the higher rank: by falling logit, of equal ones by id; NaN is the
+// last. Zero is no logit's rank.
+inline ulong rank_of(float logit, uint id) {
+  const uint bits = logit == 0.0f ? 0u : as_type<uint>(logit);  // minus zero equals zero
+  const uint ordered = logit != logit ? 1u : bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  return ulong(ordered) << 32 | ulong(~id);
+}
+
+inline uint id_of(ulong rank) { return ~uint(rank & 0xfffffffful); }
+
+inline float logit_of(ulong rank) {
+  const uint ordered = uint(rank >> 32);
+  return as_type<float>(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered);
+}
+
+// Sorts so many keys, a power of two, with all threads of a threadgroup: bitonic.
+template <typename Keys>
+void sort_falling(Keys keys, int size, int index, int threads) {
+  for (int length = 2; length <= size; length *= 2) {
+    for (int apart = length / 2; apart > 0; apart /= 2) {
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      for (int i = index; i < size; i += threads) {
+        const int other = i ^ apart;
+        if (other > i) {
+          const ulong a = keys[i];
+          const ulong b = keys[other];
+          if ((a < b) == ((i & length) == 0)) {
+            keys[i] = b;
+            keys[other] = a;
+          }
+        }
+      }
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+}

@@ -1,5 +1,6 @@
 // int8 rows times ternary (BITS = 2) or int8 (BITS = 8) weights, M rows at a time. A simdgroup computes
-// OUTPUTS outputs: its lanes share out the inputs, sixteen at a time, and decode a weight once for all rows.
+// OUTPUTS outputs: its lanes share out the inputs, sixteen at a time, and decode a weight once for all rows. The
+// threadgroups of all rows follow each other, so that a weight is read from memory once, and from the cache then.
 //
 // q: half [m, 16 * blocks], whole numbers; s: float [m]; sums: int [m], of q; weight: uint [>= n, blocks *
 // WORDS]; scale: float [n]; residual: float [m, width]; dims: m, n, blocks, gate (0, 1 or 2), has residual.
@@ -17,8 +18,8 @@ const int width = gate ? n / 2 : n;
 const int share = gate ? OUTPUTS / 2 : OUTPUTS;
 const int lane = thread_index_in_simdgroup;
 const int first =
-    (threadgroup_position_in_grid.x * simdgroups_per_threadgroup + simdgroup_index_in_threadgroup) * share;
-const int first_row = threadgroup_position_in_grid.y * M;
+    (threadgroup_position_in_grid.y * simdgroups_per_threadgroup + simdgroup_index_in_threadgroup) * share;
+const int first_row = threadgroup_position_in_grid.x * M;
 if (first >= width) {
   return;
 }

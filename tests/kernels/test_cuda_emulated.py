@@ -25,6 +25,15 @@ from attention_checks import (
     check_rows_alone,
     qkv_rows,
 )
+from choice_checks import (
+    SIZES,
+    SOFTMAXES,
+    TOPS,
+    check_choice,
+    check_greedy_choice,
+    check_temperatures_of_rows,
+    check_top,
+)
 
 from kernels import cuda, reference
 from kernels.cuda import fused
@@ -245,59 +254,24 @@ def test_packed_rows_have_the_bits_of_sequences(heads: tuple[int, int, int]) -> 
 # Choosing tokens
 
 
-def test_the_choice_at_temperature_zero_is_the_lowest_of_the_highest() -> None:
-    for n in (1, 31, 700, 5003):
-        x = np.array(mx.round(normal(6, n)))
-        x[1], x[2], x[3, :] = 2.5, np.nan, -np.inf
-        x[4, n // 2] = np.nan
-        expected = [int(np.nanargmax(np.where(np.isnan(row), -np.inf, row))) for row in x]
-        chosen = cuda.choose(mx.array(x), mx.zeros(6), mx.full((6,), 0.7))
-        assert chosen.dtype == mx.uint32 and chosen.tolist() == expected, n
+@pytest.mark.parametrize("n", SIZES)
+def test_the_choice_at_temperature_zero_is_the_lowest_of_the_highest(n: int) -> None:
+    check_greedy_choice(cuda, n)
 
 
-def test_a_choice_inverts_the_softmax() -> None:
-    uniform = np.array([0, 1e-9, 0.25, 0.5, 0.999, np.nextafter(np.float32(1), np.float32(0))], np.float32)
-    for n, temperature in ((1, 1.0), (33, 0.8), (1025, 1.0), (4100, 2.0), (40000, 0.01)):
-        x = np.repeat(np.array(normal(1, n, seed=n)) * 3, len(uniform), axis=0)
-        x[:, ::3][:, 1:] = -np.inf  # tokens without probability
-        rows = mx.array(x), mx.full((len(x),), temperature), mx.array(uniform)
-        chosen = np.array(cuda.choose(*rows))
-        p = np.exp((x - x.max(-1, keepdims=True)).astype(np.float64) / temperature)
-        sums = np.cumsum(p, axis=-1) / p.sum(-1, keepdims=True)
-        for i, token in enumerate(chosen.tolist()):
-            assert p[i, token] > 0
-            assert (sums[i, token - 1] if token else 0) - 1e-5 <= uniform[i] <= sums[i, token] + 1e-5, (n, i)
-        for i in range(len(x)):
-            assert cuda.choose(*[part[i : i + 1] for part in rows]).tolist() == [chosen[i]]
+@pytest.mark.parametrize(("n", "temperature"), SOFTMAXES)
+def test_a_choice_inverts_the_softmax(n: int, temperature: float) -> None:
+    check_choice(cuda, n, temperature)
 
 
 def test_rows_of_a_choice_have_their_own_temperatures() -> None:
-    x = mx.array(np.tile(np.array(normal(1, 300)), (64, 1)))
-    temperature = mx.array(np.tile([0, 1.0], 32).astype(np.float32))
-    uniform = mx.array(np.random.default_rng(0).random(64, np.float32))
-    chosen = np.array(cuda.choose(x, temperature, uniform))
-    assert (chosen[::2] == np.argmax(np.array(x[0]))).all() and len(set(chosen[1::2].tolist())) > 20
+    check_temperatures_of_rows(cuda)
 
 
-@pytest.mark.parametrize(("n", "k"), [(32, 32), (600, 32), (5003, 64), (3000, 128), (1100, 1)])
+@pytest.mark.parametrize(("n", "k"), TOPS)
 def test_the_top_of_logits(n: int, k: int, emulator: cuda_emulator.Emulator) -> None:
     emulator.seed = n
-    x = np.array(normal(5, n, seed=k))
-    x[1] = np.round(x[1])  # many equals
-    x[2] = 1.5  # too many
-    x[3] = np.sort(x[3])[::-1]
-    if n == 5003:  # what is highest belongs to one thread of 512
-        x[4, ::512] += 100
-    ids, values, lse = cuda.top_k(mx.array(x), k, (1.0, 0.5))
-    order = np.argsort(-x, axis=-1, kind="stable")[:, :k]
-    assert ids.dtype == mx.uint32 and np.array_equal(np.array(ids), order)
-    assert np.array_equal(np.array(values), np.take_along_axis(x, order, axis=-1))
-    for t, temperature in enumerate((1.0, 0.5)):
-        expected = np.log(np.exp(x.astype(np.float64) / temperature).sum(-1))
-        np.testing.assert_allclose(np.array(lse)[:, t], expected, rtol=1e-6, atol=1e-5)
-    alone = [cuda.top_k(mx.array(x[i : i + 1]), k, (1.0, 0.5)) for i in range(5)]
-    for together, parts in zip((ids, values, lse), zip(*alone, strict=True), strict=True):
-        assert same_bits(together, mx.concatenate(parts))
+    check_top(cuda, n, k)
 
 
 def test_rows_that_do_not_fit_the_caches_are_refused() -> None:

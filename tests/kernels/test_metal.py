@@ -11,6 +11,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from arrays import normal, random_ternary, same_bits
+from choice_checks import (
+    SIZES,
+    SOFTMAXES,
+    TOPS,
+    check_choice,
+    check_greedy_choice,
+    check_temperatures_of_rows,
+    check_top,
+)
 from metal_runs import EMULATED, REAL, defined, weights_of
 
 from kernels import metal, reference
@@ -194,13 +203,13 @@ def test_linear_gives_a_row_the_same_bits_alone_and_among_others(
     kind: str, n: int, k: int, epilogue: Epilogue | None
 ) -> None:
     ours, theirs = weights_of(kind, n, k)
-    x, norm = normal(8, k), normal(k)
-    residual = normal(8, n if epilogue is None else n // 2, seed=5)
+    x, norm = normal(20, k), normal(k)
+    residual = normal(20, n if epilogue is None else n // 2, seed=5)
     options: dict[str, Any] = {"norm": norm, "eps": 1e-5, "epilogue": epilogue}
-    alone = [metal.linear(x[i : i + 1], ours, residual=residual[i : i + 1], **options) for i in range(8)]
-    for m in range(2, 9):
-        together = metal.linear(x[8 - m :], ours, residual=residual[8 - m :], **options)
-        assert same_bits(together, mx.concatenate(alone[8 - m :])), m
+    alone = [metal.linear(x[i : i + 1], ours, residual=residual[i : i + 1], **options) for i in range(20)]
+    for m in (*range(2, 9), 11, 20):
+        together = metal.linear(x[20 - m :], ours, residual=residual[20 - m :], **options)
+        assert same_bits(together, mx.concatenate(alone[20 - m :])), m
     y, expected = np.concatenate(alone), np.array(defined(reference.linear, x, theirs, residual=residual, **options))
     # Rounding to int8 may fall the other way after a norm that differs in its last bit.
     limit = 0.02 if kind in ("ternary", "int8") else 1e-5
@@ -280,6 +289,28 @@ def test_layouts_hold_what_they_are_said_to() -> None:
     ours, theirs = metal.prepare_int8(data), reference.prepare_int8(data)
     assert isinstance(ours, Int8Weight)
     assert (np.array(ours.data).view(np.uint8)[:, :20].astype(int) - 128 == np.array(theirs.data)).all()
+
+
+# Choosing tokens
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_the_choice_at_temperature_zero_is_the_lowest_of_the_highest(n: int) -> None:
+    check_greedy_choice(metal, n)
+
+
+@pytest.mark.parametrize(("n", "temperature"), SOFTMAXES)
+def test_a_choice_inverts_the_softmax(n: int, temperature: float) -> None:
+    check_choice(metal, n, temperature)
+
+
+def test_rows_of_a_choice_have_their_own_temperatures() -> None:
+    check_temperatures_of_rows(metal)
+
+
+@pytest.mark.parametrize(("n", "k"), TOPS)
+def test_the_top_of_logits(n: int, k: int) -> None:
+    check_top(metal, n, k)
 
 
 # A whole model

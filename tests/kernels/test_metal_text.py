@@ -56,6 +56,12 @@ def broken(monkeypatch: pytest.MonkeyPatch, name: str, before: str, after: str) 
         ("attend", "min(first + l, lines - 1)", "first + l", "outside of a buffer"),
         ("attend", "if (key < seen[l]) {", "if (key < seen[l] - lane) {", "different operations"),
         ("common", "threadgroup_barrier(mem_flags::mem_threadgroup);\n  if", "if", "differs"),
+        ("choose", "rest -= stretch_of.before;", "", "choose differs"),
+        ("choose", "rest -= group_of.before;", "", "choose differs"),
+        ("choose", "i < n ? weight_of", "i <= n ? weight_of", "outside of a buffer"),
+        ("top_k", "counts[index - apart]", "counts[index]", "top_k"),
+        ("top_k", "line[i] - top, temperatures", "line[i], temperatures", "top_k differs"),
+        ("common", "logit == 0.0f ? 0u : as_type", "as_type", "top_k differs"),
     ],
 )
 def test_a_broken_kernel_is_noticed(
@@ -106,6 +112,9 @@ def every_launch(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
         metal.linear(x, weight)
         metal.linear(x, weight, norm=normal(k), eps=0.5, epilogue="silu_mul", residual=normal(m, n // 2))
         metal.quantize_rows(x)
+    for m in (1, 9):
+        metal.choose(normal(m, 40), normal(m), normal(m))
+        metal.top_k(normal(m, 40), 3, (1.0, 0.5))
     for spans, d in itertools.product((Spans((40,), (1,)), Spans((40, 2), (8, 3))), (32, 64, 128)):
         shape = attention_shape(4, 2, d)
         metal.attention(qkv_rows(shape, spans.rows), *caches(shape, spans.offsets, 60), spans, shape)

@@ -117,6 +117,7 @@ inline float clamp(float x, float low, float high) { return __builtin_fminf(__bu
 
 namespace precise {
 inline float exp(float x) { return __builtin_expf(x); }
+inline float log(float x) { return __builtin_logf(x); }
 inline float sin(float x) { return __builtin_sinf(x); }
 inline float cos(float x) { return __builtin_cosf(x); }
 inline float rsqrt(float x) { return 1.0f / __builtin_sqrtf(x); }

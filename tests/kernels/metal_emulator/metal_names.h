@@ -93,7 +93,7 @@ float sincos(float, float&) = delete;
 
 namespace precise {
 FLOATS_1(acos) FLOATS_1(asin) FLOATS_1(atan) FLOATS_2(atan2) REST_1(cos) FLOATS_1(cosh) REST_2(divide) REST_1(exp)
-FLOATS_1(exp2) FLOATS_1(exp10) FLOATS_1(log) FLOATS_1(log2) FLOATS_1(log10) FLOATS_2(pow) REST_1(rsqrt) REST_1(sin)
+FLOATS_1(exp2) FLOATS_1(exp10) REST_1(log) FLOATS_1(log2) FLOATS_1(log10) FLOATS_2(pow) REST_1(rsqrt) REST_1(sin)
 FLOATS_1(sinh) FLOATS_1(sqrt) FLOATS_1(tan) FLOATS_1(tanh)
 }  // namespace precise
 

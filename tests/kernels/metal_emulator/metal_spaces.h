@@ -51,6 +51,7 @@ float clamp(float x, float low, float high);
 
 namespace precise {
 float exp(float x);
+float log(float x);
 float sin(float x);
 float cos(float x);
 float rsqrt(float x);
