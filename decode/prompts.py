@@ -217,7 +217,8 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 
 
 def conversation(entry: Mapping[str, Any]) -> list[Message]:
-    """The messages of an object: its `messages`, else its `prompt` as a user's turn. Null counts as absent.
+    """The messages of an object: its `messages`, else its `prompt` as a user's turn; `system` goes before them. Null
+    counts as absent.
 
     Raises ValueError saying what it lacks, as words to follow a place.
     """
@@ -232,6 +233,12 @@ def conversation(entry: Mapping[str, Any]) -> list[Message]:
     if not isinstance(messages, list) or not messages:
         raise ValueError("has messages that are not a list of messages")
     checked = [_message(message) for message in messages]
+    if (system := entry.get("system")) is not None:
+        if not isinstance(system, str):
+            raise ValueError("has a `system` that is not a string")
+        if system.strip() and checked[0]["role"] in ("system", "developer"):
+            raise ValueError("has a `system` beside messages that begin with one")
+        checked = [*([_message({"role": "system", "content": system})] if system.strip() else []), *checked]
     if not any(message["role"] == "user" for message in checked):
         raise ValueError("has messages, but none of a user")
     return checked

@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import cached_property
@@ -210,10 +210,14 @@ class Tokenizer:
         try:
             if any(isinstance(message["content"], list) for message in messages) and not self._reads_parts:
                 raise ValueError("it does not read content in parts; give it as one string")
-            if names := [name for message in messages for name in called_functions(message)]:
+            names = [name for message in messages for name in called_functions(message)]
+            told = [text_of(message) for message in messages if message["role"] in ("system", "developer")]
+            if names or told:
                 text = self._templated(messages, **options | {"tokenize": False})
                 if missing := [name for name in names if name not in text]:
                     raise ValueError(f"it leaves out calls of tools ({missing[0]})")
+                if any(max(map(str.strip, one.splitlines()), key=len, default="") not in text for one in told):
+                    raise ValueError("it leaves out what the system says")
             return self._templated(messages, **options)
         except Exception as error:  # it is a program of the checkpoint's: roles that do not take turns, or any mistake
             raise UserError(f"{where}: the chat template refuses it: {first_line(error)}") from error
@@ -310,16 +314,31 @@ class Streamer:
         self._tokenizer = tokenizer
         self._window = list(printed)  # the tokens that are decoded again as others come
         self._printed = tokenizer.decode(self._window)  # as much of their text as was printed
+        self._waiting = 0  # the last tokens of the window, of which nothing was printed
         self._restart()
 
-    def push(self, tokens: list[int]) -> str:
-        """The new text these tokens complete."""
-        self._window += tokens
+    def push(self, tokens: Iterable[int]) -> str:
+        """The new text these tokens complete, however many come at a time."""
+        return "".join(map(self._push, tokens))
+
+    def finish(self) -> str:
+        """What is left, half a character too."""
+        return self._print(self._tokenizer.decode(self._window))
+
+    def _push(self, token: int) -> str:
+        self._window.append(token)
+        self._waiting += 1
         text = self._tokenizer.decode(self._window)
-        if text.endswith("\ufffd"):
-            return ""
-        new = text[len(self._printed) :]
-        self._printed = text
+        return "" if text.endswith("\ufffd") else self._print(text)
+
+    def _print(self, text: str) -> str:
+        """What of the window's text is new."""
+        if text.startswith(self._printed):
+            new = text[len(self._printed) :]
+        else:  # among tokens of single bytes, one that makes no character spoils those before it: they were printed
+            self._window = self._window[len(self._window) - self._waiting :]
+            new = text = self._tokenizer.decode(self._window)
+        self._printed, self._waiting = text, 0
         # Restart the window at line ends, so a long reply is not decoded again and again.
         if text.endswith("\n") and len(text) > 256:
             self._restart()
@@ -333,9 +352,6 @@ class Streamer:
             if text and "\ufffd" not in text:
                 self._window, self._printed = self._window[start:], text
                 return
-
-    def finish(self) -> str:
-        return self._tokenizer.decode(self._window)[len(self._printed) :]
 
 
 def check_tokenizer(teacher_folder: Path) -> None:

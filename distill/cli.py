@@ -65,7 +65,11 @@ def collect(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take; write nothing.")] = False,
     mixed: Annotated[
         bool,
-        typer.Option("--mixed", help="Take ranks of other devices or versions too; the manifest names each shard's."),
+        typer.Option(
+            "--mixed",
+            help="Go on with what was begun on another device or version, and take such ranks; the manifest names each"
+            " shard's device.",
+        ),
     ] = False,
     json_file: JsonOption = None,
     quiet: QuietOption = False,
@@ -80,16 +84,16 @@ def collect(
     Under mlx.launch all ranks work on the one dataset, which rank 0 writes.
     """
     from distill.data.ranks import Launch, Ranks
-    from distill.data.sharing import assist, introduction
+    from distill.data.sharing import assist, introduction, this_machine
 
     launch = Launch.found()
     if launch is not None and launch.rank:
         assist(launch, teacher, settings, replies is not None)
     check_json_target(json_file, *settings.sources, *settings.exclude)
-    with Ranks.gather(launch) as ranks:
+    with Ranks.gather(launch, this_machine(), mixed) as ranks:
         checkpoint = find_teacher(teacher)
         if ranks.connections:
-            ranks.admit(introduction(checkpoint, settings, replies is not None), mixed)
+            ranks.admit(introduction(checkpoint, settings, replies is not None))
         _collect(context, checkpoint, ranks, settings, replies, out, dry_run, json_file, quiet)
 
 

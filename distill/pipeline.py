@@ -23,8 +23,10 @@ from decode.models.checkpoint import Checkpoint, find_model
 from decode.tokenizer import Tokenizer
 from distill.data.collect import Collector, Plan, plan_collection
 from distill.data.manifest import FORMAT, MANIFEST
+from distill.data.ranks import Ranks
 from distill.data.reply_pass import Progress
 from distill.data.shards import Dataset
+from distill.data.sharing import this_machine
 from distill.provenance import teacher_files
 from distill.recipe import RECIPE_FILE, STAGES, Recipe
 from distill.release.evaluate import check_evaluation_folder, evaluate, fingerprint, finished_report, select
@@ -162,7 +164,7 @@ class Pipeline:
             raise UserError(f"{where}: was made with {name} = {json.dumps(was)}, not {json.dumps(now)}; {OTHERWISE}")
 
     def _collect(self) -> None:
-        collector = Collector(self._plan, self.progress)
+        collector = Collector(self._plan, self.progress, Ranks(machine=this_machine()))
         collector.check_folder()
         try:
             dataset = collector.run()

@@ -10,12 +10,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from kernels.errors import UserError
+from kernels.limits import import_with_few_files
 
 if TYPE_CHECKING:
     from kernels.backends import backend
     from kernels.module import BitLinear, swap_bitlinear
 
 __all__ = ["BitLinear", "UserError", "backend", "swap_bitlinear"]
+
+import_with_few_files()
 
 # Imported when asked for: errors and files are of use where MLX cannot be imported.
 _HOMES = {"backend": "kernels.backends", "BitLinear": "kernels.module", "swap_bitlinear": "kernels.module"}

@@ -84,6 +84,7 @@ def tune(
     chosen, reason = select()
     settings, trials, best = tuning.grid(chosen), [], {}
     if settings:
+        tuning.check_store()
         with progress(len(settings) * tuning.ROUNDS, "tune", "step", quiet) as bar:
             trials = tuning.tune(chosen, settings, seconds, bar.update)
         best = trials[0].settings

@@ -53,6 +53,10 @@ def run(app: typer.Typer, name: str) -> None:
     _mend_streams()
     if sys.getfilesystemencoding() != "utf-8":  # in which MLX and others would look for other files than were named
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    try:
+        Path.cwd()
+    except OSError as error:
+        fail(name, f"the current folder is not there any more ({error.strerror}); change to another")
     for before, argument in pairwise(sys.argv):
         if not _is_text(argument):  # which no manifest or report could name, and MLX could not open
             fail(name, f"{argument}: is not valid UTF-8")
@@ -92,7 +96,8 @@ def run(app: typer.Typer, name: str) -> None:
             if not error.format_message():  # no command was given, and its help stands above
                 raise SystemExit(error.exit_code) from None
             fail(name, error.format_message())
-        if isinstance(error, RuntimeError) and "llocate" in str(error):  # MLX: "Unable to allocate", "Failed to ..."
+        # MLX: "Unable to allocate", "Failed to allocate"; and where a thread cannot begin.
+        if isinstance(error, RuntimeError) and re.search("llocate|Resource temporarily unavailable", str(error)):
             fail(name, f"this needs more memory than there is ({error})")
         raise
     if code == 130:

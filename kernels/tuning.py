@@ -28,7 +28,7 @@ import numpy as np
 
 from kernels.device import cache_folder, device_name, processors
 from kernels.errors import UserError
-from kernels.files import replacing
+from kernels.files import check_writable, replacing
 from kernels.ops import Backend, TernaryWeight, Tunable
 from kernels.self_test import self_test
 
@@ -84,12 +84,19 @@ def store(device: str, settings: Settings) -> None:
         warnings.simplefilter("ignore")  # a damaged file is replaced
         everything = load()
     everything[device] = settings
+    check_store()
+    with replacing(file, shared=True) as temporary:
+        temporary.write_text(json.dumps(everything, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def check_store() -> None:
+    """UserError where `store` would fail."""
+    file = path()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{file}: cannot be written: {error.strerror}") from error
-    with replacing(file, shared=True) as temporary:
-        temporary.write_text(json.dumps(everything, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    check_writable(file)
 
 
 def tunable(candidate: Backend) -> dict[str, tuple[int, ...]]:

@@ -227,6 +227,7 @@ class Collector:
         if plan.sources is not None:
             check_unchanged(self.tokenizer, plan.reply_manifest.values["teacher_files"])
         self.ranks = ranks or Ranks()
+        self._here: dict[str, Any] = {"machine": self.ranks.machine, "mixed": self.ranks.mixed}
         for rank in self.ranks.connections:
             values = {name: getattr(self.settings, name) for name in (*OF_SCORES, "max_reply", "seed")}
             self.ranks.send(rank, {"settings": values, "dataset": plan.manifest.values})
@@ -236,13 +237,13 @@ class Collector:
         """Begin or take up the folder, so that one that cannot be used, or has no room for what is missing, is refused
         before any work; whether the dataset is there, whole."""
         check_room(self.plan.folder, self._missing_bytes())
-        with ShardWriter.open(self.plan.folder, self.plan.manifest) as writer:
+        with ShardWriter.open(self.plan.folder, self.plan.manifest, **self._here) as writer:
             return writer.manifest.complete
 
     def run(self) -> Dataset:
         """Collect, or go on where an earlier run with the same settings stopped. Where the replies are whole, none is
         made; where the dataset is, none is read."""
-        with ShardWriter.open(self.plan.folder, self.plan.manifest) as writer:
+        with ShardWriter.open(self.plan.folder, self.plan.manifest, **self._here) as writer:
             if writer.manifest.complete:
                 return Dataset.open(self.plan.folder)
             replies = self.replies()
@@ -272,7 +273,7 @@ class Collector:
         """The whole reply dataset, after the teacher has written what is missing of it."""
         if self.plan.sources is None:
             return Replies.open(self.plan.replies)
-        with ReplyWriter.open(self.plan.replies, self.plan.reply_manifest) as writer:
+        with ReplyWriter.open(self.plan.replies, self.plan.reply_manifest, **self._here) as writer:
             if not writer.manifest.complete:
                 chosen = self.choose()
                 try:

@@ -48,19 +48,28 @@ class Writer:
         self.folder, self.manifest, self._lock = folder, manifest, lock
 
     @classmethod
-    def open(cls, folder: Path | str, settings: DatasetSettings, *, changed: bool = False) -> Self:
+    def open(
+        cls,
+        folder: Path | str,
+        settings: DatasetSettings,
+        *,
+        machine: dict[str, str] | None = None,
+        mixed: bool = False,
+        changed: bool = False,
+    ) -> Self:
         """Begins a dataset, or goes on with one that was begun with the same settings.
 
-        Listed files that have gone count as missing. One process at a time may write to a folder. changed: take a
+        Listed files that have gone count as missing. One process at a time may write to a folder. machine: this one, as
+        `Manifest` has it; mixed: go on, too, with what was begun on one that may compute other bits. changed: take a
         manifest that was changed since it was written as it is.
-        Raises UserError for other settings, a foreign folder, one in use, and one not writable.
+        Raises UserError for other settings, another machine, a foreign folder, one in use, and one not writable.
         """
-        folder, manifest = Path(folder), Manifest(cls.kind, settings)
+        folder, manifest = Path(folder), Manifest(cls.kind, settings, machine=machine or {})
         try:
             make_folder(folder)
             writer = cls(folder, manifest, lock_folder(folder))
             try:
-                writer._begin(changed)
+                writer._begin(mixed, changed)
             except BaseException:
                 writer.close()
                 raise
@@ -68,7 +77,7 @@ class Writer:
             raise UserError(f"cannot write to {folder} ({error.strerror})") from None
         return writer
 
-    def _begin(self, changed: bool) -> None:
+    def _begin(self, mixed: bool, changed: bool) -> None:
         """Takes up what the folder holds, and removes what a killed run left half done."""
         path = self.folder / MANIFEST
         names = {path.name for path in self.folder.iterdir()}
@@ -76,7 +85,7 @@ class Writer:
             if (SHARD_FILE.fullmatch(name) or _TEMPORARY.fullmatch(name)) and (self.folder / name).is_dir():
                 raise UserError(f"{self.folder / name}: is a folder, where a file belongs; move it elsewhere")
         if MANIFEST in names:
-            self._resume(changed)
+            self._resume(mixed, changed)
         elif foreign := sorted(name for name in names if not _TEMPORARY.fullmatch(name)):
             raise UserError(f"{self.folder}: is no dataset and not empty (it holds {foreign[0]})")
         # A shard that is not listed stays until it is written again: it may be someone's.
@@ -87,7 +96,7 @@ class Writer:
         if MANIFEST not in names or path.read_bytes() != data:
             write_atomic(path, data)
 
-    def _resume(self, changed: bool) -> None:
+    def _resume(self, mixed: bool, changed: bool) -> None:
         old = Manifest.read(self.folder, self.kind, changed=changed)
         if old.format != FORMAT:
             raise UserError(
@@ -102,6 +111,14 @@ class Writer:
             if not path.is_file() or path.stat().st_size != entry.bytes:
                 del old.entries[index]
                 old.complete = False
+        here, there = self.manifest.machine, old.machine
+        if here and there and not (mixed or old.complete):
+            for name in dict.fromkeys([*there, *here]):
+                if (was := there.get(name, "none")) != (now := here.get(name, "none")):
+                    raise UserError(
+                        f"{self.folder}: was begun with another {name} ({was}, not {now}), and bits may differ;"
+                        " `distill collect --mixed` goes on, and names the device of what is made here"
+                    )
         self.manifest = old
 
     @property
@@ -176,7 +193,7 @@ class Reader:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.settings, self.complete = folder, manifest.settings, manifest.complete
         self.format, self.scored_from = manifest.format, manifest.scored_from
-        self.left_out, self.cut = manifest.left_out, manifest.cut
+        self.left_out, self.cut, self.machine = manifest.left_out, manifest.cut, manifest.machine
         self.shards = [manifest.entries[index] for index in sorted(manifest.entries)]
 
     @classmethod

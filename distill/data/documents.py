@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +17,7 @@ Kind = Literal["text", "prompt", "messages", "turns", "self"]
 COLUMN_NAMES = ("messages", "turns", "prompt", "text")  # the first of them that a row has is its document
 NAMES = "messages, turns, prompt and text"
 KINDS = ("kind", "category")  # columns that say what kind of thing a document is
-COMPANIONS = ("completion", "tools", *KINDS)  # columns that are read where they stand beside those
+COMPANIONS = ("completion", "system", "tools", *KINDS)  # columns that are read where they stand beside those
 TEXTS = ("text", "content")  # columns of strings that hold texts; those of every other name hold prompts
 EMPTY, NO_DOCUMENT, OTHER_FILE = "empty", "no document", "a file of another kind"
 OBJECT = re.compile(r'\s*\[?\s*\{(.*,)?\s*"(messages|turns|prompt|text)"\s*:')  # how JSON begins, by any name
@@ -74,12 +75,14 @@ def parse(row: Mapping[str, Any], line: int, where: str = "", column: str | None
     """An object -> its document, None for an empty text. Raises ValueError saying what it lacks.
 
     `messages` go before `turns`, those before `prompt` and `prompt` before `text`; null counts as absent. A prompt with
-    a `completion` is a conversation of the two. column: read only this one.
+    a `completion` or a `system` is a conversation of these. column: read only this one.
     """
     category = _category(row)
     if column is not None:
         row = _of_column(row, column)
     if row.get("messages") is None and row.get("turns") is not None:
+        if row.get("system"):
+            raise ValueError("has a `system` beside turns, which is not read; write them as messages")
         turns = [{"role": "user", "content": turn} for turn in _turns(row["turns"])]
         return Document("turns", None, turns, line, where, category)
     if row.get("messages") is None and row.get("prompt") is None:
@@ -88,10 +91,10 @@ def parse(row: Mapping[str, Any], line: int, where: str = "", column: str | None
         text = _string(row["text"], "text")
         return Document("text", text, None, line, where, category) if text.strip() else None
     messages = conversation(row)
-    if row.get("messages") is None:
-        if row.get("completion") is None:
-            return Document("prompt", text_of(messages[0]), None, line, where, category)
+    if row.get("messages") is None and row.get("completion") is not None:
         messages.append({"role": "assistant", "content": _string(row["completion"], "completion")})
+    elif row.get("messages") is None and len(messages) == 1:
+        return Document("prompt", text_of(messages[0]), None, line, where, category)
     if messages[-1]["role"] not in (*ANSWERED, "assistant"):
         raise ValueError(f"ends with a turn of the role {messages[-1]['role']}: there is nothing to answer or to learn")
     return Document("messages", None, messages, line, where, category)
@@ -128,12 +131,25 @@ def _of_column(row: Mapping[str, Any], column: str) -> dict[str, Any]:
     if column not in row:
         raise ValueError(f"has no {column}; it has {', '.join(row) or 'nothing'}")
     value = row[column]
+    if isinstance(value, str) and column not in TEXTS:
+        value = _listed(value)
     if isinstance(value, list):
         name = "messages" if value and isinstance(value[0], dict) else "turns"
         return {name: value, "tools": row.get("tools")}
     if value is None or isinstance(value, str):
         return {"text" if column in TEXTS or value is None else "prompt": value or ""}
     raise ValueError(f"has a {column} that is neither a text nor a list of turns")
+
+
+def _listed(value: str) -> str | list[Any]:
+    """The messages of a text that is a list of them in JSON, as some tables keep a conversation; else the text."""
+    try:
+        found = json.loads(value) if value.lstrip().startswith("[") else None
+    except (ValueError, RecursionError):
+        return value
+    if isinstance(found, list) and found and all(isinstance(one, dict) and "role" in one for one in found):
+        return found
+    return value
 
 
 def _turns(turns: Any) -> list[str]:

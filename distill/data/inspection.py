@@ -289,6 +289,7 @@ def _summary(reader: Reader, first: dict[str, Any], last: dict[str, Any]) -> dic
         "kind": reader.kind,
         "format": reader.format,
         "complete": reader.complete,
+        "machine": reader.machine or None,
         "teacher": settings.values["teacher"],
         "vocab_size": settings.vocab_size,
         **first,
@@ -311,11 +312,13 @@ def table(summary: dict[str, Any]) -> str:
     of_shards = summary["kind"] == "shards"
     teacher, settings = summary["teacher"], summary["settings"]
     whole = "complete" if summary["complete"] else "NOT complete"
+    machine = summary["machine"]
     share = "" if summary["trained_share"] is None else f" ({summary['trained_share']:.1%})"
     holds = ("logits" if summary["sampled"] is None else "draws") if of_shards else "replies"
     lines = [
         ("holds", f"{holds}, {whole}, format {summary['format']}"),
         ("teacher", f"{teacher['name']}, sha256 {teacher['hash'][:12]}, vocabulary of {summary['vocab_size']:,}"),
+        *([("begun on", ", ".join(f"{name} {value}" for name, value in machine.items()))] if machine else []),
         ("tokens", f"{summary['tokens']:,} in {_count(summary['documents'], 'segment' if of_shards else 'document')}"),
         ("trained on", f"{summary['trained_tokens']:,}{share}"),
     ]

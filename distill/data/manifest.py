@@ -153,7 +153,7 @@ class Entry:
     documents: int
     sha256: str
     bytes: int
-    device: str = ""  # what computed it, where ranks of several kinds work together
+    device: str = ""  # what computed it, where machines of several kinds work on one dataset
 
     @cached_property
     def text(self) -> str:
@@ -193,8 +193,10 @@ class Manifest:
     """What `manifest.json` says. `kind` is "shards" or "replies" and names the files as well.
 
     scored_from: of shards, the reply datasets that their tokens come from, once those are complete. left_out: of
-    complete replies, what was met in the sources and not used; cut: of those, conversations that end early. sealed:
-    whether it ends with its own hash; one that was begun without goes on without, since others hold its bytes' hash.
+    complete replies, what was met in the sources and not used; cut: of those, conversations that end early. machine:
+    on which it was begun, as far as that decides bits: device, instruction set, versions; empty where that is not
+    known. sealed: whether it ends with its own hash; one that was begun without goes on without, since others hold its
+    bytes' hash.
     """
 
     kind: str
@@ -204,6 +206,7 @@ class Manifest:
     scored_from: tuple[ScoredFrom, ...] = ()
     left_out: tuple[Omission, ...] = ()
     cut: tuple[Omission, ...] = ()
+    machine: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
     sealed: bool = True
 
@@ -224,6 +227,7 @@ class Manifest:
             "version": FORMAT,
             "complete": self.complete,
             "settings": self.settings.values,
+            **({"machine": self.machine} if self.machine else {}),
             **scored_from,
             **left_out,
             **cut,
@@ -278,6 +282,7 @@ class Manifest:
                 scored_from=tuple(_scored_from(entry) for entry in content.get("scored_from", [])),
                 left_out=tuple(_omission(entry) for entry in content.get("left_out", [])),
                 cut=tuple(_omission(entry) for entry in content.get("cut", [])),
+                machine=_machine(content.get("machine", {})),
                 format=OLD_FORMATS.get(version, FORMAT),
                 sealed=SEAL in data,
             )
@@ -317,6 +322,12 @@ def is_changed(data: bytes) -> bool:
 def _end_of(body: bytes) -> bytes:
     """What stands behind the seal of a manifest, but for the last end of line."""
     return f'{hashlib.sha256(body).hexdigest()}"\n}}'.encode()
+
+
+def _machine(values: dict[str, str]) -> dict[str, str]:
+    if not all(isinstance(value, str) for value in values.values()):
+        raise ValueError(f"machine: {values!r} holds what is no text")
+    return values
 
 
 def _scored_from(values: dict[str, str]) -> ScoredFrom:

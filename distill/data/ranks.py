@@ -179,6 +179,8 @@ class Ranks:
     connections: dict[int, Connection] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
     slots: dict[int, int] = field(default_factory=dict)  # prompts that each answers at a time
+    machine: dict[str, str] = field(default_factory=dict)  # rank 0's, as far as it decides bits
+    mixed: bool = False  # whether machines of several kinds may work on one dataset
     devices: dict[int, str] = field(default_factory=dict)  # of all ranks, where they may be of several kinds
     _inbox: queue.SimpleQueue[tuple[int, Message | None, bytes]] = field(default_factory=queue.SimpleQueue)
     _ends: dict[int, UserError | Interrupted] = field(default_factory=dict)  # of those that have: how
@@ -188,9 +190,9 @@ class Ranks:
         return 1 + len(self.connections)
 
     @classmethod
-    def gather(cls, launch: Launch | None) -> Self:
+    def gather(cls, launch: Launch | None, machine: dict[str, str], mixed: bool) -> Self:
         """Wait until all have come. UserError names one that has not."""
-        ranks = cls()
+        ranks = cls(machine=machine, mixed=mixed, devices={0: machine["device"]} if mixed else {})
         if launch is None:
             return ranks
         where = f"{launch.host}:{launch.port}"
@@ -231,16 +233,14 @@ class Ranks:
         else:
             connection.close()
 
-    def admit(self, mine: Mapping[str, Mapping[str, Any]], mixed: bool) -> None:
-        """Hear from all what they are (`sharing.introduction`). UserError names one that is not what rank 0 is.
-
-        mixed: let the part `machine` differ.
-        """
+    def admit(self, mine: Mapping[str, Mapping[str, Any]]) -> None:
+        """Hear from all what they are (`sharing.introduction`). UserError names one that is not what rank 0 is; where
+        machines may be mixed the part `machine` may differ."""
         for _ in self.connections:
             rank, message, _ = next(self.received(wait=True))
             theirs = message["introduction"]
             for part, values in mine.items():
-                for name in () if mixed and part == "machine" else dict.fromkeys([*values, *theirs[part]]):
+                for name in () if self.mixed and part == "machine" else dict.fromkeys([*values, *theirs[part]]):
                     here, there = (json.loads(json.dumps(one.get(name, "none"))) for one in (values, theirs[part]))
                     if here != there:
                         raise UserError(
@@ -248,10 +248,8 @@ class Ranks:
                             + ("; --mixed lets it take part" if part == "machine" else "")
                         )
             self.slots[rank] = message["slots"]
-            if mixed:
+            if self.mixed:
                 self.devices[rank] = theirs["machine"]["device"]
-        if mixed:
-            self.devices[0] = mine["machine"]["device"]
 
     @property
     def device(self) -> str:

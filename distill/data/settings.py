@@ -42,7 +42,7 @@ class ReplySettings(Settings):
     """The second pass: what the teacher writes, and how much. reply_batch decides only how fast that goes."""
 
     reply: bool = option(True, "Let the teacher answer prompts and learn from its replies.")
-    tokens: int = option(150_000, "Size of the dataset in tokens.", low=1)
+    tokens: int = option(150_000, "Size of the dataset in tokens.", low=MIN_SEGMENT)
     max_reply: int = option(256, "Most tokens a reply. Default: half of --seq-len.", low=1, show_default=False)
     reply_temperatures: tuple[float, ...] = option(
         (0.0, 0.8),

@@ -58,12 +58,19 @@ def introduction(checkpoint: Checkpoint, settings: CollectSettings, scores_only:
     teacher, values = of_teacher(checkpoint), settings.record()
     del values["reply_batch"]
     values |= {name: [Path(path).name for path in values[name]] for name in ("sources", "exclude")}
-    versions_here, chosen = versions(), backend()
     return {
         "command": values | {"--replies": scores_only},
         "teacher": teacher | {"teacher": teacher["teacher"]["hash"], "template_time": None},
-        "machine": {name: versions_here[name] for name in ("bitdraft", "mlx")}
-        | {"device": f"{device_name()} ({chosen.NAME})", "instruction set": _instruction_set(chosen.NAME)},
+        "machine": this_machine(),
+    }
+
+
+def this_machine() -> dict[str, str]:
+    """What of it decides bits, beside the command and the teacher."""
+    versions_here, chosen = versions(), backend()
+    return {name: versions_here[name] for name in ("bitdraft", "mlx")} | {
+        "device": f"{device_name()} ({chosen.NAME})",
+        "instruction set": _instruction_set(chosen.NAME),
     }
 
 

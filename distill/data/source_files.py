@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import lzma
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from decode.prompts import SURROGATE, Entry, read_entries, text_lines
+from decode.prompts import LIKE_JSON, SURROGATE, Entry, read_entries, text_lines
 from distill.data.documents import (
     COLUMN_NAMES,
     COMPANIONS,
@@ -105,9 +106,22 @@ def lines_of(path: Path) -> Iterator[tuple[int, str]]:
         elif path.name.lower().endswith(".gz"):
             file = gzip.open(raw)  # noqa: SIM115
         try:
-            yield from text_lines(file, str(path))
+            yield from text_lines(_by_carriage_returns(file) or file, str(path))
         except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise UserError(f"{path}: cannot be decompressed ({error})") from None
+
+
+def _by_carriage_returns(file: BinaryIO) -> BinaryIO | None:
+    """The text of a file whose lines end with carriage returns alone, as those of old Macs do; None of another, which
+    is at its beginning then."""
+    returns = False
+    while data := file.read(1 << 20):
+        if b"\n" in data:
+            returns = False
+            break
+        returns = returns or b"\r" in data
+    file.seek(0)
+    return io.BytesIO(file.read().replace(b"\r", b"\n")) if returns else None
 
 
 @contextmanager
@@ -127,12 +141,29 @@ def kind_of(path: Path) -> str:
 
 
 def holds_objects(path: Path) -> bool:
-    """Whether a file of text is one of JSON objects with a document each, by its first line."""
-    return bool(OBJECT.match(_first_line(path)))
+    """Whether a file of text is JSON, whatever its name: it begins as an object that is a document does, or it can be
+    read as JSON, line by line or whole. A text may begin like JSON and be none."""
+    first, *more = _first_lines(path, 2) or [""]
+    if OBJECT.match(first):
+        return True
+    if not LIKE_JSON.match(first):
+        return False
+    if all(isinstance(_value(line), dict) for line in (first, *more)):
+        return True
+    return isinstance(_value("".join(line for _, line in lines_of(path))), (dict, list))
 
 
-def _first_line(path: Path) -> str:
-    return next((line for _, line in lines_of(path) if line.strip()), "")
+def _first_lines(path: Path, count: int) -> list[str]:
+    """Those that are not blank."""
+    return list(islice((line for _, line in lines_of(path) if line.strip()), count))
+
+
+def _value(text: str) -> Any:
+    """What a text is as JSON; None of one that is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 # --- objects
@@ -156,10 +187,10 @@ def _has_lines_of_objects(path: Path) -> bool:
     """Whether a file holds a JSON object a line, and lines are found where they stand."""
     if path.name.lower().endswith((".xz", ".gz", *COLUMNS)) or not (kind_of(path) in LINES or holds_objects(path)):
         return False
-    try:
-        return isinstance(json.loads(_first_line(path) or "{}"), dict)
-    except (ValueError, RecursionError):
-        return False
+    with readable(path) as file:
+        if _by_carriage_returns(file):
+            return False
+    return all(isinstance(_value(line), dict) for line in _first_lines(path, 1))
 
 
 def _line_starts(path: Path) -> np.ndarray:
@@ -227,5 +258,10 @@ def _column_rows(path: Path, column: str | None) -> Iterator[tuple[int, dict[str
             for row in batch.select(wanted(batch.schema)).to_pylist():
                 number += 1
                 yield number, row
-    except (pyarrow.ArrowException, OSError) as error:
+    except (
+        pyarrow.ArrowException,
+        OSError,
+        ValueError,
+        LookupError,
+    ) as error:  # of texts that are no UTF-8, and others
         raise UserError(f"{path}: cannot be read ({first_line(error)})") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from kernels.files import own_name
 
 TEXT, LINES, COLUMNS = (".txt",), (".jsonl", ".ndjson", ".json"), (".parquet", ".arrow")
 SUFFIXES = tuple(f"{s}{c}" for s in TEXT + LINES for c in ("", ".xz", ".gz")) + COLUMNS
+HEAVIEST = 1_000_000  # weight: sums of many stay numbers
 SELF = "self"  # no source of its own: the teacher writes what a user says too
 _HUB = re.compile(
     r"(?P<path>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<config>[\w.-]+)?(:(?P<split>[\w.-]+))?(?<!:))?(@(?P<revision>[\w./-]+))?"
@@ -80,6 +80,6 @@ def _weight(weight: str | None, text: str) -> float:
         value = 1.0 if weight is None else float(weight)
     except ValueError:
         value = 0.0
-    if not (value > 0 and math.isfinite(value)):
-        raise UserError(f"--source {text}: the weight {weight} is no number above 0")
+    if not 0 < value <= HEAVIEST:
+        raise UserError(f"--source {text}: the weight {weight} is no number above 0, and at most {HEAVIEST:,}")
     return value

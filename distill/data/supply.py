@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from decode.batching import LONGEST_LOOP
+from decode.batching import CHECK_EVERY, LONGEST_LOOP
 from decode.metrics import is_looping
 from decode.tokenizer import Tokenizer
 from distill.data.documents import Document, LeftOut, normalise_prompt
@@ -145,7 +145,7 @@ class Supply:
         (starts,) = np.nonzero(np.diff(example.trained, prepend=False) & example.trained)
         if not len(starts) or not example.trained[-1] or int(example.tokens[-1]) not in self._tokenizer.end_tokens:
             reply = example.tokens[starts[-1] :].tolist() if len(starts) else []
-            return LOOPING if is_looping(reply, LONGEST_LOOP) else UNENDED
+            return LOOPING if len(reply) % CHECK_EVERY == 0 and is_looping(reply, LONGEST_LOOP) else UNENDED
         return FURTHER if len(starts) < len(candidate.turns) else None
 
     def _fault(self, candidate: Candidate, example: Example) -> str | None:

@@ -6,6 +6,7 @@ repository changes in one commit at the end, so whoever downloads meanwhile has 
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from kernels.files import listed_files, read_json, sha256
 
 DRAFT = "draft.json"
 LICENCE, LOG = "LICENSE", "log.jsonl"
+RECORD = "published.json"  # names and hashes of what the last publish put there: all else is somebody's
 REQUIRED = ("config.json", DRAFT, WEIGHTS, *TOKENIZER_FILES)
 FILES = (*REQUIRED, *OPTIONAL_FILES, EVALUATION, RECIPE_FILE, LOG, CURVES, LICENCE)
 # What makes a model of a repository, by suffix: of other formats too, for a card of ours would replace that model's.
@@ -46,7 +48,12 @@ class Package:
     def sizes(self) -> dict[str, int]:
         """Bytes of each file, the card first."""
         sizes = {name: path.stat().st_size for name, path in self.files.items()}
-        return {CARD: len(self.card.encode()), **sizes}
+        return {CARD: len(self.card.encode()), **sizes, RECORD: len(self.record())}
+
+    def record(self) -> bytes:
+        """What the next publish has to know of this one."""
+        hashes = {name: sha256(path) for name, path in sorted(self.files.items())}
+        return (json.dumps({"files": hashes}, indent=1) + "\n").encode()
 
 
 @dataclass(frozen=True)
@@ -210,8 +217,8 @@ def publish(package: Package, *, private: bool | None = None, force: bool = Fals
             info = api.model_info(repo)
         there = [sibling.rfilename for sibling in info.siblings or []]
         stale = _stale(api, package, there, str(info.sha), force)
-        if DRAFT in there and not force:
-            _check_unchanged(api, package, str(info.sha))
+        if not force:
+            _check_unchanged(api, package, there, {*package.files, *stale}, str(info.sha))
         card_kept = CARD in there and not force and not _is_ours(api, package, str(info.sha))
         if private and not info.private:  # before anything can be seen
             api.update_repo_settings(repo, private=True)
@@ -220,6 +227,7 @@ def publish(package: Package, *, private: bool | None = None, force: bool = Fals
             [
                 *([] if card_kept else [CommitOperationAdd(CARD, package.card.encode())]),
                 *(CommitOperationAdd(name, path) for name, path in package.files.items()),
+                CommitOperationAdd(RECORD, package.record()),
                 *(CommitOperationDelete(name) for name in stale),
             ],
             commit_message=f"Draft for {package.teacher.get('name')}",
@@ -241,21 +249,27 @@ def _is_ours(api: Any, package: Package, commit: str) -> bool:
     return text == package.card or is_unchanged(text)
 
 
-def _check_unchanged(api: Any, package: Package, commit: str) -> None:
-    """UserError where a file of the draft in the repository is not the one that its draft.json lists, nor the one that
-    would take its place: somebody changed it there."""
-    listed = listed_files(Path(api.hf_hub_download(package.repo, DRAFT, revision=commit)))
+def _check_unchanged(api: Any, package: Package, there: list[str], names: set[str], commit: str) -> None:
+    """UserError where one of these files in the repository, which would be replaced or deleted, is neither as it was
+    published nor what would take its place: somebody changed it, or put it there.
+
+    Before there were records, a draft.json listed the draft's files; what was beside them was taken to be ours."""
+    listed: dict[str, str] = {}
+    record = next((name for name in (RECORD, DRAFT) if name in there), None)
+    if record is not None:
+        listed = listed_files(Path(api.hf_hub_download(package.repo, record, revision=commit)))
     for entry in api.list_repo_tree(package.repo, revision=commit):
         name = entry.path
-        if name not in listed:
+        if name not in names or (record == DRAFT and name not in listed):
             continue
         lfs = getattr(entry, "lfs", None)
         digest = lfs.sha256 if lfs else sha256(Path(api.hf_hub_download(package.repo, name, revision=commit)))
         ours = package.files.get(name)
-        if digest != listed[name] and (ours is None or digest != sha256(ours)):
+        if digest != listed.get(name) and (ours is None or digest != sha256(ours)):
+            was = "was changed there since it was published" if name in listed else "was put there by somebody else"
             raise UserError(
-                f"{package.repo}: {name} was changed there since it was published; choose another --repo, or replace"
-                " it with --force"
+                f"{package.repo}: {name} {was}; choose another --repo, or {'replace' if ours else 'delete'} it with"
+                " --force"
             )
 
 
@@ -280,7 +294,7 @@ def _stale(api: Any, package: Package, there: list[str], commit: str, force: boo
         return []
     if not same and not force:
         raise UserError(f"{repo}: holds {holds}; choose another --repo, or replace it with --force")
-    kept = {CARD, *package.files, *([LICENCE] if same else [])}  # a licence may be there by hand
+    kept = {CARD, RECORD, *package.files, *([LICENCE] if same else [])}  # a licence may be there by hand
     stale = (name for name in there if name not in kept)
     return [name for name in stale if name in FILES or (not same and name.lower().endswith(MODEL_FILES))]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import subprocess
 from pathlib import Path
@@ -82,6 +83,17 @@ def test_a_terminal_without_unicode(command: Command) -> None:
     """Characters it lacks must not end the program."""
     done = command("decode", "plain", "--prompts", "gone-🙂", PYTHONIOENCODING="ascii")
     done.refused("decode", "gone-?")
+
+
+@pytest.mark.slow
+def test_few_open_files_and_no_current_folder(command: Command, small_teacher: Path, tmp_path: Path) -> None:
+    """mlx-lm asks for more files than a system may allow."""
+    options = ("plain", "--teacher", small_teacher, "--prompt", "Hi", "--max-tokens", 2, "-q")
+    run = shlex.join(arguments("decode", *options))
+    shell = ["bash", "-c", f"ulimit -n 512; {run}; mkdir gone; cd gone; rmdir ../gone; {run}"]
+    done = subprocess.run(shell, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.stdout.strip() and done.returncode == 2
+    assert done.stderr.startswith("decode: error: the current folder is not there") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -344,6 +344,23 @@ def test_turns_that_are_answered_one_by_one_read_as_the_conversation_does(tokeni
     assert tokenizer.decode(hi[len(before) : -len(behind)]) == "Hi" and hi[-len(behind) - 1] in tokenizer.end_tokens
 
 
+def test_a_system_turn_is_written_or_refused(tmp_path: Path) -> None:
+    """Beside a prompt too; a template that leaves it out would change what is asked."""
+    lines = [{"prompt": "Hi", "system": "Be brief.\n\nBe kind."}, {"prompt": "Ho", "system": ""}, {"prompt": "He"}]
+    path = write(tmp_path / "p.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    first, *others = read_prompts(path)
+    assert [one.messages for one in others] == [[{"role": "user", "content": text}] for text in ("Ho", "He")]
+    assert first.messages == [{"role": "system", "content": lines[0]["system"]}, {"role": "user", "content": "Hi"}]
+    writing = templated(tmp_path / "m", "{% for m in messages %}{{ m.role }}:{{ m.content | trim }};{% endfor %}")
+    assert writing.decode(writing.encode_prompt(first)) == "system:Be brief.\n\nBe kind.;user:Hi;"
+    deaf = templated(tmp_path / "n", "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
+    with pytest.raises(
+        UserError, match=r"p.jsonl: line 1: the chat template refuses it: it leaves out what the system"
+    ):
+        deaf.encode_prompt(first)
+    assert deaf.decode(deaf.encode_prompt(others[0])) == "Ho"
+
+
 @pytest.mark.parametrize(
     ("template", "complaint"),
     [("{{ raise_exception('roles must take turns') }}", "roles must take turns"), ("{{ 1 / 0 }}", "division by zero")],

@@ -119,9 +119,9 @@ def test_inspect_and_verify(inside: Command, data: Path) -> None:
     assert told.code == 1 and str(shard) in told.out
 
 
-def test_names_of_others_do_nothing_to_a_terminal(inside: Command, data: Path, tmp_path: Path) -> None:
+def test_names_of_others_do_nothing_to_a_terminal(inside: Command, tmp_path: Path) -> None:
     """A dataset may come from anywhere; so may what its manifest calls its teacher and its sources."""
-    copy = shutil.copytree(data, tmp_path / "data\x1b[2J")
+    copy = dataset(tmp_path / "data\x1b[2J", teacher_folder(tmp_path / "teacher"))
     content = json.loads(unsealed(copy / "manifest.json"))
     content["settings"]["sources"] = [{"name": "a\nall well\x1b[1A", "kind": "file", "sha256": "0" * 64}]
     (copy / "manifest.json").write_text(json.dumps(content))

@@ -96,6 +96,8 @@ def test_a_damaged_file_is_ignored_with_one_warning_and_replaced(cache: Path, co
 def test_a_folder_that_cannot_be_made_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="cannot be written"):
+        tuning.check_store()
     with pytest.raises(UserError, match=r"file/bitdraft/tuning\.json"):
         tuning.store("device", {"width": 64})
 

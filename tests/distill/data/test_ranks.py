@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, arguments, environment
+from conftest import ROOT, Command, arguments, environment
 
 from distill.data.inspection import verify
 from distill.data.manifest import Manifest
@@ -153,6 +153,30 @@ def test_mixed_ranks_are_named_in_the_manifest(command_line: list[object], tmp_p
 
 
 @pytest.mark.slow
+def test_what_was_begun_elsewhere_is_not_gone_on_with(command: Command, small_teacher: Path, tmp_path: Path) -> None:
+    """Other kernels compute other bits: refused, or with --mixed named in the manifest, as ranks are."""
+    (tmp_path / "p.txt").write_text("".join(json.dumps({"prompt": f"Add {n} to {n * n}."}) + "\n" for n in range(9)))
+    run: list[object] = ["collect", "--teacher", small_teacher, "--tokens", 300, "--seq-len", 64, "--max-reply", 8]
+    run += ["--source", tmp_path / "p.txt", "--quiet", "--out", tmp_path / "d"]
+    assert command("distill", *run).code == 0
+    (replies,) = tmp_path.glob("replies-*")
+    made = {folder: files(folder) for folder in (tmp_path / "d", replies)}
+    assert command("distill", *run, BITDRAFT_KERNELS="reference").code == 0  # is there, whole
+    assert {folder: files(folder) for folder in made} == made
+    for folder, out in zip(made, ("d", "e"), strict=True):  # other shards of the same replies
+        run[-1] = tmp_path / out
+        next(folder.glob("*-00000.safetensors")).unlink()
+        left = files(folder)
+        refused = command("distill", *run, BITDRAFT_KERNELS="reference")
+        refused.refused("distill", str(folder), "device", "(reference)", "--mixed")
+        assert files(folder) == left
+        assert command("distill", *run, "--mixed", BITDRAFT_KERNELS="reference").code == 0
+        manifest = Manifest.read(folder)
+        assert "(reference)" in manifest.entries[0].device and "(reference)" not in manifest.machine["device"]
+        assert manifest.machine["device"] in command("distill", "inspect", folder).out
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_rank_that_is_stopped_stops_the_others(command_line: list[object], tmp_path: Path, which: int) -> None:
     processes = start(tmp_path / "two", command_line, command_line)
@@ -231,7 +255,7 @@ def meet(*others: Callable[[Launch], object]) -> Ranks:
     port, size = free_port(), 1 + len(others)
     for rank, other in enumerate(others, 1):
         threading.Thread(target=other, args=(Launch(rank, size, "127.0.0.1", port),), daemon=True).start()
-    return Ranks.gather(Launch(0, size, "127.0.0.1", port))
+    return Ranks.gather(Launch(0, size, "127.0.0.1", port), {}, mixed=False)
 
 
 def test_strangers_are_turned_away() -> None:
@@ -277,7 +301,7 @@ def test_a_port_in_use_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as used:
         port = used.getsockname()[1]
         with pytest.raises(UserError, match=rf"127\.0\.0\.1:{port} .*--starting-port"):
-            Ranks.gather(Launch(0, 2, "127.0.0.1", port))
+            Ranks.gather(Launch(0, 2, "127.0.0.1", port), {}, mixed=False)
 
 
 def test_who_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

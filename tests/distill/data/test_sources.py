@@ -76,6 +76,32 @@ def test_json_by_any_name(tmp_path: Path, name: str) -> None:
     assert "line 2 is not JSON" in refusal(write(tmp_path / name, lines(rows[0]) + b'{"prompt": \n'))
 
 
+@pytest.mark.parametrize("ending", ["", ".xz"])
+def test_what_a_text_file_holds_is_found_out(tmp_path: Path, ending: str) -> None:
+    """As for the prompts of `decode`: JSON over many lines, and lines that carriage returns end; a text may begin like
+    JSON."""
+    asked = [{"prompt": "One?"}, {"prompt": "Two?"}]
+    for name in (f"a.txt{ending}", f"a.jsonl{ending}"):
+        for content in (json.dumps(asked, indent=2).encode(), lines(*asked).replace(b"\n", b"\r")):
+            path = write(tmp_path / name, content)
+            order = np.random.default_rng(0)
+            assert [one.text for one in read_source(path)] == ["One?", "Two?"]
+            assert {one.text for one in read_source(path, order=order)} == {"One?", "Two?"}
+            assert load_excluded([path]).prompts == {"one?", "two?"}
+    path = write(tmp_path / f"a.txt{ending}", b"A line.\rAnother.\r\rEnd.")
+    assert [one.text for one in read_source(path)] == ["A line.\nAnother.\n\nEnd."]
+    assert load_excluded([path]).prompts == {"a line.", "another.", "end."}
+    for text in ('{"a": 1} is an object in JSON.\n{ and so on }', "[\n  {{Infobox}}\n]", '["a", b]'):
+        assert [one.text for one in read_source(write(path, text.encode()))] == [text]
+    for content, message in (
+        (lines({"question": "a"}), "line 1 has none of"),
+        (b'["a", "b"]', "entry 1 is not a JSON"),
+    ):
+        assert message in refusal(write(path, content))
+        with pytest.raises(UserError, match=message):
+            load_excluded([path])
+
+
 @pytest.mark.parametrize("ending", ["", ".xz", ".gz"])
 def test_plain_text(tmp_path: Path, ending: str) -> None:
     path = write(tmp_path / f"a.txt{ending}", "Größe\r\n\r\nzwei  \nAbsätze".encode())
@@ -117,6 +143,9 @@ def test_long_text_is_cut_at_paragraphs(tmp_path: Path, monkeypatch: pytest.Monk
         (b'{"prompt": "a", "completion": 3}', "a completion that is not a string"),
         (b'{"prompt": "a", "tools": [{}]}', "`tools`, which are not read"),
         (b'{"text": "a\0"}', "(byte 28) is a null byte"),
+        (b'{"prompt": "a", "system": 3}', "a `system` that is not a string"),
+        (b'{"turns": ["a"], "system": "b"}', "a `system` beside turns"),
+        (b'{"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}], "system": "c"}', "one"),
         (b'{"messages": [{"role": "user", "content": 1}]}', "content of a message that is not a string"),
         (b'{"messages": [{"role": "user", "content": " "}]}', "an empty prompt"),
         (b'{"messages": [{"role": "assistant", "content": "a"}]}', "none of a user"),
@@ -184,6 +213,17 @@ def test_columns(tmp_path: Path, form: str) -> None:
     assert list(read_source(path)) == expected
     save(path, table.select(["n"]))
     assert "has no column messages, turns, prompt or text; it has n" in refusal(path)
+    systems = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "one"}]
+    save(path, pyarrow.table({"prompt": ["one", "two"], "system": ["Be brief.", None]}))
+    assert [(one.text, one.messages) for one in read_source(path)] == [(None, systems), ("two", None)]
+    save(path, pyarrow.table({"chat": [json.dumps(CHAT), "[1, 2]"]}))
+    assert [(one.text, one.messages) for one in read_source(f"{path}#chat")] == [(None, CHAT), ("[1, 2]", None)]
+    if form != "parquet":  # whose own writer refuses these
+        save(path, pyarrow.table([pyarrow.array(["a"])] * 2, names=["prompt", "prompt"]))
+        assert "cannot be read" in refusal(path)
+    offsets, content = (pyarrow.py_buffer(data) for data in (b"\0\0\0\0\3\0\0\0", b"a\xffb"))
+    save(path, pyarrow.table({"prompt": pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, offsets, content])}))
+    assert "cannot be read" in refusal(path)
     save(path, pyarrow.table({"prompt": ["", "good", "  "]}))
     left_out = LeftOut()
     assert list(read_source(path, left_out)) == [Document("prompt", "good", None, 2)]
@@ -230,7 +270,7 @@ def test_a_file_that_is_there_goes_before_what_its_name_could_mean(tmp_path: Pat
         assert parse_source(name + more) == Source(f"a:b@c#d=2.jsonl{more}", "file", name, column=column, weight=weight)
         (document,) = read_source(name + more)
         assert document.text == ("One?" if column is None else "Two?")
-    for weight in ("0", "-1", "nan", "inf", "much", ""):
+    for weight in ("0", "-1", "nan", "inf", "much", "", "1e308"):
         with pytest.raises(UserError, match=f"--source .*=2.jsonl={weight}: the weight {weight} is no number above 0"):
             parse_source(f"{name}={weight}")
     assert parse_source("self=2") == Source("self=2", "self", "self", weight=2)

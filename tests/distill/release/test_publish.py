@@ -30,6 +30,7 @@ from kernels import UserError
 REPO = "alice/small-draft"
 UPLOADED = {"README.md", "config.json", "draft.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 UPLOADED |= {"generation_config.json", "log.jsonl", "curves.png"}
+ON_HUB = UPLOADED | {"published.json"}
 DATA = {
     "sources": [{"name": "a|b.jsonl", "sha256": "ab" * 32, "kind": "file"}],
     "exclude": [{"name": "eval.jsonl", "sha256": "cd" * 32, "kind": "file"}],
@@ -122,12 +123,12 @@ def test_dry_run_lists_and_prints(command: Command, inside: Command, small: Path
     assert shown.code == 0, shown.err
     listing, _, card = shown.out.partition("\n\n")
     sizes = {line.split()[1]: int(line.split()[0].replace(",", "")) for line in listing.splitlines()[:-1]}
-    assert sizes.keys() == UPLOADED
+    assert sizes.keys() == ON_HUB
     assert all(sizes[name] == len(content) for name, content in local_files(small).items())
     assert sizes["README.md"] == len(card.encode())
     result = json.loads(inside("distill", "publish", *options, "--json", "-").out)
     assert result["card"] == card and result["dry_run"] and result["bytes"] == sum(sizes.values())
-    assert {entry["name"] for entry in result["files"]} == UPLOADED
+    assert {entry["name"] for entry in result["files"]} == ON_HUB
 
 
 def test_the_newest_finished_draft_is_published(inside: Command, small: Path, tmp_path: Path) -> None:
@@ -397,7 +398,10 @@ def test_a_published_draft_comes_back_byte_for_byte(
     assert repository.private and len(repository.commits) == 2
     card = repository.files["README.md"].decode()
     first = next(iter(repository.commits.values()))
-    assert repository.files == {**first, **local_files(small), "README.md": card.encode()}
+    record = {"published.json": repository.files["published.json"]}
+    assert repository.files == {**first, **local_files(small), **record, "README.md": card.encode()}
+    listed = {name: hashlib.sha256(content).hexdigest() for name, content in local_files(small).items()}
+    assert json.loads(record["published.json"]) == {"files": listed}
     result = json.loads((hub.home / "result.json").read_text())
     assert result["commit"] == repository.head and result["private"] and result["card"] == card
     assert result["changed"] and result["url"] == f"{hub.url}/{REPO}"
@@ -412,7 +416,7 @@ def test_a_published_draft_comes_back_byte_for_byte(
     assert used.code == 0, used.err
     assert json.loads(used.out)["draft"] == REPO
     got = snapshot(hub.home / "other", REPO)
-    assert got.keys() == UPLOADED - {"log.jsonl", "curves.png"}
+    assert got.keys() == ON_HUB - {"log.jsonl", "curves.png"}
     assert all(content == repository.files[name] for name, content in got.items())
     before = len(hub.requests)
     offline = decode(HF_HUB_OFFLINE="1")
@@ -436,7 +440,10 @@ def test_again_sends_nothing_and_changes_nothing(command: Command, hub: Hub, sma
     assert not hub.repositories[REPO].private  # nobody asked for that
     # Trained on: what changed is replaced, what is gone goes, what others put there stays.
     repository = hub.repositories[REPO]
-    repository.commit({**repository.files, "chat_template.jinja": b"old", "picture.jpg": b"theirs"})
+    repository.commit({**repository.files, "picture.jpg": b"theirs"})
+    between = shutil.copytree(small, tmp_path / "between")
+    (between / "chat_template.jinja").write_text("old")
+    assert publish(command, hub, between).code == 0 and "chat_template.jinja" in repository.files
     after = evaluated(with_recipe(make_draft(tmp_path / "after", bits=4), "[train]\nbits = 4\n"), prompts=3)
     assert publish(command, hub, after, "--private").code == 0
     for name in (EVALUATION, RECIPE_FILE):
@@ -468,18 +475,34 @@ def test_a_card_that_was_edited_stays(command: Command, hub: Hub, small: Path, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_files_that_were_edited_on_the_hub_stay(
-    command: Command, hub: Hub, small: Path, tmp_path: Path, name: str
-) -> None:
-    """A small file and a large one: refused, and replaced with --force."""
+def test_files_that_were_edited_or_put_on_the_hub_stay(command: Command, hub: Hub, small: Path, tmp_path: Path) -> None:
+    """Small files and a large one, what a draft is and what stands beside it: refused, and replaced with --force."""
     assert publish(command, hub, small, "-q").code == 0
-    repository = hub.repositories[REPO]
-    repository.commit({**repository.files, name: b'{"merged": 1}'})
-    publish(command, hub, small, "-q").refused("distill", REPO, name, "--force")
-    assert repository.files[name] == b'{"merged": 1}'
+    repository, published = hub.repositories[REPO], dict(hub.repositories[REPO].files)
+    theirs = b'{"merged": 1}\n'
+    for name in ("config.json", "model.safetensors", "log.jsonl", "draft.json", "chat_template.jinja", "LICENSE"):
+        content = published["draft.json"].replace(b"{", b'{"note": 1,', 1) if name == "draft.json" else theirs
+        repository.commit({**published, name: content})
+        draft = small
+        if name == "LICENSE":
+            draft = shutil.copytree(small, tmp_path / "licensed")
+            (draft / name).write_text("of the draft")
+        publish(command, hub, draft, "-q").refused("distill", REPO, name, "--force")
+        assert repository.files[name] == content
     assert publish(command, hub, small, "-q", "--force").code == 0
-    assert repository.files[name] == (small / name).read_bytes()
+    assert repository.files == published | {"LICENSE": theirs}
+    # Of a version that kept no record the draft's own files are known, and what is beside them is taken for its.
+    older = {**published, "log.jsonl": b"of another draft\n"}
+    del older["published.json"]
+    repository.commit(older)
+    assert publish(command, hub, small, "-q").code == 0 and repository.files == published
+    repository.commit({**older, "config.json": theirs})
+    publish(command, hub, small, "-q").refused("distill", REPO, "config.json", "--force")
+    # Where there was no model: what a user put there for one.
+    own = hub.add("alice/own", {"log.jsonl": theirs, "notes.md": theirs})
+    options = ("--draft", small, "--repo", "alice/own", "-q")
+    command("distill", "publish", *options, **hub.environment()).refused("distill", "alice/own", "log.jsonl")
+    assert len(own.commits) == 1
 
 
 def test_a_licence_travels_with_its_link(tmp_path: Path) -> None:
@@ -525,9 +548,9 @@ def test_another_model_is_not_overwritten(command: Command, hub: Hub, small: Pat
         refused = command("distill", "publish", *options, **hub.environment())
         refused.refused("distill", "alice/foreign", f"holds {name} and is no draft")
     assert command("distill", "publish", *options, "--force", **hub.environment()).code == 0
-    assert foreign.files.keys() == UPLOADED
+    assert foreign.files.keys() == ON_HUB
     assert publish(command, hub, small, "--force").code == 0
-    assert repository.files.keys() == UPLOADED | {"picture.jpg"}  # no weights of the other model beside ours
+    assert repository.files.keys() == ON_HUB | {"picture.jpg"}  # no weights of the other model beside ours
 
 
 @pytest.mark.slow
