@@ -176,8 +176,9 @@ def survive(options: list[str], work: Path, ranks: int, kills: int, dice: random
             faults.append(f"start {attempt}: {run.codes}, {run.said(0)}")
             break
         datasets, here = datasets + 1, 0
-        if files(folder) != expected:
-            faults.append(f"dataset {datasets} has other bytes")
+        found = files(folder)
+        if differ := sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)):
+            faults.append(f"dataset {datasets} differs in {', '.join(differ)}")
         shutil.rmtree(folder)
     return {"ranks": ranks, "kills": sum(stages.values()), **stages, "datasets": datasets, "faults": faults}
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from decode.system import require_mlx
+from decode.system import begin
 
 
 def main() -> None:
     """Entry point of the console script."""
-    require_mlx("decode")
-    from decode.cli import main as run
-
-    run()
+    begin("decode")
 
 
 if __name__ == "__main__":

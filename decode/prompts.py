@@ -22,7 +22,9 @@ Message = dict[str, Any]  # role and content; perhaps tool_calls, tool_call_id a
 SURROGATE = re.compile("[\ud800-\udfff]")
 STANDARD_INPUT = "-"  # in place of a file's name
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
-LIKE_JSON = re.compile(r"""\s*( \{\s*( ["'}] | \w+\s*: | $ ) | \[\s*( [{"] | $ ) )""", re.VERBOSE)
+LIKE_JSON = re.compile(
+    r"""\s*( \{\s*( ["'}] | \w+\s*: | $ ) | \[\s*( (\[\s*)*[{"] | $ | (null|\])[\s,\]]*$ ) )""", re.VERBOSE
+)
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ANSWERED = ("user", "tool")  # a conversation that ends with one of these waits for the teacher
 
@@ -92,6 +94,8 @@ def _prompt(entry: Entry, where: str) -> Prompt:
         category = entry.value.get("category")
         if category is not None and not (isinstance(category, str) and len(f"{category}.".splitlines()) == 1):
             raise ValueError(f"has the category {category!r}, which is no name of one line")
+        if SURROGATE.search(category or ""):
+            raise ValueError("has a category with half a surrogate pair, which no UTF-8 text can hold")
     except ValueError as error:
         raise UserError(f"{where} {error}") from None
     return Prompt(messages, prompt_id, category, where)
@@ -125,7 +129,7 @@ def gather_prompts(prompt: str | None, file: Path | None, samples: Path) -> list
 
 
 class Entry(NamedTuple):
-    """A line of plain text, without white space around it, or a JSON object.
+    """A line of plain text, without its end, or a JSON object.
 
     place: `line 3`, or `entry 3` of a list.
     """
@@ -140,7 +144,7 @@ def text_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[int, str]]:
     offset = 0
     for number, line in enumerate(lines, 1):
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            text = line.decode().removeprefix("\ufeff")  # of the file, or of one that `cat` put behind another
         except UnicodeDecodeError as error:
             raise UserError(f"{name}: line {number} (byte {offset + error.start}) is not valid UTF-8") from None
         if "\0" in text:  # UTF-16 of English text is valid UTF-8
@@ -171,7 +175,7 @@ def _plain_entries(first: tuple[int, str], rest: Iterable[tuple[int, str]], name
                 ' into JSON: {"prompt": "..."}'
             )
         if text.strip():
-            yield Entry(number, f"line {number}", text.strip())
+            yield Entry(number, f"line {number}", text.removesuffix("\n").removesuffix("\r"))
 
 
 def _json_entries(first: tuple[int, str], rest: Iterable[tuple[int, str]], name: str) -> Iterator[Entry]:

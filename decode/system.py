@@ -5,6 +5,7 @@ Where they are not to be had, an import fails with words that help nobody (`inco
 
 from __future__ import annotations
 
+import importlib
 import platform
 import subprocess
 import sys
@@ -46,6 +47,18 @@ def translated() -> bool:
     except (OSError, subprocess.TimeoutExpired):
         return False
     return asked.stdout.strip() == "1"
+
+
+def begin(command: str) -> None:
+    """Run a command line, `main` of COMMAND.cli. Importing it takes a second, in which Ctrl-C means what it does
+    later."""
+    try:
+        require_mlx(command)
+        main = importlib.import_module(f"{command}.cli").main
+    except KeyboardInterrupt:
+        print(f"\n{command}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    main()
 
 
 def require_mlx(command: str) -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from decode.system import require_mlx
+from decode.system import begin
 
 
 def main() -> None:
     """Entry point of the console script."""
-    require_mlx("distill")
-    from distill.cli import main as run
-
-    run()
+    begin("distill")
 
 
 if __name__ == "__main__":

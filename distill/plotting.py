@@ -15,6 +15,7 @@ def pyplot() -> Any:
     matplotlib.use("Agg")
     import matplotlib.pyplot
 
+    matplotlib.rcParams["text.parse_math"] = False  # names are no formulas: a category may be "$x$"
     return matplotlib.pyplot
 
 

@@ -63,8 +63,8 @@ def bench(
 def _check_picture(picture: Path, plan: benchmark.Plan) -> None:
     if 1 not in plan.rows:
         raise UserError("--plot: draws costs relative to one row, so --rows must have 1")
-    if picture.is_dir():
-        raise UserError(f"--plot {picture}: is a folder")
+    if picture.exists() and not picture.is_file():
+        raise UserError(f"--plot {picture}: is no file")
     if not picture.parent.is_dir():
         raise UserError(f"--plot {picture}: the folder {picture.parent} does not exist")
     if not os.access(picture.parent, os.W_OK):

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
@@ -24,6 +25,19 @@ from kernels.files import NO_ROOM, check_writable, goes_round, replacing
 READ = {"manifest.json", "draft.json", "converted.json", "config.json", "generation_config.json"} | {
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "model.safetensors.index.json",
 }  # fmt: skip
+# Options that name what is worked on, one thing each. Numbers may be given again, as aliases of commands have them.
+NAME_ONE = (
+    "--prompt",
+    "--prompts",
+    "--teacher",
+    "--draft",
+    "--data",
+    "--replies",
+    "--out",
+    "--json",
+    "--repo",
+    "--plot",
+)
 JsonOption = Annotated[
     str | None,
     typer.Option("--json", metavar="FILE", help="Write the results as one JSON object; - is standard output."),
@@ -63,6 +77,9 @@ def run(app: typer.Typer, name: str) -> None:
         if argument == "" or re.fullmatch(r"--[a-z-]+=", argument):  # an unset variable, which would name the folder .
             option = next((text for text in (argument, before) if text.startswith("-")), "an argument")
             fail(name, f"{option.rstrip('=')} is empty")
+    given = Counter(argument.partition("=")[0] for argument in sys.argv[1:])
+    if twice := next((option for option in NAME_ONE if given[option] > 1), None):
+        fail(name, f"{twice} is given twice")  # the first would be forgotten without a word
     if not callable(signal.getsignal(signal.SIGINT)):  # ignored in a script's background; `kill -INT` shall end it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
@@ -79,7 +96,7 @@ def run(app: typer.Typer, name: str) -> None:
         raise
     except UserError as error:
         fail(name, str(error))
-    except (Interrupted, typer.Abort) as error:
+    except (Interrupted, KeyboardInterrupt, typer.Abort) as error:  # typer tells of Ctrl-C where it is at work
         _finish_computing()
         print(f"\n{name}: interrupted{f': {error}' if str(error) else ''}", file=sys.stderr)
         raise SystemExit(130) from None

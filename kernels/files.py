@@ -16,6 +16,7 @@ from typing import Any
 from kernels.errors import UserError, first_line
 
 TEMPORARY = ".tmp-"  # what the names of files begin with that have not taken their place yet
+OF_SYSTEMS = {"lost+found", ".DS_Store"}  # in the root of a disk; of a Mac's Finder
 CONFIG = "config.json"  # makes a folder one of a model
 BOM = b"\xef\xbb\xbf"  # a byte order mark: what editors on Windows put before UTF-8
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -83,6 +84,8 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """
     temporary = temporary_for(path, shared)
     try:
+        if path.exists() and not path.is_file():  # whoever may replace /dev/null would
+            raise UserError(f"{path}: is no regular file, and would be replaced by one")
         try:
             yield temporary
             sync(temporary)
@@ -313,6 +316,11 @@ def check_own_files(folder: Path, record: str, names: Collection[str]) -> None:
             raise UserError(f"{path}: is in the way: bitdraft did not write it; move it elsewhere")
         if not weights:
             check_unchanged(path, listed[path.name])
+
+
+def named_by_users(folder: Path) -> set[str]:
+    """The names in a folder, without the files that a process was killed over, and what systems put there."""
+    return {path.name for path in folder.iterdir() if not path.name.startswith(TEMPORARY)} - OF_SYSTEMS
 
 
 def check_unchanged(path: Path, digest: str) -> None:

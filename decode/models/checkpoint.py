@@ -246,6 +246,8 @@ def _check_weights(folder: Path) -> None:
             with safe_open(file, "np"):
                 pass
         except (SafetensorError, OSError) as error:
+            if not os.access(file, os.R_OK):
+                raise UserError(f"{file}: cannot be read (no permission)") from error
             raise UserError(f"{file}: damaged or cut short ({first_line(error)})") from error
 
 

@@ -21,7 +21,7 @@ from safetensors.numpy import save as save_tensors
 from distill.data.codec import Layout, Tensors
 from distill.data.manifest import FORMAT, MANIFEST, SHARD_FILE, DatasetSettings, Entry, Manifest
 from kernels.errors import UserError
-from kernels.files import TEMPORARY, lock_folder, make_folder, write_atomic
+from kernels.files import OF_SYSTEMS, TEMPORARY, lock_folder, make_folder, write_atomic
 
 _TEMPORARY = re.compile(rf"{re.escape(TEMPORARY)}(manifest\.json|(shard|reply)-\d+\.safetensors)")
 
@@ -86,7 +86,7 @@ class Writer:
                 raise UserError(f"{self.folder / name}: is a folder, where a file belongs; move it elsewhere")
         if MANIFEST in names:
             self._resume(mixed, changed)
-        elif foreign := sorted(name for name in names if not _TEMPORARY.fullmatch(name)):
+        elif foreign := sorted(name for name in names - OF_SYSTEMS if not _TEMPORARY.fullmatch(name)):
             raise UserError(f"{self.folder}: is no dataset and not empty (it holds {foreign[0]})")
         # A shard that is not listed stays until it is written again: it may be someone's.
         for name in names:

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -39,14 +40,10 @@ def source_files(path: Path, left_out: LeftOut | None = None) -> list[Path]:
     """The files that a local source consists of, sorted by their names inside it. left_out: counts the others of a
     folder, hidden ones aside."""
     if path.is_dir():
-        inside = ((file.relative_to(path), file) for file in path.rglob("*") if file.is_file())
-        visible = sorted(
-            (name.as_posix(), file) for name, file in inside if not any(part.startswith(".") for part in name.parts)
-        )
+        visible = sorted((file.relative_to(path).as_posix(), file) for file in _visible_files(path))
         if odd := next((name for name, _ in visible if SURROGATE.search(name)), None):
             raise UserError(f"{path}: holds a file whose name is not valid UTF-8: {odd}")
-        # In a folder a .json describes a dataset more often than it is one; by its own name it is read.
-        files = [file for _, file in visible if kind_of(file) not in ("", ".json")]
+        files = [file for _, file in visible if kind_of(file) and not _describes(file)]
         if not files:
             raise UserError(f"{path}: holds none of {', '.join((*TEXT, '.jsonl', '.ndjson', *COLUMNS))}")
         read = set(files)
@@ -59,6 +56,36 @@ def source_files(path: Path, left_out: LeftOut | None = None) -> list[Path]:
     if not kind_of(path):
         raise UserError(f"{path}: not a source; its name must end in one of {', '.join(SUFFIXES)}")
     return [path]
+
+
+def _visible_files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """The files in a folder and those below it, links followed, hidden ones aside. above: the folders that it is in."""
+    real = Path(os.path.realpath(folder))
+    if real in above:
+        raise UserError(f"{folder}: is a link to a folder that it is in")
+    try:
+        inside = sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
+    for path in inside:
+        if path.name.startswith("."):
+            continue
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{path}: is a link that leads nowhere")
+        if path.is_dir():
+            yield from _visible_files(path, (*above, real))
+        elif path.is_file():
+            yield path
+
+
+def _describes(file: Path) -> bool:
+    """Whether a `.json` in a folder is no list of documents, nor one: such a file mostly describes a dataset. By its
+    own name it is read, whatever it holds."""
+    if kind_of(file) != ".json":
+        return False
+    value = _value("".join(line for _, line in lines_of(file)))
+    first = value[0] if isinstance(value, list) and value else value
+    return not (isinstance(first, dict) and first.keys() & set(COLUMN_NAMES))
 
 
 def read_files(files: Iterable[Path], column: str | None, left_out: LeftOut) -> Iterator[Document]:

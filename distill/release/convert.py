@@ -25,11 +25,11 @@ from distill.training.tensors import write_tensors
 from kernels import UserError
 from kernels.errors import first_line
 from kernels.files import (
-    TEMPORARY,
     cannot_write,
     check_own_files,
     finish_replacing,
     holds_current,
+    named_by_users,
     read_json,
     replacing_files,
     sha256,
@@ -80,7 +80,7 @@ def _own_folder(folder: Path, source: Path, room: float = 0) -> Iterator[None]:
         raise UserError(f"--out {folder}: is the checkpoint that is read")
     with working_in(folder, room):
         finish_replacing(folder, CONVERTED)
-        names = sorted(path.name for path in folder.iterdir() if not path.name.startswith(TEMPORARY))
+        names = sorted(named_by_users(folder))
         try:
             about = read_json(folder / CONVERTED)
         except UserError:

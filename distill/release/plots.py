@@ -31,6 +31,11 @@ def acceptance_by_category(categories: list[dict[str, Any]], picture: Path, titl
     save(figure, picture)
 
 
+def _label(name: str) -> str:
+    """A name as a legend takes it: it leaves out those that begin with an underscore."""
+    return f" {name}" if name.startswith("_") else name
+
+
 def acceptance_by_position(report: dict[str, Any], picture: Path, title: str) -> None:
     """The share of verifications that accepted each draft position, by category and for all, as PNG.
 
@@ -42,7 +47,7 @@ def acceptance_by_position(report: dict[str, Any], picture: Path, title: str) ->
         axis.plot(range(1, len(shares) + 1), shares, marker="o", markersize=3, **style)
 
     for row in report["categories"]:
-        draw(row["acceptance_per_position"], linewidth=1, alpha=0.7, label=row["category"])
+        draw(row["acceptance_per_position"], linewidth=1, alpha=0.7, label=_label(row["category"]))
     draw(report["acceptance_per_position"], linewidth=2.5, color="black", label="all")
     apart = report["without_looping"]["acceptance_per_position"]
     draw(apart, linewidth=2.5, color="black", linestyle=":", label="all, without looping replies")

@@ -23,11 +23,11 @@ from distill.training.state import STATE, is_begun
 from distill.training.tensors import load_tensors, write_tensors
 from kernels.errors import UserError
 from kernels.files import (
-    TEMPORARY,
     cannot_write,
     check_own_files,
     finish_replacing,
     holds_current,
+    named_by_users,
     read_json,
     replacing_files,
     sha256,
@@ -72,7 +72,7 @@ def check_draft_folder(folder: Path) -> None:
 
 def _names(folder: Path) -> set[str]:
     """What is in a folder, without the files that a process was killed over."""
-    return {path.name for path in folder.iterdir() if not path.name.startswith(TEMPORARY)} if folder.is_dir() else {""}
+    return named_by_users(folder) if folder.is_dir() else {""}
 
 
 def _is_ours(folder: Path) -> bool:

@@ -6,10 +6,13 @@ import json
 import shlex
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import TEACHER, Command, arguments, changed_copy, environment, in_background, mounted
+
+from decode.system import begin
 
 PLAIN_KEYS = {
     "teacher", "draft", "k", "prompts", "tokens", "rounds", "drafted", "accepted", "acceptance_rate",
@@ -85,6 +88,22 @@ def test_a_terminal_without_unicode(command: Command) -> None:
     done.refused("decode", "gone-?")
 
 
+@pytest.mark.parametrize("at", ["decode.system.importlib.import_module", "decode.cli.app"])
+def test_ctrl_c_before_the_work_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], at: str
+) -> None:
+    """While modules are imported, which takes a second, or a command line is looked at."""
+
+    def interrupted(*_: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["decode", "plain"])
+    monkeypatch.setattr(at, interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        begin("decode")
+    assert capfd.readouterr() == ("", "\ndecode: interrupted\n")
+
+
 @pytest.mark.slow
 def test_few_open_files_and_no_current_folder(command: Command, small_teacher: Path, tmp_path: Path) -> None:
     """mlx-lm asks for more files than a system may allow."""
@@ -118,6 +137,8 @@ def test_a_locale_without_unicode(command: Command, small_teacher: Path, tmp_pat
         (["plain", "--max-tokens", 0, "--prompt", "a"], ["--max-tokens 0"]),
         (["plain", "--prompt", ""], ["--prompt is empty"]),
         (["plain", "--prompt", "a", "--prompts", "b"], ["--prompt or --prompts"]),
+        (["plain", "--prompt", "a", "--prompt=b"], ["--prompt is given twice"]),
+        (["spec", "--draft", "a", "--k", 3, "--k", 4, "--draft", "b", "--prompt", "c"], ["--draft is given twice"]),
         (["plain", "--prompts", "gone.jsonl"], ["gone.jsonl"]),
         (["plain", "--prompts", "-"], ["standard input", "holds no prompt"]),
         (["plain", "--prompts", "b\udcff.txt"], ["b?.txt: is not valid UTF-8"]),  # a byte of a name

@@ -48,13 +48,17 @@ def test_json_lines(tmp_path: Path) -> None:
 
 
 def test_plain_text(tmp_path: Path) -> None:
-    text = '\ufefffirst\r\n\n  \nsecond {"prompt": 1}\n[INST] {name} (1)'
+    text = (
+        '\ufefffirst\r\n\n  \n\ufeffsecond {"prompt": 1}\n[INST] {name} (1)\n    indented \n[[a link]] and []'
+    )
     for content in (text, text.replace("\r\n", "\r").replace("\n", "\r")):
         prompts = read_prompts(write(tmp_path / "p.txt", content))
         assert [(p.id, p.messages) for p in prompts] == [
             ("1", [{"role": "user", "content": "first"}]),
             ("4", [{"role": "user", "content": 'second {"prompt": 1}'}]),
             ("5", [{"role": "user", "content": "[INST] {name} (1)"}]),
+            ("6", [{"role": "user", "content": "    indented "}]),  # as --prompt would have it
+            ("7", [{"role": "user", "content": "[[a link]] and []"}]),
         ]
 
 
@@ -124,6 +128,9 @@ def test_the_projects_own_prompts() -> None:
         ("{oops}", "is not JSON"),
         ("[" * 100_000, "is not JSON"),
         ('["a list"]', "is not a JSON object"),
+        ("[null]", "is not a JSON object"),
+        ('[[{"prompt": "a"}]]', "is not a JSON object"),
+        ('{"prompt": "a", "category": "x\\ud83d"}', "has a category with half a surrogate pair"),
         ('{"text": "t"}', "neither `prompt` nor `messages`"),
         ('{"prompt": 3}', "a prompt that is not a string"),
         ('{"prompt": "  "}', "an empty prompt"),

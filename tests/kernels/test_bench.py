@@ -107,6 +107,7 @@ def test_of_several_thread_counts_the_best_is_reported() -> None:
         (["--seconds", "nan"], ["--seconds nan"]),
         (["--plot", "a.png", "--rows", "2,4"], ["--plot", "--rows"]),
         (["--plot", "no/such/a.png"], ["--plot no/such/a.png", "no/such"]),
+        (["--plot", "/dev/null"], ["--plot /dev/null"]),
         (["--json", "no/such/a.json"], ["--json no/such/a.json"]),
         (["--nope"], ["--nope"]),
     ],

@@ -183,6 +183,17 @@ def test_folder_is_its_files_in_order(tmp_path: Path) -> None:
     left_out = LeftOut()
     assert [d.text for d in read_source(tmp_path, left_out)] == ["C.TXT", "a/b.jsonl.gz", "a/z.txt", "b.txt"]
     assert left_out == LeftOut({"a file of another kind": 2}, {"a file of another kind": "README.md"})
+    # A .json that holds documents is no description; linked folders are read; what cannot be is named.
+    write(tmp_path / "data" / "d.json", b'[\n {\n  "id": 1,\n  "prompt": "Asked?"\n }\n]')
+    write(tmp_path / "elsewhere" / "e.jsonl", lines({"prompt": "Linked?"}))
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    assert [d.text for d in read_source(tmp_path / "data")] == ["Asked?", "Linked?"]
+    assert load_excluded([tmp_path / "data"]).prompts == {"asked?", "linked?"}
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data")
+    assert "data/linked/back: is a link to a folder that it is in" in refusal(tmp_path / "data")
+    (tmp_path / "elsewhere" / "back").unlink()
+    (tmp_path / "elsewhere" / "gone").symlink_to("nowhere")
+    assert "data/linked/gone: is a link that leads nowhere" in refusal(tmp_path / "data")
 
 
 @pytest.mark.slow
