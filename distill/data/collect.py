@@ -266,6 +266,7 @@ class Collector:
             )
             for index, coded in scored:
                 writer.add(coded, index)
+            assert not writer.missing(len(shards))
             writer.finish()
         return Dataset.open(self.plan.folder)
 

@@ -192,11 +192,11 @@ def score(
             yield index, coded(block, settings, ranks.devices.get(0, ""))
             while done:
                 yield done.popleft()
+        while done:  # what came when nothing was left to score here
+            yield done.popleft()
         if not any(given.values()):
             return
         serve(wait=True)
-        while done:
-            yield done.popleft()
 
 
 def _blocks(scorer: Scorer, parts: Iterator[Part]) -> Iterator[tuple[int, Block | SampledBlock]]:

@@ -48,9 +48,7 @@ def test_json_lines(tmp_path: Path) -> None:
 
 
 def test_plain_text(tmp_path: Path) -> None:
-    text = (
-        '\ufefffirst\r\n\n  \n\ufeffsecond {"prompt": 1}\n[INST] {name} (1)\n    indented \n[[a link]] and []'
-    )
+    text = '\ufefffirst\r\n\n  \n\ufeffsecond {"prompt": 1}\n[INST] {name} (1)\n    indented \n[[a link]] and []'
     for content in (text, text.replace("\r\n", "\r").replace("\n", "\r")):
         prompts = read_prompts(write(tmp_path / "p.txt", content))
         assert [(p.id, p.messages) for p in prompts] == [

@@ -14,12 +14,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, Command, arguments, environment
 
+from decode.models.checkpoint import find_teacher
 from distill.data.inspection import verify
-from distill.data.manifest import Manifest
+from distill.data.manifest import DatasetSettings, Manifest
 from distill.data.ranks import Connection, Gone, Launch, Ranks, connect
+from distill.data.scoring import Scorer
+from distill.data.sharing import Part, score
 from kernels import UserError
 from kernels.console import Interrupted
 
@@ -275,6 +279,33 @@ def test_strangers_are_turned_away() -> None:
     assert next(ranks.received(wait=True)) == (1, {"here": True}, b"\x00\xff")
     with pytest.raises(UserError, match=r"rank 1 of 2 \(process \d+ on .*\): has ended"):
         next(ranks.received(wait=True))
+
+
+def test_a_shard_that_comes_last_is_kept(small_teacher: Path) -> None:
+    """When rank 0 has scored its own, and nothing is left to give."""
+    told = DatasetSettings(
+        {"teacher": {"name": "t", "hash": "h"}, "tokenizer_hash": "h", "vocab_size": 49152, "k": 4, "seq_len": 32}
+        | {"temperatures": [1.0]}
+    )
+    counts, scored = {"rows": 1, "tokens": 1, "trained_tokens": 1, "documents": 1}, threading.Event()
+
+    def assist(launch: Launch) -> None:
+        connection = connect(launch)
+        given, _ = connection.receive()
+        scored.wait(60)
+        connection.send({"shard": given["shard"], "counts": counts}, b"scored there")
+        connection.receive()  # until rank 0 ends it
+
+    row = (np.arange(32, dtype=np.int32), np.ones(32, bool), np.ones(32, np.uint8))
+    scorer = Scorer(find_teacher(str(small_teacher)).load(), 4, (1.0,), 1, lambda tokens: None)
+    with meet(assist) as ranks:
+        done = {}
+        for index, coded in score(ranks, scorer, told, lambda index: Part(index, index, [row]), range(2)):
+            done[index] = coded.data
+            scored.set()
+            while 0 not in done and ranks._inbox.empty():
+                time.sleep(0.01)
+    assert done.keys() == {0, 1} and done[0] == b"scored there"
 
 
 @pytest.mark.parametrize(
