@@ -885,7 +885,9 @@ def test_a_dataset_is_of_one_time(small_teacher: Path, sources: tuple[str, ...],
 
 @pytest.mark.slow
 @pytest.mark.parametrize("late", [False, True])
-def test_sources_edited_while_they_are_read(small_teacher: Path, tmp_path: Path, late: bool) -> None:
+def test_sources_edited_while_they_are_read(
+    small_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
     """Nothing of the edited file is kept, though its lines are read one by one; a touched file is not an edited one.
     late: edited behind the first file of replies."""
     prompts, folder = tmp_path / "p.jsonl", tmp_path / "texts"
@@ -893,8 +895,9 @@ def test_sources_edited_while_they_are_read(small_teacher: Path, tmp_path: Path,
     (folder / "a.txt").write_text("The ships sail home. " * 40)
     prompts.write_text("".join(json.dumps({"prompt": ask(number)}) + "\n" for number in range(400)))
     settings = CollectSettings(
-        sources=(str(prompts), str(folder)), tokens=4000, seq_len=128, max_reply=4, reply_batch=8
+        sources=(str(prompts), str(folder)), tokens=1200, seq_len=128, max_reply=4, reply_batch=4
     )
+    monkeypatch.setattr("distill.data.reply_pass.EXAMPLES_PER_FILE", 4)
     teacher, edited = find_teacher(str(small_teacher)), list[str]()
 
     def edit(stage: str, done: int, total: int | None) -> None:

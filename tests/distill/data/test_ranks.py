@@ -19,7 +19,7 @@ import pytest
 from conftest import ROOT, Command, arguments, environment
 
 from decode.models.checkpoint import find_teacher
-from distill.data.inspection import verify
+from distill.data.inspection import inspect_dataset, table, verify
 from distill.data.manifest import DatasetSettings, Manifest
 from distill.data.ranks import Connection, Gone, Launch, Ranks, connect
 from distill.data.scoring import Scorer
@@ -136,7 +136,8 @@ if os.environ["MLX_RANK"] == "1":
 def test_a_rank_that_differs_is_named_before_the_work(
     command_line: list[object], tmp_path: Path, more: list[object], variables: dict[str, str], name: str
 ) -> None:
-    zero, one = ended(start(tmp_path / "two", command_line, [*command_line, *more], **variables))
+    other = [*command_line, *more] if "--teacher" not in more else [command_line[0], *more, *command_line[3:]]
+    zero, one = ended(start(tmp_path / "two", command_line, other, **variables))
     assert one == (2, "", "")
     assert zero[:2] == (2, "") and len(zero[2].splitlines()) == 1
     assert zero[2].startswith("distill: error: rank 1 of 2 (process ") and name in zero[2]
@@ -164,20 +165,19 @@ def test_what_was_begun_elsewhere_is_not_gone_on_with(command: Command, small_te
     run += ["--source", tmp_path / "p.txt", "--quiet", "--out", tmp_path / "d"]
     assert command("distill", *run).code == 0
     (replies,) = tmp_path.glob("replies-*")
-    made = {folder: files(folder) for folder in (tmp_path / "d", replies)}
-    assert command("distill", *run, BITDRAFT_KERNELS="reference").code == 0  # is there, whole
-    assert {folder: files(folder) for folder in made} == made
-    for folder, out in zip(made, ("d", "e"), strict=True):  # other shards of the same replies
-        run[-1] = tmp_path / out
-        next(folder.glob("*-00000.safetensors")).unlink()
-        left = files(folder)
-        refused = command("distill", *run, BITDRAFT_KERNELS="reference")
-        refused.refused("distill", str(folder), "device", "(reference)", "--mixed")
-        assert files(folder) == left
-        assert command("distill", *run, "--mixed", BITDRAFT_KERNELS="reference").code == 0
-        manifest = Manifest.read(folder)
-        assert "(reference)" in manifest.entries[0].device and "(reference)" not in manifest.machine["device"]
-        assert manifest.machine["device"] in command("distill", "inspect", folder).out
+    other = {"BITDRAFT_KERNELS": "reference"}
+    next((tmp_path / "d").glob("shard-00000.*")).unlink()
+    left = files(tmp_path)
+    command("distill", *run, **other).refused("distill", str(tmp_path / "d"), "device", "(reference)", "--mixed")
+    assert files(tmp_path) == left
+    assert command("distill", *run, "--mixed", **other).code == 0
+    manifest = Manifest.read(tmp_path / "d")
+    assert "(reference)" in manifest.entries[0].device and "(reference)" not in manifest.machine["device"]
+    assert manifest.machine["device"] in table(inspect_dataset(tmp_path / "d"))
+    # Replies, for other shards of them.
+    next(replies.glob("reply-00000.*")).unlink()
+    refused = command("distill", *run[:-1], tmp_path / "e", **other)
+    refused.refused("distill", str(replies), "device", "(reference)", "--mixed")
 
 
 @pytest.mark.slow
