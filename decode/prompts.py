@@ -269,6 +269,8 @@ def _message(message: Any) -> Message:
         if not isinstance(calls, list) or not all(isinstance(call, dict) and _called(call) for call in calls):
             raise ValueError("has tool_calls that do not name a function")
         kept["tool_calls"] = calls
+    if message.get("function_call"):
+        raise ValueError("has a function_call, which is not read; write it as tool_calls")
     if role == "tool":
         kept |= {key: message[key] for key in ("tool_call_id", "name") if message.get(key) is not None}
     if SURROGATE.search(json.dumps(kept, ensure_ascii=False)):

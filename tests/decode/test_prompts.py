@@ -127,6 +127,10 @@ def test_the_projects_own_prompts() -> None:
         ("[" * 100_000, "is not JSON"),
         ('["a list"]', "is not a JSON object"),
         ("[null]", "is not a JSON object"),
+        (
+            '{"messages": [{"role": "assistant", "content": "", "function_call": {"name": "f"}}]}',
+            "has a function_call",
+        ),
         ('[[{"prompt": "a"}]]', "is not a JSON object"),
         ('{"prompt": "a", "category": "x\\ud83d"}', "has a category with half a surrogate pair"),
         ('{"text": "t"}', "neither `prompt` nor `messages`"),

@@ -17,6 +17,7 @@ from attention_checks import (
     check_rows_alone,
     qkv_rows,
 )
+from choice_checks import check_choice, check_greedy_choice, check_top
 
 from kernels import reference
 from kernels.backends import device_backend
@@ -214,37 +215,13 @@ def test_packed_rows_have_the_bits_of_sequences() -> None:
 
 @pytest.mark.parametrize("n", [1, 700, 16384, 128256])
 def test_choices(n: int) -> None:
-    x = np.array(normal(64, n)) * 3
-    x[1] = np.round(x[1])
-    x[2], x[3] = 1.5, -np.inf
-    x[:3, ::3][:, 1:] = -np.inf  # tokens without probability
-    uniform = np.random.default_rng(0).random(64, np.float32)
-    uniform[:2] = 0, np.nextafter(np.float32(1), np.float32(0))
-    assert cuda.choose(mx.array(x), mx.zeros(64), mx.array(uniform)).tolist() == x.argmax(-1).tolist()
-    rows = mx.array(x[:3]), mx.full((3,), 0.8), mx.array(uniform[:3])
-    chosen = cuda.choose(*rows)
-    p = np.exp((x[:3] - x[:3].max(-1, keepdims=True)).astype(np.float64) / 0.8)
-    sums = np.cumsum(p, axis=-1) / p.sum(-1, keepdims=True)
-    for i, token in enumerate(chosen.tolist()):
-        assert p[i, token] > 0
-        assert (sums[i, token - 1] if token else 0) - 1e-5 <= uniform[i] <= sums[i, token] + 1e-5
-        assert cuda.choose(*[part[i : i + 1] for part in rows]).tolist() == [token]
+    check_greedy_choice(cuda, n)
+    check_choice(cuda, n, 0.8)
 
 
 @pytest.mark.parametrize(("n", "k"), [(32, 32), (5003, 64), (16384, 32), (128256, 128)])
 def test_the_top_of_logits(n: int, k: int) -> None:
-    x = np.array(normal(64, n))
-    x[1], x[2] = np.round(x[1]), 1.5
-    x[4, ::512] += 100
-    ids, values, lse = cuda.top_k(mx.array(x), k, (1.0, 0.5))
-    order = np.argsort(-x, axis=-1, kind="stable")[:, :k]
-    assert np.array_equal(np.array(ids), order)
-    assert np.array_equal(np.array(values), np.take_along_axis(x, order, axis=-1))
-    for t, temperature in enumerate((1.0, 0.5)):
-        expected = np.log(np.exp(x.astype(np.float64) / temperature).sum(-1))
-        np.testing.assert_allclose(np.array(lse)[:, t], expected, rtol=1e-6, atol=1e-5)
-    alone = cuda.top_k(mx.array(x[5:6]), k, (1.0, 0.5))
-    assert all(same_bits(part[5:6], single) for part, single in zip((ids, values, lse), alone, strict=True))
+    check_top(cuda, n, k)
 
 
 @pytest.mark.parametrize("m", range(1, 9))
