@@ -269,6 +269,8 @@ def _message(message: Any) -> Message:
         if not isinstance(calls, list) or not all(isinstance(call, dict) and _called(call) for call in calls):
             raise ValueError("has tool_calls that do not name a function")
         kept["tool_calls"] = calls
+    if role == "assistant" and message.get("weight") == 0:
+        raise ValueError("has a turn of weight 0, which would be learnt all the same: leave it out")
     if message.get("function_call"):
         raise ValueError("has a function_call, which is not read; write it as tool_calls")
     if role == "tool":

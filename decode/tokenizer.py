@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import tempfile
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -157,22 +158,29 @@ class Tokenizer:
         in it, end tokens included. where: its place, for messages.
 
         Without a chat template, and where that writes an earlier turn otherwise than as a reply to what is before it,
-        only the later ones are told.
+        only the later ones are told. A token in which a turn begins, and what is before it ends, is not of the turn.
         """
         ids, start = self._encode_to_reply(messages, where)
         turns = [range(start, len(ids))]
-        for i in range(len(messages) - 2, 0, -1):
-            if messages[i]["role"] == "assistant" and self._wrapped.has_chat_template:
-                try:
-                    prompt = self._apply_template(messages[:i], where, add_generation_prompt=True)
-                    whole = self._apply_template(messages[: i + 1], where, add_generation_prompt=False)
-                except UserError:
-                    break
-                if ids[: len(prompt)] != prompt or ids[: len(whole)] != whole:
-                    break
-                reply = range(len(prompt), len(whole))
-                end = next((at + 1 for at in reply if ids[at] in self.end_tokens), reply.stop)
-                turns.insert(0, range(reply.start, end))
+        earlier = [i for i, message in enumerate(messages[:-1]) if message["role"] == "assistant"]
+        if not earlier or not self._wrapped.has_chat_template:
+            return ids, turns
+        text = self._text_of(messages[:-1], where)
+        encoded = self._wrapped.backend_tokenizer.encode(text, add_special_tokens=False)
+        if encoded.ids != ids[:start]:
+            return ids, turns
+        for i in reversed(earlier):
+            try:
+                before = self._text_of(messages[:i], where)
+                whole = str(self._apply_template(messages[: i + 1], where, tokenize=False, add_generation_prompt=False))
+            except UserError:
+                break
+            if not (text.startswith(before) and text.startswith(whole)):
+                break
+            first = bisect_left(encoded.offsets, (len(before), 0))
+            reply = range(first, max(first, bisect_left(encoded.offsets, (len(whole), 0))))
+            end = next((at + 1 for at in reply if ids[at] in self.end_tokens), reply.stop)
+            turns.insert(0, range(reply.start, end))
         return ids, turns
 
     def _encode_to_reply(self, messages: list[Message], where: str) -> tuple[list[int], int]:

@@ -29,7 +29,7 @@ from distill.data.shards import Dataset
 from distill.data.sharing import this_machine
 from distill.provenance import teacher_files
 from distill.recipe import RECIPE_FILE, STAGES, Recipe
-from distill.release.evaluate import check_evaluation_folder, evaluate, fingerprint, finished_report, select
+from distill.release.evaluate import REPORT, check_evaluation_folder, evaluate, fingerprint, finished_report, select
 from distill.training.draft_config import DraftConfig
 from distill.training.memory import check_memory
 from distill.training.run import train, working_on_draft
@@ -247,8 +247,8 @@ class Pipeline:
             raise KeyboardInterrupt(f"{report['prompts']} prompts are done; the same command goes on from there")
 
     def _evaluate_figures(self) -> dict[str, Any]:
-        report = self._finished()
-        assert report is not None
+        # The stage's own, even where its prompts were edited meanwhile: then it is done again next time.
+        report = read_json(self.recipe.evaluation / REPORT)
         return {"report": {name: value for name, value in report.items() if name != "outputs"}}
 
 

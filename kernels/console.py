@@ -209,7 +209,8 @@ def check_json_target(target: str | None, *inputs: str | Path | None) -> None:
     if path.is_dir():
         raise UserError(f"--json {target}: is a folder")
     read = any(name and Path(name).is_file() and path.exists() and path.samefile(name) for name in inputs)
-    if read or (path.is_file() and path.resolve().name in READ):
+    kept = path.resolve().name in READ or path.resolve().suffix == ".safetensors"
+    if read or (path.is_file() and kept):
         raise UserError(f"--json {target}: is what commands read, and would be replaced; give another name")
     folder = Path(os.path.realpath(path)).parent  # behind a link, as it is written
     if not folder.is_dir():

@@ -193,6 +193,7 @@ class Reader:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.settings, self.complete = folder, manifest.settings, manifest.complete
         self.format, self.scored_from = manifest.format, manifest.scored_from
+        self.sha256 = manifest.read_as  # of the manifest, which another process may write meanwhile
         self.left_out, self.cut, self.machine = manifest.left_out, manifest.cut, manifest.machine
         self.shards = [manifest.entries[index] for index in sorted(manifest.entries)]
 

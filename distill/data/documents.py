@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from decode.prompts import ANSWERED, SURROGATE, Message, conversation, text_of
+from decode.prompts import ANSWERED, SURROGATE, Message, called_functions, conversation, text_of
 from kernels.errors import UserError
 
 Kind = Literal["text", "prompt", "messages", "turns", "self"]
@@ -91,12 +91,16 @@ def parse(row: Mapping[str, Any], line: int, where: str = "", column: str | None
         text = _string(row["text"], "text")
         return Document("text", text, None, line, where, category) if text.strip() else None
     messages = conversation(row)
+    if row.get("messages") is not None and row.get("completion"):
+        raise ValueError("has a `completion` beside messages, which is not read")
     if row.get("messages") is None and row.get("completion") is not None:
         messages.append({"role": "assistant", "content": _string(row["completion"], "completion")})
     elif row.get("messages") is None and len(messages) == 1:
         return Document("prompt", text_of(messages[0]), None, line, where, category)
     if messages[-1]["role"] not in (*ANSWERED, "assistant"):
         raise ValueError(f"ends with a turn of the role {messages[-1]['role']}: there is nothing to answer or to learn")
+    if messages[-1]["role"] == "assistant" and not any(map(_says_something, messages)):
+        return None  # there is nothing to learn
     return Document("messages", None, messages, line, where, category)
 
 
@@ -141,6 +145,11 @@ def _of_column(row: Mapping[str, Any], column: str) -> dict[str, Any]:
     raise ValueError(f"has a {column} that is neither a text nor a list of turns")
 
 
+def _says_something(message: Message) -> bool:
+    """Whether a message is an answer that is not empty."""
+    return message["role"] == "assistant" and bool(text_of(message).strip() or called_functions(message))
+
+
 def _listed(value: str) -> str | list[Any]:
     """The messages of a text that is a list of them in JSON, as some tables keep a conversation; else the text."""
     try:
@@ -164,7 +173,8 @@ def _turns(turns: Any) -> list[str]:
 def _category(row: Mapping[str, Any]) -> str:
     """The kind of a row, in one line."""
     found = next((row[name] for name in KINDS if row.get(name) is not None), "")
-    return " ".join(found.split()) if isinstance(found, str) and not SURROGATE.search(found) else ""
+    name = str(found) if isinstance(found, str | int) else ""
+    return "" if SURROGATE.search(name) else " ".join(name.split())
 
 
 def _string(value: Any, what: str) -> str:

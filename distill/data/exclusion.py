@@ -7,7 +7,7 @@ from pathlib import Path
 
 from distill.data.documents import Document, LeftOut, normalise_prompt
 from distill.data.duplicates import NearDuplicates
-from distill.data.source_files import holds_objects, kind_of, lines_of, read_files, source_files
+from distill.data.source_files import holds_objects, kind_of, lines_of, lists_objects, read_files, source_files
 from distill.data.source_names import TEXT
 from kernels.errors import UserError
 
@@ -32,13 +32,20 @@ class Excluded:
         return NEAR_EXCLUDED if document.kind != "text" and any(map(self._near.find, said)) else None
 
 
+def _files(path: Path) -> list[Path]:
+    """Of a folder also each `.json` that lists objects: one that has no prompts is refused, not passed over."""
+    files = source_files(path)
+    lists = [file for file in path.glob("**/*.json") if file not in files and lists_objects(file)]
+    return files + sorted(lists)
+
+
 def load_excluded(paths: Iterable[str | Path]) -> Excluded:
     """The prompts of prompts files: JSON, or plain text with one prompt a line. UserError where one holds none: whoever
     names it means to leave something out."""
     excluded: set[str] = set()
     for path in paths:
         prompts: set[str] = set()
-        for file in source_files(Path(path)):
+        for file in _files(Path(path)):
             if kind_of(file) in TEXT and not holds_objects(file):
                 prompts.update(normalise_prompt(line) for _, line in lines_of(file))
             else:

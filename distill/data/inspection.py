@@ -354,8 +354,10 @@ def table(summary: dict[str, Any]) -> str:
     for title, name in (("sources", "sources"), ("prompts left out", "exclude")):
         if rows := [_source(entry) for entry in settings.get(name) or []]:
             text += f"\n\n{title}\n{_columns(rows)}"
-    for title, by, what in (("tokens by source", "by_source", "source"), ("tokens by kind", "by_kind", "kind")):
-        counts = summary.get(by, [])
+    # Of shards too these are the replies' counts, ends that are too short for a row among them.
+    counted = "tokens of the replies" if of_shards else "tokens"
+    for by, what in (("by_source", "source"), ("by_kind", "kind")):
+        title, counts = f"{counted} by {what}", summary.get(by, [])
         if any(one[what] is not None for one in counts):
             shares = [_share(one, what, sum(x["tokens"] for x in counts)) for one in counts]
             text += f"\n\n{title}\n{_columns(shares)}"

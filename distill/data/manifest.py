@@ -209,6 +209,7 @@ class Manifest:
     machine: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
     sealed: bool = True
+    read_as: str = ""  # sha256 of the bytes that it was read from
 
     def __post_init__(self) -> None:
         if self.kind == "shards" and not self.settings.values.keys() & {"k", "sampled"}:
@@ -285,6 +286,7 @@ class Manifest:
                 machine=_machine(content.get("machine", {})),
                 format=OLD_FORMATS.get(version, FORMAT),
                 sealed=SEAL in data,
+                read_as=hashlib.sha256(data).hexdigest(),
             )
             for line in content["shards"]:
                 manifest._list(Entry(**line))

@@ -16,6 +16,7 @@ from decode.tokenizer import Tokenizer
 from distill.data.exclusion import Excluded
 from distill.data.sources import Document, LeftOut, Source, read_source
 
+UNTOLD = "turns of the assistant that a longer conversation's text has otherwise, and that are not learnt"
 READ_AHEAD = 10_000  # documents of a source that are held, for one of them to be the next
 
 Numbered = tuple[int, Document]
@@ -113,15 +114,20 @@ def encode_turns(tokenizer: Tokenizer, document: Document) -> list[list[int]]:
     return [_encode_prompt(tokenizer, document)]
 
 
-def encode_text(tokenizer: Tokenizer, document: Document) -> tuple[list[int], np.ndarray]:
+def encode_text(
+    tokenizer: Tokenizer, document: Document, left_out: LeftOut | None = None
+) -> tuple[list[int], np.ndarray]:
     """Any document as it is, and which of its tokens are learnt, bool [n]: of a conversation the assistant's turns, and
-    it ends with the last of these; of all else everything."""
+    it ends with the last of these; of all else everything. left_out: counts turns that are not learnt."""
     messages = document.messages or []
     if answered := [i for i, message in enumerate(messages, 1) if message["role"] == "assistant"]:
         ids, turns = tokenizer.encode_conversation(messages[: answered[-1]], document.where)
         trained = np.zeros(len(ids), bool)
         for turn in turns:
-            trained[turn.start : turn.stop] = True
+            if tokenizer.decode(ids[turn.start : turn.stop]).strip():  # nobody should learn to say nothing
+                trained[turn.start : turn.stop] = True
+        if left_out is not None and len(turns) < len(answered):
+            left_out.add(UNTOLD, document.where, len(answered) - len(turns))
         return ids, trained
     ids = tokenizer.encode_text(document.text or "") if document.kind == "text" else _encode_prompt(tokenizer, document)
     return ids, np.ones(len(ids), bool)

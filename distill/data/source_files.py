@@ -8,7 +8,7 @@ import json
 import lzma
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
@@ -36,14 +36,14 @@ from kernels.errors import UserError, first_line
 MAX_TEXT = 1 << 20  # characters; a text file longer than this is cut at its next blank line
 
 
-def source_files(path: Path, left_out: LeftOut | None = None) -> list[Path]:
+def source_files(path: Path, left_out: LeftOut | None = None, column: str | None = None) -> list[Path]:
     """The files that a local source consists of, sorted by their names inside it. left_out: counts the others of a
-    folder, hidden ones aside."""
+    folder, hidden ones aside. column: the one that is read, where it has a name of its own."""
     if path.is_dir():
         visible = sorted((file.relative_to(path).as_posix(), file) for file in _visible_files(path))
         if odd := next((name for name, _ in visible if SURROGATE.search(name)), None):
             raise UserError(f"{path}: holds a file whose name is not valid UTF-8: {odd}")
-        files = [file for _, file in visible if kind_of(file) and not _describes(file)]
+        files = [file for _, file in visible if kind_of(file) and not _describes(file, {*COLUMN_NAMES, column})]
         if not files:
             raise UserError(f"{path}: holds none of {', '.join((*TEXT, '.jsonl', '.ndjson', *COLUMNS))}")
         read = set(files)
@@ -78,14 +78,27 @@ def _visible_files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]
             yield path
 
 
-def _describes(file: Path) -> bool:
-    """Whether a `.json` in a folder is no list of documents, nor one: such a file mostly describes a dataset. By its
-    own name it is read, whatever it holds."""
-    if kind_of(file) != ".json":
-        return False
-    value = _value("".join(line for _, line in lines_of(file)))
-    first = value[0] if isinstance(value, list) and value else value
-    return not (isinstance(first, dict) and first.keys() & set(COLUMN_NAMES))
+def _describes(file: Path, columns: Set[str | None]) -> bool:
+    """Whether a `.json` in a folder holds no documents, in a list, a line each, or one: such a file mostly describes a
+    dataset. By its own name it is read, whatever it holds."""
+    return kind_of(file) == ".json" and not (_first_object(file) or {}).keys() & columns
+
+
+def _first_object(file: Path) -> dict[str, Any] | None:
+    """The first of the objects that a file holds."""
+    for text in (_first_lines(file, 1), (line for _, line in lines_of(file))):
+        value = _value("".join(text))
+        first = value[0] if isinstance(value, list) and value else value
+        if isinstance(first, dict):
+            return first
+    return None
+
+
+def lists_objects(file: Path) -> bool:
+    """Whether a file is a list of objects, or has one a line."""
+    return isinstance(_value("".join(_first_lines(file, 1))), dict) or isinstance(
+        _value("".join(line for _, line in lines_of(file))), list
+    )
 
 
 def read_files(files: Iterable[Path], column: str | None, left_out: LeftOut) -> Iterator[Document]:

@@ -54,7 +54,7 @@ def read_source(
     elif source.kind == "hub":
         yield from of_rows(rows_of(source), source.name, source.path, source.column, left_out)
     else:
-        files = source_files(Path(source.path), left_out)
+        files = source_files(Path(source.path), left_out, source.column)
         shuffled = None if order is None else read_shuffled(files, source.column, left_out, order)
         yield from read_files(files, source.column, left_out) if shuffled is None else shuffled
 
@@ -67,7 +67,7 @@ def describe(source: Source) -> str:
     if source.kind == "hub":
         config = f"configuration {source.config}, " if source.config else ""
         return f"{column}{config}split {source.split or 'train'}, streamed at commit {source.revision}"
-    files = source_files(Path(source.path))
+    files = source_files(Path(source.path), column=source.column)
     size = sum(file.stat().st_size for file in files) / 1e6
     named = files[0].name if len(files) == 1 else f"{len(files)} files"
     lines = ", its lines in an order over all" if has_lines_of_objects(files) else ""
@@ -82,7 +82,7 @@ def sha256_of(source: Source | str | Path) -> str:
         digest.update(f"{source.path}:{source.config or ''}{split}@{commit_of(source)}".encode())
     elif source.kind == "folder":
         path = Path(source.path)
-        for file in source_files(path):
+        for file in source_files(path, column=source.column):
             digest.update(f"{file.relative_to(path).as_posix()}\0{sha256_of(file)}\n".encode())
     else:
         with readable(Path(source.path)) as file_:
@@ -123,7 +123,7 @@ class Watch:
 
 def _stamps(source: Source) -> list[tuple[Path, int, int, int]]:
     """What tells a file that was written to from one that was not, for each file of a local source."""
-    files = source_files(Path(source.path)) if source.kind in ("file", "folder") else []
+    files = source_files(Path(source.path), column=source.column) if source.kind in ("file", "folder") else []
     status = ((file, file.stat()) for file in files)
     return [(file, of_file.st_ino, of_file.st_size, of_file.st_mtime_ns) for file, of_file in status]
 

@@ -195,7 +195,7 @@ class Supply:
             if asks:
                 turns = encode_turns(self._tokenizer, document)
             else:
-                ids, trained = encode_text(self._tokenizer, document)
+                ids, trained = encode_text(self._tokenizer, document, left_out)
                 turns = [ids]
         except UserError as error:
             if document.kind == "self":  # then so is every other

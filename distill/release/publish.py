@@ -216,9 +216,10 @@ def publish(package: Package, *, private: bool | None = None, force: bool = Fals
             api.create_repo(repo, private=private is not False)
             info = api.model_info(repo)
         there = [sibling.rfilename for sibling in info.siblings or []]
-        stale = _stale(api, package, there, str(info.sha), force)
+        listed = _listed(api, package.repo, there, str(info.sha))
+        stale = _stale(api, package, there, str(info.sha), force, listed)
         if not force:
-            _check_unchanged(api, package, there, {*package.files, *stale}, str(info.sha))
+            _check_unchanged(api, package, there, {*package.files, *stale}, str(info.sha), listed)
         card_kept = CARD in there and not force and not _is_ours(api, package, str(info.sha))
         if private and not info.private:  # before anything can be seen
             api.update_repo_settings(repo, private=True)
@@ -249,18 +250,22 @@ def _is_ours(api: Any, package: Package, commit: str) -> bool:
     return text == package.card or is_unchanged(text)
 
 
-def _check_unchanged(api: Any, package: Package, there: list[str], names: set[str], commit: str) -> None:
-    """UserError where one of these files in the repository, which would be replaced or deleted, is neither as it was
-    published nor what would take its place: somebody changed it, or put it there.
-
-    Before there were records, a draft.json listed the draft's files; what was beside them was taken to be ours."""
-    listed: dict[str, str] = {}
+def _listed(api: Any, repo: str, there: list[str], commit: str) -> dict[str, str]:
+    """Names and hashes of what was published to a repository, as far as that is known: before there were records, a
+    draft.json listed the draft's files."""
     record = next((name for name in (RECORD, DRAFT) if name in there), None)
-    if record is not None:
-        listed = listed_files(Path(api.hf_hub_download(package.repo, record, revision=commit)))
+    return {} if record is None else listed_files(Path(api.hf_hub_download(repo, record, revision=commit)))
+
+
+def _check_unchanged(
+    api: Any, package: Package, there: list[str], names: set[str], commit: str, listed: dict[str, str]
+) -> None:
+    """UserError where one of these files in the repository, which would be replaced or deleted, is neither as it was
+    published nor what would take its place: somebody changed it, or put it there. Where there is no record, what is
+    beside a draft's files is taken to be ours."""
     for entry in api.list_repo_tree(package.repo, revision=commit):
         name = entry.path
-        if name not in names or (record == DRAFT and name not in listed):
+        if name not in names or (name not in listed and DRAFT in there and RECORD not in there):
             continue
         lfs = getattr(entry, "lfs", None)
         digest = lfs.sha256 if lfs else sha256(Path(api.hf_hub_download(package.repo, name, revision=commit)))
@@ -273,7 +278,7 @@ def _check_unchanged(api: Any, package: Package, there: list[str], names: set[st
             )
 
 
-def _stale(api: Any, package: Package, there: list[str], commit: str, force: bool) -> list[str]:
+def _stale(api: Any, package: Package, there: list[str], commit: str, force: bool, listed: dict[str, str]) -> list[str]:
     """Files of the repository that would not fit the new draft; UserError where it holds another model."""
     repo, ours = package.repo, package.teacher
     same, holds = False, ""
@@ -294,7 +299,8 @@ def _stale(api: Any, package: Package, there: list[str], commit: str, force: boo
         return []
     if not same and not force:
         raise UserError(f"{repo}: holds {holds}; choose another --repo, or replace it with --force")
-    kept = {CARD, RECORD, *package.files, *([LICENCE] if same else [])}  # a licence may be there by hand
+    by_hand = {LICENCE} if same and LICENCE not in listed else set()
+    kept = {CARD, RECORD, *package.files, *by_hand}
     stale = (name for name in there if name not in kept)
     return [name for name in stale if name in FILES or (not same and name.lower().endswith(MODEL_FILES))]
 

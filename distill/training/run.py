@@ -28,7 +28,6 @@ from tqdm import tqdm
 from decode.metal import limit_memory
 from decode.models.checkpoint import RUNS, Checkpoint, has_tokenizer
 from decode.tokenizer import Tokenizer, check_tokenizer
-from distill.data.manifest import MANIFEST
 from distill.data.shards import Dataset
 from distill.provenance import (
     FORMS_PROMPTS,
@@ -63,7 +62,6 @@ from kernels.files import (
     read_json,
     read_json_lines,
     replacing,
-    sha256,
     stored_bytes,
     working_in,
     write_atomic,
@@ -116,7 +114,7 @@ def train(
     check_draws(settings.loss, dataset.settings.sampled)
     check_tokenizer(teacher_folder)
     other = other_teacher(dataset, teacher_folder)
-    fingerprint = settings.record() | {"data": sha256(data / MANIFEST)}
+    fingerprint = settings.record() | {"data": dataset.sha256}
     files = teacher_files(Tokenizer(teacher_folder))
     fingerprint["teacher_files"] = files
     _check_template(dataset, teacher_folder, files)

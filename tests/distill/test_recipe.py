@@ -11,6 +11,7 @@ import tomllib
 import weakref
 from contextlib import chdir
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, TEACHER, Command, arguments, changed_copy, environment, unsealed
@@ -19,6 +20,7 @@ from decode.models.checkpoint import find_teacher
 from distill.pipeline import Pipeline, free_memory
 from distill.predict import MACS, predict, table, teacher_bytes
 from distill.recipe import RECIPES, find_recipe, keys, read_recipe
+from distill.release.evaluate import evaluate
 from distill.training.draft_config import DraftConfig
 from distill.training.memory import estimate_memory
 from kernels import UserError
@@ -174,7 +176,7 @@ def test_predictions_are_bytes_and_operations() -> None:
 
 
 @pytest.mark.slow
-def test_run(inside: Command, small_teacher: Path, tmp_path: Path) -> None:
+def test_run(inside: Command, small_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The three stages, once; stopped and taken up; what was made under other settings stays."""
     lines = [{"prompt": f"Tell me about the number {i}.", "category": "ab"[i % 2]} for i in range(60)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -234,6 +236,21 @@ def test_run(inside: Command, small_teacher: Path, tmp_path: Path) -> None:
     (out / "draft" / "evaluation.json").write_text(json.dumps(report | {"identical": False}))
     code, text, _ = run("--from", "evaluate", "--quiet", "--json", "-")  # a check that failed is made again
     assert code == 0 and [stage["skipped"] for stage in json.loads(text)["stages"]] == [False]
+    # Prompts that are edited while they are answered do not count in what is said of this run.
+    report = json.loads((out / "draft" / "evaluation.json").read_text()) | {"identical": False}
+    (out / "draft" / "evaluation.json").write_text(json.dumps(report))
+    asked = (tmp_path / "prompts.jsonl").read_text()
+
+    def edited(*arguments: Any) -> dict[str, Any]:
+        made = evaluate(*arguments)
+        (tmp_path / "prompts.jsonl").write_text(asked + '{"prompt": "One more?"}\n')
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr("distill.pipeline.evaluate", edited)
+        code, text, told = run("--from", "evaluate", "--quiet", "--json", "-")
+    assert code == 0 and json.loads(text)["stages"][0]["report"]["prompts"] == 4, told
+    (tmp_path / "prompts.jsonl").write_text(asked)
     # From a later stage on, what is before it must still be what the recipe says, though its sources be gone.
     (tmp_path / "prompts.jsonl").rename(tmp_path / "away.jsonl")
     elsewhere = tiny.replace('prompts = "prompts', 'prompts = "away')

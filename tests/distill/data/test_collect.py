@@ -32,7 +32,7 @@ from distill.data.exclusion import Excluded
 from distill.data.inspection import inspect_dataset, table, verify
 from distill.data.manifest import DatasetSettings, folder_name
 from distill.data.packing import Segment, cut, pack, segment
-from distill.data.prompts import Chosen, split_text, wants_reply
+from distill.data.prompts import Chosen, encode_text, split_text, wants_reply
 from distill.data.reply_dataset import Example, Replies
 from distill.data.rows import Rows
 from distill.data.settings import CollectSettings
@@ -680,6 +680,25 @@ def with_template(teacher: Path, folder: Path, template: str) -> Path:
 
 def turns(*roles: str) -> dict[str, object]:
     return {"messages": [{"role": role, "content": f"Something of the {role}'s, said at length."} for role in roles]}
+
+
+def test_turns_that_are_not_learnt_are_counted(small_teacher: Path, tmp_path: Path) -> None:
+    """A template may write an earlier answer otherwise than the last; an empty one teaches nothing; and one may begin
+    within a token: with line ends, as those of some models do."""
+    said = "{% for m in messages %}{{ m.role }}\n{{ m.content if SHOWN else '(said)' }}<|im_end|>\n{% endfor %}"
+    said += "{% if add_generation_prompt %}assistant\n{% endif %}"
+    messages = [{"role": role, "content": f"What {role} says."} for role in ("user", "assistant") * 4]
+    messages[1]["content"], messages[3]["content"] = "\n\nWhat assistant says.", ""
+    document = Document("messages", None, messages, 1, "a.jsonl: line 1")
+    for name, shown, learnt, untold in (("a", "true", 3, 0), ("b", "loop.last or m.role == 'user'", 1, 3)):
+        tokenizer = Tokenizer(with_template(small_teacher, tmp_path / name, said.replace("SHOWN", shown)))
+        left_out = LeftOut()
+        ids, trained = encode_text(tokenizer, document, left_out)
+        told = tokenizer.decode([token for token, is_learnt in zip(ids, trained, strict=True) if is_learnt])
+        assert told.replace("\n", "") == "What assistant says." * learnt
+        ends = [i for i in np.flatnonzero(trained) if ids[i] in tokenizer.end_tokens]
+        assert len(ends) == learnt
+        assert sum(left_out.counts.values()) == untold and set(left_out.firsts.values()) <= {"a.jsonl: line 1"}
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from distill.data.sources import Document, LeftOut, normalise_prompt, read_sourc
 from kernels.errors import UserError
 
 ROOT = Path(__file__).parents[3]
-CHAT = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": ""}]
+CHAT = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hi."}]
 
 
 def lines(*objects: Any) -> bytes:
@@ -144,6 +144,8 @@ def test_long_text_is_cut_at_paragraphs(tmp_path: Path, monkeypatch: pytest.Monk
         (b'{"prompt": "a", "tools": [{}]}', "`tools`, which are not read"),
         (b'{"text": "a\0"}', "(byte 28) is a null byte"),
         (b'{"prompt": "a", "system": 3}', "a `system` that is not a string"),
+        (b'{"messages": [{"role": "user", "content": "b"}], "completion": "c"}', "a `completion` beside messages"),
+        (b'{"messages": [{"role": "assistant", "content": "b", "weight": 0}]}', "a turn of weight 0"),
         (b'{"turns": ["a"], "system": "b"}', "a `system` beside turns"),
         (b'{"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}], "system": "c"}', "one"),
         (b'{"messages": [{"role": "user", "content": 1}]}', "content of a message that is not a string"),
@@ -184,6 +186,15 @@ def test_folder_is_its_files_in_order(tmp_path: Path) -> None:
     assert [d.text for d in read_source(tmp_path, left_out)] == ["C.TXT", "a/b.jsonl.gz", "a/z.txt", "b.txt"]
     assert left_out == LeftOut({"a file of another kind": 2}, {"a file of another kind": "README.md"})
     # A .json that holds documents is no description; linked folders are read; what cannot be is named.
+    write(tmp_path / "lines" / "l.json", lines({"prompt": "In lines?", "question": "Or?"}, {"prompt": "Still?"}))
+    assert [d.text for d in read_source(tmp_path / "lines")] == ["In lines?", "Still?"]
+    assert load_excluded([tmp_path / "lines"]).prompts == {"in lines?", "still?"}
+    write(tmp_path / "asked" / "q.json", json.dumps([{"question": "Asked?"}]).encode())
+    write(tmp_path / "asked" / "a.jsonl", lines({"question": "Too?", "prompt": "Prompt?"}))
+    assert [d.text for d in read_source(f"{tmp_path / 'asked'}#question")] == ["Too?", "Asked?"]
+    assert [d.text for d in read_source(tmp_path / "asked")] == ["Prompt?"]
+    with pytest.raises(UserError, match=r"q\.json: entry 1 has none of"):  # or its prompts would not be left out
+        load_excluded([tmp_path / "asked"])
     write(tmp_path / "data" / "d.json", b'[\n {\n  "id": 1,\n  "prompt": "Asked?"\n }\n]')
     write(tmp_path / "elsewhere" / "e.jsonl", lines({"prompt": "Linked?"}))
     (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
@@ -314,9 +325,13 @@ def test_kinds_and_turns(tmp_path: Path) -> None:
         {"turns": ["One?", "Two?"], "kind": "dialogue", "category": "no"},
         {"prompt": "P?", "category": " in two\nlines "},
         {"text": "T", "kind": 3},
+        {"prompt": "P?", "completion": " "},
+        {"messages": [*CHAT[:1], {"role": "assistant", "content": ""}]},
     ]
-    documents = list(read_source(write(tmp_path / "a.jsonl", lines(*rows))))
-    assert [one.category for one in documents] == ["dialogue", "in two lines", ""]
+    left_out = LeftOut()
+    documents = list(read_source(write(tmp_path / "a.jsonl", lines(*rows)), left_out))
+    assert [one.category for one in documents] == ["dialogue", "in two lines", "3"]
+    assert left_out == LeftOut({"empty": 2}, {"empty": "a.jsonl: line 4"})  # answers that say nothing
     assert documents[0].user_texts == ["One?", "Two?"]
 
 

@@ -498,6 +498,13 @@ def test_files_that_were_edited_or_put_on_the_hub_stay(command: Command, hub: Hu
     assert publish(command, hub, small, "-q").code == 0 and repository.files == published
     repository.commit({**older, "config.json": theirs})
     publish(command, hub, small, "-q").refused("distill", REPO, "config.json", "--force")
+    # A licence of ours comes and goes.
+    repository.commit({name: content for name, content in published.items() if name != "LICENSE"})
+    licensed = tmp_path / "licensed"
+    for text in ("of the draft", "another"):
+        (licensed / "LICENSE").write_text(text)
+        assert publish(command, hub, licensed, "-q").code == 0 and repository.files["LICENSE"] == text.encode()
+        assert publish(command, hub, small, "-q").code == 0 and "LICENSE" not in repository.files
     # Where there was no model: what a user put there for one.
     own = hub.add("alice/own", {"log.jsonl": theirs, "notes.md": theirs})
     options = ("--draft", small, "--repo", "alice/own", "-q")

@@ -302,6 +302,26 @@ def test_a_teachers_files_belong_to_a_run(made: tuple[Path, Path], begun: Path, 
 
 
 @pytest.mark.slow
+def test_data_that_grow_as_training_begins(
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A draft names the manifest whose rows it has seen, not the one that is there a moment later."""
+    data = shutil.copytree(made[0], tmp_path / "data")
+    whole = json.loads((data / "manifest.json").read_text())
+    whole.pop("sha256")
+    short = json.dumps(whole | {"complete": False, "shards": whole["shards"][:1]})
+    (data / "manifest.json").write_text(short)
+
+    def slow(folder: Path) -> None:
+        (data / "manifest.json").write_text(json.dumps(whole))
+
+    monkeypatch.setattr("distill.training.run.check_tokenizer", slow)
+    train(data, made[1], tmp_path / "draft", SMALL, quiet=True)
+    told = json.loads((tmp_path / "draft" / "draft.json").read_text())["training"]["data"]
+    assert told["complete"] is False and told["sha256"] == hashlib.sha256(short.encode()).hexdigest()
+
+
+@pytest.mark.slow
 def test_a_teacher_edited_while_its_draft_is_trained(made: tuple[Path, Path], whole: Path, tmp_path: Path) -> None:
     """The draft would get a tokenizer that it was not trained with."""
     data, teacher, out = made[0], shutil.copytree(made[1], tmp_path / "teacher"), tmp_path / "draft"
