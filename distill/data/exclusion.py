@@ -7,7 +7,15 @@ from pathlib import Path
 
 from distill.data.documents import Document, LeftOut, normalise_prompt
 from distill.data.duplicates import NearDuplicates
-from distill.data.source_files import holds_objects, kind_of, lines_of, lists_objects, read_files, source_files
+from distill.data.source_files import (
+    holds_objects,
+    kind_of,
+    lines_of,
+    lists_objects,
+    read_files,
+    source_files,
+    visible_files,
+)
 from distill.data.source_names import TEXT
 from kernels.errors import UserError
 
@@ -35,8 +43,8 @@ class Excluded:
 def _files(path: Path) -> list[Path]:
     """Of a folder also each `.json` that lists objects: one that has no prompts is refused, not passed over."""
     files = source_files(path)
-    lists = [file for file in path.glob("**/*.json") if file not in files and lists_objects(file)]
-    return files + sorted(lists)
+    others = [file for file in visible_files(path) if file not in files] if path.is_dir() else []
+    return files + [file for file in others if kind_of(file) == ".json" and lists_objects(file)]
 
 
 def load_excluded(paths: Iterable[str | Path]) -> Excluded:

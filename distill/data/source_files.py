@@ -40,7 +40,7 @@ def source_files(path: Path, left_out: LeftOut | None = None, column: str | None
     """The files that a local source consists of, sorted by their names inside it. left_out: counts the others of a
     folder, hidden ones aside. column: the one that is read, where it has a name of its own."""
     if path.is_dir():
-        visible = sorted((file.relative_to(path).as_posix(), file) for file in _visible_files(path))
+        visible = sorted((file.relative_to(path).as_posix(), file) for file in visible_files(path))
         if odd := next((name for name, _ in visible if SURROGATE.search(name)), None):
             raise UserError(f"{path}: holds a file whose name is not valid UTF-8: {odd}")
         files = [file for _, file in visible if kind_of(file) and not _describes(file, {*COLUMN_NAMES, column})]
@@ -58,7 +58,7 @@ def source_files(path: Path, left_out: LeftOut | None = None, column: str | None
     return [path]
 
 
-def _visible_files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+def visible_files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     """The files in a folder and those below it, links followed, hidden ones aside. above: the folders that it is in."""
     real = Path(os.path.realpath(folder))
     if real in above:
@@ -73,7 +73,7 @@ def _visible_files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]
         if path.is_symlink() and not path.exists():
             raise UserError(f"{path}: is a link that leads nowhere")
         if path.is_dir():
-            yield from _visible_files(path, (*above, real))
+            yield from visible_files(path, (*above, real))
         elif path.is_file():
             yield path
 
@@ -95,10 +95,12 @@ def _first_object(file: Path) -> dict[str, Any] | None:
 
 
 def lists_objects(file: Path) -> bool:
-    """Whether a file is a list of objects, or has one a line."""
-    return isinstance(_value("".join(_first_lines(file, 1))), dict) or isinstance(
-        _value("".join(line for _, line in lines_of(file))), list
-    )
+    """Whether a file is a list of objects, or has one a line and several."""
+    first, *more = map(_value, _first_lines(file, 2) or [""])
+    if isinstance(first, dict):
+        return bool(more) and isinstance(more[0], dict)
+    whole = _value("".join(line for _, line in lines_of(file)))
+    return isinstance(whole, list) and any(isinstance(one, dict) for one in whole)
 
 
 def read_files(files: Iterable[Path], column: str | None, left_out: LeftOut) -> Iterator[Document]:

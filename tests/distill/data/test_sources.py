@@ -195,6 +195,8 @@ def test_folder_is_its_files_in_order(tmp_path: Path) -> None:
     assert [d.text for d in read_source(tmp_path / "asked")] == ["Prompt?"]
     with pytest.raises(UserError, match=r"q\.json: entry 1 has none of"):  # or its prompts would not be left out
         load_excluded([tmp_path / "asked"])
+    write(tmp_path / "asked" / "q.json", b'{"builder_name": "json", "splits": [{"name": "train"}]}\n')
+    assert load_excluded([tmp_path / "asked"]).prompts == {"prompt?"}
     write(tmp_path / "data" / "d.json", b'[\n {\n  "id": 1,\n  "prompt": "Asked?"\n }\n]')
     write(tmp_path / "elsewhere" / "e.jsonl", lines({"prompt": "Linked?"}))
     (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
