@@ -26,6 +26,7 @@ from kernels.errors import UserError
 
 PATIENCE = 120.0  # seconds for all ranks to come
 GOODBYE = 5.0  # seconds for them to go
+HEARD = 1.0  # seconds in which a rank's end is heard of, also where processes wait for a core
 # A machine that is switched off, or a cable that is pulled, is found out within minutes. Systems know some of these.
 NOTICE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 90_000}
 LARGEST = 1 << 31  # bytes of one part of a message; a rank that says more is not one of ours
@@ -296,10 +297,13 @@ class Ranks:
         at_fault: UserError | None = None
         if kind is not None:
             ignore_signals()
-        if stopped:  # perhaps by mlx.launch, because another rank has ended: say which
+        if stopped:  # perhaps by mlx.launch, because another rank has ended: say which, as soon as that is heard
+            until = time.monotonic() + HEARD
             try:
-                for _ in self.received():
-                    pass
+                while time.monotonic() < until:
+                    for _ in self.received():
+                        pass
+                    time.sleep(0.01)
             except (UserError, Interrupted) as error:
                 at_fault = error if isinstance(error, UserError) else None
         code = 0 if kind is None else 130 if stopped and at_fault is None else 2
