@@ -215,13 +215,13 @@ def test_packed_rows_have_the_bits_of_sequences() -> None:
 
 @pytest.mark.parametrize("n", [1, 700, 16384, 128256])
 def test_choices(n: int) -> None:
-    check_greedy_choice(cuda, n)
+    check_greedy_choice(cuda, n, rows=64)
     check_choice(cuda, n, 0.8)
 
 
 @pytest.mark.parametrize(("n", "k"), [(32, 32), (5003, 64), (16384, 32), (128256, 128)])
 def test_the_top_of_logits(n: int, k: int) -> None:
-    check_top(cuda, n, k)
+    check_top(cuda, n, k, rows=64)
 
 
 @pytest.mark.parametrize("m", range(1, 9))
