@@ -16,7 +16,14 @@ from typing import Any
 import numpy as np
 
 from distill.data.documents import Document, LeftOut, normalise_prompt, of_rows
-from distill.data.source_files import has_lines_of_objects, read_files, read_shuffled, readable, source_files
+from distill.data.source_files import (
+    has_lines_of_objects,
+    read_files,
+    read_shuffled,
+    readable,
+    source_files,
+    visible_files,
+)
 from distill.data.source_hub import COMMIT, commit_of, rows_of
 from distill.data.source_names import Source, parse_source, shown_name
 from kernels.errors import UserError
@@ -123,7 +130,9 @@ class Watch:
 
 def _stamps(source: Source) -> list[tuple[Path, int, int, int]]:
     """What tells a file that was written to from one that was not, for each file of a local source."""
-    files = source_files(Path(source.path), column=source.column) if source.kind in ("file", "folder") else []
+    path, files = Path(source.path), list[Path]()
+    if source.kind in ("file", "folder"):  # of a folder all that is there: to tell what is read takes reading
+        files = list(visible_files(path)) if source.kind == "folder" else source_files(path)
     status = ((file, file.stat()) for file in files)
     return [(file, of_file.st_ino, of_file.st_size, of_file.st_mtime_ns) for file, of_file in status]
 
