@@ -240,9 +240,10 @@ def conversation(entry: Mapping[str, Any]) -> list[Message]:
     if (system := entry.get("system")) is not None:
         if not isinstance(system, str):
             raise ValueError("has a `system` that is not a string")
-        if system.strip() and checked[0]["role"] in ("system", "developer"):
-            raise ValueError("has a `system` beside messages that begin with one")
-        checked = [*([_message({"role": "system", "content": system})] if system.strip() else []), *checked]
+        if system.strip():
+            if checked[0]["role"] in ("system", "developer"):
+                raise ValueError("has a `system` beside messages that begin with one")
+            checked.insert(0, _message({"role": "system", "content": system}))
     if not any(message["role"] == "user" for message in checked):
         raise ValueError("has messages, but none of a user")
     return checked

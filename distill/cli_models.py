@@ -14,7 +14,7 @@ from decode.options import TeacherOption
 from decode.settings import takes_settings
 from distill.release.settings import EvaluateSettings
 from kernels.console import Interrupted, JsonOption, QuietOption, check_json_target, progress, say, write_json
-from kernels.errors import printable
+from kernels.errors import printable_lines
 
 
 @takes_settings
@@ -71,7 +71,7 @@ def _show_evaluation(report: dict[str, Any], folder: Path, json_file: str | None
     from distill.release.evaluate import POSITION_PLOT, REPORT, TABLE, overview
 
     if json_file != "-" and not quiet:
-        print("\n".join(map(printable, overview(report).split("\n"))))
+        print(printable_lines(overview(report)))
     same = sum(entry["identical"] for entry in report["outputs"])
     say(quiet)(
         f"identical to plain decoding: {same} of {report['prompts']}\n"

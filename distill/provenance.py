@@ -42,12 +42,15 @@ def teacher_files(tokenizer: Tokenizer) -> dict[str, str]:
     )
 
 
-def check_unchanged(tokenizer: Tokenizer, begun: dict[str, Any]) -> None:
+def other_file(begun: dict[str, Any], now: dict[str, str]) -> str | None:
+    """The first, by name, of two `teacher_files` that differs; None where none does."""
+    return min((name for name in begun.keys() | now.keys() if begun.get(name) != now.get(name)), default=None)
+
+
+def check_same_teacher(tokenizer: Tokenizer, begun: dict[str, Any]) -> None:
     """UserError where a teacher's files are not those of the `teacher_files` with which a work was begun."""
-    now = teacher_files(tokenizer)
-    for name in sorted(begun.keys() | now.keys()):
-        if begun.get(name) != now.get(name):
-            raise UserError(f"{tokenizer.folder}: its {name} was changed meanwhile: put it back, or begin anew")
+    if name := other_file(begun, teacher_files(tokenizer)):
+        raise UserError(f"{tokenizer.folder}: its {name} was changed meanwhile: put it back, or begin anew")
 
 
 def completed(begun: dict[str, Any], now: dict[str, str]) -> dict[str, Any]:

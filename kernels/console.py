@@ -18,7 +18,7 @@ from typing import Annotated, Any, NoReturn, TextIO
 import typer
 from tqdm import tqdm
 
-from kernels.errors import UserError, printable
+from kernels.errors import UserError, printable, printable_lines
 from kernels.files import NO_ROOM, check_writable, goes_round, replacing
 
 # Files of models and datasets, which results never replace.
@@ -228,7 +228,7 @@ def say(quiet: bool) -> Callable[[str], None]:
     """A printer to standard error that --quiet silences."""
 
     def to_stderr(text: str) -> None:
-        print("\n".join(map(printable, text.split("\n"))), file=sys.stderr, flush=True)
+        print(printable_lines(text), file=sys.stderr, flush=True)
 
     return (lambda text: None) if quiet else to_stderr
 

@@ -15,6 +15,11 @@ def printable(text: str) -> str:
     return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def printable_lines(text: str) -> str:
+    """The same of a text whose lines are its own."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def first_line(error: BaseException) -> str:
     """What an exception says, without what follows below its first line; of a list that it announces, the first."""
     first, *more = (str(error).strip() or type(error).__name__).splitlines()

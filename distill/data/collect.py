@@ -46,7 +46,7 @@ from distill.data.sources import (
     shown_name,
     source_fingerprint,
 )
-from distill.provenance import check_unchanged, teacher_files
+from distill.provenance import check_same_teacher, teacher_files
 from kernels import UserError
 from kernels.files import check_room, sha256, stored_bytes
 
@@ -225,7 +225,7 @@ class Collector:
         check_memory(plan.teacher.config, plan.settings.batch, plan.settings.seq_len)
         self.tokenizer = Tokenizer(plan.teacher.folder, plan.reply_manifest.values.get("template_time"))
         if plan.sources is not None:
-            check_unchanged(self.tokenizer, plan.reply_manifest.values["teacher_files"])
+            check_same_teacher(self.tokenizer, plan.reply_manifest.values["teacher_files"])
         self.ranks = ranks or Ranks()
         self._here: dict[str, Any] = {"machine": self.ranks.machine, "mixed": self.ranks.mixed}
         for rank in self.ranks.connections:
@@ -278,7 +278,7 @@ class Collector:
             if not writer.manifest.complete:
                 chosen = self.choose()
                 try:
-                    cut = self.reply_pass().run(writer, chosen, self.plan.excluded, self._check_sources)
+                    cut = self.reply_pass().run(writer, chosen, self.plan.excluded)
                 finally:
                     for one in chosen:
                         one.documents.close()
@@ -373,7 +373,9 @@ class Collector:
     def reply_pass(self) -> ReplyPass:
         """What answers prompts with these settings."""
         shape = Dimensions.of(self.plan.teacher.config, str(self.plan.teacher.folder))
-        return ReplyPass(self.model, self.tokenizer, shape, self.settings, self.progress, self.ranks)
+        return ReplyPass(
+            self.model, self.tokenizer, shape, self.settings, self.progress, self.ranks, self._check_sources
+        )
 
     def scorer(self) -> Scorer:
         """What scores rows of these settings."""

@@ -93,31 +93,24 @@ class ReplyPass:
         settings: CollectSettings,
         progress: Progress,
         ranks: Ranks,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
+        """check: called before a file is written, and at the end; it may refuse."""
         self.model, self.tokenizer, self.shape = model, tokenizer, shape
         self.settings, self.progress = settings, progress
         self.batch = Batch(model, settings.reply_batch, settings.max_reply, tokenizer.end_tokens, self._check_cache)
         self.shared, self.device = SharedBatch(self.batch, ranks), ranks.device
         self._written: deque[Example] = deque()  # the next that an earlier run wrote
         self._unread: Iterator[Example] = iter(())  # and those behind them
-        self._check: Callable[[], None] = lambda: None
+        self._check = check
         self._pending: list[Example] = []  # not yet in a file
         self._at = 0  # the place of the next example
         self._replies, self._reply_tokens = 1, settings.max_reply // 2  # so far: what the next ones are expected to be
 
-    def run(
-        self,
-        writer: ReplyWriter,
-        chosen: Sequence[Chosen],
-        excluded: Excluded,
-        check: Callable[[], None] = lambda: None,
-    ) -> list[LeftOut]:
-        """check: called before a file is written, and at the end; it may refuse.
-
-        Every source gives its share of the tokens, by its weight; what one cannot give, the later ones do, and what
+    def run(self, writer: ReplyWriter, chosen: Sequence[Chosen], excluded: Excluded) -> list[LeftOut]:
+        """Every source gives its share of the tokens, by its weight; what one cannot give, the later ones do, and what
         is missing then is shared out among those that have more, until it is there or none has any. Returns which
         conversations of each were cut."""
-        self._check = check
         self._unread = iter(Replies(writer.folder, writer.manifest))
         asked = NearDuplicates()
         supplies = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -48,8 +49,9 @@ class Package:
     def sizes(self) -> dict[str, int]:
         """Bytes of each file, the card first."""
         sizes = {name: path.stat().st_size for name, path in self.files.items()}
-        return {CARD: len(self.card.encode()), **sizes, RECORD: len(self.record())}
+        return {CARD: len(self.card.encode()), **sizes, RECORD: len(self.record)}
 
+    @cached_property
     def record(self) -> bytes:
         """What the next publish has to know of this one."""
         hashes = {name: sha256(path) for name, path in sorted(self.files.items())}
@@ -228,7 +230,7 @@ def publish(package: Package, *, private: bool | None = None, force: bool = Fals
             [
                 *([] if card_kept else [CommitOperationAdd(CARD, package.card.encode())]),
                 *(CommitOperationAdd(name, path) for name, path in package.files.items()),
-                CommitOperationAdd(RECORD, package.record()),
+                CommitOperationAdd(RECORD, package.record),
                 *(CommitOperationDelete(name) for name in stale),
             ],
             commit_message=f"Draft for {package.teacher.get('name')}",

@@ -31,7 +31,7 @@ from decode.tokenizer import Tokenizer, check_tokenizer
 from distill.data.shards import Dataset
 from distill.provenance import (
     FORMS_PROMPTS,
-    check_unchanged,
+    check_same_teacher,
     completed,
     dataset_metadata,
     made_with,
@@ -417,7 +417,7 @@ class _Run:
         has the evaluations of one that is not.
         """
         # The draft gets its teacher's tokenizer and template: those that the run was begun with.
-        check_unchanged(Tokenizer(self.teacher_folder), self.state.fingerprint["teacher_files"])
+        check_same_teacher(Tokenizer(self.teacher_folder), self.state.fingerprint["teacher_files"])
         best, best_step = self.state.best_weights, self.state.best_step
         if best is None:
             best, best_step = self.state.weights, steps

@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from distill.provenance import completed
+from distill.provenance import completed, other_file
 from distill.training.settings import TrainSettings
 from distill.training.tensors import Tensors, load_tensors, save_tensors
 from kernels.errors import UserError
@@ -196,9 +196,8 @@ def difference(begun: Any, fingerprint: dict[str, Any]) -> str | None:
     """
     begun = TrainSettings.with_defaults(begun if isinstance(begun, dict) else {})
     files, files_now = begun.pop("teacher_files", None), fingerprint.get("teacher_files")
-    if files is not None and files_now is not None and (files := completed(files, files_now)) != files_now:
-        names = files.keys() | files_now.keys()
-        return f"another {min(name for name in names if files.get(name) != files_now.get(name))} of the teacher"
+    if files is not None and files_now is not None and (name := other_file(completed(files, files_now), files_now)):
+        return f"another {name} of the teacher"
     fingerprint = {name: value for name, value in fingerprint.items() if name != "teacher_files"}
     for name in sorted(fingerprint.keys() | begun.keys()):
         was, now = begun.get(name), fingerprint.get(name)
