@@ -22,12 +22,6 @@ constexpr int padded_dim(int dim) { return dim + 8; }  // of keys, whose sixteen
 // Bytes of shared memory that a chunk's keys and values take.
 constexpr int chunk_bytes(int dim) { return 2 * kChunk * (padded_dim(dim) + dim); }
 
-// What is cached of a value: the nearest one, of two as near the even one.
-__device__ inline bfloat16 to_bfloat16(float x) {
-  const unsigned bits = __float_as_uint(x);
-  return {static_cast<unsigned short>(x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0)};
-}
-
 // N consecutive bfloat16, 1, 2, 4 or 8, aligned to as many.
 template <int N>
 __device__ inline void load_widened(const bfloat16* from, float (&to)[N]) {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import mlx.core as mx
 
@@ -61,8 +61,9 @@ class CudaFusedStep:
         self.fixed = [weights, self.floats, self.shape.inverse_frequency, self.embedding, self.head.data, head_scale]
         mx.eval(self.fixed, self.no_ids)
 
-    @staticmethod
+    @classmethod
     def of(
+        cls,
         *,
         layers: Sequence[Layer],
         embedding: mx.array,
@@ -71,7 +72,7 @@ class CudaFusedStep:
         shape: AttentionShape,
         epilogue: Epilogue,
         eps: float,
-    ) -> CudaFusedStep | None:
+    ) -> Self | None:
         """The fused step of a model, or None where its shapes or weights are not those it is written for.
 
         The layers' matrices are copied into one array; let go of the others where memory counts.
@@ -102,7 +103,7 @@ class CudaFusedStep:
             floats += [
                 m.scale for m in (layer.qkv, layer.o, layer.gate_up, layer.down) if not isinstance(m, DenseWeight)
             ]
-        made = CudaFusedStep(
+        made = cls(
             weights=mx.concatenate([m.data for m in matrices]),
             floats=mx.concatenate([*(f.astype(mx.float32) for f in floats), final_norm.astype(mx.float32)]),
             embedding=mx.contiguous(embedding),

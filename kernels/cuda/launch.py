@@ -12,10 +12,11 @@ import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from kernels.cuda import nvrtc
 from kernels.device import cache_folder
@@ -205,6 +206,22 @@ def launch(
     )
     _prepared[key] = prepared
     return prepared(arrays, shapes)
+
+
+def on_device(array: np.ndarray) -> mx.array:
+    """A copy in the GPU's own memory: what comes from NumPy stays in memory that both sides share.
+
+    Not evaluated: that would wait for all that is queued.
+    """
+    return mx.contiguous(mx.array(array) + 0)
+
+
+@lru_cache(maxsize=4096)
+def sizes_of(*values: int) -> mx.array:
+    """Sizes as an input: constants would make MLX compile a kernel for every one."""
+    array = on_device(np.array(values, np.int32))
+    mx.async_eval(array)  # or a compiled step would make it anew each time
+    return array
 
 
 @cache

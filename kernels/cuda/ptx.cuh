@@ -41,6 +41,18 @@ __device__ inline void multiply_codes(int (&c)[4], const unsigned (&a)[4], unsig
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// m16n8k16: c += a b for sixteen outputs and eight rows of bfloat16, two in a word; the operands as the PTX manual names
+// them. On GPUs that have no such product, before compute capability 8.0, nothing that uses it is run.
+__device__ inline void multiply_bfloat16(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
+                                         unsigned b1) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#endif
+}
+
 // Three words and a number; what waiting for one in vain ends with is an error, not a GPU that hangs.
 using Packet = uint4;
 constexpr unsigned kPatience = 1u << 24;  // looks, which takes seconds

@@ -18,20 +18,10 @@ __device__ inline float sum_lanes(float x) {
   return x;
 }
 
-// The bits of `sum_lanes` of 32 or more values at once: each level of its tree halves what a lane has, which keeps the
-// upper half, or with the level's bit in its number the lower one, and gives its partner the other. The first
-// COUNT / 32 of lane i are in the end the sums of values COUNT / 32 * i and those behind it.
-template <int LEVEL, int COUNT, int ALL>
-__device__ inline void sum_lanes_apart(float (&x)[ALL]) {
-  const bool lower = threadIdx.x & LEVEL;
-#pragma unroll
-  for (int i = 0; i < COUNT / 2; i++) {
-    const float theirs = __shfl_xor_sync(kAllLanes, lower ? x[i] : x[COUNT / 2 + i], LEVEL);
-    x[i] = __fadd_rn(lower ? x[COUNT / 2 + i] : x[i], theirs);
-  }
-  if constexpr (LEVEL > 1) {
-    sum_lanes_apart<LEVEL / 2, COUNT / 2>(x);
-  }
+// The nearest one, of two as near the even one.
+__device__ inline bfloat16 to_bfloat16(float x) {
+  const unsigned bits = __float_as_uint(x);
+  return {static_cast<unsigned short>(x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0)};
 }
 
 __device__ inline float max_lanes(float x) {
@@ -112,9 +102,9 @@ __device__ void quantise_row(const float* x, int k, const float* norm, float eps
   }
 }
 
-// RMSNorm of a row by a whole block of THREADS. scratch: 32 floats of shared memory.
+// 1 / rms of a row, by a whole block of THREADS. scratch: 32 floats of shared memory.
 template <int THREADS>
-__device__ void normalise_row(const float* x, int k, const float* norm, float eps, float* y, float* scratch) {
+__device__ float row_inverse_rms(const float* x, int k, float eps, float* scratch) {
   float square = 0;
   for (int i = threadIdx.x; i < k; i += THREADS) {
     square = __fmaf_rn(x[i], x[i], square);
@@ -128,9 +118,18 @@ __device__ void normalise_row(const float* x, int k, const float* norm, float ep
   for (int w = 0; w < THREADS / 32; w++) {
     total = __fadd_rn(total, scratch[w]);
   }
-  const float r = inverse_rms(total, k, eps, true);
+  return inverse_rms(total, k, eps, true);
+}
+
+// A value of a row with this 1 / rms, behind RMSNorm.
+__device__ inline float normed(float x, float r, const float* norm) { return __fmul_rn(__fmul_rn(x, r), __ldg(norm)); }
+
+// RMSNorm of a row by a whole block of THREADS. scratch: 32 floats of shared memory.
+template <int THREADS>
+__device__ void normalise_row(const float* x, int k, const float* norm, float eps, float* y, float* scratch) {
+  const float r = row_inverse_rms<THREADS>(x, k, eps, scratch);
   for (int i = threadIdx.x; i < k; i += THREADS) {
-    y[i] = __fmul_rn(__fmul_rn(x[i], r), __ldg(norm + i));
+    y[i] = normed(x[i], r, norm + i);
   }
 }
 

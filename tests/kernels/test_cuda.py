@@ -22,12 +22,13 @@ from choice_checks import check_choice, check_greedy_choice, check_top
 from kernels import reference
 from kernels.backends import device_backend
 from kernels.errors import UserError
-from kernels.ops import Epilogue, Spans
+from kernels.ops import ChoosesTokens, Epilogue, Spans
 from kernels.self_test import self_test
 
 if device_backend() != "cuda":
     pytest.skip("MLX does not run on an NVIDIA GPU here", allow_module_level=True)
 
+from decode.models.cache import NewRows
 from decode.models.checkpoint import find_teacher
 from decode.models.transformer import Precision
 from kernels import cuda
@@ -271,6 +272,37 @@ def test_a_chain_of_steps_chooses_what_single_ones_do(head: Precision) -> None:
             assert chosen == expected, (length, tokens)
             # What a chain has left in the caches is what steps leave.
             assert same_bits(model.step([5], chained).logits, model.step([5], single).logits), (length, tokens)
+
+
+def test_steps_of_many_sequences_choose_what_single_operations_do() -> None:
+    """Compiled, for full and other numbers of rows, behind prompts of many lengths, without a wait between them."""
+    model = find_teacher(None).load()
+    rng, slots = np.random.default_rng(3), 300
+    counts = rng.integers(1, 90, slots).tolist()
+    prompts = rng.integers(0, 16000, sum(counts)).tolist()
+    uniform, temperature = (
+        rng.random((24, slots), np.float32),
+        np.where(np.arange(slots) % 2, 0.8, 0).astype(np.float32),
+    )
+    step, found = model.fused_step, []
+    assert isinstance(step, ChoosesTokens)
+    for model.fused_step in (step, None):
+        cache = model.new_cache(slots)
+        model.forward(prompts, NewRows(cache, counts))
+        mx.eval(cache.keys, cache.values)
+        said: list[mx.array] = []
+        for sequences in (list(range(slots)), list(range(0, slots, 3)), [7, 150, 299]):
+            feed = mx.array(sequences, mx.uint32)
+            for i in range(8):
+                feed = model.choose_next(feed, cache, sequences, temperature[sequences], uniform[i, sequences])
+                mx.async_eval(feed, cache.keys, cache.values)
+                said.append(feed)
+        mx.eval(cache.keys, cache.values)
+        rows = [np.array(keys[i, :, :at].view(mx.uint16)) for keys in cache.keys for i, at in enumerate(cache.offsets)]
+        found.append((np.array(mx.concatenate(said)), rows))
+    (chosen, rows), (expected, expected_rows) = found
+    assert chosen.tolist() == expected.tolist()
+    assert all((mine == theirs).all() for mine, theirs in zip(rows, expected_rows, strict=True))
 
 
 def test_many_steps_wait_for_each_other() -> None:

@@ -36,9 +36,9 @@ from choice_checks import (
 )
 
 from kernels import cuda, reference
-from kernels.cuda import fused
+from kernels.cuda import attend, fused, products
 from kernels.cuda.launch import FOLDER, kernel, text
-from kernels.ops import CACHED, AttentionShape, Epilogue, Layer, Spans
+from kernels.ops import CACHED, AttentionShape, ChoosesTokens, Epilogue, Layer, Spans
 from kernels.self_test import CHECKS, operation_faults
 
 if platform.system() != "Linux" or emulation.compiler() is None:
@@ -61,10 +61,13 @@ def emulator(
     session_emulator.seed, session_emulator.multiprocessors, session_emulator.resident = 0, 4, None
     monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", session_emulator.precompiled_cuda_kernel)
     monkeypatch.setattr(LAUNCH, "machine_code", session_emulator.machine_code)
-    for module in (cuda, fused):
+    for module in (products, fused):
         monkeypatch.setattr(module, "device_attribute", lambda name: cuda_emulator.attribute(session_emulator, name))
     monkeypatch.setattr(LAUNCH, "_prepared", {})
-    cuda._large_block.cache_clear()
+    # Views would hide where buffers end, and what MLX compiles holds nothing to compute with.
+    monkeypatch.setattr(attend, "beginning", lambda cache: cache)
+    monkeypatch.setattr(mx, "compile", lambda step: step)
+    products._large_block.cache_clear()
     kernel.cache_clear()
     with mx.stream(mx.cpu):
         yield session_emulator
@@ -169,8 +172,8 @@ def test_many_rows_have_the_bits_that_they_have_alone(
         [cuda.linear(x[i : i + 1], ours, epilogue=epilogue, residual=residual[i : i + 1]) for i in range(most)]
     )
     for large, ms in ((256, (9, 64, 65)), (0, (65,))):  # in small blocks, and in large ones
-        monkeypatch.setattr(cuda, "_BLOCKS", large)
-        cuda._large_block.cache_clear()
+        monkeypatch.setattr(products, "_BLOCKS", large)
+        products._large_block.cache_clear()
         for m in ms:
             many = cuda.linear(x[:m], ours, epilogue=epilogue, residual=residual[:m])
             assert same_bits(many, y[:m]), m
@@ -216,8 +219,8 @@ def test_each_way_to_attention_gives_the_same_bits(
     qkv, spans = qkv_rows(shape, sum(counts)), Spans(offsets, counts)
     found, ways = [], []
     for warps, parts in ((1 << 20, 1 << 20), (0, 1 << 20), (1 << 20, 0)):
-        monkeypatch.setattr(cuda, "_FOLDING_WARPS", warps)
-        monkeypatch.setattr(cuda, "_PARTS_BYTES", parts)
+        monkeypatch.setattr(attend, "_FOLDING_WARPS", warps)
+        monkeypatch.setattr(attend, "_PARTS_BYTES", parts)
         emulator.launches.clear()
         found.append(cuda.attention(qkv, *caches(shape, offsets, 140), spans, shape)[0])
         ways.append(emulator.launches[1:])
@@ -450,6 +453,49 @@ def test_bits_do_not_depend_on_the_number_of_multiprocessors_nor_on_where_tokens
     for emulator.multiprocessors in (1, 3, 40):
         again = Model("ternary", "bfloat16")
         assert same_bits(again.step(mx.array([3, 1, 2], mx.uint32), *again.caches(33), 33), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("m", [3, 9])  # of nine rows, the last is there twice
+def test_a_step_of_many_sequences_is_that_of_single_operations(m: int) -> None:
+    model, sequences = Model("ternary", "bfloat16"), [i for i in range(11) if i not in (2, 7)][:m]
+    offsets = [5 * i % 64 for i in sequences]
+    shape = (11, model.kv_heads, model.capacity, model.dim)
+    tokens, zeros = mx.array(np.arange(3, 3 + m), mx.uint32), np.zeros(m, np.float32)
+    counts = np.bincount(sequences, minlength=11)
+    every = np.zeros(11, int)
+    every[sequences] = offsets
+    spans = Spans(tuple(every.tolist()), tuple(counts.tolist()))
+
+    def new_caches() -> tuple[list[mx.array], list[mx.array]]:
+        return tuple([normal(*shape, seed=2 * i + j).astype(CACHED) for i in range(2)] for j in range(2))  # type: ignore
+
+    keys, values = new_caches()
+    x = model.embedding[tokens].astype(mx.float32)
+    for i, layer in enumerate(model.layers):
+        qkv = cuda.linear(x, layer.qkv, norm=layer.input_norm, eps=model.eps)
+        a, keys[i], values[i] = cuda.attention(qkv, keys[i], values[i], spans, model.shape)
+        x = cuda.linear(a, layer.o, norm=layer.attention_sub_norm, eps=model.eps, residual=x)
+        h = cuda.linear(x, layer.gate_up, norm=layer.post_norm, eps=model.eps, epilogue=model.epilogue)
+        x = cuda.linear(h, layer.down, norm=layer.ffn_sub_norm, eps=model.eps, residual=x)
+    expected = cuda.choose(
+        cuda.linear(x, model.head, norm=model.final_norm, eps=model.eps), mx.array(zeros), mx.array(zeros)
+    )
+    ours = new_caches()
+    assert isinstance(model.step, ChoosesTokens)
+    chosen = model.step.choose_tokens(tokens, *ours, sequences, offsets, zeros, zeros)
+    assert np.array(chosen).tolist() == np.array(expected).tolist()
+    for mine, theirs in zip((*ours[0], *ours[1]), (*keys, *values), strict=True):
+        assert same_bits(mine, theirs)
+
+
+def test_a_step_of_many_sequences_refuses_what_does_not_fit() -> None:
+    model, zeros = Model("ternary", "bfloat16", layers=1), np.zeros(2, np.float32)
+    caches = [[mx.zeros((2, model.kv_heads, model.capacity, model.dim), CACHED)] for _ in range(2)]
+    assert isinstance(model.step, ChoosesTokens)
+    for sequences, offsets in (([0, 0], [0, 0]), ([0, 2], [0, 0]), ([0, 1], [0, model.capacity]), ([0, 1], [0, -1])):
+        with pytest.raises(ValueError, match=r"another|do not fit"):
+            model.step.choose_tokens([1, 2], *caches, sequences, offsets, zeros, zeros)
 
 
 @pytest.mark.slow

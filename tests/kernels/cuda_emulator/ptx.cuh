@@ -38,6 +38,22 @@ inline void multiply_codes(int (&c)[4], const unsigned (&a)[4], unsigned b0, uns
   multiply_bytes<uint8_t>(c, a, b0, b1, EMULATED_CALL);
 }
 
+// Two bfloat16 a word, and sums in float one after the other, in order of the inputs.
+inline void multiply_bfloat16(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1,
+                              EMULATED_CALLER) {
+  const unsigned mine[] = {a0, a1, a2, a3, b0, b1};
+  const auto& brought = emulator::exchange(emulator::Operation::multiply, ~0u, mine, sizeof mine, EMULATED_CALL);
+  const int output = emulator::lane() / 4, row = emulator::lane() % 4 * 2;
+  for (int i = 0; i < 4; ++i) {
+    for (int input = 0; input < 16; ++input) {
+      const int q = input % 8 / 2, shift = input % 2 ? 0 : 16, upper = input / 8;
+      const unsigned left = brought[4 * output + q][i / 2 + 2 * upper] << shift & 0xffff0000u;
+      const unsigned right = brought[4 * (row + i % 2) + q][4 + upper] << shift & 0xffff0000u;
+      c[i] += __uint_as_float(left) * __uint_as_float(right);
+    }
+  }
+}
+
 using Packet = uint4;
 
 inline void post(Packet* to, Packet p, EMULATED_CALLER) {
