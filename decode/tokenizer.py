@@ -107,7 +107,7 @@ class Tokenizer:
             if any(map(called_functions, prompt.messages)):
                 raise UserError(f"{prompt.place}: calls tools, which only a chat template can write")
             return self.encode_text("\n".join(map(text_of, prompt.messages)))
-        return self._checked(self._apply_template(prompt.messages, prompt.place, add_generation_prompt=True))
+        return self._checked(self._encode(self._apply_template(prompt.messages, prompt.place)))
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a text as it is, behind the BOS token where the tokenizer puts one; a text that begins with it
@@ -124,7 +124,7 @@ class Tokenizer:
         chunks = [self.encode_prompt(Prompt(messages, "", where=where))]
         for turn in turns[1:]:
             messages += [{"role": "assistant", "content": PLACE}, {"role": "user", "content": turn}]
-            ids = self._wrapped.encode(self._text_of(messages, where).rpartition(PLACE)[2], add_special_tokens=False)
+            ids = self._encode(self._text_of(messages, where).rpartition(PLACE)[2])
             chunks.append(self._checked(ids[self._ended(ids) :]))
         return chunks
 
@@ -133,18 +133,18 @@ class Tokenizer:
         """What stands before a user's first turn, and what between the end token of that and the reply. UserError where
         no chat template says so."""
         before, place, behind = self._text_of([{"role": "user", "content": PLACE}], str(self.folder)).partition(PLACE)
-        ids = self._wrapped.encode(behind, add_special_tokens=False)
+        ids = self._encode(behind)
         ended = self._ended(ids)
         if not (self._wrapped.has_chat_template and place and ended):
             raise UserError(f"{self.folder}: has no chat template that ends a user's turn with an end token")
         # A space there belongs to the first word: " Hello" is one token.
-        return self._checked(self._wrapped.encode(before.rstrip(" "), add_special_tokens=False)), ids[ended:]
+        return self._checked(self._encode(before.rstrip(" "))), ids[ended:]
 
     def _text_of(self, messages: list[Message], where: str) -> str:
         """Messages as the text of a prompt."""
         if not self._wrapped.has_chat_template:
             return "\n".join(map(text_of, messages))
-        return str(self._apply_template(messages, where, tokenize=False, add_generation_prompt=True))
+        return self._apply_template(messages, where)
 
     def _ended(self, ids: list[int]) -> int:
         """How many tokens end a turn at the beginning of these: an end token and white space before it; else 0."""
@@ -166,13 +166,13 @@ class Tokenizer:
         if not earlier or not self._wrapped.has_chat_template:
             return ids, turns
         text = self._text_of(messages[:-1], where)
-        encoded = self._wrapped.backend_tokenizer.encode(text, add_special_tokens=False)
+        encoded = self._backend.encode(text, add_special_tokens=False)
         if encoded.ids != ids[:start]:
             return ids, turns
         for i in reversed(earlier):
             try:
                 before = self._text_of(messages[:i], where)
-                whole = str(self._apply_template(messages[: i + 1], where, tokenize=False, add_generation_prompt=False))
+                whole = self._apply_template(messages[: i + 1], where, add_generation_prompt=False)
             except UserError:
                 break
             if not (text.startswith(before) and text.startswith(whole)):
@@ -188,17 +188,29 @@ class Tokenizer:
         prompt = self.encode_prompt(Prompt(messages[:-1], "", where=where))
         whole: list[int] = []
         if self._wrapped.has_chat_template:
-            whole = self._apply_template(messages, where, add_generation_prompt=False)
+            whole = self._encode(self._apply_template(messages, where, add_generation_prompt=False))
         if whole[: len(prompt)] != prompt:  # no template, or one that writes a reply otherwise than it asks for it
             if called_functions(messages[-1]):
                 raise UserError(
                     f"{where}: ends with calls of tools, which the chat template writes otherwise than text"
                 )
-            reply = self._wrapped.encode(text_of(messages[-1]), add_special_tokens=False)
+            reply = self._encode(text_of(messages[-1]))
             whole = prompt + reply + self._reply_end
         reply_ids = range(len(prompt), len(whole))
         end = next((i + 1 for i in reply_ids if whole[i] in self.end_tokens), len(whole))
         return self._checked(whole[:end]), len(prompt)
+
+    @cached_property
+    def _backend(self) -> Any:
+        """The tokenizer proper: a reply pass asks it thousands of times a second, and what transformers does around it
+        takes longer."""
+        self._wrapped.encode("")  # sets it up as the tokenizer's options say, without the truncation of its file
+        return self._wrapped.backend_tokenizer
+
+    def _encode(self, text: str) -> list[int]:
+        """Token ids of a text that has all its special tokens."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
 
     @cached_property
     def _added_bos(self) -> list[int]:
@@ -212,21 +224,20 @@ class Tokenizer:
         own = self._wrapped.eos_token_id
         return [own] if own in self.end_tokens else sorted(self.end_tokens)[:1]
 
-    def _apply_template(self, messages: list[Message], where: str, **options: bool) -> Any:
-        """What the chat template makes of messages: token ids, or text with `tokenize=False`. UserError where it
-        refuses them, or leaves out or garbles a part."""
+    def _apply_template(self, messages: list[Message], where: str, *, add_generation_prompt: bool = True) -> str:
+        """What the chat template makes of messages. UserError where it refuses them, or leaves out or garbles a
+        part."""
         try:
             if any(isinstance(message["content"], list) for message in messages) and not self._reads_parts:
                 raise ValueError("it does not read content in parts; give it as one string")
             names = [name for message in messages for name in called_functions(message)]
             told = [text_of(message) for message in messages if message["role"] in ("system", "developer")]
-            if names or told:
-                text = self._templated(messages, **options | {"tokenize": False})
-                if missing := [name for name in names if name not in text]:
-                    raise ValueError(f"it leaves out calls of tools ({missing[0]})")
-                if any(max(map(str.strip, one.splitlines()), key=len, default="") not in text for one in told):
-                    raise ValueError("it leaves out what the system says")
-            return self._templated(messages, **options)
+            text = self._templated(messages, add_generation_prompt)
+            if missing := [name for name in names if name not in text]:
+                raise ValueError(f"it leaves out calls of tools ({missing[0]})")
+            if any(max(map(str.strip, one.splitlines()), key=len, default="") not in text for one in told):
+                raise ValueError("it leaves out what the system says")
+            return text
         except Exception as error:  # it is a program of the checkpoint's: roles that do not take turns, or any mistake
             raise UserError(f"{where}: the chat template refuses it: {first_line(error)}") from error
 
@@ -236,19 +247,23 @@ class Tokenizer:
         or print the list as Python would."""
         try:
             whole, parts = (
-                self._templated([{"role": "user", "content": content}], tokenize=False)
+                self._templated([{"role": "user", "content": content}], add_generation_prompt=False)
                 for content in ("Hi", [{"type": "text", "text": "Hi"}])
             )
         except Exception:  # as above
             return False
         return bool(whole == parts)
 
-    def _templated(self, messages: list[Message], **options: Any) -> Any:
+    def _templated(self, messages: list[Message], add_generation_prompt: bool) -> str:
         """What mlx-lm's `apply_chat_template` gives, with the time of this tokenizer."""
+        options: dict[str, Any] = {}
         if self.template_time is not None:
             options["chat_template"] = STRFTIME_NOW + self._wrapped.get_chat_template()
             options["template_time"] = {directive: self._time.strftime(directive) for directive in DIRECTIVES}
-        return self._wrapped.apply_chat_template(messages, **options)
+        text = self._wrapped.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options
+        )
+        return str(text)
 
     def _known(self, token: int) -> bool:
         """Whether the model has this token: tokenizers may have more, added after the model was trained."""
@@ -268,7 +283,7 @@ class Tokenizer:
         """The text of a reply; end tokens, special ones or not, and other special tokens are left out."""
         said = [token for token in tokens if token not in self.end_tokens]
         # Cleaning up would move spaces that a streamer has printed already.
-        text: str = self._wrapped.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: str = self._backend.decode(said, skip_special_tokens=True)
         return text
 
     def streamer(self, printed: Sequence[int] = ()) -> Streamer:
