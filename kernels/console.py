@@ -38,6 +38,8 @@ NAME_ONE = (
     "--repo",
     "--plot",
 )
+# What MLX says where there is no memory, on CPUs and Macs, on NVIDIA's, and where a thread cannot begin.
+NO_MEMORY = re.compile(r"(Unable|Failed) to allocate|out of memory|Resource temporarily unavailable")
 JsonOption = Annotated[
     str | None,
     typer.Option("--json", metavar="FILE", help="Write the results as one JSON object; - is standard output."),
@@ -71,15 +73,7 @@ def run(app: typer.Typer, name: str) -> None:
         Path.cwd()
     except OSError as error:
         fail(name, f"the current folder is not there any more ({error.strerror}); change to another")
-    for before, argument in pairwise(sys.argv):
-        if not _is_text(argument):  # which no manifest or report could name, and MLX could not open
-            fail(name, f"{argument}: is not valid UTF-8")
-        if argument == "" or re.fullmatch(r"--[a-z-]+=", argument):  # an unset variable, which would name the folder .
-            option = next((text for text in (argument, before) if text.startswith("-")), "an argument")
-            fail(name, f"{option.rstrip('=')} is empty")
-    given = Counter(argument.partition("=")[0] for argument in sys.argv[1:])
-    if twice := next((option for option in NAME_ONE if given[option] > 1), None):
-        fail(name, f"{twice} is given twice")  # the first would be forgotten without a word
+    _check_arguments(name)
     if not callable(signal.getsignal(signal.SIGINT)):  # ignored in a script's background; `kill -INT` shall end it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
@@ -113,14 +107,26 @@ def run(app: typer.Typer, name: str) -> None:
             if not error.format_message():  # no command was given, and its help stands above
                 raise SystemExit(error.exit_code) from None
             fail(name, error.format_message())
-        # MLX: "Unable to allocate", "Failed to allocate"; and where a thread cannot begin.
-        if isinstance(error, RuntimeError) and re.search("llocate|Resource temporarily unavailable", str(error)):
+        if isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)):
             fail(name, f"this needs more memory than there is ({error})")
         raise
     if code == 130:
         _finish_computing()
         print(f"\n{name}: interrupted", file=sys.stderr)
     raise SystemExit(code)
+
+
+def _check_arguments(name: str) -> None:
+    """Fail for what no command wants, and what typer would take."""
+    for before, argument in pairwise(sys.argv):
+        if not _is_text(argument):  # which no manifest or report could name, and MLX could not open
+            fail(name, f"{argument}: is not valid UTF-8")
+        if argument == "" or re.fullmatch(r"--[a-z-]+=", argument):  # an unset variable, which would name the folder .
+            option = next((text for text in (argument, before) if text.startswith("-")), "an argument")
+            fail(name, f"{option.rstrip('=')} is empty")
+    given = Counter(argument.partition("=")[0] for argument in sys.argv[1:])
+    if twice := next((option for option in NAME_ONE if given[option] > 1), None):
+        fail(name, f"{twice} is given twice")  # the first would be forgotten without a word
 
 
 def _is_text(argument: str) -> bool:
