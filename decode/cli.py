@@ -60,7 +60,7 @@ def plain(
     Prompts come from --prompt, --prompts or standard input, else from data/.
     """
     settings.check()
-    check_json_target(json_file, prompts)
+    check_json_target(json_file, [prompts or SAMPLES])
     check_trace(trace)
     texts = gather_prompts(prompt, prompts, SAMPLES)
     session = Session(
@@ -107,7 +107,7 @@ def spec(
     --prompt, --prompts or standard input, else from data/.
     """
     settings.check()
-    check_json_target(json_file, prompts)
+    check_json_target(json_file, [prompts or SAMPLES])
     check_trace(trace)
     texts = gather_prompts(prompt, prompts, SAMPLES)
     teacher_checkpoint = find_teacher(teacher)
@@ -167,7 +167,7 @@ def plan(
     from decode.plan import ACCEPTANCES, check_teacher, find_config, make_plan, table
 
     settings.check()
-    check_json_target(json_file)
+    check_json_target(json_file, [name for name in (teacher, draft) if name and Path(name).is_file()])
     if bandwidth is None:
         chip = find_chip(chip) if chip is not None else this_chip()
         bandwidth = BANDWIDTH[chip]

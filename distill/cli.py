@@ -89,7 +89,7 @@ def collect(
     launch = Launch.found()
     if launch is not None and launch.rank:
         assist(launch, teacher, settings, replies is not None)
-    check_json_target(json_file, *settings.sources, *settings.exclude)
+    check_json_target(json_file, settings.inputs(), [out])
     with Ranks.gather(launch, this_machine(), mixed) as ranks:
         checkpoint = find_teacher(teacher)
         if ranks.connections:
@@ -228,7 +228,7 @@ def train(
     from distill.training.run import default_folder
     from distill.training.run import train as run_training
 
-    check_json_target(json_file)
+    check_json_target(json_file, folders=[out])
     checkpoint = find_teacher(teacher)
     if data is None:
         data = dataset_to_train_on(checkpoint)
@@ -283,8 +283,8 @@ def run_recipe(
     from distill.pipeline import Pipeline
     from distill.recipe import find_recipe, read_recipe
 
-    check_json_target(json_file, recipe)
     plan = read_recipe(find_recipe(recipe))
+    check_json_target(json_file, plan.inputs(), [plan.dataset, plan.draft, plan.evaluation])
     result = {"recipe": str(plan.path), "sha256": plan.sha256, "teacher": plan.teacher, "dry_run": dry_run}
     if dry_run:
         _predict(plan, result, json_file, quiet)

@@ -50,10 +50,11 @@ def evaluate(
     from distill.release.evaluate import default_folder, draft_to_evaluate
     from distill.release.evaluate import evaluate as run_evaluation
 
-    check_json_target(json_file, settings.prompts)
+    check_json_target(json_file, [settings.prompts])
     teacher_checkpoint = find_teacher(teacher)
     draft_checkpoint = draft_to_evaluate(draft, teacher_checkpoint)
     folder = out or default_folder(draft_checkpoint)
+    check_json_target(json_file, folders=[folder])
     try:
         with keep_awake():
             report = run_evaluation(teacher_checkpoint, draft_checkpoint, settings, folder, quiet)
@@ -95,7 +96,7 @@ def convert(
     from distill.release.convert import check_converted_folder
     from distill.release.convert import convert as run_conversion
 
-    check_json_target(json_file)
+    check_json_target(json_file, folders=[out])
     began = time.perf_counter()
     checkpoint = find_teacher(teacher)
     out = out or RUNS / f"{Path(checkpoint.name).name}-packed"

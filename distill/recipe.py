@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -54,6 +54,12 @@ class Recipe:
     def sha256(self) -> str:
         """Of the file as it is, comments and all."""
         return hashlib.sha256(self.content).hexdigest()
+
+    def inputs(self) -> Iterator[str | Path]:
+        """The files and folders of documents that a run reads, itself among them."""
+        yield self.path
+        yield self.evaluate.prompts
+        yield from self.collect.inputs()
 
     def check_for(self, config: dict[str, Any]) -> None:
         """UserError, naming the line, for what a teacher of this config.json cannot do."""

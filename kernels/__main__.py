@@ -14,6 +14,7 @@ from kernels import tuning
 from kernels.backends import select
 from kernels.console import JsonOption, QuietOption, check_json_target, progress, run, say, write_json
 from kernels.errors import UserError
+from kernels.files import check_output
 
 app = typer.Typer(
     help="The kernels on this device: measure them, see which ones run and why, tune them.",
@@ -44,9 +45,9 @@ def bench(
     Dependent chains over rotating weights, so that neither queues nor caches flatter; medians.
     """
     plan = benchmark.Plan.parse(shapes, rows, kernels, seconds)
-    check_json_target(json_file)
+    check_json_target(json_file, [tuning.path()])
     if picture is not None:
-        _check_picture(picture, plan)
+        _check_picture(picture, plan, json_file)
     work = benchmark.Bench(plan)
     with progress(work.total, "bench", "step", quiet) as bar:
         report = work.run(bar.update)
@@ -60,11 +61,14 @@ def bench(
         print(benchmark.table(report))
 
 
-def _check_picture(picture: Path, plan: benchmark.Plan) -> None:
+def _check_picture(picture: Path, plan: benchmark.Plan, json_file: str | None) -> None:
     if 1 not in plan.rows:
         raise UserError("--plot: draws costs relative to one row, so --rows must have 1")
     if picture.exists() and not picture.is_file():
         raise UserError(f"--plot {picture}: is no file")
+    check_output("--plot", picture, [tuning.path()])
+    if json_file and os.path.realpath(picture) == os.path.realpath(json_file):
+        raise UserError(f"--plot {picture}: is the file of --json too; give another name")
     if not picture.parent.is_dir():
         raise UserError(f"--plot {picture}: the folder {picture.parent} does not exist")
     if not os.access(picture.parent, os.W_OK):
@@ -80,7 +84,7 @@ def tune(
     """Try the kernels' block shapes, or the CPU's thread counts, and keep the best for this device."""
     if not 0 < seconds <= 3600:
         raise UserError(f"--seconds {seconds:g}: must be more than 0, and at most 3600")
-    check_json_target(json_file)
+    check_json_target(json_file, [tuning.path()])
     chosen, reason = select()
     settings, trials, best = tuning.grid(chosen), [], {}
     if settings:
@@ -115,7 +119,7 @@ def tune(
 @app.command()
 def info(json_file: JsonOption = None, quiet: QuietOption = False) -> None:
     """Say which backend runs here and why, and test its operations."""
-    check_json_target(json_file)
+    check_json_target(json_file, [tuning.path()])
     found = information.kernel_info()
     write_json(json_file, found)
     if json_file != "-" and not quiet:

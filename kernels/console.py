@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -19,12 +19,8 @@ import typer
 from tqdm import tqdm
 
 from kernels.errors import UserError, printable, printable_lines
-from kernels.files import NO_ROOM, check_writable, goes_round, replacing
+from kernels.files import NO_ROOM, check_output, check_writable, goes_round, replacing
 
-# Files of models and datasets, which results never replace.
-READ = {"manifest.json", "draft.json", "converted.json", "config.json", "generation_config.json"} | {
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "model.safetensors.index.json",
-}  # fmt: skip
 # Options that name what is worked on, one thing each. Numbers may be given again, as aliases of commands have them.
 NAME_ONE = (
     "--prompt",
@@ -204,9 +200,11 @@ def _cannot_be_written(target: str, error: Exception) -> UserError:
     return UserError(f"--json {target}: cannot be written: {getattr(cause, 'strerror', cause)}")
 
 
-def check_json_target(target: str | None, *inputs: str | Path | None) -> None:
-    """Find out before a long run that its results could not be written, or would replace what it reads. inputs: the
-    files that the command was given, if they are any; files of a model or dataset are known by their names."""
+def check_json_target(
+    target: str | None, inputs: Iterable[str | Path | None] = (), folders: Iterable[Path | None] = ()
+) -> None:
+    """Find out before a long run that its results could not be written, or would replace what it reads or writes.
+    inputs, folders: as `check_output` takes them."""
     if target is None or target == "-":
         return
     path = Path(target)
@@ -214,10 +212,7 @@ def check_json_target(target: str | None, *inputs: str | Path | None) -> None:
         raise UserError(f"--json {target}: goes through a link that leads back to itself")
     if path.is_dir():
         raise UserError(f"--json {target}: is a folder")
-    read = any(name and Path(name).is_file() and path.exists() and path.samefile(name) for name in inputs)
-    kept = path.resolve().name in READ or path.resolve().suffix == ".safetensors"
-    if read or (path.is_file() and kept):
-        raise UserError(f"--json {target}: is what commands read, and would be replaced; give another name")
+    check_output("--json", path, inputs, folders)
     folder = Path(os.path.realpath(path)).parent  # behind a link, as it is written
     if not folder.is_dir():
         raise UserError(f"--json {target}: the folder {folder} does not exist")

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,14 @@ OF_SYSTEMS = {"lost+found", ".DS_Store"}  # in the root of a disk; of a Mac's Fi
 CONFIG = "config.json"  # makes a folder one of a model
 BOM = b"\xef\xbb\xbf"  # a byte order mark: what editors on Windows put before UTF-8
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# Files of models and datasets, which no results replace, and others that stand beside a model or belong to results.
+OF_MODELS = {"manifest.json", "draft.json", "converted.json", CONFIG, "generation_config.json"} | {
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "model.safetensors.index.json",
+}  # fmt: skip
+BESIDE_MODELS = {"added_tokens.json", "vocab.json", "chat_template.json", "published.json", "run.json"} | {
+    "evaluation.json", "evaluation.md", "evaluation-categories.png", "evaluation-positions.png",
+    "evaluation-unfinished.jsonl", "log.jsonl", "curves.png", "recipe.toml",
+}  # fmt: skip
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -117,6 +125,43 @@ def check_writable(path: Path) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{cannot_write(error)} {path.parent} ({path.name}: {error.strerror})") from error
+
+
+def check_output(
+    option: str, path: Path, inputs: Iterable[str | Path | None] = (), folders: Iterable[Path | None] = ()
+) -> None:
+    """UserError, naming the option, where what a command is asked to write to `path` would take the place of something
+    that it reads, or that a model, a dataset or the command's other results consist of.
+
+    inputs: files that it reads, and folders of documents, into which nothing may come: what a source has would be
+    another the next time. folders: those that it writes to. Of a model or a dataset, be it one of the command's or not,
+    only a `.json` of another name than any of theirs is replaced.
+    """
+    real = Path(os.path.realpath(path))
+    for name in (Path(given) for given in inputs if given):
+        if name.is_dir() and real.is_relative_to(os.path.realpath(name)):
+            raise UserError(f"{option} {path}: lies in {name}, which is read; choose another place")
+        if name.is_file() and path.exists() and path.samefile(name):
+            raise _replaces(option, path)
+    if path.is_file() and os.path.samestat(path.stat(), os.fstat(0)):  # redirected to standard input
+        raise _replaces(option, path)
+    written = {os.path.realpath(folder) for folder in folders if folder}
+    for place in (path, real):
+        is_model_file = place.name in OF_MODELS or place.suffix == ".safetensors"
+        named = is_model_file or place.name in BESIDE_MODELS
+        if path.is_file() and (is_model_file or (_holds_tensors(place.parent) and (named or place.suffix != ".json"))):
+            raise _replaces(option, path)
+        if named and os.path.realpath(place.parent) in written:
+            raise UserError(f"{option} {path}: has the name of a file that is written there; give another name")
+
+
+def _replaces(option: str, path: Path) -> UserError:
+    return UserError(f"{option} {path}: is what commands read, and would be replaced; give another name")
+
+
+def _holds_tensors(folder: Path) -> bool:
+    """Whether a folder is one of a model, of a draft in training or of a dataset."""
+    return any(any(folder.glob(name)) for name in ("*.safetensors", "draft.json", "state/run.json"))
 
 
 def cannot_write(error: OSError) -> str:

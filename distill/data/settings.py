@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Self
 
 from decode.models.checkpoint import ROOT
 from decode.prompts import STANDARD_INPUT
 from decode.settings import Settings, option
 from distill.data.packing import MIN_SEGMENT
+from distill.data.source_files import visible_files
 from distill.data.sources import parse_source, shown_name
 from kernels.errors import UserError
 
@@ -119,6 +121,14 @@ class CollectSettings(ScoringSettings, ReplySettings, PromptSettings):
         for flag, names in (("--source", self.sources), ("--exclude", self.exclude)):
             if STANDARD_INPUT in names:
                 raise UserError(f"{flag} -: standard input is no source; a collection that goes on reads a file again")
+
+    def inputs(self) -> Iterator[Path]:
+        """What a collection reads on this machine: files, and folders with the files that lie or are linked there."""
+        named = [one.path for one in map(parse_source, self.sources) if one.kind in ("file", "folder")]
+        for path in map(Path, (*named, *self.exclude)):
+            yield path
+            if path.is_dir():
+                yield from visible_files(path)
 
     def recorded(self, names: tuple[str, ...]) -> dict[str, Any]:
         """These settings as a manifest has them: `k` or `sampled`, not both; sources as they were given."""

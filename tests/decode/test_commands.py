@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -341,24 +342,90 @@ def test_samples_are_not_compared(command: Command, weak_draft: Path) -> None:
     assert "identical" not in done.err and "not compared with the text of plain decoding" in done.err
 
 
-def test_results_do_not_replace_what_is_read(inside: Command, small_teacher: Path, tmp_path: Path) -> None:
-    """By its own name or a link's: prompts, sources, recipes, and the files of datasets and models."""
-    for name in ("p.jsonl", "r.toml", "manifest.json", "draft.json"):
+RECIPE = """
+[collect]
+source = ["fd=2"]
+exclude = ["x.jsonl"]
+out = "ds"
+[train]
+out = "d"
+[evaluate]
+prompts = "p.jsonl"
+out = "ev"
+"""
+
+
+@pytest.fixture
+def work_place(weak_draft: Path, tmp_path: Path) -> Path:
+    """A folder with prompts, a folder of sources, a recipe, a draft `d` with all that may lie beside one, a dataset
+    `ds`, and an empty folder `ev`."""
+    for name in ("p.jsonl", "x.jsonl", "fd/a.jsonl", "other/b.jsonl", "c.json", "m/draft.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text('{"prompt": "Hi"}\n')
     (tmp_path / "link").symlink_to("p.jsonl")
-    decode = ("decode", "plain", "--teacher", small_teacher, "--max-tokens", 1, "--prompts", "p.jsonl")
-    for command, target in (
-        (decode, "p.jsonl"),
-        (decode, "link"),
-        (decode, "draft.json"),
-        (("distill", "collect", "--teacher", small_teacher, "--source", "p.jsonl", "--out", "d"), "link"),
-        (("distill", "evaluate", "--teacher", small_teacher, "--prompts", "link", "--out", "d"), "p.jsonl"),
-        (("distill", "run", "r.toml"), "r.toml"),
-        (("distill", "inspect", "."), "manifest.json"),
-        (("distill", "verify", "."), "manifest.json"),
+    (tmp_path / "log").symlink_to("d/log.jsonl")
+    (tmp_path / "fd" / "linked").symlink_to("../other")
+    (tmp_path / "r.toml").write_text(RECIPE)
+    shutil.copytree(weak_draft, tmp_path / "d")
+    for name in ("log.jsonl", "curves.png", "recipe.toml", "evaluation.json", "evaluation.md", "README.md"):
+        (tmp_path / "d" / name).write_text("of the draft")
+    (tmp_path / "ds").mkdir()
+    for name in ("manifest.json", "shard-00000.safetensors"):
+        (tmp_path / "ds" / name).write_text("of the dataset")
+    (tmp_path / "ev").mkdir()
+    return tmp_path
+
+
+def test_results_do_not_replace_what_is_read(
+    inside: Command, small_teacher: Path, work_place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its own name or a link's, named by an option, by a recipe or by nobody: what a command reads, what it writes,
+    and the files of models and datasets. It is found out before any work."""
+    monkeypatch.setattr("decode.cli.SAMPLES", work_place / "x.jsonl")
+    monkeypatch.setattr("distill.recipe.RECIPES", work_place)
+    before = {path: path.read_bytes() for path in work_place.rglob("*") if path.is_file()}
+    teacher = ("--teacher", small_teacher)
+    decode = ("decode", "plain", *teacher, "--max-tokens", 1)
+    collect = ("distill", "collect", *teacher, "--tokens", 300, "--out", "ev")
+    for command, targets in (
+        ((*decode, "--prompts", "p.jsonl"), "p.jsonl link d/log.jsonl d/curves.png d/evaluation.json d/README.md"),
+        (decode, "x.jsonl log d/draft.json d/tokenizer.json ds/shard-00000.safetensors m/draft.json"),
+        (("decode", "plan", "--bandwidth", 100, "--teacher", "c.json"), "c.json"),
+        ((*collect, "--source", "p.jsonl=2"), "link ev/manifest.json ev/shard-00000.safetensors"),
+        ((*collect, "--source", "fd#prompt=2"), "fd/a.jsonl fd/new.json other/b.jsonl"),
+        ((*collect, "--source", "p.jsonl", "--exclude", "fd"), "fd/a.jsonl fd/new.json"),
+        (("distill", "train", *teacher, "--data", "ds", "--out", "ev"), "ds/manifest.json ev/log.jsonl ev/curves.png"),
+        (("distill", "train", *teacher, "--data", "ds", "--out", "d"), "d/log.jsonl d/recipe.toml"),
+        (
+            ("distill", "evaluate", *teacher, "--prompts", "link", "--draft", "d", "--out", "ev"),
+            "p.jsonl ev/evaluation.md",
+        ),
+        (("distill", "convert", *teacher, "--out", "ev"), "ev/config.json ev/model.safetensors"),
+        (("distill", "publish", "--draft", "d", "--repo", "a/b", "--dry-run"), "d/evaluation.md d/log.jsonl"),
+        (("distill", "run", "r.toml"), "r.toml link x.jsonl fd/a.jsonl other/b.jsonl d/recipe.toml ev/evaluation.json"),
+        (("distill", "run", "r"), "r.toml ds/manifest.json d/log.jsonl ev/evaluation-positions.png"),
+        (("distill", "inspect", "ds"), "ds/manifest.json"),
+        (("distill", "verify", "ds"), "ds/shard-00000.safetensors"),
     ):
-        inside(*command, "--json", target, cwd=tmp_path).refused(command[0], f"--json {target}", "would be replaced")
-    assert {path.read_text() for path in tmp_path.iterdir()} == {'{"prompt": "Hi"}\n'}
+        for target in targets.split():
+            inside(*command, "--json", target, cwd=work_place).refused(command[0], f"--json {target}: ")
+    with (work_place / "p.jsonl").open("rb") as prompts:
+        piped = subprocess.run(
+            arguments(*decode, "--json", "link"), stdin=prompts, env=environment(), cwd=work_place, capture_output=True
+        )
+    assert piped.returncode == 2 and b"--json link: " in piped.stderr
+    assert before == {path: path.read_bytes() for path in work_place.rglob("*") if path.is_file()}
+
+
+def test_results_may_lie_beside_models_under_other_names(
+    inside: Command, small_teacher: Path, work_place: Path
+) -> None:
+    """And the same command again replaces them."""
+    run = ("decode", "spec", "--teacher", small_teacher, "--draft", "d", "--prompt", "Hi", "--max-tokens", 1, "-q")
+    for target in ("d/spec.json", "d/spec.json", "evaluation.json", "evaluation.json", "ev/log.jsonl"):
+        done = inside(*run, "--json", target, cwd=work_place)
+        assert done.code == 0, done.err
+        assert json.loads((work_place / target).read_text())["prompts"] == 1
 
 
 def test_a_folder_whose_own_name_is_not_utf8_is_refused(inside: Command, small_teacher: Path, tmp_path: Path) -> None:

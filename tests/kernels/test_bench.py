@@ -108,6 +108,7 @@ def test_of_several_thread_counts_the_best_is_reported() -> None:
         (["--plot", "a.png", "--rows", "2,4"], ["--plot", "--rows"]),
         (["--plot", "no/such/a.png"], ["--plot no/such/a.png", "no/such"]),
         (["--plot", "/dev/null"], ["--plot /dev/null"]),
+        (["--plot", "./a.png", "--json", "a.png"], ["--plot a.png", "--json"]),
         (["--json", "no/such/a.json"], ["--json no/such/a.json"]),
         (["--nope"], ["--nope"]),
     ],
@@ -115,6 +116,21 @@ def test_of_several_thread_counts_the_best_is_reported() -> None:
 def test_bad_input_is_one_line(tmp_path: Path, options: list[str], named: list[str]) -> None:
     kernels(tmp_path, "bench", *options).refused("python -m kernels", *named)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_and_results_replace_nothing_that_is_read(tmp_path: Path) -> None:
+    """Neither files of a draft, nor the tunings, which `tune` itself writes."""
+    for name in ("d/model.safetensors", "d/log.jsonl", "d/curves.png", "cache/bitdraft/tuning.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    for command, option, name in (
+        ("bench", "--plot", "d/curves.png"),
+        ("bench", "--plot", "cache/bitdraft/tuning.json"),
+        ("bench", "--json", "d/log.jsonl"),
+        ("tune", "--json", "cache/bitdraft/tuning.json"),
+    ):
+        kernels(tmp_path, command, option, name).refused("python -m kernels", f"{option} {name}: ")
+    assert {path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == {"{}"}
 
 
 def test_plan_drops_repetitions() -> None:
