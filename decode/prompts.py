@@ -26,6 +26,7 @@ LIKE_JSON = re.compile(
     r"""\s*( \{\s*( ["'}] | \w+\s*: | $ ) | \[\s*( (\[\s*)*[{"] | $ | (null|\])[\s,\]]*$ ) )""", re.VERBOSE
 )
 ROLES = ("system", "developer", "user", "assistant", "tool")
+TOOLS = ("tools", "functions")  # what a model may call, and OpenAI's older name of it
 ANSWERED = ("user", "tool")  # a conversation that ends with one of these waits for the teacher
 
 
@@ -226,8 +227,9 @@ def conversation(entry: Mapping[str, Any]) -> list[Message]:
 
     Raises ValueError saying what it lacks, as words to follow a place.
     """
-    if entry.get("tools"):
-        raise ValueError("has `tools`, which are not read")
+    for name in TOOLS:
+        if entry.get(name):
+            raise ValueError(f"has `{name}`, which are not read")
     if (messages := entry.get("messages")) is None:
         if entry.get("prompt") is None:
             raise ValueError("has neither `prompt` nor `messages`")
@@ -270,8 +272,6 @@ def _message(message: Any) -> Message:
         if not isinstance(calls, list) or not all(isinstance(call, dict) and _called(call) for call in calls):
             raise ValueError("has tool_calls that do not name a function")
         kept["tool_calls"] = calls
-    if role == "assistant" and message.get("weight") == 0:
-        raise ValueError("has a turn of weight 0, which would be learnt all the same: leave it out")
     if message.get("function_call"):
         raise ValueError("has a function_call, which is not read; write it as tool_calls")
     if role == "tool":

@@ -251,7 +251,7 @@ class Collector:
             writer.score_from(ScoredFrom(name, sha256(replies.folder / MANIFEST)))
             rows = self.rows(replies)
             if not rows:
-                raise self._nothing()
+                raise self._nothing(replies.left_out)
             shards = [slice(i, i + ROWS_PER_SHARD) for i in range(0, len(rows), ROWS_PER_SHARD)]
             missing = writer.missing(len(shards))
             total = int(rows.sizes.sum())
@@ -364,10 +364,10 @@ class Collector:
             for reason, count in one.counts.items()
         )
 
-    def _nothing(self, omissions: Sequence[Omission] = ()) -> UserError:
-        if self.plan.sources is None:
-            return UserError(f"--replies {self.plan.replies}: nothing to score")
+    def _nothing(self, omissions: Sequence[Omission]) -> UserError:
         reasons = "; ".join(omission.told("left out") for omission in omissions) or "nothing is there"
+        if self.plan.sources is None:
+            return UserError(f"--replies {self.plan.replies}: nothing to score ({reasons})")
         return UserError(f"{', '.join(self.settings.sources)}: nothing to collect from ({reasons})")
 
     def reply_pass(self) -> ReplyPass:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from decode.prompts import ANSWERED, SURROGATE, Message, called_functions, conversation, text_of
+from decode.prompts import ANSWERED, SURROGATE, TOOLS, Message, called_functions, conversation, text_of
 from kernels.errors import UserError
 
 Kind = Literal["text", "prompt", "messages", "turns", "self"]
@@ -17,8 +17,9 @@ Kind = Literal["text", "prompt", "messages", "turns", "self"]
 COLUMN_NAMES = ("messages", "turns", "prompt", "text")  # the first of them that a row has is its document
 NAMES = "messages, turns, prompt and text"
 KINDS = ("kind", "category")  # columns that say what kind of thing a document is
-COMPANIONS = ("completion", "system", "tools", *KINDS)  # columns that are read where they stand beside those
+COMPANIONS = ("completion", "system", *TOOLS, *KINDS)  # columns that are read where they stand beside those
 TEXTS = ("text", "content")  # columns of strings that hold texts; those of every other name hold prompts
+UNLEARNT = "a turn of weight 0, which would be learnt all the same"
 EMPTY, NO_DOCUMENT, OTHER_FILE = "empty", "no document", "a file of another kind"
 OBJECT = re.compile(r'\s*\[?\s*\{(.*,)?\s*"(messages|turns|prompt|text)"\s*:')  # how JSON begins, by any name
 
@@ -34,6 +35,7 @@ class Document:
     line: int  # the line, row or entry of a list that it begins at, from 1
     where: str = field(default="", compare=False)  # file and line, for messages
     category: str = field(default="", compare=False)  # what kind of thing it is, where the source says so
+    unlearnt: bool = False  # whether a turn of the assistant's must not be learnt
 
     @property
     def user_texts(self) -> list[str]:
@@ -71,23 +73,26 @@ def normalise_prompt(text: str) -> str:
     return " ".join(folded.split())
 
 
-def parse(row: Mapping[str, Any], line: int, where: str = "", column: str | None = None) -> Document | None:
+def parse(
+    row: Mapping[str, Any], line: int, where: str = "", column: str | None = None, learnt: bool = True
+) -> Document | None:
     """An object -> its document, None for an empty text. Raises ValueError saying what it lacks.
 
     `messages` go before `turns`, those before `prompt` and `prompt` before `text`; null counts as absent. A prompt with
-    a `completion` or a `system` is a conversation of these. column: read only this one.
+    a `completion` or a `system` is a conversation of these. column: read only this one. learnt: whether the turns of a
+    conversation that ends with an answer are.
     """
     category = _category(row)
     if column is not None:
         row = _of_column(row, column)
     if row.get("messages") is None and row.get("turns") is not None:
-        if row.get("system"):
-            raise ValueError("has a `system` beside turns, which is not read; write them as messages")
+        _check_alone(row, "turns")
         turns = [{"role": "user", "content": turn} for turn in _turns(row["turns"])]
         return Document("turns", None, turns, line, where, category)
     if row.get("messages") is None and row.get("prompt") is None:
         if row.get("text") is None:
             raise ValueError(f"has none of {NAMES}")
+        _check_alone(row, "text")
         text = _string(row["text"], "text")
         return Document("text", text, None, line, where, category) if text.strip() else None
     messages = conversation(row)
@@ -99,21 +104,30 @@ def parse(row: Mapping[str, Any], line: int, where: str = "", column: str | None
         return Document("prompt", text_of(messages[0]), None, line, where, category)
     if messages[-1]["role"] not in (*ANSWERED, "assistant"):
         raise ValueError(f"ends with a turn of the role {messages[-1]['role']}: there is nothing to answer or to learn")
-    if messages[-1]["role"] == "assistant" and not any(map(_says_something, messages)):
-        return None  # there is nothing to learn
-    return Document("messages", None, messages, line, where, category)
+    unlearnt = any(one.get("role") == "assistant" and one.get("weight") == 0 for one in row.get("messages") or ())
+    if messages[-1]["role"] == "assistant":
+        if learnt and unlearnt:
+            raise ValueError(f"has {UNLEARNT}: leave it out")
+        if not any(map(_says_something, messages)):
+            return None  # there is nothing to learn
+    return Document("messages", None, messages, line, where, category, unlearnt)
 
 
 def of_rows(
-    rows: Iterable[tuple[int, Mapping[str, Any]]], name: str, shown: str, column: str | None, left_out: LeftOut
+    rows: Iterable[tuple[int, Mapping[str, Any]]],
+    name: str,
+    shown: str,
+    column: str | None,
+    left_out: LeftOut,
+    learnt: bool = True,
 ) -> Iterator[Document]:
     """The documents of rows that a program wrote: one that is none is counted. name: of the source, for errors; shown:
-    that of what the rows are in."""
+    that of what the rows are in; learnt: see `parse`."""
     for number, row in rows:
         check_columns(row, name, column)
         where = f"{shown}: row {number}"
         try:
-            document = parse(row, number, where, column)
+            document = parse(row, number, where, column, learnt)
         except ValueError as error:
             left_out.add(NO_DOCUMENT, f"{where} {error}")
             continue
@@ -139,10 +153,17 @@ def _of_column(row: Mapping[str, Any], column: str) -> dict[str, Any]:
         value = _listed(value)
     if isinstance(value, list):
         name = "messages" if value and isinstance(value[0], dict) else "turns"
-        return {name: value, "tools": row.get("tools")}
+        return {name: value} | {tools: row.get(tools) for tools in TOOLS}
     if value is None or isinstance(value, str):
         return {"text" if column in TEXTS or value is None else "prompt": value or ""}
     raise ValueError(f"has a {column} that is neither a text nor a list of turns")
+
+
+def _check_alone(row: Mapping[str, Any], name: str) -> None:
+    """ValueError for what stands beside turns or a text, and only messages or a prompt are read with."""
+    for other in ("system", "completion", *TOOLS):
+        if row.get(other):
+            raise ValueError(f"has `{other}` beside {name}, which is not read; leave it out, or write messages")
 
 
 def _says_something(message: Message) -> bool:

@@ -44,7 +44,7 @@ def _files(path: Path) -> list[Path]:
     """Of a folder also each `.json` that lists objects: one that has no prompts is refused, not passed over."""
     files = source_files(path)
     others = [file for file in visible_files(path) if file not in files] if path.is_dir() else []
-    return files + [file for file in others if kind_of(file) == ".json" and lists_objects(file)]
+    return files + [file for file in others if kind_of(file) == ".json" and file.is_file() and lists_objects(file)]
 
 
 def load_excluded(paths: Iterable[str | Path]) -> Excluded:
@@ -57,8 +57,8 @@ def load_excluded(paths: Iterable[str | Path]) -> Excluded:
             if kind_of(file) in TEXT and not holds_objects(file):
                 prompts.update(normalise_prompt(line) for _, line in lines_of(file))
             else:
-                said = (text for document in read_files([file], None, LeftOut()) for text in document.user_texts)
-                prompts.update(normalise_prompt(text) for text in said)
+                documents = read_files([file], None, LeftOut(), learnt=False)
+                prompts.update(normalise_prompt(text) for document in documents for text in document.user_texts)
         if not prompts - {""}:
             raise UserError(f"--exclude {path}: holds no prompt")
         excluded |= prompts

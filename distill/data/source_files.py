@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from decode.prompts import LIKE_JSON, SURROGATE, Entry, read_entries, text_lines
+from decode.prompts import LIKE_JSON, SURROGATE, TOOLS, Entry, read_entries, text_lines
 from distill.data.documents import (
     COLUMN_NAMES,
     COMPANIONS,
@@ -43,7 +43,8 @@ def source_files(path: Path, left_out: LeftOut | None = None, column: str | None
         visible = sorted((file.relative_to(path).as_posix(), file) for file in visible_files(path))
         if odd := next((name for name, _ in visible if SURROGATE.search(name)), None):
             raise UserError(f"{path}: holds a file whose name is not valid UTF-8: {odd}")
-        files = [file for _, file in visible if kind_of(file) and not _describes(file, {*COLUMN_NAMES, column})]
+        regular = (file for _, file in visible if kind_of(file) and file.is_file())
+        files = [file for file in regular if not _describes(file, {*COLUMN_NAMES, column})]
         if not files:
             raise UserError(f"{path}: holds none of {', '.join((*TEXT, '.jsonl', '.ndjson', *COLUMNS))}")
         read = set(files)
@@ -53,13 +54,18 @@ def source_files(path: Path, left_out: LeftOut | None = None, column: str | None
         return files
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
+    if not path.is_file():
+        raise UserError(
+            f"{path}: is no regular file but a pipe, socket or device; what is collected is read several times"
+        )
     if not kind_of(path):
         raise UserError(f"{path}: not a source; its name must end in one of {', '.join(SUFFIXES)}")
     return [path]
 
 
 def visible_files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """The files in a folder and those below it, links followed, hidden ones aside. above: the folders that it is in."""
+    """All but folders in a folder and those below it, links followed, hidden names aside. above: the folders that it is
+    in."""
     real = Path(os.path.realpath(folder))
     if real in above:
         raise UserError(f"{folder}: is a link to a folder that it is in")
@@ -74,44 +80,45 @@ def visible_files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
             raise UserError(f"{path}: is a link that leads nowhere")
         if path.is_dir():
             yield from visible_files(path, (*above, real))
-        elif path.is_file():
+        else:
             yield path
 
 
 def _describes(file: Path, columns: Set[str | None]) -> bool:
     """Whether a `.json` in a folder holds no documents, in a list, a line each, or one: such a file mostly describes a
     dataset. By its own name it is read, whatever it holds."""
-    return kind_of(file) == ".json" and not (_first_object(file) or {}).keys() & columns
-
-
-def _first_object(file: Path) -> dict[str, Any] | None:
-    """The first of the objects that a file holds."""
-    for text in (_first_lines(file, 1), (line for _, line in lines_of(file))):
-        value = _value("".join(text))
-        first = value[0] if isinstance(value, list) and value else value
-        if isinstance(first, dict):
-            return first
-    return None
+    return kind_of(file) == ".json" and not next(iter(_first_objects(file)[0]), {}).keys() & columns
 
 
 def lists_objects(file: Path) -> bool:
     """Whether a file is a list of objects, or has one a line and several."""
-    first, *more = map(_value, _first_lines(file, 2) or [""])
-    if isinstance(first, dict):
-        return bool(more) and isinstance(more[0], dict)
-    whole = _value("".join(line for _, line in lines_of(file)))
-    return isinstance(whole, list) and any(isinstance(one, dict) for one in whole)
+    objects, listed = _first_objects(file)
+    return len(objects) > (0 if listed else 1)
 
 
-def read_files(files: Iterable[Path], column: str | None, left_out: LeftOut) -> Iterator[Document]:
-    """The documents of files, one after the other. column: read only this one of objects and tables."""
+def _first_objects(file: Path) -> tuple[list[dict[str, Any]], bool]:
+    """The objects on the first two lines of a file that has one a line, else those that it lists or the one that it is;
+    and whether it is a list."""
+    values = [_value(line) for line in _first_lines(file, 2)]
+    listed = False
+    if not (values and isinstance(values[0], dict)):
+        whole = values[0] if values and isinstance(values[0], list) else None
+        whole = whole or _value("".join(line for _, line in lines_of(file)))
+        listed = isinstance(whole, list)
+        values = whole if listed else [whole]
+    return [value for value in values if isinstance(value, dict)], listed
+
+
+def read_files(files: Iterable[Path], column: str | None, left_out: LeftOut, learnt: bool = True) -> Iterator[Document]:
+    """The documents of files, one after the other. column: read only this one of objects and tables; learnt: see
+    `documents.parse`."""
     for file in files:
         kind = kind_of(file)
         if kind in COLUMNS:
-            yield from of_rows(_column_rows(file, column), str(file), file.name, column, left_out)
+            yield from of_rows(_column_rows(file, column), str(file), file.name, column, left_out, learnt)
         elif kind in LINES or holds_objects(file):
             for entry in read_entries(lines_of(file), str(file), is_json=True):
-                yield from _of_object(file, entry, column, left_out)
+                yield from _of_object(file, entry, column, left_out, learnt)
         elif column is not None:
             raise UserError(f"{file}: is plain text, which has no column {column}")
         else:
@@ -211,12 +218,14 @@ def _value(text: str) -> Any:
 # --- objects
 
 
-def _of_object(path: Path, entry: Entry, column: str | None, left_out: LeftOut) -> Iterator[Document]:
+def _of_object(
+    path: Path, entry: Entry, column: str | None, left_out: LeftOut, learnt: bool = True
+) -> Iterator[Document]:
     """The document of an object that somebody wrote by hand: one that is none is an error."""
     assert isinstance(entry.value, dict)
     where = f"{path.name}: {entry.place}"
     try:
-        document = parse(entry.value, entry.number, where, column)
+        document = parse(entry.value, entry.number, where, column, learnt)
     except ValueError as error:
         raise UserError(f"{path}: {entry.place} {error}") from None
     if document is None:
@@ -280,7 +289,7 @@ def _column_rows(path: Path, column: str | None) -> Iterator[tuple[int, dict[str
 
     def wanted(schema: Any) -> list[str]:
         check_columns(schema.names, str(path), column)
-        names = (*COLUMN_NAMES, *COMPANIONS) if column is None else (column, "tools", *KINDS)
+        names = (*COLUMN_NAMES, *COMPANIONS) if column is None else (column, *TOOLS, *KINDS)
         return [name for name in dict.fromkeys(names) if name in schema.names]
 
     try:

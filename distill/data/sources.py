@@ -92,7 +92,8 @@ def sha256_of(source: Source | str | Path) -> str:
         for file in source_files(path, column=source.column):
             digest.update(f"{file.relative_to(path).as_posix()}\0{sha256_of(file)}\n".encode())
     else:
-        with readable(Path(source.path)) as file_:
+        (path,) = source_files(Path(source.path))
+        with readable(path) as file_:
             while data := file_.read(1 << 20):
                 digest.update(data)
     return digest.hexdigest()

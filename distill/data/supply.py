@@ -13,7 +13,7 @@ import numpy as np
 from decode.batching import CHECK_EVERY, LONGEST_LOOP
 from decode.metrics import is_looping
 from decode.tokenizer import Tokenizer
-from distill.data.documents import Document, LeftOut, normalise_prompt
+from distill.data.documents import UNLEARNT, Document, LeftOut, normalise_prompt
 from distill.data.duplicates import NearDuplicates
 from distill.data.exclusion import Excluded
 from distill.data.packing import MIN_SEGMENT, cut, segment
@@ -191,6 +191,9 @@ class Supply:
     def _candidate(self, number: int, document: Document, left_out: LeftOut) -> Candidate | None:
         """A document as tokens; None where it is left out."""
         asks, trained = self._settings.reply and wants_reply(document), None
+        if document.unlearnt and not asks:
+            left_out.add(UNLEARNT, document.where)
+            return None
         try:
             if asks:
                 turns = encode_turns(self._tokenizer, document)

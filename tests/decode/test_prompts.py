@@ -154,6 +154,7 @@ def test_the_projects_own_prompts() -> None:
             "tool_calls",
         ),
         ('{"prompt": "a", "tools": [{"name": "f"}]}', "`tools`, which are not read"),
+        ('{"prompt": "a", "functions": [{"name": "f"}]}', "`functions`, which are not read"),
         ('{"prompt": "fine", "category": 3}', "the category 3"),
         ('{"prompt": "fine", "category": ["a"]}', "the category ['a']"),
         ('{"prompt": "fine", "category": "two\\nlines"}', "the category 'two\\nlines'"),

@@ -747,6 +747,30 @@ def test_what_is_left_out_is_counted_by_reason(small_teacher: Path, inside: Comm
         assert reason in nothing.err.splitlines()[-1]
 
 
+def test_turns_of_weight_0_are_read_where_they_are_not_learnt(
+    small_teacher: Path, inside: Command, tmp_path: Path
+) -> None:
+    """Before a user's last turn, which the teacher answers. With --no-reply they would be learnt."""
+    said = turns("user", "assistant", "user")["messages"]
+    asked, unlearnt = tmp_path / "asked.jsonl", tmp_path / "unlearnt.jsonl"
+    asked.write_text(json.dumps({"messages": [said[0], said[1] | {"weight": 0}, said[2]]}) + "\n")
+    unlearnt.write_text(json.dumps({"messages": [said[0], said[1] | {"weight": 0}]}) + "\n")
+    teacher = ("--teacher", small_teacher)
+    decoded = inside("decode", "plain", *teacher, "--prompts", asked, "--max-tokens", 1)
+    assert decoded.code == 0, decoded.err
+    collect = ("distill", "collect", *teacher, *OPTIONS, "--quiet")
+    done = inside(*collect, "--source", asked, "--out", tmp_path / "d")
+    assert done.code == 0, done.err
+    (replies,) = tmp_path.glob("replies-*")
+    (example,) = Replies.open(replies)
+    assert example.replied and "assistant's" in Tokenizer(small_teacher).decode(example.tokens[~example.trained])
+    refused = ("weight 0", "line 1")
+    inside(*collect, "--source", unlearnt, "--out", tmp_path / "e").refused("distill", *refused, str(unlearnt))
+    inside(*collect, "--source", asked, "--no-reply", "--out", tmp_path / "f").refused(
+        "distill", *refused, "1 left out"
+    )
+
+
 def test_long_prompts_and_conversations_are_taken_as_often_as_they_are_there(
     small_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1136,6 +1160,22 @@ def test_nothing_to_collect_from(teacher: Checkpoint, settings: CollectSettings,
         with pytest.raises(UserError, match=r"empty.jsonl: nothing to collect from"):
             collector.run()
     assert not Dataset.open(tmp_path / "d").complete and not Replies.open(collector.plan.replies).complete
+
+
+def test_nothing_is_said_with_its_reasons(small_teacher: Path, inside: Command, tmp_path: Path) -> None:
+    """Also where every reply was left out, and where they are there from the run before."""
+    config = json.loads((small_teacher / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    bare = changed_copy(small_teacher, tmp_path / "bare", tokenizer_config__json=json.dumps(config).encode())
+    source = tmp_path / "short.jsonl"
+    source.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in ("ab", "cd", "ef")))
+    lengths = ("--seq-len", 64, "--max-reply", 3, "--tokens", 100, "--out", tmp_path / "d")
+    for _ in range(2):
+        done = inside("distill", "collect", "--teacher", bare, "--source", source, *lengths, "--quiet")
+        done.refused("distill", str(source), "3 left out", "fewer than 8 tokens")
+    (replies,) = tmp_path.glob("replies-*")
+    scored = inside("distill", "collect", "--teacher", bare, "--replies", replies, "--out", tmp_path / "e", "--quiet")
+    scored.refused("distill", f"--replies {replies}", "3 left out", "fewer than 8 tokens")
 
 
 # --- interruptions

@@ -4,6 +4,7 @@ import gzip
 import json
 import lzma
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -145,8 +146,13 @@ def test_long_text_is_cut_at_paragraphs(tmp_path: Path, monkeypatch: pytest.Monk
         (b'{"text": "a\0"}', "(byte 28) is a null byte"),
         (b'{"prompt": "a", "system": 3}', "a `system` that is not a string"),
         (b'{"messages": [{"role": "user", "content": "b"}], "completion": "c"}', "a `completion` beside messages"),
-        (b'{"messages": [{"role": "assistant", "content": "b", "weight": 0}]}', "a turn of weight 0"),
-        (b'{"turns": ["a"], "system": "b"}', "a `system` beside turns"),
+        (lines({"messages": [CHAT[0], CHAT[1] | {"weight": 0}, *CHAT]}).strip(), "a turn of weight 0"),
+        (b'{"messages": [{"role": "user", "content": "b"}], "functions": [{}]}', "`functions`, which are not read"),
+        *(
+            (b'{%s, "%s": "b"}' % (said, other), f"`{other.decode()}` beside {name}")
+            for name, said in (("turns", b'"turns": ["a"]'), ("text", b'"text": "a"'))
+            for other in (b"system", b"completion", b"tools", b"functions")
+        ),
         (b'{"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}], "system": "c"}', "one"),
         (b'{"messages": [{"role": "user", "content": 1}]}', "content of a message that is not a string"),
         (b'{"messages": [{"role": "user", "content": " "}]}', "an empty prompt"),
@@ -174,6 +180,27 @@ def test_bad_files(tmp_path: Path) -> None:
     assert "cannot be decompressed" in refusal(tmp_path / "c.jsonl.gz")
     assert "cannot be read" in refusal(write(tmp_path / "a.parquet", b"PAR1"))
     assert "cannot be read" in refusal(write(tmp_path / "a.arrow", b"ARROW"))
+
+
+def test_what_can_be_read_once_only_is_refused(tmp_path: Path) -> None:
+    """Sources and what they exclude are hashed, and read again: a pipe would keep the second reader waiting."""
+    pipe, column, other = (tmp_path / "in" / name for name in ("ex.jsonl", "a.parquet", "b.json"))
+    write(tmp_path / "in" / "c.jsonl", lines({"prompt": "One?"}))
+    for path in (pipe, column, other):
+        os.mkfifo(path)
+    with socket.socket(socket.AF_UNIX) as listening, pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)  # names of sockets are short
+        listening.bind("in/s.txt")
+    for path in (pipe, column, tmp_path / "in" / "s.txt"):
+        for read in (lambda path: list(read_source(path)), source_fingerprint, lambda path: load_excluded([path])):
+            with pytest.raises(UserError, match=f"{path}: is no regular file but a pipe"):
+                read(path)
+    (descriptor, _), given = os.pipe(), LeftOut()  # as `<(zcat prompts.gz)` gives one
+    assert "is no regular file but a pipe" in refusal(f"/dev/fd/{descriptor}")
+    assert [one.text for one in read_source(tmp_path / "in", given)] == ["One?"]
+    assert given == LeftOut({"a file of another kind": 4}, {"a file of another kind": "a.parquet"})
+    assert load_excluded([tmp_path / "in"]).prompts == {"one?"}
+    assert len(source_fingerprint(tmp_path / "in")["sha256"]) == 64
 
 
 def test_folder_is_its_files_in_order(tmp_path: Path) -> None:
@@ -240,6 +267,9 @@ def test_columns(tmp_path: Path, form: str) -> None:
     systems = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "one"}]
     save(path, pyarrow.table({"prompt": ["one", "two"], "system": ["Be brief.", None]}))
     assert [(one.text, one.messages) for one in read_source(path)] == [(None, systems), ("two", None)]
+    save(path, pyarrow.table({"text": ["one", "two"], "completion": ["Lost.", None], "functions": [None, "[]"]}))
+    assert list(read_source(path, left_out := LeftOut())) == [] and left_out.counts == {"no document": 2}
+    assert [one.text for one in read_source(f"{path}#text")] == ["one", "two"]
     save(path, pyarrow.table({"chat": [json.dumps(CHAT), "[1, 2]"]}))
     assert [(one.text, one.messages) for one in read_source(f"{path}#chat")] == [(None, CHAT), ("[1, 2]", None)]
     if form != "parquet":  # whose own writer refuses these
@@ -510,6 +540,8 @@ def test_exclusion(tmp_path: Path) -> None:
     held = lines({"prompt": "Count to 3."})
     for name in ("c.txt", "c.json", "c.ndjson"):
         assert load_excluded([write(tmp_path / name, b"\xef\xbb\xbf" + held)]).prompts == {"count to 3."}
+    unlearnt = write(tmp_path / "e.jsonl", lines({"messages": [CHAT[0], CHAT[1] | {"weight": 0}]}))
+    assert load_excluded([unlearnt]).prompts == {"hello?"}  # nothing of it is learnt
     with pytest.raises(UserError, match=r"--exclude .*d.txt: holds no prompt"):
         load_excluded([plain, write(tmp_path / "d.txt", b" \n")])
 
