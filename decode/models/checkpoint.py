@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -83,7 +84,7 @@ class Checkpoint:
             # What is left for mlx-lm to do is what it does to float layers, as `quantization` says.
             own["model_config"] = self.packed_config() | {"quantization_config": None}
             own["get_model_classes"] = lambda config: formats.model_classes(family)
-        with _with_plain_config(self.folder) as folder:
+        with _loadable(self.folder) as folder:
             model, config = load_model(folder, lazy=True, **own)
         return swap_bitlinear(model, formats.PACKED), config
 
@@ -115,17 +116,24 @@ class Checkpoint:
 
 
 @contextmanager
-def _with_plain_config(folder: Path) -> Iterator[Path]:
-    """A model's folder, or one of links to its weights while its config.json is other than ASCII, with a byte order
-    mark perhaps: mlx-lm reads it in the encoding of the terminal."""
-    if (folder / CONFIG).read_bytes().isascii():
+def _loadable(folder: Path) -> Iterator[Path]:
+    """A model's folder, or one of links to its weights where mlx-lm would read another's or none: it takes a path with
+    `[`, `*` or `?` for a pattern, and reads config.json in the encoding of the terminal and as if no byte order mark
+    could stand before it."""
+    if _is_no_pattern(str(folder)) and (folder / CONFIG).read_bytes().isascii():
         yield folder
         return
-    with tempfile.TemporaryDirectory() as name:
+    place = next(filter(_is_no_pattern, (tempfile.gettempdir(), "/tmp")))
+    with tempfile.TemporaryDirectory(dir=place) as name:
         for file in folder.glob("model*.safetensors"):
             (Path(name) / file.name).symlink_to(file.resolve())
         (Path(name) / CONFIG).write_text(json.dumps(read_json(folder / CONFIG)), encoding="ascii")
         yield Path(name)
+
+
+def _is_no_pattern(path: str) -> bool:
+    """Whether the module `glob` takes a path as it is."""
+    return glob.escape(path) == path
 
 
 def tokenizer_hash(folder: Path) -> str:
