@@ -30,9 +30,9 @@ from kernels.backends import backend, device_backend
 from kernels.bandwidth import Bandwidth, CpuReader, GpuReader
 from kernels.device import cache_bytes, device_name, processors, versions
 from kernels.errors import UserError
-from kernels.files import replacing
 from kernels.memory import memory_bytes
 from kernels.ops import Backend
+from kernels.plotting import drawing
 from kernels.reference import quantize_rows
 
 MOST_INPUTS = 65_536
@@ -431,30 +431,21 @@ def table(report: dict[str, Any]) -> str:
 
 def plot(report: dict[str, Any], picture: Path) -> None:
     """A kernel's cost relative to one row over the number of rows, a panel for each shape, as PNG."""
-    import matplotlib  # slow, and needed only here
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     shapes = list(dict.fromkeys((row["n"], row["k"]) for row in report["rows"]))
     kernels = list(dict.fromkeys(row["kernel"] for row in report["rows"]))
-    figure, axes = pyplot.subplots(
-        1, len(shapes), figsize=(1.5 + 3.5 * len(shapes), 4), layout="constrained", sharey=True, squeeze=False
-    )
-    for axis, (n, k) in zip(axes[0], shapes, strict=True):
-        for i, kernel in enumerate(kernels):
-            rows = [row for row in report["rows"] if (row["kernel"], row["n"], row["k"]) == (kernel, n, k)]
-            rows.sort(key=lambda row: row["m"])
-            ratios = [row["ratio_to_m1"] for row in rows]
-            axis.plot([row["m"] for row in rows], ratios, color=f"C{i}", marker="o", markersize=3, label=kernel)
-        axis.set(title=f"{n} x {k}", xlabel="rows m", xscale="log", yscale="log")
-        ticks = sorted({row["m"] for row in report["rows"]})
-        axis.set_xticks(ticks, [str(m) for m in ticks])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("cost relative to m = 1")
-    axes[0][-1].legend(frameon=False)
-    figure.suptitle(f"{report['device']}, {report['backend']} kernels, MLX {report['versions']['mlx']}")
-    with replacing(picture) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
-    pyplot.close(figure)
+    with drawing(picture, 1.5 + 3.5 * len(shapes), 4) as figure:
+        axes = figure.subplots(1, len(shapes), sharey=True, squeeze=False)
+        for axis, (n, k) in zip(axes[0], shapes, strict=True):
+            for i, kernel in enumerate(kernels):
+                rows = [row for row in report["rows"] if (row["kernel"], row["n"], row["k"]) == (kernel, n, k)]
+                rows.sort(key=lambda row: row["m"])
+                ratios = [row["ratio_to_m1"] for row in rows]
+                axis.plot([row["m"] for row in rows], ratios, color=f"C{i}", marker="o", markersize=3, label=kernel)
+            axis.set(title=f"{n} x {k}", xlabel="rows m", xscale="log", yscale="log")
+            ticks = sorted({row["m"] for row in report["rows"]})
+            axis.set_xticks(ticks, [str(m) for m in ticks])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+        axes[0][0].set_ylabel("cost relative to m = 1")
+        axes[0][-1].legend(frameon=False)
+        figure.suptitle(f"{report['device']}, {report['backend']} kernels, MLX {report['versions']['mlx']}")

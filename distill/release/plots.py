@@ -6,29 +6,29 @@ from pathlib import Path
 from typing import Any
 
 from decode.metrics import in_words
-from distill.plotting import pyplot, save
+from kernels.plotting import drawing
 
 
 def acceptance_by_category(categories: list[dict[str, Any]], picture: Path, title: str) -> None:
     """Acceptance rates as bars, with and without looping replies, as PNG; categories: as in evaluation.json."""
-    figure, axis = pyplot().subplots(figsize=(max(5.0, 1.1 * len(categories) + 2), 4), layout="constrained")
-    at = list(range(len(categories)))
-    for shift, colour, label, rows in (
-        (-0.2, "C0", "all replies", categories),
-        (0.2, "C1", "without looping replies", [row["without_looping"] for row in categories]),
-    ):
-        heights = [row["acceptance_rate"] or 0.0 for row in rows]  # none where nothing was drafted
-        axis.bar([x + shift for x in at], heights, width=0.38, color=colour, label=label)
-        for x, height, row in zip(at, heights, rows, strict=True):
-            text = in_words(row["acceptance_rate"], 2) + (f"\nn={row['prompts']}" if row["prompts"] else "")
-            axis.annotate(text, (x + shift, height), ha="center", va="bottom", fontsize=7)
-    axis.set_xticks(at, [row["category"] for row in categories])
-    axis.set_ylabel("acceptance rate")
-    axis.set_ylim(0, 1.1)
-    axis.grid(axis="y", alpha=0.3)
-    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    axis.set_title(title)
-    save(figure, picture)
+    with drawing(picture, max(5.0, 1.1 * len(categories) + 2), 4) as figure:
+        axis = figure.subplots()
+        at = list(range(len(categories)))
+        for shift, colour, label, rows in (
+            (-0.2, "C0", "all replies", categories),
+            (0.2, "C1", "without looping replies", [row["without_looping"] for row in categories]),
+        ):
+            heights = [row["acceptance_rate"] or 0.0 for row in rows]  # none where nothing was drafted
+            axis.bar([x + shift for x in at], heights, width=0.38, color=colour, label=label)
+            for x, height, row in zip(at, heights, rows, strict=True):
+                text = in_words(row["acceptance_rate"], 2) + (f"\nn={row['prompts']}" if row["prompts"] else "")
+                axis.annotate(text, (x + shift, height), ha="center", va="bottom", fontsize=7)
+        axis.set_xticks(at, [row["category"] for row in categories])
+        axis.set_ylabel("acceptance rate")
+        axis.set_ylim(0, 1.1)
+        axis.grid(axis="y", alpha=0.3)
+        axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+        axis.set_title(title)
 
 
 def _label(name: str) -> str:
@@ -41,21 +41,21 @@ def acceptance_by_position(report: dict[str, Any], picture: Path, title: str) ->
 
     report: the content of evaluation.json.
     """
-    figure, axis = pyplot().subplots(figsize=(7, 4), layout="constrained")
+    with drawing(picture, 7, 4) as figure:
+        axis = figure.subplots()
 
-    def draw(shares: list[float], **style: Any) -> None:
-        axis.plot(range(1, len(shares) + 1), shares, marker="o", markersize=3, **style)
+        def draw(shares: list[float], **style: Any) -> None:
+            axis.plot(range(1, len(shares) + 1), shares, marker="o", markersize=3, **style)
 
-    for row in report["categories"]:
-        draw(row["acceptance_per_position"], linewidth=1, alpha=0.7, label=_label(row["category"]))
-    draw(report["acceptance_per_position"], linewidth=2.5, color="black", label="all")
-    apart = report["without_looping"]["acceptance_per_position"]
-    draw(apart, linewidth=2.5, color="black", linestyle=":", label="all, without looping replies")
-    axis.set_xticks(range(1, report["k"] + 1))
-    axis.set_xlabel("draft position")
-    axis.set_ylabel("share of verifications that accept it")
-    axis.set_ylim(0, 1)
-    axis.grid(alpha=0.3)
-    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    axis.set_title(title)
-    save(figure, picture)
+        for row in report["categories"]:
+            draw(row["acceptance_per_position"], linewidth=1, alpha=0.7, label=_label(row["category"]))
+        draw(report["acceptance_per_position"], linewidth=2.5, color="black", label="all")
+        apart = report["without_looping"]["acceptance_per_position"]
+        draw(apart, linewidth=2.5, color="black", linestyle=":", label="all, without looping replies")
+        axis.set_xticks(range(1, report["k"] + 1))
+        axis.set_xlabel("draft position")
+        axis.set_ylabel("share of verifications that accept it")
+        axis.set_ylim(0, 1)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+        axis.set_title(title)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from distill.plotting import pyplot, save
 from kernels.files import read_json_lines
+from kernels.plotting import drawing
 
 
 def training_curves(log: Path, picture: Path, title: str) -> None:
@@ -17,26 +17,26 @@ def training_curves(log: Path, picture: Path, title: str) -> None:
     lines = read_json_lines(log)
     steps = [line for line in lines if line.get("kind") == "step"]
     evals = [line for line in lines if line.get("kind") == "eval"]
-    figure, axes = pyplot().subplots(1, 3, figsize=(13, 3.8), layout="constrained")
 
     def draw(axis: Any, rows: list[dict[str, Any]], key: str, **style: Any) -> None:
         if rows:
             axis.plot([row["tokens"] / 1e6 for row in rows], [row[key] for row in rows], **style)
 
-    draw(axes[0], steps, "loss", color="0.7", linewidth=1, label="training")
-    draw(axes[0], evals, "held_out_loss", color="C0", marker="o", markersize=3, label="held out")
-    axes[0].set_ylabel("loss (nats a token)")
-    draw(axes[1], steps, "agreement", color="0.7", linewidth=1, label="agreement, training")
-    draw(axes[1], evals, "agreement", color="C0", marker="o", markersize=3, label="agreement, held out")
-    draw(axes[1], evals, "expected_acceptance", color="C1", marker="s", markersize=3, label="sum min(p, q)")
-    axes[1].set_ylabel("share of positions")
-    axes[1].set_ylim(0, 1)
-    draw(axes[2], steps, "lr", color="C2", label="learning rate")
-    axes[2].set_ylabel("learning rate")
-    for axis in axes:
-        axis.set_xlabel("million tokens")
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False)
-    figure.suptitle(title)
-    save(figure, picture)
+    with drawing(picture, 13, 3.8) as figure:
+        axes = figure.subplots(1, 3)
+        draw(axes[0], steps, "loss", color="0.7", linewidth=1, label="training")
+        draw(axes[0], evals, "held_out_loss", color="C0", marker="o", markersize=3, label="held out")
+        axes[0].set_ylabel("loss (nats a token)")
+        draw(axes[1], steps, "agreement", color="0.7", linewidth=1, label="agreement, training")
+        draw(axes[1], evals, "agreement", color="C0", marker="o", markersize=3, label="agreement, held out")
+        draw(axes[1], evals, "expected_acceptance", color="C1", marker="s", markersize=3, label="sum min(p, q)")
+        axes[1].set_ylabel("share of positions")
+        axes[1].set_ylim(0, 1)
+        draw(axes[2], steps, "lr", color="C2", label="learning rate")
+        axes[2].set_ylabel("learning rate")
+        for axis in axes:
+            axis.set_xlabel("million tokens")
+            axis.grid(alpha=0.3)
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(frameon=False)
+        figure.suptitle(title)
