@@ -47,6 +47,8 @@ class Tokenizer:
         from mlx_lm.utils import load_tokenizer
         from transformers.utils import logging
 
+        if not folder.is_dir():  # mlx-lm would look for it on the Hub
+            raise UserError(f"{folder}: is not there, or not any more")
         logging.set_verbosity_error()  # it warns of prompts beyond the context, which we refuse
         declared = _declared_ends(folder)  # first: mlx-lm reads these files too, without a check
         try:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
-from tqdm import tqdm
 
 from decode.keep_awake import keep_awake
 from decode.metrics import in_words
@@ -24,6 +23,8 @@ from kernels.console import Interrupted, JsonOption, QuietOption, check_json_tar
 from kernels.errors import printable
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from decode.models.checkpoint import Checkpoint
     from distill.data.ranks import Ranks
     from distill.recipe import Recipe

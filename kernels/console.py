@@ -8,18 +8,21 @@ import os
 import re
 import signal
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
-from tqdm import tqdm
 
-from kernels.errors import UserError, printable, printable_lines
+from kernels.errors import UserError, first_line, printable, printable_lines
 from kernels.files import NO_ROOM, check_output, check_writable, goes_round, replacing
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 # Options that name what is worked on, one thing each. Numbers may be given again, as aliases of commands have them.
 NAME_ONE = (
@@ -70,6 +73,9 @@ def run(app: typer.Typer, name: str) -> None:
     except OSError as error:
         fail(name, f"the current folder is not there any more ({error.strerror}); change to another")
     _check_arguments(name)
+    _check_bars(name)
+    with suppress(OSError):  # MLX would go to the folder that the environment names, be there one or not
+        os.environ["TMPDIR"] = tempfile.gettempdir()
     if not callable(signal.getsignal(signal.SIGINT)):  # ignored in a script's background; `kill -INT` shall end it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
@@ -132,6 +138,19 @@ def _is_text(argument: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _check_bars(name: str) -> None:
+    """Draw a bar in vain where the environment says how: tqdm fails on what it cannot read as it is imported."""
+    given = [f"{variable}={value}" for variable, value in os.environ.items() if variable.startswith("TQDM_")]
+    try:
+        if given:
+            from tqdm import tqdm
+
+            with tqdm(total=2000, initial=1000, file=io.StringIO(), unit_scale=True) as bar:
+                bar.refresh()
+    except Exception as error:
+        fail(name, f"{', '.join(given)}: no progress bar can be drawn so ({first_line(error)})")
 
 
 def _as_ctrl_c(number: int, frame: Any) -> None:
@@ -236,6 +255,8 @@ def say(quiet: bool) -> Callable[[str], None]:
 
 def progress(total: int | None, label: str, unit: str, quiet: bool, initial: int = 0, scale: bool = True) -> tqdm:
     """A bar on standard error with rate and ETA; scale: large counts are shown as 1.2k."""
+    from tqdm import tqdm  # not before `run` has looked at its settings
+
     return tqdm(
         total=total, desc=label, unit=unit, unit_scale=scale, disable=quiet, initial=initial,
         file=sys.stderr, dynamic_ncols=True, smoothing=0.1,

@@ -12,18 +12,16 @@ import hashlib
 import json
 import math
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
-from tqdm import tqdm
 
 from decode.metal import limit_memory
 from decode.models.checkpoint import RUNS, Checkpoint, has_tokenizer
@@ -54,7 +52,7 @@ from distill.training.state import CURVES, LOG, STATE, State, check_shown, diffe
 from distill.training.step import Step, TrimmedHead, measure
 from distill.training.vocabulary import DraftVocabulary, select_draft_vocabulary
 from kernels.backends import use_fast_blas
-from kernels.console import say
+from kernels.console import progress, say
 from kernels.errors import UserError
 from kernels.files import (
     append_line,
@@ -66,6 +64,9 @@ from kernels.files import (
     working_in,
     write_atomic,
 )
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 DRAW_SECONDS = 20.0  # a picture takes part of a second
 READ_EVERY = 20  # most steps that run before the host looks at their losses
@@ -283,20 +284,11 @@ class _Run:
     def go(self) -> Summary:
         self.held_out = self.loader.held_out_batches()
         first = self._restore()
-        state, begun = self.state, time.perf_counter()
+        state, begun, total = self.state, time.perf_counter(), self.steps * self.step_tokens
         with (
             _interruptible() as interrupted,
             closing(self.loader.batches(first)) as batches,
-            tqdm(
-                total=self.steps * self.step_tokens,
-                initial=first * self.step_tokens,
-                unit="tok",
-                unit_scale=True,
-                disable=self.quiet,
-                file=sys.stderr,
-                dynamic_ncols=True,
-                desc="train",
-            ) as bar,
+            progress(total, "train", "tok", self.quiet, initial=first * self.step_tokens) as bar,
         ):
             pending: list[mx.array] = []
             sync_interval, read_at = 1, begun
