@@ -261,6 +261,7 @@ def _training(subject: Subject) -> str:
     results = [
         ("steps", _number(subject.get("training", "steps"))),
         ("tokens trained on", _number(subject.get("training", "tokens"))),
+        ("rows a step", _number(subject.get("training", "batch"))),
         ("best step, whose weights these are", _number(subject.get("training", "best_step"))),
         ("held-out loss, nats a token", _number(subject.get("training", "held_out_loss"), 3)),
         ("agreement with the teacher's first choice", _number(subject.get("training", "agreement"), 3)),

@@ -82,6 +82,7 @@ class Summary:
     parameters: int
     steps: int
     tokens: int
+    batch: int  # rows a step: all that there are, where that is fewer than was asked for
     seconds: float  # of this process: less than the whole where it resumed
     tok_per_s: float
     best_step: int
@@ -145,10 +146,12 @@ def train(
             f" {teacher_folder / 'config.json'} one of {config.vocab_size}"
         )
     teacher_hidden = int(read_json(teacher_folder / "config.json")["hidden_size"]) if settings.teacher_embedding else 0
-    check_memory(config, settings.batch, dataset.settings.seq_len, teacher_hidden, settings.dtype)
     loader = DataLoader(
         dataset, settings.temperature, settings.batch, settings.seed, settings.eval_share, settings.eval_rows
     )
+    if loader.batch < settings.batch:
+        tell(f"{data}: has {loader.rows} rows to train on, so --batch {settings.batch} is {loader.batch}")
+    check_memory(config, loader.batch, dataset.settings.seq_len, teacher_hidden, settings.dtype)
     with working_on_draft(out, config):
         if (summary := finished_run(out, fingerprint)) is not None:  # a kill had kept it from its place
             return summary
@@ -226,6 +229,7 @@ def finished_run(out: Path, fingerprint: dict[str, Any]) -> Summary | None:
     return Summary(
         out=out,
         parameters=parameters,
+        batch=training.get("batch", training["settings"].get("batch")),  # an older version kept what was asked for
         seconds=0.0,
         tok_per_s=0.0,
         held_out_loss_float=best[-1].get("held_out_loss") if best else None,
@@ -434,6 +438,7 @@ class _Run:
                     | {"settings": dataset_metadata(source)},
                     "steps": steps,
                     "tokens": steps * self.step_tokens,
+                    "batch": self.loader.batch,
                     "best_step": best_step,
                 }
                 | figures
@@ -456,6 +461,7 @@ class _Run:
             parameters=self.config.parameters,
             steps=self.steps,
             tokens=self.steps * self.step_tokens,
+            batch=self.loader.batch,
             seconds=self.seconds,
             tok_per_s=trained / self.seconds if self.seconds else 0.0,
             best_step=self.state.best_step,
