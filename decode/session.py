@@ -20,7 +20,7 @@ from decode.models.checkpoint import Checkpoint, check_same_tokenizer
 from decode.models.transformer import Precision, Transformer
 from decode.prompts import Prompt
 from decode.sampling import Sampling
-from decode.timing import timed
+from decode.timing import noticing_stops, timed
 from decode.tokenizer import Streamer, Tokenizer
 from kernels import UserError, backend, reference
 from kernels.device import device_name, versions
@@ -128,7 +128,20 @@ class Session:
         show: Show | None = None,
         limit: int | None = None,
     ) -> Completion:
-        """Generate one reply, handing text to `show` as it comes."""
+        """Generate one reply, handing text to `show` as it comes.
+
+        Where none is handed out, a reply in which the process was stopped and went on is made again, once: the stop is
+        in its times.
+        """
+        with noticing_stops() as stopped:
+            output = self._answer(prompt, prompt_ids, index, speculative, show, limit)
+        if stopped.is_set() and show is None:
+            output = self._answer(prompt, prompt_ids, index, speculative, show, limit)
+        return output
+
+    def _answer(
+        self, prompt: Prompt, prompt_ids: list[int], index: int, speculative: bool, show: Show | None, limit: int | None
+    ) -> Completion:
         output = Completion(prompt, prompt_ids)
         request = Request(
             prompt_ids, limit or self.max_tokens, self.tokenizer.end_tokens, self.sampling, self.seed + index

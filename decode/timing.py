@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import mlx.core as mx
@@ -23,6 +26,21 @@ def timed(items: Iterator[T]) -> Iterator[tuple[T, float, float]]:
         except StopIteration:
             return
         yield item, began, time.perf_counter()
+
+
+@contextmanager
+def noticing_stops() -> Iterator[threading.Event]:
+    """An event that is set where the process was stopped in the block and went on, as by Ctrl-Z and `fg`: the clock runs
+    on meanwhile. It stands still while a machine sleeps."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped  # signals belong to the main thread
+        return
+    before = signal.signal(signal.SIGCONT, lambda number, frame: stopped.set())
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGCONT, before)
 
 
 class ComputedAt:

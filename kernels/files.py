@@ -107,6 +107,11 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
         raise UserError(f"{cannot_write(error)} {path.parent} ({path.name}: {error.strerror})") from error
 
 
+def real_path(path: Path) -> Path:
+    """Where a path leads, be it through links: what is replaced there stays where the user put it."""
+    return Path(os.path.realpath(path))  # Path.resolve raises where links go round
+
+
 def temporary_for(path: Path, shared: bool = False) -> Path:
     """Where a file lies until it takes its place. A long name has a short one there: file systems limit names."""
     name = os.fsencode(path.name)
@@ -196,13 +201,13 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"{folder}: goes through a link that leads back to itself")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file, not a folder")
-    Path(os.path.realpath(folder)).mkdir(parents=True, exist_ok=True)
+    real_path(folder).mkdir(parents=True, exist_ok=True)
 
 
 def own_name(path: Path) -> str:
     """The name that a file or folder has itself, be it reached as `.` or through a link. UserError where it is not
     UTF-8: no manifest or report could hold it."""
-    name = Path(os.path.realpath(path)).name
+    name = real_path(path).name
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -273,7 +278,7 @@ def _begin(folder: Path, room: float) -> int:
 
 def check_room(folder: Path, room: float) -> None:
     """UserError where there are less than `room` bytes for a folder, be it made or not."""
-    real = Path(os.path.realpath(folder))
+    real = real_path(folder)
     disk = shutil.disk_usage(next(path for path in (real, *real.parents) if path.exists()))
     if disk.free < room and disk.total:  # some file systems do not tell
         raise UserError(f"no room left in {folder}: {room / 1e9:.2f} GB are needed, {disk.free / 1e9:.2f} free")
@@ -286,7 +291,7 @@ def stored_bytes(folder: Path) -> int:
 
 def holds_current(folder: Path) -> bool:
     """Whether a folder is the current one or above it, as the root always is: neither is a model's own."""
-    return Path.cwd().is_relative_to(os.path.realpath(folder))  # Path.resolve raises where links go round
+    return Path.cwd().is_relative_to(real_path(folder))
 
 
 @contextmanager

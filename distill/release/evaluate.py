@@ -34,6 +34,7 @@ from kernels.files import (
     listed_files,
     read_json,
     read_json_lines,
+    real_path,
     replacing_files,
     sha256,
     working_in,
@@ -316,7 +317,7 @@ class Unfinished:
             why = f"was begun with another {', '.join(others)}" if others else "is damaged"
             self.note(f"{self.path}: {why}: {len(kept) - len(done)} of its {len(kept)} prompts are done again")
         whole = "".join(json.dumps(line) + "\n" for line in [self.header, *(_line(*one) for one in done.items())])
-        write_atomic(self.path, whole.encode())  # without a last line that a kill cut short
+        write_atomic(real_path(self.path), whole.encode())  # without a last line that a kill cut short
         return done
 
     def _others(self, header: dict[str, Any]) -> list[str]:

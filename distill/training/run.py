@@ -59,6 +59,7 @@ from kernels.files import (
     cannot_write,
     read_json,
     read_json_lines,
+    real_path,
     replacing,
     stored_bytes,
     working_in,
@@ -338,7 +339,7 @@ class _Run:
             model = llama.create(self.config, self.settings.seed, embedding)
             self.state.begin(llama.named_weights(model))
         text = "".join(line + "\n" for line in lines).encode()
-        write_atomic(self.log, text)
+        write_atomic(real_path(self.log), text)
         self.state.write_run(text)
         self._line({"kind": "start", "step": self.state.step, "steps": self.steps} | self.loader.row_counts())
         return self.state.step
@@ -381,7 +382,7 @@ class _Run:
 
         c = self.config
         title = f"{c.layers} x {c.hidden} draft for {self.loader.dataset.settings.teacher_name}"
-        with replacing(self.out / CURVES) as picture:
+        with replacing(real_path(self.out / CURVES)) as picture:
             self._write(lambda: training_curves(self.log, picture, title))
             self.state.note_picture(picture)
 

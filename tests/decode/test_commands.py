@@ -8,10 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
-from conftest import TEACHER, Command, arguments, changed_copy, environment, in_background, mounted
+from conftest import SHIPPED, TEACHER, Command, arguments, changed_copy, environment, in_background, mounted
 
 from decode.system import begin
 
@@ -329,6 +331,58 @@ def test_a_byte_order_mark_before_a_models_files(
     ids = [json.loads(result.out)["outputs"][0]["token_ids"] for result in (plain, done)]
     prompts = [json.loads(result.out)["outputs"][0]["prompt_tokens"] for result in (plain, done)]
     assert ids[0] == ids[1] and prompts[0] == prompts[1]
+
+
+def test_names_with_glob_characters(inside: Command, weak_draft: Path, small_teacher: Path, tmp_path: Path) -> None:
+    """Beside the names that they would find as patterns: what is decoded, converted and drafted is the named model."""
+    options = ("--prompt", "Hi", "--max-tokens", 6, "-q", "--json", "-")
+    whole: dict[str, mx.array] = mx.load(str(small_teacher / "model.safetensors"))  # type: ignore[assignment]
+    other = whole | {"model.embed_tokens.weight": whole["model.embed_tokens.weight"][::-1]}
+    changed_copy(small_teacher, tmp_path / "m[1]")
+    changed_copy(small_teacher, tmp_path / "m1", model__safetensors=None)
+    mx.save_safetensors(str(tmp_path / "m1" / "model.safetensors"), other, {"format": "mlx"})
+    changed_copy(weak_draft, tmp_path / "d[1]")
+    changed_copy(SHIPPED, tmp_path / "d1")
+
+    def decoded(teacher: Path, draft: Path) -> tuple[list[int], int]:
+        done = inside("decode", "spec", "--teacher", teacher, "--draft", draft, *options, cwd=tmp_path)
+        assert done.code == 0, done.err
+        report = json.loads(done.out)
+        return report["outputs"][0]["token_ids"], report["accepted"]
+
+    expected = decoded(small_teacher, weak_draft)
+    assert decoded(Path("m[1]"), Path("d[1]")) == expected != decoded(Path("m1"), Path("d1"))
+    done = inside("distill", "convert", "--teacher", "m[1]", "--out", "c[1]/m", "-q", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert decoded(Path("c[1]/m"), Path("d[1]")) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("variable", "value"), [("TQDM_MININTERVAL", "abc"), ("TQDM_BAR_FORMAT", "{foo}")])
+def test_settings_of_progress_bars_that_cannot_be_read(command: Command, variable: str, value: str) -> None:
+    command("decode", "plan", "--bandwidth", 100, **{variable: value}).refused("decode", f"{variable}={value}")
+
+
+@pytest.mark.slow
+def test_a_stop_is_not_measured(work: Path, small_teacher: Path, weak_draft: Path, prompts: Path) -> None:
+    """As by Ctrl-Z and `fg`, while the first prompt is answered one way."""
+    models = ("--teacher", small_teacher, "--draft", weak_draft)
+    options = (*models, "--prompts", prompts, "--max-tokens", 256, "--compare", "--json", "-")
+    process = subprocess.Popen(
+        arguments("decode", "spec", *options), cwd=work, env=environment(), stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stderr is not None
+    while not process.stderr.readline().startswith("[1/2]"):
+        assert process.poll() is None
+    time.sleep(0.02)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(2)
+    process.send_signal(signal.SIGCONT)
+    report = json.loads(process.communicate(timeout=60)[0])
+    assert process.returncode == 0
+    for way in (report["tok_per_s"], report["baseline_tok_per_s"]):
+        assert report["tokens"] / way < 2
 
 
 @pytest.mark.slow

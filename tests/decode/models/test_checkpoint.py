@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+import small_bitnets as small
 from conftest import TEACHER, changed_copy
 
 from decode.models.checkpoint import check_same_tokenizer, find_model, find_teacher, token_table, tokenizer_hash
@@ -110,6 +113,27 @@ def test_incomplete_folders(tmp_path: Path, file: str, content: bytes | None, co
     with pytest.raises(UserError, match=re.escape(str(folder))) as caught:
         find_teacher(str(folder))
     assert complaint in str(caught.value)
+
+
+def test_a_folders_name_is_no_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own weights are loaded, be there another folder that a pattern of its name would find, or none."""
+    mine, others = small.microsoft(tmp_path / "mine"), tmp_path / "others"
+    small.write(others, small.config(), small.packed(small.masters(2)), small.others(seed=3))
+
+    def logits(folder: Path) -> np.ndarray:
+        model = find_teacher(str(folder)).load()
+        return np.array(model.step([5], model.new_cache()).logits)
+
+    expected = logits(mine)
+    assert not np.array_equal(expected, logits(others))
+    (tmp_path / "tmp[1]").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp[1]"))
+    for name, found in (("m[1]", "m1"), ("q?", "qx"), ("a*", "ab"), ("p[!x]/m", "py/m"), ("alone[1]", None)):
+        shutil.copytree(mine, tmp_path / name)
+        if found is not None:
+            shutil.copytree(others, tmp_path / found)
+        np.testing.assert_array_equal(logits(tmp_path / name), expected)
+    assert not list((tmp_path / "tmp[1]").iterdir())
 
 
 def test_half_a_download(tmp_path: Path) -> None:

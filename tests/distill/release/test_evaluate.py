@@ -169,8 +169,11 @@ def test_interrupted_it_goes_on_and_tells_a_difference(
     lines[0] = json.dumps(header)
     # What a full disk cut short in the middle costs that prompt alone: the others keep their own replies.
     unfinished.write_text("\n".join([lines[0], lines[1][:-9], json.dumps(changed), *lines[3:]]) + '\n{"cut sho')
+    elsewhere = unfinished.rename(tmp_path / "kept.jsonl")  # what is kept stays behind the user's link
+    unfinished.symlink_to(elsewhere)
     rest = inside("distill", *options, "-q", "--json", "-")
     assert rest.code == 1, rest.err
+    assert elsewhere.read_text().count("\n") == 1 + 6
     whole = json.loads(rest.out)
     assert whole["complete"] is True and whole["prompts"] == 6 and whole["identical"] is False
     assert [entry["identical"] for entry in whole["outputs"]] == [True, False, True, True, True, True]

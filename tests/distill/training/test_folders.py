@@ -220,6 +220,35 @@ def test_through_a_link(made: tuple[Path, Path], whole: Path, tmp_path: Path) ->
         train(*made, tmp_path / "round", TINY, quiet=True)
 
 
+def test_a_log_and_a_picture_behind_links(made: tuple[Path, Path], whole: Path, tmp_path: Path) -> None:
+    """They go on where the links lead."""
+    out, kept = tmp_path / "out", tmp_path / "kept"
+    kept.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        train(*made, out, TINY, ctrl_c_once, quiet=True)
+    for name in ("log.jsonl", "curves.png"):
+        (out / name).rename(kept / name)
+        (out / name).symlink_to(kept / name)
+    picture = (kept / "curves.png").stat().st_ino
+    train(*made, out, TINY, quiet=True)
+    assert weights(out) == weights(whole)
+    assert (out / "log.jsonl").is_symlink() and (out / "curves.png").is_symlink()
+    steps = [line["step"] for line in read_json_lines(kept / "log.jsonl") if line["kind"] == "step"]
+    assert steps[0] == 1 and steps[-1] == json.loads((out / "draft.json").read_text())["training"]["steps"]
+    assert (kept / "curves.png").stat().st_ino != picture  # drawn anew
+    assert sorted(path.name for path in kept.iterdir()) == ["curves.png", "log.jsonl"]
+
+
+@pytest.mark.slow
+def test_an_environment_made_for_other_programs(command: Command, made: tuple[Path, Path], tmp_path: Path) -> None:
+    """A folder for temporary files that is not there, and a notebook's way to show pictures."""
+    options = ("--data", made[0], "--teacher", made[1], "--out", tmp_path / "out", *OPTIONS, "-q")
+    theirs = {"TMPDIR": "/no/such/folder", "MPLBACKEND": "module://no_such_module"}
+    done = command("distill", "train", *options, **theirs)
+    assert (done.code, done.err) == (0, "")
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.slow
 def test_a_mount_and_a_full_disk(made: tuple[Path, Path], whole: Path, tmp_path: Path) -> None:
     """A folder that cannot be renamed does; one without room for the run is refused before it."""

@@ -21,6 +21,7 @@ import pytest
 from synthetic import SEQ_LEN, VOCAB, block, dataset, teacher_folder
 
 from distill.data.shards import Dataset
+from distill.release.publish import prepare
 from distill.training import checkpoint
 from distill.training.draft_config import DraftConfig
 from distill.training.drafts import llama
@@ -323,21 +324,45 @@ def test_data_that_grow_as_training_begins(
 
 @pytest.mark.slow
 def test_a_teacher_edited_while_its_draft_is_trained(made: tuple[Path, Path], whole: Path, tmp_path: Path) -> None:
-    """The draft would get a tokenizer that it was not trained with."""
+    """The draft would get a tokenizer that it was not trained with, or none."""
     data, teacher, out = made[0], shutil.copytree(made[1], tmp_path / "teacher"), tmp_path / "draft"
     path = teacher / "tokenizer_config.json"
     before = path.read_text()
 
+    def take_away(line: dict[str, Any]) -> None:
+        if line["kind"] == "eval" and teacher.exists():
+            teacher.rename(tmp_path / "away")
+
     def edit(line: dict[str, Any]) -> None:
-        if line["kind"] == "eval":
+        if line["kind"] == "start":
             path.write_text(json.dumps(json.loads(before) | {"chat_template": "{{ messages[0].content }}!"}))
 
+    with pytest.raises(UserError, match=f"^{teacher}: is not there"):
+        train(data, teacher, out, SMALL, take_away, quiet=True)
+    (tmp_path / "away").rename(teacher)
     with pytest.raises(UserError, match="teacher: its chat template was changed meanwhile"):
         train(data, teacher, out, SMALL, edit, quiet=True)
     assert not (out / "draft.json").exists()
     path.write_text(before)
     train(data, teacher, out, SMALL, quiet=True)
     assert same(out, whole)
+
+
+def test_a_batch_of_more_rows_than_there_are(
+    made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is as large as it can be; that is said, and stands in draft.json, in the results and on the card."""
+    out, asked = tmp_path / "draft", dataclasses.replace(SMALL, tokens=2_000, batch=10_000)
+    first = train(*made, out, asked)
+    rows = read_json_lines(out / "log.jsonl")[0]["train_rows"]
+    told = [line for line in capsys.readouterr().err.splitlines() if "--batch" in line]
+    assert len(told) == 1 and str(made[0]) in told[0] and f"--batch 10000 is {rows}" in told[0]
+    about = json.loads((out / "draft.json").read_text())["training"]
+    assert first.batch == about["batch"] == rows and about["settings"]["batch"] == 10_000
+    assert first.tokens == first.steps * rows * SEQ_LEN
+    assert f"| rows a step | {rows} |" in prepare(out, "a/b").card
+    again = train(*made, out, asked)  # what was asked for is the same
+    assert again.done_before and again.batch == rows
 
 
 def test_the_default_folder_is_the_one_of_older_versions() -> None:
