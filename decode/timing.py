@@ -30,8 +30,10 @@ def timed(items: Iterator[T]) -> Iterator[tuple[T, float, float]]:
 
 @contextmanager
 def noticing_stops() -> Iterator[threading.Event]:
-    """An event that is set where the process was stopped in the block and went on, as by Ctrl-Z and `fg`: the clock runs
-    on meanwhile. It stands still while a machine sleeps."""
+    """An event that is set where the process was stopped in the block and went on, as by Ctrl-Z and `fg`.
+
+    The clock runs on meanwhile; while a machine sleeps it stands still.
+    """
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stopped  # signals belong to the main thread
