@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
@@ -111,6 +112,9 @@ def run(app: typer.Typer, name: str) -> None:
             fail(name, error.format_message())
         if isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)):
             fail(name, f"this needs more memory than there is ({error})")
+        if module := _broken_import(error):
+            given = [f"{key}={value}" for key, value in os.environ.items() if value and repr(value) in str(error)]
+            fail(name, ", ".join([f"{module} cannot be imported ({first_line(error)})", *given]))
         raise
     if code == 130:
         _finish_computing()
@@ -151,6 +155,14 @@ def _check_bars(name: str) -> None:
                 bar.refresh()
     except Exception as error:
         fail(name, f"{', '.join(given)}: no progress bar can be drawn so ({first_line(error)})")
+
+
+def _broken_import(error: BaseException) -> str | None:
+    """Which library's import an exception ended, as what it cannot read in the environment does; None where it was
+    none, or of a module of ours."""
+    frames = [frame for frame, _ in walk_tb(error.__traceback__) if frame.f_code.co_name == "<module>"]
+    module = str(frames[-1].f_globals["__name__"]) if frames else "__main__"
+    return None if module.split(".")[0] in ("decode", "distill", "kernels", "__main__") else module
 
 
 def _as_ctrl_c(number: int, frame: Any) -> None:
