@@ -74,9 +74,7 @@ def run(app: typer.Typer, name: str) -> None:
     except OSError as error:
         fail(name, f"the current folder is not there any more ({error.strerror}); change to another")
     _check_arguments(name)
-    _check_bars(name)
-    with suppress(OSError):  # MLX would go to the folder that the environment names, be there one or not
-        os.environ["TMPDIR"] = tempfile.gettempdir()
+    _prepare_environment(name)
     if not callable(signal.getsignal(signal.SIGINT)):  # ignored in a script's background; `kill -INT` shall end it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
@@ -144,8 +142,10 @@ def _is_text(argument: str) -> bool:
     return True
 
 
-def _check_bars(name: str) -> None:
-    """Draw a bar in vain where the environment says how: tqdm fails on what it cannot read as it is imported."""
+def _prepare_environment(name: str) -> None:
+    """Take a folder for temporary files that is there, and refuse what tqdm cannot read as it is imported, or draw."""
+    with suppress(OSError):  # MLX would go to the folder that the environment names, be there one or not
+        os.environ["TMPDIR"] = tempfile.gettempdir()
     given = [f"{variable}={value}" for variable, value in os.environ.items() if variable.startswith("TQDM_")]
     try:
         if given:
