@@ -84,8 +84,9 @@ def collect(
 
     Under mlx.launch all ranks work on the one dataset, which rank 0 writes.
     """
+    from distill.data.assistant import assist, introduction
     from distill.data.ranks import Launch, Ranks
-    from distill.data.sharing import assist, introduction, this_machine
+    from distill.provenance import this_machine
 
     launch = Launch.found()
     if launch is not None and launch.rank:

@@ -26,8 +26,7 @@ from distill.data.manifest import FORMAT, MANIFEST
 from distill.data.ranks import Ranks
 from distill.data.reply_pass import Progress
 from distill.data.shards import Dataset
-from distill.data.sharing import this_machine
-from distill.provenance import teacher_files
+from distill.provenance import teacher_files, this_machine
 from distill.recipe import RECIPE_FILE, STAGES, Recipe
 from distill.release.evaluate import REPORT, check_evaluation_folder, evaluate, fingerprint, finished_report, select
 from distill.training.draft_config import DraftConfig

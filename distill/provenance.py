@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from decode.models.checkpoint import CARD, ROOT, Checkpoint
 from decode.tokenizer import Tokenizer
 from distill.data.manifest import DatasetSettings
-from kernels import UserError
+from kernels import UserError, backend
 from kernels.device import device_name, versions
 from kernels.files import json_hash, read_json
 
@@ -29,6 +29,23 @@ BOOKKEEPING = ("_name_or_path", "_from_model_config", "transformers_version")
 ORIGIN_KEYS = ("repo", "revision", *LICENCE_KEYS)
 # Where the Hub's client keeps what it downloads: models--OWNER--NAME/snapshots/COMMIT.
 SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]{40})")
+
+
+def this_machine() -> dict[str, str]:
+    """What of this machine decides bits, beside the command and the teacher."""
+    versions_here, chosen = versions(), backend()
+    return {name: versions_here[name] for name in ("bitdraft", "mlx")} | {
+        "device": f"{device_name()} ({chosen.NAME})",
+        "instruction set": _instruction_set(chosen.NAME),
+    }
+
+
+def _instruction_set(kernels: str) -> str:
+    if kernels != "cpu":
+        return "of the device"
+    from kernels.cpu import _native
+
+    return _native.isa()
 
 
 def teacher_files(tokenizer: Tokenizer) -> dict[str, str]:

@@ -12,30 +12,19 @@ from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from itertools import count
-from pathlib import Path
-from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
 from decode.batching import Batch, Job, Reply
-from decode.keep_awake import keep_awake
-from decode.models.checkpoint import Checkpoint, find_teacher
 from distill.data.codec import Block, SampledBlock
 from distill.data.dataset import Coded
 from distill.data.manifest import DatasetSettings
 from distill.data.packing import Row
-from distill.data.ranks import KEPT, Connection, Gone, Launch, Message, Ranks, connect, ignore_signals
+from distill.data.ranks import Ranks
 from distill.data.scoring import Scorer
-from distill.data.settings import CollectSettings
 from distill.data.shards import coded
-from kernels.backends import backend
-from kernels.device import device_name, versions
 from kernels.errors import UserError
-
-if TYPE_CHECKING:
-    from distill.data.collect import Collector
 
 SHARDS_AHEAD = 3  # that a rank is given: one to score, and on a GPU one to be coded beside it; one to go on with
 Done = Generator[tuple[int, list[Reply]], None, None]
@@ -48,38 +37,6 @@ class Part:
     shard: int
     first: int
     rows: list[Row]
-
-
-def introduction(checkpoint: Checkpoint, settings: CollectSettings, scores_only: bool) -> dict[str, dict[str, Any]]:
-    """What ranks must have in common. Of sources only names count: rank 0 alone reads them. `reply_batch` is each
-    rank's own: it decides only how fast that is."""
-    from distill.data.collect import of_teacher
-
-    teacher, values = of_teacher(checkpoint), settings.record()
-    del values["reply_batch"]
-    values |= {name: [Path(path).name for path in values[name]] for name in ("sources", "exclude")}
-    return {
-        "command": values | {"--replies": scores_only},
-        "teacher": teacher | {"teacher": teacher["teacher"]["hash"], "template_time": None},
-        "machine": this_machine(),
-    }
-
-
-def this_machine() -> dict[str, str]:
-    """What of it decides bits, beside the command and the teacher."""
-    versions_here, chosen = versions(), backend()
-    return {name: versions_here[name] for name in ("bitdraft", "mlx")} | {
-        "device": f"{device_name()} ({chosen.NAME})",
-        "instruction set": _instruction_set(chosen.NAME),
-    }
-
-
-def _instruction_set(kernels: str) -> str:
-    if kernels != "cpu":
-        return "of the device"
-    from kernels.cpu import _native
-
-    return _native.isa()
 
 
 class SharedBatch:
@@ -188,7 +145,7 @@ def score(
         serve()
 
     while True:
-        for index, block in _blocks(replace(scorer, advance=advance), own()):
+        for index, block in blocks(replace(scorer, advance=advance), own()):
             yield index, coded(block, settings, ranks.devices.get(0, ""))
             while done:
                 yield done.popleft()
@@ -199,7 +156,7 @@ def score(
         serve(wait=True)
 
 
-def _blocks(scorer: Scorer, parts: Iterator[Part]) -> Iterator[tuple[int, Block | SampledBlock]]:
+def blocks(scorer: Scorer, parts: Iterator[Part]) -> Iterator[tuple[int, Block | SampledBlock]]:
     """The scored shards; a GPU scores the next while one is used."""
     before: tuple[int, Callable[[], Block | SampledBlock]] | None = None
     for part in parts:
@@ -219,146 +176,9 @@ def _packed(rows: list[Row]) -> bytes:
     return b"".join(np.stack(column).tobytes() for column in zip(*rows, strict=True))
 
 
-def _unpacked(data: bytes, seq_len: int) -> list[Row]:
+def unpacked(data: bytes, seq_len: int) -> list[Row]:
     size = len(data) // 6
     tokens = np.frombuffer(data, np.int32, size).reshape(-1, seq_len)
     trained = np.frombuffer(data, bool, size, 4 * size).reshape(-1, seq_len)
     segments = np.frombuffer(data, np.uint8, size, 5 * size).reshape(-1, seq_len)
     return list(zip(tokens, trained, segments, strict=True))
-
-
-# The other ranks
-
-
-class _Ended(Exception):
-    """Rank 0 says that all is over, and with which exit code."""
-
-    def __init__(self, code: int) -> None:
-        self.code = code
-
-
-class _Dropped(Exception):
-    """Rank 0 has no use any more for the replies that it asked for."""
-
-
-def assist(launch: Launch, teacher: str | None, settings: CollectSettings, scores_only: bool) -> NoReturn:
-    """Be a rank other than 0, and end this process: with rank 0's exit code, and without a word, which it has."""
-    try:
-        rank_0 = connect(launch)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    try:
-        code = _Assistant(rank_0).run(find_teacher(teacher), settings, scores_only)
-        ignore_signals()
-    except BaseException as error:
-        ignore_signals()
-        with suppress(Gone):
-            if isinstance(error, UserError):
-                code = 2
-                rank_0.send({"error": str(error)})
-            elif isinstance(error, KeyboardInterrupt):
-                code = 130
-                rank_0.send({"interrupted": True})
-            elif isinstance(error, Gone):
-                if launch.rank == 1:  # one line is enough
-                    raise UserError(f"rank 0 of {launch.size} (at {launch.host}) has ended; {KEPT}") from None
-                code = 2
-            else:
-                raise
-    rank_0.close()
-    with suppress(Exception):  # a process that exits while MLX's threads run is aborted
-        mx.synchronize()
-    raise SystemExit(code)
-
-
-class _Assistant:
-    """What a rank other than 0 does, as it is told."""
-
-    def __init__(self, rank_0: Connection) -> None:
-        self.rank_0 = rank_0
-        self._inbox: SimpleQueue[tuple[int, Message | None, bytes]] = SimpleQueue()
-        self._jobs: deque[tuple[int, Job]] = deque()
-        rank_0.listen(self._inbox, 0)
-
-    def run(self, checkpoint: Checkpoint, settings: CollectSettings, scores_only: bool) -> int:
-        """Work until rank 0 ends it; with which exit code. Raises Gone where rank 0 has."""
-        from distill.data.collect import Collector, Plan
-
-        mine = introduction(checkpoint, settings, scores_only)
-        self.rank_0.send({"introduction": mine, "slots": settings.reply_batch})
-        try:
-            begin, _ = self._next()
-            values = begin["settings"]
-            settings = replace(settings, **values | {"temperatures": tuple(values["temperatures"])})
-            told = DatasetSettings(begin["dataset"])
-            collector = Collector(Plan(checkpoint, settings, Path(), told, Path(), told, sources=None))
-            with keep_awake():
-                self._work(collector)
-        except _Ended as end:
-            return end.code
-
-    def _work(self, collector: Collector) -> NoReturn:
-        settings, scorer = collector.plan.manifest, collector.scorer()
-        batch: Batch | None = None
-        while True:
-            message, data = self._next()
-            if "jobs" in message:
-                batch = batch or collector.reply_pass().batch
-                self._take(message)
-                with suppress(_Dropped):
-                    self._answer(batch)
-            elif "shard" in message:
-                batch = None  # its cache makes room
-                for index, block in _blocks(scorer, self._parts(message, data, settings.seq_len)):
-                    one = coded(block, settings)
-                    self.rank_0.send({"shard": index, "counts": one.counts}, one.data)
-
-    def _parts(self, message: Message, data: bytes, seq_len: int) -> Iterator[Part]:
-        """This one, and those that have come meanwhile: in the last pass nothing else does."""
-        yield Part(message["shard"], message["first"], _unpacked(data, seq_len))
-        while not self._inbox.empty():
-            message, data = self._next()
-            yield Part(message["shard"], message["first"], _unpacked(data, seq_len))
-
-    def _answer(self, batch: Batch) -> None:
-        numbers, jobs = list[int](), self._jobs
-
-        class AsTheyCome:
-            """Jobs; where there is none now, there may be one later."""
-
-            def __iter__(self) -> Iterator[Job]:
-                return self
-
-            def __next__(self) -> Job:
-                if not jobs:
-                    raise StopIteration
-                number, job = jobs.popleft()
-                numbers.append(number)
-                return job
-
-        with closing(batch.run(AsTheyCome(), self._look)) as done:
-            for place, replies in done:
-                said = [[reply.tokens, reply.finish] for reply in replies]
-                self.rank_0.send({"number": numbers[place], "replies": said})
-
-    def _look(self, _tokens: int) -> None:
-        """Take what rank 0 has sent while this one was at work."""
-        while not self._inbox.empty():
-            message, _ = self._next()
-            self._take(message)
-            if "drop" in message:
-                raise _Dropped
-
-    def _take(self, message: Message) -> None:
-        if "drop" in message:
-            self._jobs.clear()
-        for number, turns, temperatures, seed, most_tokens in message.get("jobs", ()):
-            self._jobs.append((number, Job(turns, temperatures, tuple(seed), most_tokens)))
-
-    def _next(self) -> tuple[Message, bytes]:
-        _, message, data = self._inbox.get()
-        if message is None:
-            raise Gone
-        if "end" in message:
-            raise _Ended(message["end"])
-        return message, data
