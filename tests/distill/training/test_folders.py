@@ -69,7 +69,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def quickly_drawn() -> Iterator[None]:
     """Pictures take half the time of runs as short as these; those of processes are drawn."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("distill.training.run.training_curves", lambda log, picture, title: picture.write_bytes(b"drawn"))
+        patch.setattr(
+            "distill.training.loop.training_curves", lambda log, picture, title: picture.write_bytes(b"drawn")
+        )
         yield
 
 

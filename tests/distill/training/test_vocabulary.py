@@ -16,8 +16,9 @@ from distill.data.shards import Dataset
 from distill.training import checkpoint
 from distill.training.drafts import llama
 from distill.training.loader import DataLoader
+from distill.training.loop import Summary
 from distill.training.losses import tail_bucket_kl
-from distill.training.run import Summary, train
+from distill.training.run import train
 from distill.training.settings import TrainSettings
 from distill.training.vocabulary import most_frequent, select_draft_vocabulary, special_tokens, target_counts
 from kernels.errors import UserError
