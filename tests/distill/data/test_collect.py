@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import json
 import os
 import re
@@ -11,115 +9,31 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from collecting import OPTIONS, ask, copied, files, with_template
 from conftest import ROOT, Command, arguments, changed_copy, environment, in_background, unsealed
 
-from decode.batching import Batch, Job, Reply
 from decode.models.checkpoint import Checkpoint, find_teacher
-from decode.prompts import make_prompt
-from decode.tokenizer import Tokenizer
 from distill.data.collect import Collector, plan_collection, plan_scoring
-from distill.data.duplicates import NearDuplicates
-from distill.data.exclusion import Excluded
 from distill.data.inspection import inspect_dataset, table, verify
 from distill.data.manifest import DatasetSettings, folder_name
-from distill.data.packing import Segment, cut, pack, segment
-from distill.data.prompts import Chosen, encode_text, split_text, wants_reply
-from distill.data.reply_dataset import Example, Replies
+from distill.data.packing import cut, pack, segment
+from distill.data.reply_dataset import Replies
 from distill.data.rows import Rows
 from distill.data.settings import CollectSettings
 from distill.data.shards import Dataset
-from distill.data.sources import Document, LeftOut, normalise_prompt, read_source
-from distill.data.supply import Supply
+from distill.data.sources import normalise_prompt
 from kernels import UserError
 from kernels.files import sha256
 
-OPTIONS = ("--tokens", 1200, "--seq-len", 128, "--max-reply", 16, "--reply-batch", 4, "--batch", 2)
-
-
-@pytest.fixture(scope="module")
-def teacher(small_teacher: Path) -> Checkpoint:
-    return find_teacher(str(small_teacher))
-
-
-def ask(number: int) -> str:
-    """A prompt that is near no other."""
-    return f"Tell me something about the number {hashlib.sha256(b'%d' % number).hexdigest()[:12]}."
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """Prompts, some of them held out, and conversations; plain text."""
-    folder = tmp_path_factory.mktemp("sources")
-    held_out = [json.loads(line)["prompt"] for line in (ROOT / "data" / "eval.jsonl").open(encoding="utf-8")]
-    lines: list[dict[str, object]] = [{"prompt": ask(i)} for i in range(60)]
-    lines[3:3] = [{"prompt": f"  {held_out[0].upper()} "}, {"messages": [{"role": "user", "content": held_out[1]}]}]
-    lines.append(
-        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, how are you?"}]}
-    )
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    text = "\n\n".join(f"Paragraph {i}. " + "The ship sailed on over the grey sea. " * 9 for i in range(40))
-    (folder / "text.txt").write_text(text, encoding="utf-8")
-    return str(folder / "prompts.jsonl"), str(folder / "text.txt")
-
-
-@pytest.fixture(scope="module")
-def settings(sources: tuple[str, ...]) -> CollectSettings:
-    return CollectSettings(
-        sources=sources,
-        exclude=(str(ROOT / "data" / "eval.jsonl"),),
-        tokens=1500,
-        seq_len=128,
-        batch=2,
-        reply_batch=4,
-        max_reply=16,
-        temperatures=(1.0, 0.7),
-    )
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_files() -> Iterator[None]:
-    """So that a small reply dataset has several files."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("distill.data.reply_pass.EXAMPLES_PER_FILE", 8)
-        yield
-
-
-@pytest.fixture(scope="module")
-def collector(
-    teacher: Checkpoint, settings: CollectSettings, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Collector, Dataset]:
-    seen: list[tuple[str, int, int | None]] = []
-    collector = Collector(
-        plan_collection(teacher, settings, tmp_path_factory.mktemp("data") / "d"), lambda *step: seen.append(step)
-    )
-    dataset = collector.run()
-    for stage in ("replies", "scoring"):
-        totals = [total for name, _, total in seen if name == stage and total is not None]
-        assert len(totals) == 1
-    assert sum(done for name, done, total in seen if name == "scoring" and total is None) == dataset.tokens
-    return collector, dataset
-
-
-def copied(collector: Collector, folder: Path) -> Collector:
-    """A collector of copies of what this one has made."""
-    again, plan = copy.copy(collector), collector.plan
-    shutil.copytree(plan.folder, folder / "d")
-    shutil.copytree(plan.replies, folder / plan.replies.name)
-    again.plan = replace(plan, folder=folder / "d", replies=folder / plan.replies.name)
-    return again
+pytest_plugins = ("collect_fixtures",)
+pytestmark = pytest.mark.usefixtures("short_files")
 
 
 # --- the dataset
@@ -429,204 +343,7 @@ def test_replies_that_cannot_be_scored(
         plan_scoring(teacher, collector[1].folder, settings, (), tmp_path / "x")
 
 
-@pytest.fixture(scope="module")
-def of_prompts(teacher: Checkpoint, settings: CollectSettings, tmp_path_factory: pytest.TempPathFactory) -> Collector:
-    chosen = replace(settings, sources=settings.sources[:1], tokens=1500, max_reply=12)
-    return Collector(plan_collection(teacher, chosen, tmp_path_factory.mktemp("prompts") / "d"))
-
-
-@pytest.mark.slow
-def test_reply_n_answers_prompt_n_of_a_seeded_order(of_prompts: Collector) -> None:
-    """Whatever the batch, and however long the replies before it: they decide only how many there are."""
-    (chosen,) = of_prompts.choose()
-    documents = list(chosen.documents)
-    numbers = [number for number, _ in documents]
-    assert [document.line for _, document in documents] != sorted(document.line for _, document in documents)
-    replies = list(of_prompts.replies())
-    assert [reply.number for reply in replies] == numbers[: len(replies)] and len(replies) > 20
-    assert sum(len(reply.tokens) for reply in replies) == 1500  # the last one is cut off
-    for reply, (_, document) in zip(replies[:-1], documents, strict=False):
-        said = of_prompts.tokenizer.decode(reply.tokens[~reply.trained].tolist())
-        assert document.user_texts[-1] in said and reply.replied == (document.kind == "prompt")
-
-    counts = {}
-    for name, value in (("reply_batch", 1), ("reply_batch", 9), ("max_reply", 5), ("tokens", 700)):
-        other = copy.copy(of_prompts)
-        other.settings = replace(of_prompts.settings, **{name: value})  # type: ignore[arg-type]
-        recorded = {} if name == "reply_batch" else {name: value}
-        folder = of_prompts.plan.folder.parent / f"{name}-{value}"
-        manifest = DatasetSettings(of_prompts.plan.reply_manifest.values | recorded)
-        other.plan = replace(of_prompts.plan, replies=folder, reply_manifest=manifest)
-        found = list(other.replies())
-        counts[name] = len(found)
-        assert [reply.number for reply in found] == numbers[: len(found)]
-        both = list(zip(found[:-1], replies[:-1], strict=False))
-        assert all(a.tokens[~a.trained].tolist() == b.tokens[~b.trained].tolist() for a, b in both)
-        assert all(a.tokens[a.trained].tolist()[:5] == b.tokens[b.trained].tolist()[:5] for a, b in both)
-        if name == "reply_batch":
-            assert files(folder) == files(of_prompts.plan.replies)
-    assert counts["max_reply"] > len(replies) > counts["tokens"]
-
-
-@pytest.mark.slow
-def test_stopped_anywhere_the_replies_end_the_same(of_prompts: Collector, tmp_path: Path) -> None:
-    """Stopped at some of its steps, and with a file lost."""
-    of_prompts.replies()
-    whole = files(of_prompts.plan.replies)
-    again, steps, limit = copy.copy(of_prompts), 0, 3
-
-    def stop(stage: str, done: int, total: int | None) -> None:
-        nonlocal steps
-        steps += 1
-        if steps == limit:
-            raise KeyboardInterrupt
-
-    again.plan, again.progress = replace(again.plan, replies=tmp_path), stop
-    while not (tmp_path / "manifest.json").exists() or not Replies.open(tmp_path).shards:
-        steps, limit = 0, limit + 6
-        with pytest.raises(KeyboardInterrupt):
-            again.replies()
-        assert not Replies.open(tmp_path).complete
-    again.progress = of_prompts.progress
-    again.replies()
-    assert files(tmp_path) == whole and "reply-00001.safetensors" in whole
-    (tmp_path / "reply-00000.safetensors").unlink()
-    again.replies()
-    assert files(tmp_path) == whole
-
-
-# --- several turns, the teacher's own, weights, duplicates
-
-
-def parts(tokenizer: Tokenizer, example: Example) -> list[tuple[bool, str]]:
-    """The stretches of an example that are learnt, and those that are not, as text without special tokens."""
-    cuts = np.flatnonzero(np.diff(example.trained.astype(int))) + 1
-    pairs = zip(np.split(example.trained, cuts), np.split(example.tokens, cuts), strict=True)
-    return [(bool(mask[0]), tokenizer.decode(tokens.tolist())) for mask, tokens in pairs]
-
-
-@pytest.fixture(scope="module")
-def of_turns(small_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Collector:
-    """What is answered turn by turn, what the teacher says to itself, and conversations of others; with weights. The
-    teacher ends its replies with " and", which it says often."""
-    folder = tmp_path_factory.mktemp("turns")
-    ends = json.dumps({"eos_token_id": [2, 284]}).encode()
-    teacher = find_teacher(str(changed_copy(small_teacher, folder / "t", generation_config__json=ends)))
-    said = ["Hi", "Hello there, how are you?", "Well", "Good to hear that."]
-    chat = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
-    chats = [{"messages": chat, "kind": "chat"}, {"messages": [*chat, {"role": "user", "content": "Bye"}]}]
-    rows = [{"turns": [ask(3 * i), "And then?", "Why so?"], "kind": "dialogue"} for i in range(30)]
-    for name, content in (("chats", chats), ("turns", rows)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
-    sources = (str(folder / "chats.jsonl"), f"{folder / 'turns.jsonl'}=3", "self")
-    settings = CollectSettings(sources=sources, tokens=3000, seq_len=256, max_reply=24, reply_batch=4)
-    return Collector(plan_collection(teacher, settings, folder / "d"))
-
-
-@pytest.mark.slow
-def test_every_turn_is_answered(of_turns: Collector) -> None:
-    """Behind what was said before; of given conversations the assistant's turns are learnt, or only read."""
-    replies, tokenizer = list(of_turns.replies()), of_turns.tokenizer
-    chats, turns, own = (sum(len(one.tokens) for one in replies if one.source == source) for source in range(3))
-    # A source may end with less missing than a reply can be cut to.
-    assert 0 < chats < 600 and 0 <= (3000 - chats) * 3 // 4 - turns < 8 and 0 <= 3000 - chats - turns - own < 8
-    ends = tokenizer.end_tokens
-    dialogues = [one for one in replies if one.kind == "dialogue"][:-1]
-    assert len(dialogues) > 10 and all(one.replied for one in dialogues)
-    several = 0
-    for one in dialogues:
-        said = parts(tokenizer, one)
-        assert [learnt for learnt, _ in said] == [False, True] * (len(said) // 2)
-        asked = [text for learnt, text in said if not learnt]
-        assert all(text in given for text, given in zip(("number", "And then?", "Why so?"), asked, strict=False))
-        last = [
-            int(run[-1]) for run in np.split(one.tokens, np.flatnonzero(np.diff(one.trained.astype(int))) + 1)[1::2]
-        ]
-        assert all(token in ends for token in last[:-1])  # a reply without an end is the last
-        assert len(said) == 6 or last[-1] not in ends or len(one.tokens) > 256 - 24 - 40
-        several += len(said) > 2
-    assert several > 0
-    (chat,) = (one for one in replies if one.kind == "chat")
-    assert [text for learnt, text in parts(tokenizer, chat) if learnt] == [
-        "Hello there, how are you?",
-        "Good to hear that.",
-    ]
-    (answered,) = (one for one in replies if not one.kind)
-    assert [learnt for learnt, _ in parts(tokenizer, answered)] == [False, True] and "Good to hear" in parts(
-        tokenizer, answered
-    )[0][1]
-    table = {one["kind"]: one for one in inspect_dataset(of_turns.plan.replies)["by_kind"]}
-    assert list(table) == [None, "chat", "dialogue", "self"]
-    assert sum(one["tokens"] for one in table.values()) == chats + turns + own and table["chat"]["replied"] == 0
-
-
-@pytest.mark.slow
-def test_the_teacher_says_both_turns(of_turns: Collector) -> None:
-    """From where a user's turn begins, each another one; and what it says is learnt."""
-    own, tokenizer = [one for one in of_turns.replies() if one.source == 2], of_turns.tokenizer
-    before, behind = tokenizer.open_turn
-    assert [one.number for one in own] == list(range(len(own))) and {one.kind for one in own} == {"self"}
-    asked = set()
-    for one in own[:-1]:
-        learnt = one.trained.tolist()
-        assert one.tokens[: len(before)].tolist() == before and learnt[: len(before)] == [False] * len(before)
-        said = parts(tokenizer, one)
-        asked.add(said[1][1])
-        if len(said) > 2:
-            at = learnt.index(False, len(before))
-            assert one.tokens[at : at + len(behind)].tolist() == behind
-        assert [learnt for learnt, _ in said] in ([False, True], [False, True, False, True])
-    assert len(asked) == len(own) - 1 > 5
-
-
-@pytest.mark.slow
-def test_turns_that_are_stopped_end_the_same(of_turns: Collector, tmp_path: Path) -> None:
-    """Whatever was read ahead when they were."""
-    of_turns.replies()
-    whole = files(of_turns.plan.replies)
-    again, steps, stops = copy.copy(of_turns), 0, 0
-
-    def stop(stage: str, done: int, total: int | None) -> None:
-        nonlocal steps
-        steps += 1
-        if steps == 40 * (stops + 1):  # each time it comes further
-            raise KeyboardInterrupt
-
-    again.plan, again.progress = replace(again.plan, replies=tmp_path / "r"), stop
-    while not (tmp_path / "r").exists() or not Replies.open(tmp_path / "r").complete:
-        try:
-            again.replies()
-        except KeyboardInterrupt:
-            steps, stops = 0, stops + 1
-    assert stops > 1 and files(tmp_path / "r") == whole
-
-
-@pytest.mark.parametrize("ahead", [1, 40])
-def test_duplicates_are_those_of_what_was_taken(small_teacher: Path, tmp_path: Path, ahead: int) -> None:
-    """Within a source and across them, however far one looks ahead: what was only looked at takes no one's place."""
-    asked, tokenizer = NearDuplicates(), Tokenizer(small_teacher)
-    rows = [[ask(i) for i in range(20)], [ask(i) for i in (30, 0, 31, 3, 2, 30, 32)]]
-    rows[0][2:2] = [ask(1).replace("Tell", "tell"), f"{ask(1)[:-1]}?"]
-    settings = CollectSettings(sources=("a", "b"), seq_len=128, max_reply=16)
-    supplies = []
-    for source, prompts in enumerate(rows):
-        documents = ((n, Document("prompt", text, None, n, f"{source}: {n}")) for n, text in enumerate(prompts))
-        chosen = Chosen((one for one in documents), LeftOut(), LeftOut(), 1)
-        supplies.append(Supply(source, chosen, tokenizer, settings, 2048, asked, Excluded()))
-
-    def take(source: int, count: int) -> list[int]:
-        supplies[source].ahead(ahead)
-        taken = [one.number for one in [supplies[source].take() for _ in range(count)] if one]
-        supplies[source].rest()
-        return taken
-
-    assert take(0, 4) == [0, 1, 4, 5]  # 0, 1, 2, 3
-    assert take(1, 3) == [0, 2, 6]  # 30, 31, 32
-    assert supplies[0].left_out.counts == {"the same as a prompt before": 1, "near a prompt before": 1}
-    assert supplies[1].left_out.counts == {"the same as a prompt before": 4}
-    assert supplies[1].left_out.firsts == {"the same as a prompt before": "1: 1"}
-    assert take(0, 30) == list(range(6, 22)) and take(1, 9) == []
-    assert supplies[0].take() is None and supplies[0].left_out.counts["near a prompt before"] == 1
+# --- what will be read
 
 
 def test_a_dry_run_says_what_will_be_read(inside: Command, small_teacher: Path, tmp_path: Path) -> None:
@@ -666,187 +383,7 @@ def test_a_dry_run_says_what_will_be_read(inside: Command, small_teacher: Path, 
 # --- what a dataset is made from
 
 
-PICKY = """{% for m in messages %}{% if m.role == 'system' or loop.index0 % 2 != (m.role == 'assistant') | int %}
-{{ raise_exception('no ' + m.role + ' here') }}{% endif %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}
-{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"""
 DATED = "{{ strftime_now('%Y-%m-%d %H:%M:%S') }}{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}"
-
-
-def with_template(teacher: Path, folder: Path, template: str) -> Path:
-    config = json.loads((teacher / "tokenizer_config.json").read_text()) | {"chat_template": template}
-    left = {"chat_template__jinja": None} if (teacher / "chat_template.jinja").exists() else {}
-    return changed_copy(teacher, folder, tokenizer_config__json=json.dumps(config).encode(), **left)
-
-
-def turns(*roles: str) -> dict[str, object]:
-    return {"messages": [{"role": role, "content": f"Something of the {role}'s, said at length."} for role in roles]}
-
-
-def test_turns_that_are_not_learnt_are_counted(small_teacher: Path, tmp_path: Path) -> None:
-    """A template may write an earlier answer otherwise than the last; an empty one teaches nothing; and one may begin
-    within a token: with line ends, as those of some models do."""
-    said = "{% for m in messages %}{{ m.role }}\n{{ m.content if SHOWN else '(said)' }}<|im_end|>\n{% endfor %}"
-    said += "{% if add_generation_prompt %}assistant\n{% endif %}"
-    messages = [{"role": role, "content": f"What {role} says."} for role in ("user", "assistant") * 4]
-    messages[1]["content"], messages[3]["content"] = "\n\nWhat assistant says.", ""
-    document = Document("messages", None, messages, 1, "a.jsonl: line 1")
-    for name, shown, learnt, untold in (("a", "true", 3, 0), ("b", "loop.last or m.role == 'user'", 1, 3)):
-        tokenizer = Tokenizer(with_template(small_teacher, tmp_path / name, said.replace("SHOWN", shown)))
-        left_out = LeftOut()
-        ids, trained = encode_text(tokenizer, document, left_out)
-        told = tokenizer.decode([token for token, is_learnt in zip(ids, trained, strict=True) if is_learnt])
-        assert told.replace("\n", "") == "What assistant says." * learnt
-        ends = [i for i in np.flatnonzero(trained) if ids[i] in tokenizer.end_tokens]
-        assert len(ends) == learnt
-        assert sum(left_out.counts.values()) == untold and set(left_out.firsts.values()) <= {"a.jsonl: line 1"}
-
-
-@pytest.mark.slow
-def test_what_is_left_out_is_counted_by_reason(small_teacher: Path, inside: Command, tmp_path: Path) -> None:
-    """A template that refuses a conversation costs that conversation, and not the hours before it."""
-    folder, used = tmp_path / "sources", tmp_path / "sources" / "mixed.jsonl"
-    folder.mkdir()
-    rows = [
-        {"prompt": "Tell me something about ships."},
-        {"prompt": "Leave this one out."},
-        {"prompt": "word " * 200},
-        {"text": " "},
-        {"text": "Short."},
-        turns("system", "user"),
-        turns("user", "assistant", "assistant"),
-        turns("user", "assistant"),
-        {"prompt": "What is 2 + 2?", "completion": "It is 4, as everybody knows."},
-    ]
-    used.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "notes.md").write_text("Not read.")
-    (tmp_path / "held-out.txt").write_text('{"prompt": "leave THIS one out."}\n')
-    picky = with_template(small_teacher, tmp_path / "picky", PICKY)
-    options = ("--teacher", picky, "--exclude", tmp_path / "held-out.txt", *OPTIONS, "--out", tmp_path / "d")
-    done = inside("distill", "collect", "--source", folder, *options, "--json", tmp_path / "c.json")
-    assert done.code == 0, done.err
-    left_out = json.loads((tmp_path / "c.json").read_text())["left_out"]
-    assert {one["source"] for one in left_out} == {"sources"}
-    counts = {one["first"].split(" has")[0].split(": the chat")[0]: one["count"] for one in left_out}
-    names = ["notes.md", *(f"mixed.jsonl: line {line}" for line in (2, 3, 4, 5))]
-    assert counts == dict.fromkeys(names, 1) | {next(x for x in counts if x not in names): 2}
-    for one in left_out:
-        assert f"sources: {one['count']} left out, {one['reason']} (the first: {one['first']})" in done.err
-    (refused,) = (one for one in left_out if one["count"] == 2)
-    assert re.match(
-        r"mixed.jsonl: line [67]: the chat template refuses it: no (system|assistant) here", refused["first"]
-    )
-    (replies,) = tmp_path.glob("replies-*")
-    assert sorted(example.replied for example in Replies.open(replies)) == [False, False, True]
-    assert "mixed.jsonl: line 2" in inside("distill", "inspect", replies).out
-    assert "mixed.jsonl: line 2" in inside("distill", "collect", "--source", folder, *options).err  # all is done
-
-    used.write_text("".join(json.dumps(row) + "\n" for row in rows[1:7]))
-    nothing = inside("distill", "collect", "--source", folder, *options[:-1], tmp_path / "e")
-    assert nothing.code == 2
-    for reason in ("notes.md", "excluded", "more than 112 tokens", "empty", "fewer than 8 tokens", "refused"):
-        assert reason in nothing.err.splitlines()[-1]
-
-
-def test_turns_of_weight_0_are_read_where_they_are_not_learnt(
-    small_teacher: Path, inside: Command, tmp_path: Path
-) -> None:
-    """Before a user's last turn, which the teacher answers. With --no-reply they would be learnt."""
-    said = turns("user", "assistant", "user")["messages"]
-    asked, unlearnt = tmp_path / "asked.jsonl", tmp_path / "unlearnt.jsonl"
-    asked.write_text(json.dumps({"messages": [said[0], said[1] | {"weight": 0}, said[2]]}) + "\n")
-    unlearnt.write_text(json.dumps({"messages": [said[0], said[1] | {"weight": 0}]}) + "\n")
-    teacher = ("--teacher", small_teacher)
-    decoded = inside("decode", "plain", *teacher, "--prompts", asked, "--max-tokens", 1)
-    assert decoded.code == 0, decoded.err
-    collect = ("distill", "collect", *teacher, *OPTIONS, "--quiet")
-    done = inside(*collect, "--source", asked, "--out", tmp_path / "d")
-    assert done.code == 0, done.err
-    (replies,) = tmp_path.glob("replies-*")
-    (example,) = Replies.open(replies)
-    assert example.replied and "assistant's" in Tokenizer(small_teacher).decode(example.tokens[~example.trained])
-    refused = ("weight 0", "line 1")
-    inside(*collect, "--source", unlearnt, "--out", tmp_path / "e").refused("distill", *refused, str(unlearnt))
-    inside(*collect, "--source", asked, "--no-reply", "--out", tmp_path / "f").refused(
-        "distill", *refused, "1 left out"
-    )
-
-
-def test_long_prompts_and_conversations_are_taken_as_often_as_they_are_there(
-    small_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The teacher is stood in for by one that says a word: which documents are taken is what is tested."""
-    rng = np.random.default_rng(0)
-    pool = [int(n) for n in rng.integers(2, 30, 600)]
-    said: list[dict[str, object]] = [{"prompt": f"{i} " * n} for i, n in enumerate(pool, 1000)]
-    said += [turns("user", "assistant")] * 200
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(one) + "\n" for one in said))
-    settings = CollectSettings(sources=(str(tmp_path / "p.jsonl"),), tokens=9000, seq_len=256, max_reply=64)
-
-    class Short(Batch):
-        def __init__(self, *options: object) -> None:
-            """Needs nothing."""
-
-        def run(self, jobs: Iterator[Job], *told: object) -> Iterator[tuple[int, list[Reply]]]:  # type: ignore[override]
-            for place, _ in enumerate(jobs):
-                yield place, [Reply([500, 2], "stop")]
-
-    monkeypatch.setattr("distill.data.reply_pass.Batch", Short)
-    monkeypatch.setattr(Checkpoint, "load", lambda self: SimpleNamespace(context=2048))
-    monkeypatch.setattr("distill.data.reply_pass.EXAMPLES_PER_FILE", 128)
-    replies = list(Collector(plan_collection(find_teacher(str(small_teacher)), settings, tmp_path / "d")).replies())
-    assert [one.number for one in replies] == list(range(len(replies)))
-    asked = [len(one.tokens) - 2 for one in replies if one.replied]
-    tokenizer = Tokenizer(small_teacher)
-    there = [len(tokenizer.encode_prompt(make_prompt(str(one["prompt"]), "1"))) for one in said[: len(pool)]]
-    assert np.mean(asked) == pytest.approx(np.mean(there), rel=0.1)
-    assert len(asked) / len(replies) == pytest.approx(600 / 800, abs=0.08)
-
-
-def test_conversations_that_end_early_are_counted(
-    small_teacher: Path, inside: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By source and reason, said at the end and kept in the manifest; also of what an earlier run wrote."""
-    turns = [{"turns": [ask(2 * i), ask(2 * i + 1)], "kind": "talk"} for i in range(6)]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(one) + "\n" for one in turns))
-    looping, whole = [600, 601] * 8, [500, 501, 2]
-    repeating = [600, 601] * 7  # cut for its length, and not looked at for loops there
-    said = [
-        [Reply(whole, "stop"), Reply(whole, "stop")],
-        [Reply(looping, "loop")],
-        [Reply(whole, "stop"), Reply(looping, "loop")],
-        [Reply(repeating, "length")],
-        [Reply(whole, "stop")],  # there was no room for the second turn
-        [Reply(whole, "stop"), Reply(whole, "stop")],
-    ]
-    stop_at = 3
-
-    class Saying(Batch):
-        def run(self, jobs: Iterator[Job], *told: object) -> Iterator[tuple[int, list[Reply]]]:  # type: ignore[override]
-            for place, job in enumerate(jobs):
-                if job.seed[2:] == (stop_at,):
-                    raise KeyboardInterrupt
-                yield place, said[job.seed[-1] % len(said)]
-
-    monkeypatch.setattr("distill.data.reply_pass.Batch", Saying)
-    monkeypatch.setattr("distill.data.reply_pass.EXAMPLES_PER_FILE", 1)
-    run = ("collect", "--teacher", small_teacher, "--source", tmp_path / "p.jsonl", "--tokens", 5000, "--seq-len", 128)
-    run = (*run, "--max-reply", 16, "--out", tmp_path / "d", "--json", tmp_path / "c.json")
-    assert inside("distill", *run).code == 130
-    (replies,) = tmp_path.glob("replies-*")
-    assert len(Replies.open(replies).shards) == 3
-    stop_at = -1
-    done = inside("distill", *run)
-    assert done.code == 0, done.err
-    cut = json.loads((tmp_path / "c.json").read_text())["cut"]
-    assert [(one["reason"][:4], one["count"], one["first"]) for one in cut] == [
-        ("fell", 2, "number 1"),
-        ("has ", 1, "number 3"),
-        ("left", 1, "number 4"),
-    ]
-    assert all(one["source"].endswith("p.jsonl") for one in cut), cut
-    assert "2 cut, fell into a loop" in done.err, done.err
-    assert inspect_dataset(replies)["cut"] == cut == json.loads((replies / "manifest.json").read_text())["cut"]
-    assert "fell into a loop" in table(inspect_dataset(replies)) and verify(replies) == []
 
 
 @pytest.mark.slow
@@ -958,25 +495,6 @@ def test_sources_edited_while_they_are_read(
     assert files(made) == files(undisturbed)
 
 
-def test_of_a_hub_dataset_no_more_is_read_than_is_taken(
-    small_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The Hub's client is stood in for: what is asked of it is what is tested."""
-    datasets, read = pytest.importorskip("datasets"), list[int]()
-
-    def rows() -> Iterator[dict[str, str]]:
-        for number in range(300_000):
-            read.append(number)
-            yield ({"prompt": ask(number)} if number % 2 else {"text": f"{number} ships sail. " * 9})
-
-    monkeypatch.setattr(datasets, "load_dataset", lambda *name, **options: {"train": rows()})
-    settings = CollectSettings(sources=(f"owner/name@{40 * 'a'}",), tokens=600, seq_len=128, max_reply=8, reply_batch=4)
-    plan = plan_collection(find_teacher(str(small_teacher)), settings, tmp_path / "d")
-    assert 500 < Collector(plan).run().tokens <= 600
-    assert len(read) < 10_060
-    assert [one.number for one in Replies.open(plan.replies)][:4] == [0, 1, 2, 3]
-
-
 @pytest.mark.slow
 def test_replies_that_an_older_version_began_are_refused(collector: tuple[Collector, Dataset], tmp_path: Path) -> None:
     """It chose another order."""
@@ -1014,68 +532,6 @@ def test_replies_that_go_while_they_are_scored(collector: tuple[Collector, Datas
         path.write_bytes(path.read_bytes()[:700])
     with pytest.raises(UserError, match=r"reply-0000\d.safetensors"):
         rows[:]
-
-
-def test_pack_keeps_every_token_once() -> None:
-    rng = np.random.default_rng(0)
-    segments = []
-    for i, size in enumerate(rng.integers(8, 33, 300)):
-        tokens = np.full(size, i + 1, np.int32)
-        segments.append(Segment(tokens, tokens % 2 == 0))
-    rows = pack(segments, 64)
-    assert sum(int((ids > 0).sum()) for _, _, ids in rows) == sum(len(p.tokens) for p in segments)
-    assert len(rows) < 1.1 * sum(len(p.tokens) for p in segments) / 64
-    seen: list[int] = []
-    for tokens, mask, ids in rows:
-        assert not mask[ids == 0].any() and not tokens[ids == 0].any()
-        for number in sorted(set(ids.tolist()) - {0}):
-            (value,) = set(tokens[ids == number].tolist())
-            seen.append(value)
-            assert len(segments[value - 1].tokens) == (ids == number).sum()
-            assert set(mask[ids == number].tolist()) == {value % 2 == 0}
-    assert sorted(seen) == list(range(1, 301))
-
-
-def test_cut_drops_ends_too_short_to_learn_from() -> None:
-    def sizes(length: int, trained_from: int = 0) -> list[int]:
-        mask = np.arange(length) >= trained_from
-        return [len(part.tokens) for part in cut(Segment(np.zeros(length, np.int32), mask), 32)]
-
-    assert sizes(70) == [32, 32]
-    assert sizes(72) == [32, 32, 8]
-    assert sizes(7) == []
-    assert sizes(70, trained_from=40) == [32]
-
-
-def test_split_text() -> None:
-    text = "word " * 500 + "\n\n" + "unbroken" * 100
-    parts = list(split_text(Document("text", text, None, 1), 300))
-    assert "".join(part.text or "" for part in parts) == text
-    assert max(len(part.text or "") for part in parts) <= 300 < len(text)
-    prompt = Document("prompt", text, None, 1)
-    assert list(split_text(prompt, 300)) == [prompt]
-
-
-def test_texts_are_not_cut_inside_words() -> None:
-    """Behind an empty line too, where the next one is far, and at white space of any kind."""
-    novels = [document.text or "" for document in islice(read_source(str(ROOT / "data" / "novels.jsonl.xz")), 60)]
-    hard = ["\n\n" + "word " * 200, "one\ttwo\nthree\u3000" * 99, ("x" * 299 + " ") * 3, "\n\n".join(["ab " * 99] * 9)]
-    cuts = 0
-    for text in [*hard, *novels]:
-        parts = [part.text or "" for part in split_text(Document("text", text, None, 1), 300)]
-        assert "".join(parts) == text and max(map(len, parts)) <= 300
-        for before, after in pairwise(parts):
-            assert before and (before[-1].isspace() or after[0].isspace()), (before[-20:], after[:20])
-        cuts += len(parts) - 1
-    assert cuts > 100
-
-
-def test_wants_reply() -> None:
-    user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-    assert wants_reply(Document("prompt", "a", None, 1))
-    assert not wants_reply(Document("text", "a", None, 1))
-    assert wants_reply(Document("messages", None, [user, assistant, user], 1))
-    assert not wants_reply(Document("messages", None, [user, assistant], 1))
 
 
 # --- replies
@@ -1148,34 +604,6 @@ def test_caches_beyond_the_memory_are_refused(
         Collector(plan_collection(teacher, settings, tmp_path)).run()
     with pytest.raises(UserError, match=rf"--reply-batch {settings.reply_batch}: .* this machine has 0\.0 GB"):
         Collector(plan_collection(teacher, settings, tmp_path)).estimate()  # what a dry run does
-
-
-@pytest.mark.slow
-def test_nothing_to_collect_from(teacher: Checkpoint, settings: CollectSettings, tmp_path: Path) -> None:
-    (tmp_path / "empty.jsonl").write_text("")
-    chosen = replace(settings, sources=(str(tmp_path / "empty.jsonl"),))
-    collector = Collector(plan_collection(teacher, chosen, tmp_path / "d"))
-    assert collector.estimate().tokens == settings.tokens
-    for _ in range(2):  # nothing is not a whole dataset of replies that another run would take up
-        with pytest.raises(UserError, match=r"empty.jsonl: nothing to collect from"):
-            collector.run()
-    assert not Dataset.open(tmp_path / "d").complete and not Replies.open(collector.plan.replies).complete
-
-
-def test_nothing_is_said_with_its_reasons(small_teacher: Path, inside: Command, tmp_path: Path) -> None:
-    """Also where every reply was left out, and where they are there from the run before."""
-    config = json.loads((small_teacher / "tokenizer_config.json").read_text())
-    del config["chat_template"]
-    bare = changed_copy(small_teacher, tmp_path / "bare", tokenizer_config__json=json.dumps(config).encode())
-    source = tmp_path / "short.jsonl"
-    source.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in ("ab", "cd", "ef")))
-    lengths = ("--seq-len", 64, "--max-reply", 3, "--tokens", 100, "--out", tmp_path / "d")
-    for _ in range(2):
-        done = inside("distill", "collect", "--teacher", bare, "--source", source, *lengths, "--quiet")
-        done.refused("distill", str(source), "3 left out", "fewer than 8 tokens")
-    (replies,) = tmp_path.glob("replies-*")
-    scored = inside("distill", "collect", "--teacher", bare, "--replies", replies, "--out", tmp_path / "e", "--quiet")
-    scored.refused("distill", f"--replies {replies}", "3 left out", "fewer than 8 tokens")
 
 
 # --- interruptions
