@@ -20,7 +20,7 @@ from distill.cli_models import convert, evaluate, publish
 from distill.data.settings import CollectSettings
 from distill.training.settings import TrainSettings
 from kernels.console import Interrupted, JsonOption, QuietOption, check_json_target, progress, run, say, write_json
-from kernels.errors import printable
+from kernels.errors import UserError, printable
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -34,6 +34,17 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def command(context: typer.Context) -> None:
+    from distill.data.ranks import Launch
+
+    launch = Launch.found()
+    if launch is not None and context.invoked_subcommand != "collect":
+        if launch.rank:  # rank 0 has said it
+            raise typer.Exit(2)
+        raise UserError(f"{context.invoked_subcommand} is one process's work: only collect runs under mlx.launch")
 
 
 class StageName(StrEnum):

@@ -126,8 +126,8 @@ def read_recipe(path: Path) -> Recipe:
     source = _Source(path, content.decode("utf-8-sig"))
     top = source.checked("", values)
     parts = {name: source.checked(name, top.get(name, {})) for name in STAGES}
-    out = Path(top.get("out", RUNS / path.stem))
-    folders = {name: Path(part.pop("out")) if "out" in part else None for name, part in parts.items()}
+    out = _folder(top.get("out", RUNS / path.stem))
+    folders = {name: _folder(part.pop("out")) if "out" in part else None for name, part in parts.items()}
     draft = folders["train"] or out / "draft"
     recipe = Recipe(
         path=path,
@@ -142,6 +142,11 @@ def read_recipe(path: Path) -> Recipe:
     )
     _check(recipe)
     return recipe
+
+
+def _folder(name: str | Path) -> Path:
+    """No shell has looked at a recipe: `~` is the user's own folder here too."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111  (Path.expanduser raises for an unknown ~user)
 
 
 class _Source:

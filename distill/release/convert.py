@@ -90,6 +90,9 @@ def _own_folder(folder: Path, source: Path, room: float = 0) -> Iterator[None]:
         if names and "files" not in about:
             raise UserError(f"--out {folder}: an older version wrote it and did not list its files; delete it")
         check_own_files(folder, CONVERTED, WRITTEN)
+        made_from = about["from"].get("hash") if isinstance(about.get("from"), dict) else None
+        if names and made_from != Checkpoint(source, source.name, {}).weights_hash:
+            raise UserError(f"--out {folder}: holds the conversion of another model; give another folder, or delete it")
         yield
 
 

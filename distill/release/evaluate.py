@@ -81,10 +81,11 @@ def draft_to_evaluate(name: str | None, teacher: Checkpoint) -> Checkpoint:
 
 
 def default_folder(draft: Checkpoint) -> Path:
-    """Where the results go: beside a draft under runs/, else into a folder there that has its name."""
+    """Where the results go: beside a draft under runs/, else into a folder there that has its name, and digits of its
+    weights' hash, as many drafts are named alike."""
     if draft.folder.resolve().is_relative_to(RUNS.resolve()):
         return draft.folder
-    return RUNS / f"evaluation-{Path(draft.name).name}"
+    return RUNS / f"evaluation-{Path(draft.name).name}-{draft.weights_hash[:8]}"
 
 
 def finished_report(folder: Path, of: dict[str, Any]) -> dict[str, Any] | None:
@@ -145,6 +146,7 @@ def evaluate(
     note = say(quiet)
     with working_in(out, room=1e6 + 2e4 * len(prompts)):  # the pictures, and a line and an entry a prompt
         _check_own(out)
+        _check_subject(out, draft, measured, note)
         session = Session(
             teacher,
             draft,
@@ -210,6 +212,22 @@ def _check_own(out: Path) -> None:
             check_unchanged(path, listed[path.name])
         elif path.exists() and not (older and path.is_file()):
             raise _in_the_way(path)
+
+
+def _check_subject(out: Path, draft: Checkpoint, measured: dict[str, Any], note: Callable[[str], None]) -> None:
+    """Refuse to replace the report on another draft, or by another teacher, but beside a draft that was trained anew;
+    and say where one of other settings is replaced."""
+    report = read_json(out / REPORT) if (out / REPORT).exists() else {}
+    identity = report.get("identity")
+    if not isinstance(identity, dict) or not (differences := _differences(identity, measured)):
+        return
+    other = any(identity.get(name) != measured[name] for name in ("draft", "teacher"))
+    if other and out.resolve() != draft.folder.resolve():
+        raise UserError(
+            f"--out {out}: holds the evaluation of another draft, or by another teacher; give another folder, or delete"
+            f" {REPORT} there"
+        )
+    note(f"{out / REPORT}: is replaced; it has another {', another '.join(differences)}")
 
 
 def _in_the_way(path: Path) -> UserError:

@@ -94,6 +94,15 @@ def test_bad_input_is_one_line(inside: Command, work: Path, options: list[object
     assert sorted(work.rglob("*")) == before
 
 
+def test_what_one_process_does_is_refused_to_ranks(inside: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank, said in ((0, ["only collect runs under mlx.launch"]), (1, [])):
+        ranks = {"MLX_RANK": rank, "MLX_WORLD_SIZE": 2, "NCCL_HOST_IP": "127.0.0.1", "NCCL_PORT": 1}
+        for name, value in ranks.items():
+            monkeypatch.setenv(name, str(value))
+        done = inside("distill", "train", "--layers", 1)
+        assert done.code == 2 and len(done.err.splitlines()) == len(said) and all(text in done.err for text in said)
+
+
 def test_inspect_and_verify(inside: Command, data: Path) -> None:
     inspected = inside("distill", "inspect", data, "--json", "-")
     assert inspected.code == 0 and json.loads(inspected.out)["complete"] is True

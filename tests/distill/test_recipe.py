@@ -57,6 +57,13 @@ BITNET_2B = {
 }
 
 
+def test_folders_of_a_recipe_may_be_under_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "r.toml").write_text('out = "~/x"\n' + TINY.replace("[train]", '[train]\nout = "~/y"'))
+    recipe = read_recipe(tmp_path / "r.toml")
+    assert (recipe.dataset, recipe.draft) == (tmp_path / "x" / "dataset", tmp_path / "y")
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [

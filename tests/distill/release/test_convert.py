@@ -120,6 +120,11 @@ def test_command(tmp_path: Path, inside: Command) -> None:
     convert(teacher, out, lambda _: None)
     assert (out / "model.safetensors").stat().st_size > 1e6
     assert sorted(path.name for path in tmp_path.iterdir()) == ["original", "out"]
+    other = small.master(tmp_path / "other")
+    before = (out / "model.safetensors").read_bytes()
+    refused = inside("distill", "convert", "--teacher", other, "--out", out)
+    refused.refused("distill", f"--out {out}: holds the conversion of another model")
+    assert (out / "model.safetensors").read_bytes() == before
     foreign = tmp_path / "thesis"
     foreign.mkdir()
     (foreign / "chapter1.tex").write_text("important")

@@ -9,9 +9,11 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from conftest import Command, arguments, changed_copy, environment
 
@@ -77,6 +79,31 @@ def test_evaluation_counts_what_decoding_counts(inside: Command, work: Path, pro
     page = (draft / "evaluation.md").read_text(encoding="utf-8")
     assert f"| {MATHS} | 2 | {rows[1]['acceptance_rate']:.3f} |" in page and "6 of 6" in page and "**all**" in page
     shutil.rmtree(draft)
+
+
+@pytest.mark.slow
+def test_evaluations_of_other_drafts_stay(
+    small_teacher: Path, weak_draft: Path, prompts: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(weak_draft, tmp_path / "other" / weak_draft.name)
+    arrays = mx.load(str(weak_draft / "model.safetensors"))
+    name = next(name for name in arrays if name.endswith("norm.weight"))
+    mx.save_safetensors(str(other / "model.safetensors"), arrays | {name: arrays[name] * 1.5})
+    teacher, one, two = find_teacher(str(small_teacher)), *(find_model(str(d), "--draft") for d in (weak_draft, other))
+    assert evaluation.default_folder(one) != evaluation.default_folder(two)
+    settings, out = EvaluateSettings(prompts=str(prompts), max_tokens=4, limit=1), tmp_path / "out"
+    evaluate(teacher, one, settings, out)
+    before = (out / "evaluation.json").read_bytes()
+    with pytest.raises(UserError, match=f"--out {out}: holds the evaluation of another draft"):
+        evaluate(teacher, two, settings, out)
+    assert (out / "evaluation.json").read_bytes() == before
+    assert "is replaced" not in capfd.readouterr().err
+    evaluate(teacher, one, replace(settings, max_tokens=5), out)
+    assert f"{out / 'evaluation.json'}: is replaced; it has another max_tokens" in capfd.readouterr().err
+    # A draft's own folder keeps the evaluation of what is there now.
+    shutil.copytree(out, other, dirs_exist_ok=True)
+    evaluate(teacher, two, settings, other)
+    assert json.loads((other / "evaluation.json").read_text())["identity"]["draft"] == two.weights_hash
 
 
 @pytest.mark.slow
