@@ -27,6 +27,7 @@ LIKE_JSON = re.compile(
 )
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TOOLS = ("tools", "functions")  # what a model may call, and OpenAI's older name of it
+COMPRESSED = (b"\x1f\x8b", b"\xfd7zXZ\0", b"BZh", b"(\xb5/\xfd")  # how files of gzip, xz, bzip2 and zstd begin
 ANSWERED = ("user", "tool")  # a conversation that ends with one of these waits for the teacher
 
 
@@ -58,9 +59,12 @@ def read_prompts(path: Path) -> list[Prompt]:
 def read_content(path: Path) -> bytes:
     """What a prompts file holds, or standard input."""
     try:
-        return sys.stdin.buffer.read() if str(path) == STANDARD_INPUT else path.read_bytes()
+        content = sys.stdin.buffer.read() if str(path) == STANDARD_INPUT else path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    if content.startswith(COMPRESSED):
+        raise UserError(f"{path}: is compressed; unpack it, perhaps into a pipe (`--prompts -`)")
+    return content
 
 
 def parse_prompts(data: bytes, name: str) -> list[Prompt]:

@@ -109,7 +109,8 @@ class Pipeline:
         self._check_recipe_file()
         if not trained:
             hidden = int(self.teacher.config["hidden_size"]) if training.teacher_embedding else 0
-            check_memory(config, training.batch, recipe.collect.seq_len, hidden, training.dtype)
+            rows = -(-recipe.collect.tokens // recipe.collect.seq_len)  # at most
+            check_memory(config, min(training.batch, rows), recipe.collect.seq_len, hidden, training.dtype)
             with working_on_draft(recipe.draft, config):
                 pass
         check_evaluation_folder(recipe.evaluation)

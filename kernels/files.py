@@ -140,7 +140,7 @@ def check_output(
 
     inputs: files that it reads, and folders of documents, into which nothing may come: what a source has would be
     another the next time. folders: those that it writes to. Of a model or a dataset, be it one of the command's or not,
-    only a `.json` of another name than any of theirs is replaced.
+    only a `.json` of another name than any of theirs is written.
     """
     real = Path(os.path.realpath(path))
     for name in (Path(given) for given in inputs if given):
@@ -154,10 +154,13 @@ def check_output(
     for place in (path, real):
         is_model_file = place.name in OF_MODELS or place.suffix == ".safetensors"
         named = is_model_file or place.name in BESIDE_MODELS
-        if path.is_file() and (is_model_file or (_holds_tensors(place.parent) and (named or place.suffix != ".json"))):
+        if path.is_file() and is_model_file:
             raise _replaces(option, path)
-        if named and os.path.realpath(place.parent) in written:
-            raise UserError(f"{option} {path}: has the name of a file that is written there; give another name")
+        if named or place.suffix != ".json":
+            if os.path.realpath(place.parent) in written:
+                raise UserError(f"{option} {path}: could be one of the files that are written there; give another name")
+            if _holds_tensors(place.parent):
+                raise UserError(f"{option} {path}: could be a file of the model or dataset there; give another name")
 
 
 def _replaces(option: str, path: Path) -> UserError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,8 @@ def drawing(picture: Path, width: float, height: float) -> Iterator[Any]:
 
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
-        with replacing(picture) as temporary:
+        with replacing(picture) as temporary, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what does not fit: nobody who draws can do anything about it
             figure.savefig(temporary, dpi=110, format="png")
 
 

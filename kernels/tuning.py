@@ -28,7 +28,7 @@ import numpy as np
 
 from kernels.device import cache_folder, device_name, processors
 from kernels.errors import UserError
-from kernels.files import check_writable, replacing
+from kernels.files import check_writable, real_path, replacing
 from kernels.ops import Backend, TernaryWeight, Tunable
 from kernels.self_test import self_test
 
@@ -85,7 +85,7 @@ def store(device: str, settings: Settings) -> None:
         everything = load()
     everything[device] = settings
     check_store()
-    with replacing(file, shared=True) as temporary:
+    with replacing(real_path(file), shared=True) as temporary:
         temporary.write_text(json.dumps(everything, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -8,10 +8,14 @@ from typing import Any
 from decode.metrics import in_words
 from kernels.plotting import drawing
 
+LONGEST_NAME = 32  # letters of a category that a picture shows
+
 
 def acceptance_by_category(categories: list[dict[str, Any]], picture: Path, title: str) -> None:
     """Acceptance rates as bars, with and without looping replies, as PNG; categories: as in evaluation.json."""
-    with drawing(picture, max(5.0, 1.1 * len(categories) + 2), 4) as figure:
+    names = [_shortened(row["category"]) for row in categories]
+    long = max(map(len, names), default=0) > 14  # more than a pair of bars is wide
+    with drawing(picture, max(5.0, 1.1 * len(categories) + 2), 5 if long else 4) as figure:
         axis = figure.subplots()
         at = list(range(len(categories)))
         for shift, colour, label, rows in (
@@ -23,7 +27,7 @@ def acceptance_by_category(categories: list[dict[str, Any]], picture: Path, titl
             for x, height, row in zip(at, heights, rows, strict=True):
                 text = in_words(row["acceptance_rate"], 2) + (f"\nn={row['prompts']}" if row["prompts"] else "")
                 axis.annotate(text, (x + shift, height), ha="center", va="bottom", fontsize=7)
-        axis.set_xticks(at, [row["category"] for row in categories])
+        axis.set_xticks(at, names, **({"rotation": 30, "ha": "right"} if long else {}))
         axis.set_ylabel("acceptance rate")
         axis.set_ylim(0, 1.1)
         axis.grid(axis="y", alpha=0.3)
@@ -31,9 +35,14 @@ def acceptance_by_category(categories: list[dict[str, Any]], picture: Path, titl
         axis.set_title(title)
 
 
+def _shortened(name: str) -> str:
+    """A name as there is room for it."""
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+
+
 def _label(name: str) -> str:
     """A name as a legend takes it: it leaves out those that begin with an underscore."""
-    return f" {name}" if name.startswith("_") else name
+    return _shortened(f" {name}" if name.startswith("_") else name)
 
 
 def acceptance_by_position(report: dict[str, Any], picture: Path, title: str) -> None:
@@ -41,7 +50,8 @@ def acceptance_by_position(report: dict[str, Any], picture: Path, title: str) ->
 
     report: the content of evaluation.json.
     """
-    with drawing(picture, 7, 4) as figure:
+    lines = len(report["categories"]) + 2
+    with drawing(picture, 7, max(4.0, 0.2 * lines + 0.5)) as figure:
         axis = figure.subplots()
 
         def draw(shares: list[float], **style: Any) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import os
 import re
 import sys
@@ -181,6 +184,9 @@ def test_bad_files(tmp_path: Path) -> None:
         read_prompts(write(tmp_path / "binary.txt", b"fine\n\xff\xfe"))
     with pytest.raises(UserError, match=r"missing.jsonl: cannot be read"):
         read_prompts(tmp_path / "missing.jsonl")
+    for pack in (gzip.compress, lzma.compress, bz2.compress):
+        with pytest.raises(UserError, match=r"p.jsonl.packed: is compressed"):
+            read_prompts(write(tmp_path / "p.jsonl.packed", pack(b'{"prompt": "a"}\n')))
 
 
 @pytest.mark.parametrize(

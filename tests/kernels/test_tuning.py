@@ -56,6 +56,14 @@ def test_what_is_stored_is_applied_on_the_same_device_only(cache: Path) -> None:
     assert [file.name for file in cache.parent.iterdir()] == ["tuning.json"]
 
 
+def test_a_link_stays_one(cache: Path, tmp_path: Path) -> None:
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    cache.symlink_to(tmp_path / "kept.json")
+    for width in (32, 64):
+        tuning.store("a device", {"width": width})
+        assert cache.is_symlink() and json.loads((tmp_path / "kept.json").read_text()) == {"a device": {"width": width}}
+
+
 def test_what_was_found_with_other_kernels_is_not_applied(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tuning, "__file__", str(tmp_path / "tuning.py"))
     kernel = tmp_path / "fake" / "native" / "product.cu"
