@@ -243,10 +243,10 @@ def check_json_target(
         raise UserError(f"--json {target}: goes through a link that leads back to itself")
     if path.is_dir():
         raise UserError(f"--json {target}: is a folder")
-    check_output("--json", path, inputs, folders)
     folder = Path(os.path.realpath(path)).parent  # behind a link, as it is written
     if not folder.is_dir():
         raise UserError(f"--json {target}: the folder {folder} does not exist")
+    check_output("--json", path, inputs, folders)
     if not os.access(path if path.exists() else folder, os.W_OK):
         raise UserError(f"--json {target}: cannot be written: no permission")
     if path.is_file() or not path.exists():
