@@ -5,7 +5,7 @@ Shapes: `m` rows (token positions), `k` inputs, `n` outputs, `d` head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Protocol, runtime_checkable
@@ -71,6 +71,21 @@ class Layer:
     attention_sub_norm: mx.array | None
     post_norm: mx.array
     ffn_sub_norm: mx.array | None
+
+    def run(
+        self,
+        x: mx.array,
+        linear: Callable[..., mx.array],
+        attend: Callable[[mx.array], mx.array],
+        epilogue: Epilogue,
+        eps: float,
+    ) -> mx.array:
+        """Rows through the layer, float32 [m, hidden]. linear: of a backend; attend: what the layer's attention makes
+        of queries, keys and values, float32 [m, (heads + 2 kv_heads) * d] -> [m, heads * d]."""
+        a = attend(linear(x, self.qkv, norm=self.input_norm, eps=eps))
+        x = linear(a, self.o, norm=self.attention_sub_norm, eps=eps, residual=x)
+        h = linear(x, self.gate_up, norm=self.post_norm, eps=eps, epilogue=epilogue)
+        return linear(h, self.down, norm=self.ffn_sub_norm, eps=eps, residual=x)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -165,14 +165,10 @@ class Transformer:
         rows = ids.shape[-1]
         cache.reserve(rows)
         x = self.embedding[mx.array(ids).reshape(-1)].astype(mx.float32)
-        linear, eps = self.ops.linear, self.eps
         hidden = {}
         for i, layer in enumerate(self.layers):
-            qkv = linear(x, layer.qkv, norm=layer.input_norm, eps=eps)
-            a = cache.attend(i, qkv, self.ops, self.shape)
-            x = linear(a, layer.o, norm=layer.attention_sub_norm, eps=eps, residual=x)
-            h = linear(x, layer.gate_up, norm=layer.post_norm, eps=eps, epilogue=self.epilogue)
-            x = linear(h, layer.down, norm=layer.ffn_sub_norm, eps=eps, residual=x)
+            attend = partial(cache.attend, i, ops=self.ops, shape=self.shape)
+            x = layer.run(x, self.ops.linear, attend, self.epilogue, self.eps)
             if i in taps:
                 hidden[i] = x
         cache.advance(rows)

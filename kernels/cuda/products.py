@@ -222,22 +222,27 @@ def linear(
         return _product(*_quantize_padded(x, norm, eps), weight, epilogue, residual)
     if weight.data.dtype == mx.bfloat16 and weight.k % 8 == 0 and device_attribute(_COMPUTE_CAPABILITY) >= 8:
         return _bfloat16_product(_split(x, norm, eps), weight, epilogue, residual)
-    if norm is not None:
-        x = _rms_norm(x, norm, eps)
+    return _dense_product(x if norm is None else _rms_norm(x, norm, eps), weight, epilogue, residual)
+
+
+def _dense_product(x: mx.array, weight: DenseWeight, epilogue: Epilogue | None, residual: mx.array | None) -> mx.array:
+    """On the ordinary units: of float32 matrices, odd shapes, and GPUs before compute capability 8.0."""
     m, gate = x.shape[0], _GATES[epilogue]
-    width = weight.n // 2 if gate else weight.n
-    inputs = {"x": x, "weight": weight.data, "residual": x if residual is None else residual}
-    outputs: Outputs = {"out": ((m, width), mx.float32)}
-    constants: Constants = {"GATE": gate, "RESIDUAL": residual is not None}
-    rows = min(m, SMALL_ROWS)
+    width, rows = weight.n // 2 if gate else weight.n, min(m, SMALL_ROWS)
     return launch(
         "dense",
-        inputs | {"sizes": sizes_of(weight.n, m)},
-        outputs,
+        {
+            "x": x,
+            "weight": weight.data,
+            "residual": x if residual is None else residual,
+            "sizes": sizes_of(weight.n, m),
+        },
+        {"out": ((m, width), mx.float32)},
         (-(-width // (4 * _ROW_THREADS // 32)), -(-m // rows), 1),
         _ROW_THREADS,
-        constants
-        | {
+        {
+            "GATE": gate,
+            "RESIDUAL": residual is not None,
             "T": weight.data.dtype,
             "K": weight.k,  # a constant, since MLX asks for a kernel's shared memory once
             "M": rows,

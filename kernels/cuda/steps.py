@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -92,13 +93,15 @@ class CudaSteps(CudaFusedStep):
         ) -> tuple[mx.array, mx.array, list[mx.array], list[mx.array]]:
             """The tokens, what to wait for, and the caches. at: as `Rows.of_step`."""
             rows, keys, values = Rows.of_step(at, capacity), list(keys), list(values)
+
+            def attend(i: int, qkv: mx.array) -> mx.array:
+                nonlocal after
+                after, keys[i], values[i] = attend_cached(qkv, keys[i], values[i], rows, shape, after)
+                return after
+
             x = embedding[tokens].astype(mx.float32)
             for i, layer in enumerate(model["layers"]):
-                qkv = linear(x, layer.qkv, norm=layer.input_norm, eps=eps)
-                after, keys[i], values[i] = attend_cached(qkv, keys[i], values[i], rows, shape, after)
-                x = linear(after, layer.o, norm=layer.attention_sub_norm, eps=eps, residual=x)
-                h = linear(x, layer.gate_up, norm=layer.post_norm, eps=eps, epilogue=epilogue)
-                x = linear(h, layer.down, norm=layer.ffn_sub_norm, eps=eps, residual=x)
+                x = layer.run(x, linear, partial(attend, i), epilogue, eps)
             logits = linear(x, model["head"], norm=model["final_norm"], eps=eps)
             return choose(logits, temperature, uniform), after, keys, values
 
