@@ -8,10 +8,8 @@ a verification emits 1 + a + ... + a^k tokens (Leviathan et al. 2023, equation 1
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from decode.models import formats
@@ -19,7 +17,7 @@ from decode.models.checkpoint import embedded_teacher
 from decode.models.dimensions import Dimensions
 from decode.models.hub import fetch_by_name
 from kernels import UserError
-from kernels.files import own_name, read_json
+from kernels.files import expanded, own_name, read_json
 
 MOST_K = 8
 ACCEPTANCES = (0.5, 0.6, 0.7, 0.8)
@@ -218,7 +216,7 @@ def find_config(name: str | None, option: str) -> tuple[str, dict[str, Any]]:
     if name is None:
         folder = embedded_teacher(option)
         return folder.name, read_json(folder / "config.json")
-    path = Path(os.path.expanduser(name))  # noqa: PTH111  (Path.expanduser raises for an unknown ~user)
+    path = expanded(name)
     if path.is_file():
         return str(path), read_json(path)
     if path.exists():

@@ -100,7 +100,7 @@ def convert(
     began = time.perf_counter()
     checkpoint = find_teacher(teacher)
     out = out or RUNS / f"{Path(checkpoint.name).name}-packed"
-    check_converted_folder(out, checkpoint.folder)
+    check_converted_folder(out, checkpoint)
     bar = progress(sum(array.nbytes for array in checkpoint.arrays().values()), "convert", "B", quiet)
     try:
         converted = run_conversion(checkpoint, out, bar.update)

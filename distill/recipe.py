@@ -24,6 +24,7 @@ from distill.release.settings import EvaluateSettings
 from distill.training.losses import check_draws
 from distill.training.settings import TrainSettings
 from kernels.errors import UserError, first_line
+from kernels.files import expanded
 
 RECIPES = ROOT / "recipes"
 RECIPE_FILE = "recipe.toml"  # the copy beside a draft
@@ -126,8 +127,8 @@ def read_recipe(path: Path) -> Recipe:
     source = _Source(path, content.decode("utf-8-sig"))
     top = source.checked("", values)
     parts = {name: source.checked(name, top.get(name, {})) for name in STAGES}
-    out = _folder(top.get("out", RUNS / path.stem))
-    folders = {name: _folder(part.pop("out")) if "out" in part else None for name, part in parts.items()}
+    out = expanded(top.get("out", RUNS / path.stem))
+    folders = {name: expanded(part.pop("out")) if "out" in part else None for name, part in parts.items()}
     draft = folders["train"] or out / "draft"
     recipe = Recipe(
         path=path,
@@ -142,11 +143,6 @@ def read_recipe(path: Path) -> Recipe:
     )
     _check(recipe)
     return recipe
-
-
-def _folder(name: str | Path) -> Path:
-    """No shell has looked at a recipe: `~` is the user's own folder here too."""
-    return Path(os.path.expanduser(name))  # noqa: PTH111  (Path.expanduser raises for an unknown ~user)
 
 
 class _Source:

@@ -107,6 +107,11 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
         raise UserError(f"{cannot_write(error)} {path.parent} ({path.name}: {error.strerror})") from error
 
 
+def expanded(name: str | Path) -> Path:
+    """A path that a user gave and no shell has looked at: `~` is a user's own folder."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111  (Path.expanduser raises for an unknown ~user)
+
+
 def real_path(path: Path) -> Path:
     """Where a path leads, be it through links: what is replaced there stays where the user put it."""
     return Path(os.path.realpath(path))  # Path.resolve raises where links go round

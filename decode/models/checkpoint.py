@@ -24,7 +24,7 @@ from decode.models.hub import fetch_by_name
 from decode.models.transformer import Precision, Transformer
 from kernels import UserError, swap_bitlinear
 from kernels.errors import first_line
-from kernels.files import CONFIG, json_hash, own_name, read_json
+from kernels.files import CONFIG, expanded, json_hash, own_name, read_json
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEFAULT_TEACHER = ROOT / "checkpoints" / "bitnet-smol-116m"
@@ -174,7 +174,7 @@ def find_model(name: str, option: str) -> Checkpoint:
     """Resolve a path or a Hub name (`owner/name[@revision]`) to a checked model folder."""
     if not name.strip():  # which would be the current folder
         raise UserError(f"{option} {name!r}: is no name")
-    folder = Path(os.path.expanduser(name))  # noqa: PTH111  (Path.expanduser raises for an unknown ~user)
+    folder = expanded(name)
     local = folder.exists()
     if not local:
         folder = _from_hub(name, option)

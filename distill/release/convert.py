@@ -64,7 +64,7 @@ class Converted:
     bytes: int
 
 
-def check_converted_folder(folder: Path, source: Path) -> None:
+def check_converted_folder(folder: Path, source: Checkpoint) -> None:
     """Refuse a folder that cannot be written, that holds anything but an earlier conversion, or that is the original,
     and files of a conversion that would be replaced and are not as they were written."""
     with _own_folder(folder, source):
@@ -72,11 +72,11 @@ def check_converted_folder(folder: Path, source: Path) -> None:
 
 
 @contextmanager
-def _own_folder(folder: Path, source: Path, room: float = 0) -> Iterator[None]:
+def _own_folder(folder: Path, source: Checkpoint, room: float = 0) -> Iterator[None]:
     """Hold a folder's lock, after all of `check_converted_folder`. room: bytes that will be written at least."""
     if holds_current(folder):
         raise UserError(f"--out {folder.resolve()}: is the current folder or holds it; give it a folder of its own")
-    if folder.exists() and folder.resolve() == source.resolve():
+    if folder.exists() and folder.resolve() == source.folder.resolve():
         raise UserError(f"--out {folder}: is the checkpoint that is read")
     with working_in(folder, room):
         finish_replacing(folder, CONVERTED)
@@ -91,7 +91,7 @@ def _own_folder(folder: Path, source: Path, room: float = 0) -> Iterator[None]:
             raise UserError(f"--out {folder}: an older version wrote it and did not list its files; delete it")
         check_own_files(folder, CONVERTED, WRITTEN)
         made_from = about["from"].get("hash") if isinstance(about.get("from"), dict) else None
-        if names and made_from != Checkpoint(source, source.name, {}).weights_hash:
+        if names and made_from != source.weights_hash:
             raise UserError(f"--out {folder}: holds the conversion of another model; give another folder, or delete it")
         yield
 
@@ -109,7 +109,7 @@ def convert(
     # A packed checkpoint keeps its size; of float master weights at least two bits in 32 remain.
     declared = checkpoint.config.get("quantization_config")
     packed = isinstance(declared, dict) and declared.get("quantization_mode") == "offline"
-    with _own_folder(folder, checkpoint.folder, size if packed else size / 16):
+    with _own_folder(folder, checkpoint, size if packed else size / 16):
         _check_copied(checkpoint.folder)
         try:
             with replacing_files(folder, CONVERTED) as new:
