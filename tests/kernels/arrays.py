@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
+
+from kernels import reference
 
 
 def same_bits(a: mx.array, b: mx.array) -> bool:
@@ -35,3 +39,15 @@ def random_ternary(n: int, k: int, seed: int = 0) -> tuple[np.ndarray, np.ndarra
     """Weights, int8 [n, k], and scales, float32 [n]."""
     rng = np.random.default_rng([seed, n, k])
     return rng.integers(-1, 2, (n, k)).astype(np.int8), rng.uniform(0.01, 2, n).astype(np.float32)
+
+
+def weights_of(backend: Any, kind: str, n: int, k: int) -> tuple[Any, Any]:
+    """A backend's weight and the reference's. kind: "ternary", "int8" or a type of floats."""
+    if kind == "ternary":
+        pair = random_ternary(n, k)
+        return backend.prepare_ternary(*pair), reference.prepare_ternary(*pair)
+    data = normal(n, k, seed=3)
+    if kind == "int8":
+        return backend.prepare_int8(data), reference.prepare_int8(data)
+    data = data.astype(getattr(mx, kind))
+    return backend.prepare_dense(data), reference.prepare_dense(data)

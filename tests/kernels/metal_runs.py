@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import arrays
 import emulation
 import mlx.core as mx
-from arrays import normal, random_ternary
 
-from kernels import metal, reference
+from kernels import metal
 
 REAL = mx.metal.is_available() and mx.default_device() == mx.gpu
 EMULATED = not REAL and platform.system() == "Linux" and emulation.compiler() is not None
@@ -27,13 +28,4 @@ def defined(operation: Callable[..., Any], *arguments: Any, **options: Any) -> A
     return result
 
 
-def weights_of(kind: str, n: int, k: int) -> tuple[Any, Any]:
-    """Ours and the reference's."""
-    if kind == "ternary":
-        pair = random_ternary(n, k)
-        return metal.prepare_ternary(*pair), reference.prepare_ternary(*pair)
-    data = normal(n, k, seed=3)
-    if kind == "int8":
-        return metal.prepare_int8(data), reference.prepare_int8(data)
-    data = data.astype(getattr(mx, kind))
-    return metal.prepare_dense(data), reference.prepare_dense(data)
+weights_of = partial(arrays.weights_of, metal)

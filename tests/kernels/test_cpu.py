@@ -5,15 +5,17 @@ import os
 import platform
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
+import arrays
 import mlx.core as mx
 import numpy as np
 import pytest
 from arrays import normal, random_ternary, same_bits
 
 from kernels import reference
-from kernels.ops import Epilogue, Int8Weight, TernaryWeight, Weight
+from kernels.ops import Epilogue, Int8Weight, TernaryWeight
 
 if platform.system() != "Linux":
     pytest.skip("the native CPU backend is built on Linux only", allow_module_level=True)
@@ -209,15 +211,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 # The fused linear, whatever the weights are
 
 
-def weights_of(kind: str, n: int, k: int) -> tuple[Weight, Weight]:
-    """Ours and the reference's."""
-    if kind == "ternary":
-        ternary, scale = random_ternary(n, k)
-        return cpu.prepare_ternary(ternary, scale), reference.prepare_ternary(ternary, scale)
-    if kind == "int8":
-        return int8_pair(n, k, seed=3)
-    data = normal(n, k, seed=3).astype(getattr(mx, kind))
-    return cpu.prepare_dense(data), reference.prepare_dense(data)
+weights_of = partial(arrays.weights_of, cpu)
 
 
 @pytest.mark.parametrize("epilogue", EPILOGUES)
