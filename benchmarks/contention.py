@@ -36,7 +36,7 @@ from distill.data.scoring import Scorer
 from distill.training import cpu
 from distill.training.cpu import CpuHead
 from distill.training.draft_config import DraftConfig
-from distill.training.drafts import llama
+from distill.training.drafts.llama import Standalone
 from distill.training.loader import assemble
 from distill.training.state import State
 from distill.training.step import Step
@@ -86,11 +86,11 @@ def training(teacher: Transformer, folder: Path) -> Work:
     block = Scorer(teacher, 32, (1.0,), 4).score(rows)
     batch = assemble([(block, i) for i in range(4)], 0)
     config = DraftConfig.for_teacher(folder, 2, 256)
-    model = llama.create(config, 0)
     head = CpuHead("kl", 1.0, chunk_bytes=32 << 20, eager=True)
-    step = Step(model, head, weight_decay=0.0, clip=1.0, dtype=mx.float32, attention=cpu.attention)
+    draft = Standalone(config, cpu.attention)
+    step = Step(draft, head, weight_decay=0.0, clip=1.0, dtype=mx.float32)
     state = State(folder, {})
-    state.begin(llama.named_weights(model))
+    state.begin(draft.create())
 
     def work() -> int:
         mx.eval(step(state.tensors, batch, 1, 1e-4))

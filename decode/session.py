@@ -13,10 +13,12 @@ import mlx.core as mx
 
 from decode.drafters import Drafter
 from decode.drafters.model import ModelDrafter
+from decode.drafters.reader import ReaderDrafter
 from decode.engine import Request, generate, logit_margin
 from decode.metal import limit_memory
 from decode.metrics import VERSION, Metrics, is_looping
 from decode.models.checkpoint import Checkpoint, check_same_tokenizer
+from decode.models.reader import Reader, is_reader, load_reader
 from decode.models.transformer import Precision, Transformer
 from decode.prompts import Prompt
 from decode.sampling import Sampling
@@ -78,11 +80,13 @@ class Session:
         self.teacher: Transformer = teacher.load(head)
         self.draft = self._load_draft(draft) if draft is not None else None
 
-    def _load_draft(self, draft: Checkpoint) -> Transformer:
+    def _load_draft(self, draft: Checkpoint) -> Transformer | Reader:
         """The draft's model. A teacher that drafts for itself is the same one, so that all it drafts is accepted."""
         if draft.folder.resolve() == self.teacher_checkpoint.folder.resolve():
             return self.teacher
         rounded: Precision = "float" if backend() is reference else "int8"
+        if is_reader(draft):
+            return load_reader(draft, self.teacher_checkpoint, self.teacher, rounded)
         return draft.load(rounded, rounded)
 
     def encode(self, prompts: list[Prompt]) -> list[list[int]]:
@@ -109,10 +113,17 @@ class Session:
         for speculative in (False, True) if self.draft else (False,):
             self.answer(Prompt([], "warm-up"), text, 0, speculative=speculative, limit=SMALL_ROWS)
         # A draft steps over its last proposal and the teacher's own token behind it where all were accepted.
-        for model, most in ((self.teacher, self.k + 1), (self.draft, 2)):
+        models = [(self.teacher, self.k + 1)]
+        if isinstance(self.draft, Transformer):
+            models.append((self.draft, 2))
+        for model, most in models:
             for rows in range(1, min(most, SMALL_ROWS) + 1):
-                if model is not None:
-                    mx.eval(model.step(text[:rows], model.new_cache()).logits)
+                mx.eval(model.step(text[:rows], model.new_cache()).logits)
+        if isinstance(self.draft, Reader):  # a row for each proposal that was accepted, and one
+            states = mx.zeros((SMALL_ROWS, self.draft.config.hidden))
+            for rows in range(1, min(self.k + 1, SMALL_ROWS) + 1):
+                tokens = mx.array(text[:rows], mx.uint32)
+                mx.eval(self.draft.greedy_tokens(tokens, states[:rows], self.draft.new_cache(), 1))
 
     @property
     def end_token(self) -> int:
@@ -178,7 +189,8 @@ class Session:
         """What drafts one reply; None without a draft."""
         if self.draft is None:
             return None
-        return ModelDrafter(self.draft, request.sampling, request.end_tokens, request.seed)
+        kind = ReaderDrafter if isinstance(self.draft, Reader) else ModelDrafter
+        return kind(self.draft, request.sampling, request.end_tokens, request.seed)  # type: ignore[arg-type]
 
     def report(self, outputs: list[Completion], baselines: list[Completion]) -> dict[str, Any]:
         """The JSON object of `decode plain` and `decode spec`, as docs/commands.md explains it."""

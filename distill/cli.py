@@ -233,7 +233,8 @@ def train(
     json_file: JsonOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Train a Llama-type draft on a dataset; the best checkpoint by held-out loss is kept.
+    """Train a draft on a dataset: a Llama, or with --reads-teacher one that reads its teacher's hidden states. The best
+    checkpoint by held-out loss is kept.
 
     Ctrl-C leaves a usable draft; the same command goes on where it stopped, and trains nothing where it has finished.
     """
@@ -246,6 +247,7 @@ def train(
     if data is None:
         data = dataset_to_train_on(checkpoint)
         say(quiet)(f"data: {data}")
+    settings = settings.for_teacher(checkpoint.config)
     out = out or default_folder(settings, data, checkpoint.name, checkpoint.weights_hash)
     try:
         with keep_awake():

@@ -29,7 +29,6 @@ from distill.data.shards import Dataset
 from distill.provenance import teacher_files, this_machine
 from distill.recipe import RECIPE_FILE, STAGES, Recipe
 from distill.release.evaluate import REPORT, check_evaluation_folder, evaluate, fingerprint, finished_report, select
-from distill.training.draft_config import DraftConfig
 from distill.training.memory import check_memory
 from distill.training.run import train, working_on_draft
 from distill.training.state import STATE, difference, discard, of_finished
@@ -96,7 +95,7 @@ class Pipeline:
     def _check(self, names: tuple[str, ...]) -> None:
         recipe = self.recipe
         training = recipe.train
-        config = DraftConfig.for_teacher(self.teacher.folder, training.layers, training.hidden, training.vocab)
+        config = training.shape(self.teacher.folder, training.vocab)
         recipe.check_for(self.teacher.config)
         select(recipe.evaluate, recipe.prompts())
         trained = self._trained()
@@ -108,9 +107,11 @@ class Pipeline:
             raise UserError(f"{recipe.draft}: holds no finished draft; run the recipe from an earlier stage")
         self._check_recipe_file()
         if not trained:
-            hidden = int(self.teacher.config["hidden_size"]) if training.teacher_embedding else 0
+            hidden = int(self.teacher.config["hidden_size"]) if training.teacher_embedding or config.taps else 0
             rows = -(-recipe.collect.tokens // recipe.collect.seq_len)  # at most
-            check_memory(config, min(training.batch, rows), recipe.collect.seq_len, hidden, training.dtype)
+            check_memory(
+                config, min(training.batch, rows), recipe.collect.seq_len, hidden, training.dtype, training.unroll
+            )
             with working_on_draft(recipe.draft, config):
                 pass
         check_evaluation_folder(recipe.evaluation)
@@ -195,7 +196,9 @@ class Pipeline:
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder / 'draft.json'}: is damaged (no {error})") from None
         files = teacher_files(Tokenizer(self.teacher.folder))
-        if text := difference(begun, self.recipe.train.record() | {"teacher_files": files}):
+        if text := difference(
+            begun, self.recipe.train.for_teacher(self.teacher.config).record() | {"teacher_files": files}
+        ):
             raise UserError(f"{folder}: holds a finished draft that was trained with {text}; {OTHERWISE}")
         manifest = self.recipe.dataset / MANIFEST
         same_teacher = teacher_hash == self.teacher.weights_hash

@@ -118,8 +118,7 @@ def predict(recipe: Recipe, config: dict[str, Any] | None) -> list[Work]:
         ]
     teacher = Dimensions.of(config, f"config.json of {recipe.teacher}")
     recipe.check_for(config)
-    train = recipe.train
-    shape = DraftConfig.for_config(config, f"config.json of {recipe.teacher}", train.layers, train.hidden, train.vocab)
+    shape = recipe.train.shape_for(config, f"config.json of {recipe.teacher}", recipe.train.vocab)
     return [
         _collect(recipe, teacher),
         _train(recipe, teacher, shape),
@@ -156,20 +155,25 @@ def _train(recipe: Recipe, teacher: Dimensions, shape: DraftConfig) -> Work:
     settings = recipe.train
     rows, seq_len = settings.batch, recipe.collect.seq_len
     steps = -(-settings.tokens // (rows * seq_len))
-    layers = shape.parameters - shape.vocab_size * shape.hidden
+    reads = bool(shape.taps)
+    layers = shape.parameters - (0 if reads else shape.vocab_size * shape.hidden)
+    head = shape.head_size * (shape.teacher_hidden or shape.hidden)
     attention = 4 * shape.layers * shape.hidden * seq_len / 2
-    operations = 3 * (2 * (layers + shape.head_size * shape.hidden) + attention) * settings.tokens
+    work = (settings.unroll if reads else 1) * 3 * (2 * (layers + head) + attention)
+    work += operations(teacher, seq_len / 2) if reads else 0  # its body runs over every batch
     optimizer = 28.0 * shape.parameters * steps
     # While it runs there are also its state, the weights and two moments, and the best weights.
     disk = shape.parameters * ((settings.bits or 16) / 8 + 16)
-    memory = estimate_memory(
+    memory: float = estimate_memory(
         shape,
         rows,
         seq_len,
         narrow=settings.dtype != "float32",
-        teacher_hidden=teacher.hidden if settings.teacher_embedding else 0,
+        teacher_hidden=teacher.hidden if settings.teacher_embedding or reads else 0,
+        unroll=settings.unroll,
     )
-    return Work("train", _training(recipe), disk, memory, ((0.0, operations), (optimizer, 0.0)))
+    memory += read_bytes(teacher) if reads else 0
+    return Work("train", _training(recipe), disk, memory, ((0.0, work * settings.tokens), (optimizer, 0.0)))
 
 
 def _evaluate(recipe: Recipe, teacher: Dimensions, shape: DraftConfig, prompts: int) -> Work:
@@ -189,8 +193,11 @@ def _collection(recipe: Recipe) -> str:
 
 
 def _training(recipe: Recipe) -> str:
-    settings = recipe.train
-    return f"{settings.layers} layers x {settings.hidden}, {settings.tokens:,} tokens"
+    settings = recipe.train.for_teacher({})
+    kind = f"{'ternary ' if settings.ternary else ''}{'reader' if settings.reads_teacher else 'draft'}"
+    width = "the teacher's width" if settings.reads_teacher and recipe.train.hidden is None else settings.hidden
+    layers = "1 layer" if settings.layers == 1 else f"{settings.layers} layers"
+    return f"{kind} of {layers} x {width}, {settings.tokens:,} tokens"
 
 
 def _evaluation(recipe: Recipe, prompts: int) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from decode.drafters import Hidden, Proposal
+from decode.drafters.sampling import sampled
 from decode.models.transformer import Transformer
-from decode.sampling import Sampling, draw
+from decode.sampling import Sampling
 from kernels.ops import SMALL_ROWS
 
 
@@ -45,18 +46,11 @@ class ModelDrafter:
             unseen = unseen[-1:]
         if self.sampling.greedy:
             return Proposal(self.model.greedy_tokens(unseen, self.cache, k))
-        drafted: list[int] = []
-        distributions: list[np.ndarray] = []
-        while len(drafted) < k:
-            logits = np.array(self.model.step(unseen, self.cache).logits[-1:])
-            q = self.model.over_vocabulary(self.sampling.probabilities(logits)[0])
-            token = draw(q, self.rng)
-            drafted.append(token)
-            distributions.append(q)
-            unseen = [token]
-            if token in self.end_tokens:
-                break
-        return Proposal(drafted, np.array(distributions))
+
+        def step(token: int | None) -> np.ndarray:
+            return np.array(self.model.step(unseen if token is None else [token], self.cache).logits[-1:])
+
+        return sampled(step, k, self.model, self.sampling, self.rng, self.end_tokens)
 
     def accept(self, sequence: list[int], accepted: int, hidden: Hidden) -> None:
         """Drop the rejected proposals from the cache."""

@@ -93,6 +93,16 @@ class Checkpoint:
         tied = "tie_word_embeddings" in self.config or "lm_head.weight" not in self.arrays()
         return formats.packed_config(self.config, formats.Family.of(self.config), tied)
 
+    def head_weight(self, embedding: mx.array) -> mx.array:
+        """The output layer's matrix, bfloat16 or float32 [vocab, hidden]. embedding: the model's, which it may be."""
+        arrays = self.arrays()
+        if self.config.get("tie_word_embeddings", "lm_head.weight" not in arrays):
+            return embedding
+        weight = arrays["lm_head.weight"]
+        if weight.dtype == mx.uint32:
+            return formats.dequantized(arrays, "lm_head", self.config["quantization"])
+        return weight if weight.dtype == mx.bfloat16 else weight.astype(mx.float32)
+
     def arrays(self) -> dict[str, mx.array]:
         """Every tensor of the weight files, read when used."""
         tensors: dict[str, mx.array] = {}

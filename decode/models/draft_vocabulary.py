@@ -47,3 +47,13 @@ def check_d2t(kept: mx.array, vocab_size: int) -> np.ndarray:
     if (np.diff(ids) <= 0).any() or ids[0] < 0 or ids[-1] >= vocab_size:
         raise UserError(f"its tensor `kept` does not hold ascending ids of a vocabulary of {vocab_size}")
     return ids
+
+
+def over_vocabulary(p: np.ndarray, d2t: np.ndarray | None, vocab_size: int) -> np.ndarray:
+    """A distribution over a head's rows, float64 [v], as one over all ids, [vocab_size]: zero for those that a trimmed
+    head lacks. d2t: the ids of its rows; None for all."""
+    if d2t is None:
+        return p
+    whole = np.zeros(vocab_size, p.dtype)
+    whole[d2t] = p
+    return whole

@@ -20,6 +20,7 @@ from kernels import UserError
 from kernels.packing import pack_ternary, quantize_ternary
 
 PACKED = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}
+READER = "bitdraft_reader"  # the model type of decode.models.reader
 # Names of 1bitLLM's, and the same norm's in Microsoft's checkpoint.
 _RENAMED = {"self_attn.inner_attn_ln.": "self_attn.attn_sub_norm.", "mlp.ffn_layernorm.": "mlp.ffn_sub_norm."}
 # Keys of config.json that speak of another form, or of code that is never run.
@@ -44,6 +45,8 @@ class Family:
     def of(cls, config: dict[str, Any]) -> Family:
         """The family of a config.json; UserError, without the file's name, where there is none for it."""
         model_type, quantization = config.get("model_type"), config.get("quantization_config")
+        if model_type == READER:
+            raise UserError("is of a draft that reads its teacher's states, and no model of its own")
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         if quantization is None and _is_1bitllm(config):
             family = cls("1bitLLM", "bitnet", online=True, divide=False)

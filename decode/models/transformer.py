@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 
 from decode.models.cache import KVCache, NewRows, Packed
-from decode.models.draft_vocabulary import check_d2t
+from decode.models.draft_vocabulary import check_d2t, over_vocabulary
 from kernels import BitLinear, UserError, backend
 from kernels.backends import device_backend
 from kernels.ops import (
@@ -291,12 +291,8 @@ class Transformer:
         return best if self._d2t is None else self._d2t[best]
 
     def over_vocabulary(self, p: np.ndarray) -> np.ndarray:
-        """A distribution over the head's rows, float64 [v], as one over all ids, [vocab_size]: zero for the others."""
-        if self.d2t is None:
-            return p
-        whole = np.zeros(self.vocab_size, p.dtype)
-        whole[self.d2t] = p
-        return whole
+        """A distribution over the head's rows, float64 [v], as one over all ids, [vocab_size]."""
+        return over_vocabulary(p, self.d2t, self.vocab_size)
 
 
 def float_weight(layer: nn.Module) -> mx.array:

@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map
 
 from decode.models.draft_vocabulary import check_d2t
 from decode.models.drafts import ABOUT
 from decode.tokenizer import TOKENIZER_FILES, check_tokenizer, copy_tokenizer_file
 from distill.provenance import copy_licence
 from distill.training.draft_config import GROUP_SIZE, DraftConfig
-from distill.training.drafts.llama import build, named_weights
+from distill.training.drafts import llama, reader
+from distill.training.drafts.layers import matrices
 from distill.training.state import STATE, is_begun
-from distill.training.tensors import load_tensors, write_tensors
+from distill.training.tensors import Tensors, load_tensors, write_tensors
 from kernels.errors import UserError
 from kernels.files import (
     cannot_write,
@@ -33,6 +32,7 @@ from kernels.files import (
     sha256,
     unlisted_files,
 )
+from kernels.packing import pack_ternary, quantize_ternary, unpack_ternary
 
 FORMAT = "bitdraft-draft-1"
 WEIGHTS = "model.safetensors"
@@ -43,10 +43,10 @@ SAVED = ("config.json", WEIGHTS, *TOKENIZER_FILES, *OPTIONAL_FILES)  # listed in
 
 @dataclass(frozen=True)
 class Draft:
-    """A loaded draft: mlx-lm's module, its shape, the content of draft.json ({} if none), and d2t, the ids of the
-    teacher's that a trimmed head has rows for (int32, ascending; None for all)."""
+    """A loaded draft: its weights as training has them, its shape, the content of draft.json ({} if none), and d2t, the
+    ids of the teacher's that a trimmed head has rows for (int32, ascending; None for all)."""
 
-    model: nn.Module
+    weights: Tensors
     config: DraftConfig
     provenance: dict[str, Any]
     d2t: np.ndarray | None = None
@@ -84,7 +84,7 @@ def _is_ours(folder: Path) -> bool:
 
 def save(
     folder: Path,
-    model: nn.Module,
+    weights: Tensors,
     config: DraftConfig,
     teacher_folder: Path,
     provenance: dict[str, Any],
@@ -103,14 +103,10 @@ def save(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing_files(folder, ABOUT) as new:
-            saved = build(config)
-            saved.update(tree_map(lambda w: w.astype(mx.bfloat16), model.parameters()))
             description = config.to_json()
             if quantize_bits is not None:
-                group = GROUP_SIZE[quantize_bits]
-                nn.quantize(saved, group_size=group, bits=quantize_bits)
-                description["quantization"] = {"group_size": group, "bits": quantize_bits}
-            tensors = named_weights(saved) | ({} if d2t is None else {D2T: mx.array(d2t, mx.int32)})
+                description["quantization"] = {"group_size": GROUP_SIZE[quantize_bits], "bits": quantize_bits}
+            tensors = stored(weights, config, quantize_bits) | ({} if d2t is None else {D2T: mx.array(d2t, mx.int32)})
             write_tensors(new / WEIGHTS, tensors, {"format": "mlx"})
             (new / "config.json").write_text(json.dumps(description, indent=2) + "\n")
             for name in TOKENIZER_FILES + OPTIONAL_FILES:
@@ -125,10 +121,37 @@ def save(
         raise UserError(f"{cannot_write(error)} {folder} (the draft: {error.strerror or error})") from error
 
 
-def rounded(weights: dict[str, mx.array], bits: int | None) -> dict[str, mx.array]:
-    """Float32 weights as `save` would round them: what a saved draft computes with."""
-    result = {}
+def stored(weights: Tensors, config: DraftConfig, bits: int | None) -> Tensors:
+    """Float32 weights as a draft's file has them: bfloat16, matrices perhaps in mlx's quantisation, and ternary ones
+    in BitNet's packing."""
+    tensors, ternary = Tensors(), ternary_names(config)
+    for name, weight in sorted(weights.items()):  # those of a run that was resumed are in another order
+        module, narrow = name.removesuffix(".weight"), weight.astype(mx.bfloat16)
+        if name in ternary:
+            codes, scale = quantize_ternary(np.array(weight), name)
+            tensors |= {name: mx.array(pack_ternary(codes)), f"{module}.weight_scale": mx.array([float(scale)])}
+        elif bits is not None and weight.ndim > 1:
+            parts = mx.quantize(narrow, group_size=GROUP_SIZE[bits], bits=bits)
+            tensors |= dict(zip((name, f"{module}.scales", f"{module}.biases"), parts, strict=True))
+        else:
+            tensors[name] = narrow
+    return tensors
+
+
+def ternary_names(config: DraftConfig) -> frozenset[str]:
+    """The matrices that a ternary draft rounds: all but embedding and head."""
+    shapes = reader.shapes(config) if config.taps else matrices(config)
+    return frozenset(name for name, shape in shapes.items() if len(shape) > 1) if config.ternary else frozenset()
+
+
+def rounded(weights: Tensors, config: DraftConfig, bits: int | None) -> Tensors:
+    """Float32 weights as `save` would round them: what a saved draft computes with. Those that are computed with as
+    ternary ones stay."""
+    result, ternary = {}, ternary_names(config)
     for name, weight in weights.items():
+        if name in ternary:
+            result[name] = weight
+            continue
         narrow = weight.astype(mx.bfloat16)
         if bits is not None and weight.ndim > 1:
             group = GROUP_SIZE[bits]
@@ -155,10 +178,7 @@ def check_files(folder: Path, provenance: dict[str, Any]) -> None:
 
 
 def load(folder: Path) -> Draft:
-    """Read a draft back, checking that all of it is there.
-
-    The module is ready to call like any of mlx-lm's; a quantised one stays quantised.
-    """
+    """Read a draft back, its weights in float32, checking that all of it is there."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such draft")
@@ -166,33 +186,53 @@ def load(folder: Path) -> Draft:
     try:
         config = DraftConfig.from_json(description)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'}: not a Llama's ({error})") from error
+        raise UserError(f"{folder / 'config.json'}: not a draft's ({error})") from error
     provenance = read_json(folder / ABOUT) if (folder / ABOUT).is_file() else {}
     check_files(folder, provenance)
     path = folder / WEIGHTS
     if not path.is_file():
         raise UserError(f"{path}: not there; the draft is incomplete")
-    weights = load_tensors(path)
-    model = build(config)
-    if quantization := description.get("quantization"):
-        nn.quantize(
-            model,
-            group_size=quantization["group_size"],
-            bits=quantization["bits"],
-            class_predicate=lambda p, m: hasattr(m, "to_quantized") and f"{p}.scales" in weights,
-        )
-    expected = {name: array.shape for name, array in named_weights(model).items()}
-    if config.draft_vocab_size is not None:
-        expected[D2T] = (config.draft_vocab_size,)
+    tensors = load_tensors(path)
+    ids = tensors.pop(D2T, None)
+    weights = _as_floats(tensors, description.get("quantization") or {}, path)
+    expected = reader.shapes(config) if config.taps else llama.shapes(config)
     for name in sorted(expected.keys() | weights.keys()):
         found = weights[name].shape if name in weights else None
         if expected.get(name) != found:
             raise UserError(f"{path}: {name} is {found}, config.json asks for {expected.get(name)}")
-    ids = weights.pop(D2T, None)
+    if (None if ids is None else ids.shape) != (config.draft_vocab_size and (config.draft_vocab_size,)):
+        found = None if ids is None else ids.shape
+        raise UserError(f"{path}: {D2T} is {found}, config.json asks for {config.draft_vocab_size} ids")
     try:
         d2t = None if ids is None else check_d2t(ids, config.vocab_size)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    model.load_weights(list(weights.items()))
-    mx.eval(model.parameters())
-    return Draft(model, config, provenance, d2t)
+    mx.eval(weights)
+    return Draft(weights, config, provenance, d2t)
+
+
+def _as_floats(tensors: Tensors, quantization: dict[str, Any], path: Path) -> Tensors:
+    """The inverse of `stored`, but for what was rounded away. A ternary matrix gets the magnitude that rounds to it:
+    the mean of all its weights is their scale."""
+    weights: Tensors = {}
+    for name, tensor in tensors.items():
+        module, part = name.rsplit(".", 1)
+        if part != "weight":
+            continue
+        try:
+            if tensor.dtype == mx.uint8:
+                ternary = unpack_ternary(np.array(tensor), f"{path}: {name}").astype(np.float32)
+                scale = float(np.array(tensors[f"{module}.weight_scale"].astype(mx.float32))[0])
+                tensor = mx.array(ternary * np.float32(scale / max(np.abs(ternary).mean(dtype=np.float64), 1e-12)))
+            elif tensor.dtype == mx.uint32:
+                tensor = mx.dequantize(
+                    tensor,
+                    tensors[f"{module}.scales"].astype(mx.float32),
+                    tensors[f"{module}.biases"].astype(mx.float32),
+                    group_size=quantization["group_size"],
+                    bits=quantization["bits"],
+                )
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{path}: {name} cannot be read ({error})") from None
+        weights[name] = tensor.astype(mx.float32)
+    return weights

@@ -3,7 +3,7 @@
 MLX's CPU backend takes exp and softmax element by element; numpy's are vectorised, and in-place operations keep a chunk
 in cache. Products are the CPU backend's, or numpy's where that was not built. Both parts are differentiable by MLX
 through explicit gradients, and tested equal to the plain ones: the head to `losses.FusedHead`, attention to
-`drafts.llama.masked_attention`. Neither works under mx.compile.
+`drafts.layers.masked_attention`. Neither works under mx.compile.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from distill.training.drafts.layers import OwnKeys
 from distill.training.losses import FusedHead
 from kernels.backends import numpy_matmul as matmul
 
@@ -36,8 +37,8 @@ class CpuHead(FusedHead):
         n, chunk = len(x), max(64, self.chunk_bytes // (4 * len(w)))
         share = w8 / max(float(w8.sum()), 1.0)
         value, stats = 0.0, np.zeros(3, np.float32)
-        d_x, d_w = np.empty_like(x), np.zeros_like(w)
-        buffer, product = np.empty((min(chunk, n), len(w)), np.float32), np.empty_like(w)
+        d_x, buffer = np.empty_like(x), np.empty((min(chunk, n), len(w)), np.float32)
+        d_w, product = (np.zeros_like(w), np.empty_like(w)) if gradient and not self.frozen else (None, None)
         for start in range(0, n, chunk):
             part = slice(start, min(start + chunk, n))
             z = buffer[: part.stop - start]
@@ -71,10 +72,11 @@ class CpuHead(FusedHead):
             z *= np.divide(slope[:, -1:], total, out=np.zeros_like(total), where=total > 0)
             z[line, at] = slope[line, column]
             matmul(z, w, d_x[part])
-            matmul(z.T, x[part], product)
-            d_w += product
-        outputs = (mx.array(value), mx.array(stats))
-        return (*outputs, mx.array(d_x), mx.array(d_w)) if gradient else outputs
+            if d_w is not None and product is not None:
+                matmul(z.T, x[part], product)
+                d_w += product
+        outputs = (mx.array(value), mx.array(stats), *([mx.array(d_x)] if gradient else []))
+        return outputs if d_w is None else (*outputs, mx.array(d_w))
 
 
 def _segments(document: np.ndarray) -> Iterator[tuple[int, int, int]]:
@@ -85,12 +87,13 @@ def _segments(document: np.ndarray) -> Iterator[tuple[int, int, int]]:
             yield row, begin, end
 
 
-def attention(q: mx.array, k: mx.array, v: mx.array, document: mx.array) -> mx.array:
-    """Causal attention within documents.
+def attention(q: mx.array, k: mx.array, v: mx.array, document: mx.array, own: OwnKeys | None = None) -> mx.array:
+    """Causal attention within documents, as `layers.masked_attention` defines it.
 
-    q: float32 [b, heads, t, d]; k, v: float32 [b, kv_heads, t, d]; document: integer [b, t].
-    Returns float32 [b, heads, t, d]. With P = softmax(q k^T / sqrt(d)) and O = P v the gradient is
-    dv = P^T dO, dS = P (dP - rowsum(dP P)) for dP = dO v^T, dq = dS k / sqrt(d), dk = dS^T q / sqrt(d).
+    q: float32 [b, heads, t, d]; k, v: float32 [b, kv_heads, t, d]; document: integer [b, t]; own: s keys and values
+    that a position sees besides. Returns float32 [b, heads, t, d]. With P = softmax(q k^T / sqrt(d)) and O = P v the
+    gradient is dv = P^T dO, dS = P (dP - rowsum(dP P)) for dP = dO v^T, dq = dS k / sqrt(d), dk = dS^T q / sqrt(d);
+    a position's own keys are more columns of P.
     """
     segments = list(_segments(np.array(document)))
     scale = np.float32(q.shape[-1] ** -0.5)
@@ -106,45 +109,64 @@ def attention(q: mx.array, k: mx.array, v: mx.array, document: mx.array) -> mx.a
                     heads = slice(head * group, (head + 1) * group)
                     yield (row, heads, slice(start, stop)), (row, head, slice(begin, stop)), later
 
-    def probabilities(q: np.ndarray, k: np.ndarray, later: np.ndarray) -> np.ndarray:
-        s = matmul(q, k.T)
+    def probabilities(q: np.ndarray, k: np.ndarray, later: np.ndarray, own_keys: np.ndarray) -> np.ndarray:
+        """Of queries [group, n, d] over keys [m, d], and over [n, s, d] of their own: [group * n, m + s]."""
+        group, n, d = q.shape
+        s = np.empty((group * n, len(k) + own_keys.shape[1]), np.float32)
+        s[:, : len(k)] = matmul(q.reshape(-1, d), k.T)
+        s[:, : len(k)][later] = -np.inf
+        s[:, len(k) :] = np.einsum("gnd,nsd->gns", q, own_keys).reshape(group * n, -1)
         s *= scale
-        s[later] = -np.inf
         s -= s.max(axis=1, keepdims=True)
         np.exp(s, out=s)
         s /= s.sum(axis=1, keepdims=True)
         return s
 
-    def compute(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        mx.eval(q, k, v)
-        qs, ks, vs = _view(q), _view(k), _view(v)
-        out = np.empty(q.shape, np.float32)
-        d = q.shape[-1]
-        for at, keys, later in blocks(q.shape[1] // k.shape[1], k.shape[1]):
-            queries = qs[at]
-            p = probabilities(queries.reshape(-1, d), ks[keys], later)
-            out[at] = matmul(p, vs[keys]).reshape(queries.shape)
+    def compute(*inputs: mx.array) -> mx.array:
+        mx.eval(*inputs)
+        qs, ks, vs, own_ks, own_vs = map(_view, inputs)
+        out = np.empty(qs.shape, np.float32)
+        for at, keys, later in blocks(qs.shape[1] // ks.shape[1], ks.shape[1]):
+            queries, mine = qs[at], (*keys[:2], at[2])
+            p = probabilities(queries, ks[keys], later, own_ks[mine])
+            seen = len(vs[keys])
+            attended = matmul(p[:, :seen], vs[keys]).reshape(queries.shape)
+            if own_vs.shape[3]:
+                attended += np.einsum("gns,nsd->gnd", p[:, seen:].reshape(*queries.shape[:2], -1), own_vs[mine])
+            out[at] = attended
         return mx.array(out)
 
     def vjp(primals: tuple[mx.array, ...], cotangent: mx.array, output: mx.array) -> tuple[mx.array, ...]:
-        q, k, v = primals
-        mx.eval(q, k, v, cotangent)
-        qs, ks, vs, d_out = _view(q), _view(k), _view(v), _view(cotangent)
-        d_q, d_k, d_v = (np.zeros(x.shape, np.float32) for x in primals)
-        d = q.shape[-1]
-        for at, keys, later in blocks(q.shape[1] // k.shape[1], k.shape[1]):
-            queries, given = qs[at].reshape(-1, d), d_out[at].reshape(-1, d)
-            p = probabilities(queries, ks[keys], later)
-            d_v[keys] += matmul(p.T, given)
-            d_s = matmul(given, vs[keys].T)
+        mx.eval(*primals, cotangent)
+        qs, ks, vs, own_ks, own_vs = map(_view, primals)
+        d_out = _view(cotangent)
+        d_q, d_k, d_v, d_own_k, d_own_v = (np.zeros(x.shape, np.float32) for x in primals)
+        d = qs.shape[-1]
+        for at, keys, later in blocks(qs.shape[1] // ks.shape[1], ks.shape[1]):
+            mine = (*keys[:2], at[2])
+            queries, given = qs[at], d_out[at]
+            flat_queries, flat_given = queries.reshape(-1, d), given.reshape(-1, d)
+            p = probabilities(queries, ks[keys], later, own_ks[mine])
+            seen = len(vs[keys])
+            d_s = np.empty_like(p)
+            d_s[:, :seen] = matmul(flat_given, vs[keys].T)
+            d_s[:, seen:] = np.einsum("gnd,nsd->gns", given, own_vs[mine]).reshape(len(p), -1)
+            d_v[keys] += matmul(p[:, :seen].T, flat_given)
+            d_own_v[mine] += np.einsum("gns,gnd->nsd", p[:, seen:].reshape(*given.shape[:2], -1), given)
             d_s -= (d_s * p).sum(axis=1, keepdims=True)
             d_s *= p
             d_s *= scale
-            d_q[at] = matmul(d_s, ks[keys]).reshape(d_q[at].shape)
-            d_k[keys] += matmul(d_s.T, queries)
-        return mx.array(d_q), mx.array(d_k), mx.array(d_v)
+            d_own = d_s[:, seen:].reshape(*given.shape[:2], -1)
+            d_q[at] = matmul(d_s[:, :seen], ks[keys]).reshape(queries.shape)
+            d_q[at] += np.einsum("gns,nsd->gnd", d_own, own_ks[mine])
+            d_k[keys] += matmul(d_s[:, :seen].T, flat_queries)
+            d_own_k[mine] += np.einsum("gns,gnd->nsd", d_own, queries)
+        return tuple(map(mx.array, (d_q, d_k, d_v, d_own_k, d_own_v)))
 
+    if own is None:
+        nothing = mx.zeros((*k.shape[:3], 0, k.shape[3]))
+        own = OwnKeys(nothing, nothing)
     run: Any = mx.custom_function(compute)
     run.vjp(vjp)
-    result: mx.array = run(q, k, v)
+    result: mx.array = run(q, k, v, own.keys, own.values)
     return result

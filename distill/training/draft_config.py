@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from decode.models import draft_vocabulary
+from decode.models import draft_vocabulary, reader
 from decode.models.dimensions import DRAFT_HEAD_DIM, Dimensions
+from decode.models.formats import PACKED, READER
 from kernels.errors import UserError
 from kernels.files import read_json
 
@@ -34,18 +35,35 @@ class DraftConfig:
     bos: int | None = None
     eos: int | list[int] | None = None
     draft_vocab_size: int | None = None  # tokens that the head has, where it is trimmed (draft_vocabulary)
+    taps: tuple[int, ...] = ()  # the teacher's layers that it reads; none is a standalone draft
+    teacher_hidden: int = 0  # width of what it reads
+    ternary: bool = False  # the layers' matrices, and what a reader has before them, are BitNet's
 
     @classmethod
     def for_teacher(
-        cls, teacher_folder: Path, layers: int, hidden: int, draft_vocab_size: int | None = None
+        cls,
+        teacher_folder: Path,
+        layers: int,
+        hidden: int,
+        draft_vocab_size: int | None = None,
+        taps: tuple[int, ...] = (),
+        ternary: bool = False,
     ) -> DraftConfig:
-        """A draft of `layers` x `hidden` for the teacher in a folder, its head of `draft_vocab_size` tokens or all."""
+        """A draft of `layers` x `hidden` for the teacher in a folder, its head of `draft_vocab_size` tokens or all; it
+        reads the states that leave the teacher's layers `taps`; ternary: it is a BitNet itself."""
         path = teacher_folder / "config.json"
-        return cls.for_config(read_json(path), str(path), layers, hidden, draft_vocab_size)
+        return cls.for_config(read_json(path), str(path), layers, hidden, draft_vocab_size, taps, ternary)
 
     @classmethod
     def for_config(
-        cls, teacher: dict[str, Any], name: str, layers: int, hidden: int, draft_vocab_size: int | None = None
+        cls,
+        teacher: dict[str, Any],
+        name: str,
+        layers: int,
+        hidden: int,
+        draft_vocab_size: int | None = None,
+        taps: tuple[int, ...] = (),
+        ternary: bool = False,
     ) -> DraftConfig:
         """The same for a teacher of which only the content of config.json is known; name: the file's, for errors."""
         check_size(layers, hidden)
@@ -68,16 +86,20 @@ class DraftConfig:
                 bos=teacher.get("bos_token_id"),
                 eos=teacher.get("eos_token_id"),
                 draft_vocab_size=draft_vocab_size,
+                taps=taps,
+                teacher_hidden=int(teacher["hidden_size"]) if taps else 0,
+                ternary=ternary,
             )
         except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
             raise UserError(f"{name}: no usable {error}") from error
 
     def to_json(self) -> dict[str, Any]:
-        """The `config.json` of mlx-lm and Hugging Face; of no stock model where the head is trimmed."""
+        """The `config.json` of mlx-lm and Hugging Face; of no stock model where the head is trimmed or states are
+        read."""
         config: dict[str, Any] = {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_act": "silu",
+            "architectures": ["BitNetForCausalLM" if self.ternary else "LlamaForCausalLM"],
+            "model_type": "bitnet" if self.ternary else "llama",
+            "hidden_act": self.activation,
             "hidden_size": self.hidden,
             "intermediate_size": self.intermediate,
             "num_hidden_layers": self.layers,
@@ -93,19 +115,26 @@ class DraftConfig:
             "mlp_bias": False,
             "torch_dtype": "bfloat16",
         }
+        if self.ternary:
+            config["quantization_config"] = PACKED
         if self.draft_vocab_size is not None:
             trimmed = {"model_type": draft_vocabulary.MODEL_TYPE, draft_vocabulary.SIZE: self.draft_vocab_size}
             config |= {"architectures": []} | trimmed
+        if self.taps:
+            del config["tie_word_embeddings"]  # it has neither embedding nor head of its own
+            config |= {"architectures": [], "model_type": READER, reader.FORMAT_KEY: reader.FORMAT}
+            config |= {reader.TAPS: list(self.taps), reader.TEACHER_HIDDEN: self.teacher_hidden}
         return config | {
             key: value for key, value in (("bos_token_id", self.bos), ("eos_token_id", self.eos)) if value is not None
         }
 
     @classmethod
     def from_json(cls, config: dict[str, Any]) -> DraftConfig:
-        """The inverse of `to_json`; KeyError, TypeError or ValueError where it is no Llama."""
-        if config.get("model_type") not in ("llama", draft_vocabulary.MODEL_TYPE):
-            raise ValueError(f"model_type is {config.get('model_type')!r}, not 'llama'")
-        trimmed = config["model_type"] == draft_vocabulary.MODEL_TYPE
+        """The inverse of `to_json`; KeyError, TypeError or ValueError where it is no draft's."""
+        kind, ternary = config.get("model_type"), "quantization_config" in config
+        if kind not in ("bitnet" if ternary else "llama", draft_vocabulary.MODEL_TYPE, READER):
+            raise ValueError(f"model_type is {kind!r}, not 'llama'")
+        reads, size = kind == READER, config.get(draft_vocabulary.SIZE)
         heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
         return cls(
             layers=int(config["num_hidden_layers"]),
@@ -121,7 +150,10 @@ class DraftConfig:
             tied=bool(config.get("tie_word_embeddings", True)),
             bos=config.get("bos_token_id"),
             eos=config.get("eos_token_id"),
-            draft_vocab_size=int(config[draft_vocabulary.SIZE]) if trimmed else None,
+            draft_vocab_size=None if size is None else int(size),
+            taps=tuple(int(tap) for tap in config[reader.TAPS]) if reads else (),
+            teacher_hidden=int(config[reader.TEACHER_HIDDEN]) if reads else 0,
+            ternary=ternary,
         )
 
     def record(self) -> dict[str, Any]:
@@ -131,7 +163,8 @@ class DraftConfig:
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> DraftConfig:
         """The inverse of `record`; TypeError where it is none."""
-        return cls(**{"draft_vocab_size" if name == "kept" else name: value for name, value in record.items()})
+        named = {"draft_vocab_size" if name == "kept" else name: value for name, value in record.items()}
+        return cls(**named | {"taps": tuple(named.get("taps", ()))})
 
     @property
     def head_size(self) -> int:
@@ -139,11 +172,28 @@ class DraftConfig:
         return self.draft_vocab_size or self.vocab_size
 
     @property
+    def prefix(self) -> str:
+        """What the names of its layers begin with in the weights' file."""
+        return "" if self.taps else "model."
+
+    @property
+    def activation(self) -> str:
+        """Of the feed-forward layer, as config.json names it."""
+        return "relu2" if self.ternary and not self.taps else "silu"
+
+    @property
     def parameters(self) -> int:
-        """How many numbers the draft has."""
+        """How many numbers the draft has, those of its teacher that it uses left out."""
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         layer = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
-        return self.layers * layer + self.vocab_size * self.hidden * (1 if self.tied else 2) + self.hidden
+        if self.ternary:
+            layer += self.heads * self.head_dim + self.intermediate
+        embeddings = 0 if self.taps else self.vocab_size * self.hidden * (1 if self.tied else 2)
+        read = len(self.taps) * self.teacher_hidden
+        reading = read * (self.hidden + 1) + (self.teacher_hidden + self.hidden) * (self.hidden + 1) if self.taps else 0
+        if self.taps and self.hidden != self.teacher_hidden:
+            reading += self.hidden * self.teacher_hidden
+        return self.layers * layer + embeddings + reading + self.hidden
 
 
 def check_size(layers: int, hidden: int) -> None:

@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +23,10 @@ from distill.provenance import (
     made_with,
     teacher_metadata,
 )
-from distill.training import cpu
 from distill.training.checkpoint import rounded, save
 from distill.training.cpu import CpuHead
 from distill.training.draft_config import DraftConfig
-from distill.training.drafts import llama
+from distill.training.drafts import Trainable
 from distill.training.loader import DataLoader
 from distill.training.losses import FusedHead
 from distill.training.memory import is_narrow
@@ -35,7 +34,7 @@ from distill.training.optimizer import learning_rate
 from distill.training.plots import training_curves
 from distill.training.settings import TrainSettings
 from distill.training.state import CURVES, LOG, State, discard
-from distill.training.step import Step, TrimmedHead, measure
+from distill.training.step import Measured, Step, TrimmedHead, measure
 from distill.training.vocabulary import DraftVocabulary
 from kernels.console import progress
 from kernels.errors import UserError
@@ -89,6 +88,7 @@ class Run:
         out: Path,
         settings: TrainSettings,
         config: DraftConfig,
+        draft: Trainable,
         state: State,
         vocabulary: DraftVocabulary | None,
         progress: Progress | None,
@@ -96,26 +96,27 @@ class Run:
     ) -> None:
         """other: the teacher in teacher_folder, where it is not the one whose logits the loader reads."""
         self.loader, self.teacher_folder, self.other, self.out = loader, teacher_folder, other, out
-        self.settings, self.config, self.state = settings, config, state
+        self.settings, self.config, self.draft, self.state = settings, config, draft, state
         self.vocabulary, self.progress, self.quiet = vocabulary, progress, quiet
         self.step_tokens = loader.batch * loader.dataset.settings.seq_len
         self.steps = math.ceil(settings.tokens / self.step_tokens)
         self.every = max(1, math.ceil(self.steps / settings.evals))
         on_gpu = mx.default_device() == mx.Device(mx.gpu)
         narrow = is_narrow(settings.dtype)
-        self.model = llama.build(config)
-        plain = on_gpu or narrow
-        head_type = FusedHead if plain else CpuHead
+        head_type = FusedHead if on_gpu or narrow else CpuHead
         self.head = head_type(
-            settings.loss, settings.temperature, chunk_bytes=(256 if on_gpu else 32) << 20, eager=not on_gpu
+            settings.loss,
+            settings.temperature,
+            chunk_bytes=(256 if on_gpu else 32) << 20,
+            eager=not on_gpu,
+            frozen=draft.frozen_head,
         )
         self.step = Step(
-            self.model,
+            draft,
             self.head,
             weight_decay=settings.weight_decay,
             clip=settings.clip,
             dtype=mx.bfloat16 if narrow else mx.float32,
-            attention=llama.masked_attention if plain else cpu.attention,
             trimmed=None if vocabulary is None else TrimmedHead(vocabulary.d2t, vocabulary.size),
         )
         self.log = out / LOG
@@ -123,7 +124,8 @@ class Run:
         self.drawn = -math.inf
 
     def go(self) -> Summary:
-        self.held_out = self.loader.held_out_batches()
+        self.held_out = [self.draft.arrays(batch) for batch in self.loader.held_out_batches()]
+        mx.eval(self.held_out)
         first = self._restore()
         state, begun, total = self.state, time.perf_counter(), self.steps * self.step_tokens
         with (
@@ -167,13 +169,7 @@ class Run:
             ]
             self.state.read()
         else:
-            embedding = None
-            if self.settings.teacher_embedding:
-                teacher = llama.teacher_embedding(self.teacher_folder)
-                if teacher is not None and len(teacher) == self.config.vocab_size:
-                    embedding = llama.init_embedding_from(teacher, self.config.hidden, self.settings.seed)
-            model = llama.create(self.config, self.settings.seed, embedding)
-            self.state.begin(llama.named_weights(model))
+            self.state.begin(self.draft.create())
         text = "".join(line + "\n" for line in lines).encode()
         write_atomic(real_path(self.log), text)
         self.state.write_run(text)
@@ -181,12 +177,13 @@ class Run:
         return self.state.step
 
     def _note_steps(self, done: int, rate: float, figures: np.ndarray, speed: float, bar: tqdm) -> None:
-        """figures: float32 [steps, 5] as `Step` returns them."""
-        counts = figures[:, 3]
+        """figures: float32 [steps, 4 + unrolled] as `Step` returns them."""
+        counts = figures[:, 2]
         if not np.isfinite(figures).all():
             raise UserError(f"the loss is not finite at step {done}: a smaller --lr than {self.settings.lr:g} may help")
         weights = counts / max(counts.sum(), 1.0)
-        loss, agreement, overlap = (float((figures[:, i] * weights).sum()) for i in range(3))
+        loss, overlap, _, _, *agreements = (float(column @ weights) for column in figures.T)
+        agreement = agreements[0]
         bar.set_postfix(loss=f"{loss:.3f}", agree=f"{agreement:.1%}", refresh=False)
         self._line(
             {
@@ -197,19 +194,19 @@ class Run:
                 "agreement": agreement,
                 "expected_acceptance": overlap,
                 "lr": rate,
-                "grad_norm": float(figures[-1, 4]),
+                "grad_norm": float(figures[-1, 3]),
                 "tok_per_s": speed,
             }
+            | _by_step(agreements)
         )
 
-    def _measure(self, weights: dict[str, mx.array]) -> dict[str, float]:
-        figures = measure(self.model, self.head, weights, self.held_out, self.step.attention, self.step.trimmed)
-        return dict(zip(MEASURED, figures, strict=True))
+    def _measure(self, weights: dict[str, mx.array]) -> Measured:
+        return measure(self.draft, self.head, weights, self.held_out, self.step.trimmed)
 
     def _evaluate(self, done: int) -> None:
-        figures = self._measure(self.state.weights)
-        self._line({"kind": "eval", "step": done, "tokens": done * self.step_tokens} | figures)
-        self.state.offer(done, figures["held_out_loss"])
+        found = self._measure(self.state.weights)
+        self._line({"kind": "eval", "step": done, "tokens": done * self.step_tokens} | _figures(found))
+        self.state.offer(done, found.loss)
         if time.perf_counter() - self.drawn > DRAW_SECONDS or done == self.steps:
             self._draw()
 
@@ -217,7 +214,8 @@ class Run:
         self.drawn = time.perf_counter()
 
         c = self.config
-        title = f"{c.layers} x {c.hidden} draft for {self.loader.dataset.settings.teacher_name}"
+        kind = f"{'ternary ' if c.ternary else ''}{'reader' if c.taps else 'draft'}"
+        title = f"{c.layers} x {c.hidden} {kind} for {self.loader.dataset.settings.teacher_name}"
         with replacing(real_path(self.out / CURVES)) as picture:
             self._write(lambda: training_curves(self.log, picture, title))
             self.state.note_picture(picture)
@@ -254,13 +252,11 @@ class Run:
         best, best_step = self.state.best_weights, self.state.best_step
         if best is None:
             best, best_step = self.state.weights, steps
-        as_saved = rounded(best, self.settings.bits)
-        figures = self._measure(as_saved)
-        self.model.load_weights(list(best.items()))
+        figures = _figures(self._measure(rounded(best, self.config, self.settings.bits)))
         source = self.loader.dataset.settings
         save(
             self.out,
-            self.model,
+            best,
             self.config,
             self.teacher_folder,
             {
@@ -306,8 +302,19 @@ class Run:
             log=self.log,
             plot=self.out / CURVES,
             vocabulary=None if self.vocabulary is None else self.vocabulary.metadata(),
-            **figures,
+            **{name: figures[name] for name in MEASURED},
         )
+
+
+def _figures(found: Measured) -> dict[str, Any]:
+    """As logs and draft.json name them."""
+    values = dict(zip(MEASURED, (found.loss, found.agreement[0], found.expected_acceptance), strict=True))
+    return values | _by_step(found.agreement)
+
+
+def _by_step(agreement: Sequence[float]) -> dict[str, Any]:
+    """The agreement in each step of a draft that is unrolled; nothing for one that is not."""
+    return {"agreement_by_step": list(agreement)} if len(agreement) > 1 else {}
 
 
 def _step_of(line: str) -> float:

@@ -15,6 +15,7 @@ Letters: n positions, h hidden size, v vocabulary of the head, k teacher ids.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -77,25 +78,68 @@ def tv(log_q: mx.array, p: mx.array) -> mx.array:
     return 1.0 - mx.minimum(mx.exp(log_q), p).sum(axis=-1)
 
 
-LOSSES: dict[str, BucketLoss] = {"kl": kl, "ce": ce, "tv": tv}
+def reverse_kl(log_q: mx.array, p: mx.array) -> mx.array:
+    """sum q (log q - log p) over the buckets: it seeks the teacher's modes (MiniLLM, arXiv:2306.08543). What
+    the teacher gives no probability counts as LEAST_P."""
+    q = mx.exp(log_q)
+    safe_q = mx.where(q > 0, log_q, 0.0)
+    return mx.where(q > 0, q * (safe_q - mx.log(mx.maximum(p, LEAST_P))), 0.0).sum(axis=-1)
 
 
+def js(log_q: mx.array, p: mx.array) -> mx.array:
+    """Jensen-Shannon divergence over the buckets: the mean of both KLs to the middle of p and q, at most log 2."""
+    q = mx.exp(log_q)
+    log_middle = mx.log(mx.maximum(0.5 * (p + q), 1e-30))
+    from_p = mx.where(p > 0, p * (mx.log(mx.where(p > 0, p, 1.0)) - log_middle), 0.0)
+    from_q = mx.where(q > 0, q * (mx.where(q > 0, log_q, 0.0) - log_middle), 0.0)
+    return 0.5 * (from_p + from_q).sum(axis=-1)
+
+
+LOSSES: dict[str, BucketLoss] = {"kl": kl, "ce": ce, "tv": tv, "reverse_kl": reverse_kl, "js": js}
+LEAST_P = 1e-6  # of a bucket in the reverse KL
 OF_DRAWS = ("kl", "ce")  # linear in p but for a constant, so that draws estimate them without bias
 
 
-def check_draws(name: str, sampled: int | None) -> None:
+def parse_loss(text: str) -> dict[str, float]:
+    """`kl`, or a mix such as `kl=1,tv=0.5`, as shares that sum to 1. UserError naming what is wrong."""
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        name, equals, number = part.strip().partition("=")
+        if name not in LOSSES:
+            raise UserError(f"--loss {text}: known are {', '.join(LOSSES)}, and mixes such as kl=1,tv=0.5")
+        if name in found:
+            raise UserError(f"--loss {text}: {name} is there twice")
+        try:
+            found[name] = float(number) if equals else 1.0
+        except ValueError:
+            raise UserError(f"--loss {text}: {number!r} is not a number") from None
+        if not 0 <= found[name] < math.inf:
+            raise UserError(f"--loss {text}: the weight of {name} must be a finite number of at least 0")
+    total = sum(found.values())
+    if not 0 < total < math.inf:
+        raise UserError(f"--loss {text}: the weights must sum to a positive number")
+    return {name: weight / total for name, weight in found.items() if weight}
+
+
+def check_draws(loss: str, sampled: int | None) -> None:
     """UserError where a loss cannot be learnt from a dataset of so many draws a position; None: it has logits."""
-    if sampled is not None and name not in OF_DRAWS:
-        raise UserError(
-            f"--loss {name}: cannot be learnt from draws (--sampled {sampled}), only {' and '.join(OF_DRAWS)} can"
-        )
+    for name in parse_loss(loss) if sampled is not None else ():
+        if name not in OF_DRAWS:
+            raise UserError(
+                f"--loss {loss}: cannot be learnt from draws (--sampled {sampled}), only {' and '.join(OF_DRAWS)} can"
+            )
 
 
-def bucket_loss(name: str) -> BucketLoss:
-    """The loss called `name`; UserError with the names there are."""
-    if name not in LOSSES:
-        raise UserError(f"--loss {name}: known are {', '.join(LOSSES)}")
-    return LOSSES[name]
+def bucket_loss(text: str) -> BucketLoss:
+    """The loss called `text`, or the mix of some (`parse_loss`)."""
+    shares = parse_loss(text)
+    if len(shares) == 1:
+        return LOSSES[next(iter(shares))]
+
+    def mixed(log_q: mx.array, p: mx.array) -> mx.array:
+        return sum((share * LOSSES[name](log_q, p) for name, share in shares.items()), start=mx.array(0.0))
+
+    return mixed
 
 
 def head_rows(d2t: np.ndarray | None, vocab_size: int) -> mx.array:
@@ -150,17 +194,25 @@ class FusedHead:
     """Head product, loss, its gradient and the metrics in one pass over chunks of positions.
 
     Calling it gives `(loss, stats)`, where loss is a differentiable scalar (with respect to hidden
-    states and head weight only) and stats float32 [3] holds sums over weighted positions:
-    agreement (first choices equal), the lower bound sum_S min(p, q) of expected acceptance, and
-    the positions themselves.
+    states and head weight only, or to hidden states alone where the head is frozen) and stats float32
+    [3] holds sums over weighted positions: agreement (first choices equal), the lower bound
+    sum_S min(p, q) of expected acceptance, and the positions themselves.
 
     eager: evaluate after each chunk, which is what keeps memory down on a CPU: MLX runs ahead of
     its own computation and would hold every chunk at once. Must be False under mx.compile.
     """
 
-    def __init__(self, name: str, temperature: float = 1.0, chunk_bytes: int = 32 << 20, eager: bool = False) -> None:
-        self.loss = bucket_loss(name)
+    def __init__(
+        self,
+        loss: str,
+        temperature: float = 1.0,
+        chunk_bytes: int = 32 << 20,
+        eager: bool = False,
+        frozen: bool = False,
+    ) -> None:
+        self.loss = bucket_loss(loss)
         self.temperature = temperature
+        self.frozen = frozen
         self.chunk_bytes = chunk_bytes
         self.eager = eager
 
@@ -171,19 +223,20 @@ class FusedHead:
         `reference_loss`. The gradient is computed along with the value: for evaluation use
         `evaluate`."""
 
-        def compute(hidden: mx.array, weight: mx.array) -> tuple[mx.array, ...]:
+        learnt = (hidden,) if self.frozen else (hidden, weight)
+
+        def compute(hidden: mx.array, weight: mx.array = weight) -> tuple[mx.array, ...]:
             return self._run(hidden, weight, rows, p, weights, gradient=True)
 
         def vjp(
             primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
-        ) -> tuple[mx.array, mx.array]:
+        ) -> tuple[mx.array, ...]:
             scale = cotangents[0]
-            d_hidden, d_weight = outputs[2:]
-            return scale * d_hidden, (scale * d_weight).astype(weight.dtype)
+            return tuple((scale * d).astype(x.dtype) for x, d in zip(learnt, outputs[2:], strict=True))
 
         run: Any = mx.custom_function(compute)
         run.vjp(vjp)
-        loss, stats, *_ = run(hidden, weight)
+        loss, stats, *_ = run(*learnt)
         return loss, mx.stop_gradient(stats)
 
     def evaluate(
@@ -206,25 +259,30 @@ class FusedHead:
         chunk = max(64, self.chunk_bytes // (4 * weight.shape[0]))
         share = weights / mx.maximum(weights.sum(), 1.0)
         loss, stats = mx.array(0.0), mx.zeros(3)
-        d_hidden, d_weight = [], None
+        d_hidden: list[mx.array] = []
+        d_weight: mx.array | None = None
         for start in range(0, n, chunk):
             part = slice(start, start + chunk)
             x = hidden[part]
-            if d_weight is not None and not self.eager:
-                (x,) = mx.depends([x], [d_weight])  # one chunk after the other, for memory
+            if d_hidden and not self.eager:
+                (x,) = mx.depends([x], d_hidden[-1:] if d_weight is None else [d_weight])  # one by one, for memory
             value, measured, d_logits = self._chunk(x @ weight.T, rows[part], p[part], share[part], gradient)
             loss = loss + value
             stats = stats + (measured * (weights[part] > 0)[:, None]).sum(axis=0)
             if d_logits is not None:
                 d_logits = d_logits.astype(weight.dtype)
                 d_hidden.append(d_logits @ weight)
-                d = (d_logits.T @ x).astype(mx.float32)
-                d_weight = d if d_weight is None else d_weight + d
+                if not self.frozen:
+                    d = (d_logits.T @ x).astype(mx.float32)
+                    d_weight = d if d_weight is None else d_weight + d
             if self.eager:
                 mx.eval(loss, stats, d_hidden[-1:], *([] if d_weight is None else [d_weight]))
-        if d_weight is None:
-            return loss, stats
-        return loss, stats, mx.concatenate(d_hidden), d_weight
+        outputs = [loss, stats]
+        if d_hidden:
+            outputs.append(mx.concatenate(d_hidden))
+        if d_weight is not None:
+            outputs.append(d_weight)
+        return tuple(outputs)
 
     def _chunk(
         self, logits: mx.array, rows: mx.array, p: mx.array, share: mx.array, gradient: bool

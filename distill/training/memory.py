@@ -20,15 +20,18 @@ def estimate_memory(
     gpu: bool = True,
     narrow: bool = True,
     teacher_hidden: int = 0,
+    unroll: int = 1,
 ) -> int:
     """Bytes that training holds at its peak.
 
     gpu: on a GPU, where work runs ahead of what is freed; narrow: it computes in bfloat16 there; teacher_hidden: width
-    of the teacher's embedding if the draft's starts from it. An estimate: what is counted for sure are weights,
+    of the teacher's embedding if the draft's starts from it, or of the states that it reads, and then unroll is the
+    number of steps that it is trained for on its own. An estimate: what is counted for sure are weights,
     gradients and moments; the rest was fitted to drafts of widths 256 and 768 on CPUs, whose resident memory beside
     that of Python is met within an eighth, and to one of 6 layers x 768 with BitNet-2B's vocabulary on an H100.
     """
-    tokens, embedding = batch * seq_len, 4 * config.vocab_size * config.hidden
+    tokens = batch * seq_len * (unroll if config.taps else 1)
+    embedding = 0 if config.taps else 4 * config.vocab_size * config.hidden
     resident = 4 * config.parameters * 4  # weights, two moments, and the best weights so far
     step_bytes = 4 * config.parameters * 4  # their gradients, and what replaces weights and moments
     activations = tokens * config.layers * ACTIVATIONS * config.hidden
@@ -47,12 +50,14 @@ def is_narrow(dtype: str) -> bool:
     return dtype == "bfloat16" or (dtype == "auto" and mx.default_device() == mx.Device(mx.gpu))
 
 
-def check_memory(config: DraftConfig, batch: int, seq_len: int, teacher_hidden: int = 0, dtype: str = "auto") -> None:
-    """Refuse, before anything is allocated, what would not fit. dtype: the setting."""
+def check_memory(
+    config: DraftConfig, batch: int, seq_len: int, teacher_hidden: int = 0, dtype: str = "auto", unroll: int = 1
+) -> None:
+    """Refuse, before anything is allocated, what would not fit. dtype, unroll: the settings."""
     narrow = is_narrow(dtype)
     # In bfloat16 a CPU computes scores and logits as a GPU does.
     gpu = narrow or mx.default_device() == mx.Device(mx.gpu)
-    need = estimate_memory(config, batch, seq_len, gpu=gpu, narrow=narrow, teacher_hidden=teacher_hidden)
+    need = estimate_memory(config, batch, seq_len, gpu=gpu, narrow=narrow, teacher_hidden=teacher_hidden, unroll=unroll)
     size = f"{config.layers} layers x {config.hidden} ({config.parameters / 1e6:,.0f} M parameters)"
     advice = "choose fewer --layers, a smaller --hidden or --batch"
     check_fits(need, f"a draft of {size} needs about {{}} to train", advice)

@@ -12,12 +12,13 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from decode.metal import limit_memory
-from decode.models.checkpoint import RUNS, Checkpoint, has_tokenizer
+from decode.models.checkpoint import RUNS, Checkpoint, find_model, has_tokenizer
 from decode.tokenizer import Tokenizer, check_tokenizer
 from distill.data.shards import Dataset
 from distill.provenance import (
@@ -26,12 +27,17 @@ from distill.provenance import (
     origin,
     teacher_files,
 )
+from distill.training import cpu
 from distill.training.checkpoint import check_draft_folder, check_files
 from distill.training.draft_config import DraftConfig
+from distill.training.drafts import Trainable
+from distill.training.drafts.layers import masked_attention
+from distill.training.drafts.llama import Standalone
+from distill.training.drafts.reader import Features, ReaderInTraining
 from distill.training.loader import DataLoader
 from distill.training.loop import MEASURED, Progress, Run, Summary
 from distill.training.losses import check_draws
-from distill.training.memory import check_memory, disk_bytes
+from distill.training.memory import check_memory, disk_bytes, is_narrow
 from distill.training.settings import TrainSettings
 from distill.training.state import CURVES, LOG, STATE, State, check_shown, difference, discard, of_finished
 from distill.training.vocabulary import select_draft_vocabulary
@@ -44,9 +50,6 @@ from kernels.files import (
     stored_bytes,
     working_in,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 def train(
@@ -66,6 +69,8 @@ def train(
     data, teacher_folder, out = Path(data), Path(teacher_folder), Path(out)
     dataset = Dataset.open(data)
     settings.check(dataset.settings.vocab_size)
+    described = read_json(teacher_folder / "config.json")
+    settings = settings.for_teacher(described)
     check_draws(settings.loss, dataset.settings.sampled)
     check_tokenizer(teacher_folder)
     other = other_teacher(dataset, teacher_folder)
@@ -92,24 +97,65 @@ def train(
     limit_memory()
     vocabulary = None if settings.vocab is None else select_draft_vocabulary(dataset, settings.vocab, teacher_folder)
     size = None if vocabulary is None else len(vocabulary.d2t)
-    config = DraftConfig.for_teacher(teacher_folder, settings.layers, settings.hidden, size)
+    config = settings.shape(teacher_folder, size)
+    if settings.reads_teacher:
+        check_taps(settings, described, teacher_folder)
+        if other is not None:
+            raise UserError(
+                f"{data}: was collected from {dataset.settings.teacher_name}, not from {teacher_folder}; a draft that"
+                " reads its teacher is trained on what that one says"
+            )
     if config.vocab_size != dataset.settings.vocab_size:
         raise UserError(
             f"{data}: has a vocabulary of {dataset.settings.vocab_size},"
             f" {teacher_folder / 'config.json'} one of {config.vocab_size}"
         )
-    teacher_hidden = int(read_json(teacher_folder / "config.json")["hidden_size"]) if settings.teacher_embedding else 0
+    teacher_hidden = int(described["hidden_size"]) if settings.teacher_embedding or config.taps else 0
     loader = DataLoader(
         dataset, settings.temperature, settings.batch, settings.seed, settings.eval_share, settings.eval_rows
     )
     if loader.batch < settings.batch:
         tell(f"{data}: has {loader.rows} rows to train on, so --batch {settings.batch} is {loader.batch}")
-    check_memory(config, loader.batch, dataset.settings.seq_len, teacher_hidden, settings.dtype)
+    check_memory(config, loader.batch, dataset.settings.seq_len, teacher_hidden, settings.dtype, settings.unroll)
     with working_on_draft(out, config):
         if (summary := finished_run(out, fingerprint)) is not None:  # a kill had kept it from its place
             return summary
         state = State.open(out / STATE, fingerprint)
-        return Run(loader, teacher_folder, other, out, settings, config, state, vocabulary, progress, quiet).go()
+        d2t = None if vocabulary is None else vocabulary.d2t
+        draft = draft_in_training(config, settings, teacher_folder, loader, d2t)
+        return Run(loader, teacher_folder, other, out, settings, config, draft, state, vocabulary, progress, quiet).go()
+
+
+def draft_in_training(
+    config: DraftConfig, settings: TrainSettings, teacher_folder: Path, loader: DataLoader, d2t: np.ndarray | None
+) -> Trainable:
+    """The kind of draft that the settings ask for. d2t: int32, the ids that a trimmed head has rows for."""
+    on_gpu = mx.default_device() == mx.Device(mx.gpu)
+    attention = masked_attention if on_gpu or is_narrow(settings.dtype) else cpu.attention
+    kept = None if d2t is None else mx.array(d2t)
+    if not config.taps:
+        start = teacher_folder if settings.teacher_embedding else None
+        return Standalone(config, attention, kept, start, settings.seed)
+    checkpoint = find_model(str(teacher_folder), "--teacher")
+    teacher = checkpoint.load()
+    head = checkpoint.head_weight(teacher.embedding)
+    return ReaderInTraining(
+        config,
+        Features(teacher, config.taps),
+        teacher.embedding,
+        head if kept is None else head[kept],
+        settings.step_weights,
+        next(loader.batches(0)),
+        attention,
+        settings.seed,
+    )
+
+
+def check_taps(settings: TrainSettings, teacher: dict[str, Any], folder: Path) -> None:
+    """UserError where a teacher does not have the layers that a draft is to read. teacher: its config.json."""
+    layers = int(teacher["num_hidden_layers"])
+    if max(settings.tapped) >= layers:
+        raise UserError(f"--taps {settings.taps}: {folder} has layers 0 to {layers - 1}")
 
 
 @contextmanager

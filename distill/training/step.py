@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
-from mlx.utils import tree_unflatten
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-from distill.training.drafts.llama import Attention, forward, head_weight, masked_attention
+import mlx.core as mx
+import numpy as np
+
+from distill.training.drafts import Trainable
 from distill.training.loader import Batch
 from distill.training.losses import FusedHead, drawn_buckets, head_rows, teacher_buckets
 from distill.training.optimizer import adamw, schedule
 from distill.training.tensors import Tensors
-
-
-def trained_hidden(model: nn.Module, batch: Tensors, attention: Attention) -> mx.array:
-    """Hidden states of the trained positions, [m, hidden]."""
-    hidden = forward(model, batch["tokens"], batch["segments"], attention)
-    hidden = hidden.reshape(-1, hidden.shape[-1])
-    return hidden if "positions" not in batch else hidden[batch["positions"]]
 
 
 class TrimmedHead:
@@ -55,25 +49,24 @@ class Step:
 
     def __init__(
         self,
-        model: nn.Module,
+        draft: Trainable,
         head: FusedHead,
         weight_decay: float,
         clip: float,
         dtype: mx.Dtype,
-        attention: Attention = masked_attention,
         trimmed: TrimmedHead | None = None,
     ) -> None:
-        self.model, self.head, self.attention, self.trimmed = model, head, attention, trimmed
+        self.draft, self.head, self.trimmed = draft, head, trimmed
         self.weight_decay, self.clip, self.dtype = weight_decay, clip, dtype
 
     def __call__(self, tensors: dict[str, Tensors], batch: Batch, number: int, rate: float) -> mx.array:
         """Replaces the entries of `tensors` ("weights", "m", "v").
 
-        number: 1 for the first step. Returns float32 [5], not waited for: loss, agreement, lower
-        bound of acceptance (means over the batch's trained positions), their count, gradient norm.
+        number: 1 for the first step. Returns float32 [4 + steps], not waited for: loss, lower bound of acceptance,
+        the batch's trained positions, gradient norm, and the agreement in each step that the draft is unrolled.
         """
         weights, m, v, figures = self._update(
-            tensors["weights"], tensors["m"], tensors["v"], batch.arrays(), schedule(number, rate)
+            tensors["weights"], tensors["m"], tensors["v"], self.draft.arrays(batch), schedule(number, rate)
         )
         mx.async_eval(weights, m, v, figures)
         tensors["weights"], tensors["m"], tensors["v"] = weights, m, v
@@ -85,36 +78,59 @@ class Step:
         def loss(weights: Tensors) -> tuple[mx.array, mx.array]:
             # The embedding is cast after its look-up instead: its gradient adds up in float32.
             narrow = {k: w if "embed_tokens" in k else w.astype(self.dtype) for k, w in weights.items()}
-            self.model.update(tree_unflatten(list(narrow.items())))
-            hidden = trained_hidden(self.model, batch, self.attention)
-            head = head_weight(self.model, self.trimmed.d2t if self.trimmed else None).astype(hidden.dtype)
-            return self.head(hidden, head, *targets(batch, self.head.temperature, self.trimmed))
+            head = self.draft.head(narrow).astype(self.dtype)
+            rows, p, _ = targets(batch, self.head.temperature, self.trimmed)
+            found = [self.head(hidden, head, rows, p, counts) for hidden, counts in self.draft.terms(narrow, batch)]
+            return _mean(self.draft.step_weights, found)
 
         (value, stats), gradients = mx.value_and_grad(loss)(weights)
         weights, m, v, norm = adamw(weights, gradients, m, v, scheduled, self.weight_decay, self.clip)
-        count = mx.maximum(stats[2], 1.0)
-        return weights, m, v, mx.stack([value, stats[0] / count, stats[1] / count, stats[2], norm])
+        counts = mx.maximum(stats[:, 2], 1.0)
+        figures = mx.stack([value, stats[0, 1] / counts[0], stats[0, 2], norm])
+        return weights, m, v, mx.concatenate([figures, stats[:, 0] / counts])
+
+
+def _mean(step_weights: Iterable[float], found: list[tuple[mx.array, mx.array]]) -> tuple[mx.array, mx.array]:
+    """The mean of a loss over all positions of all steps, each counting as its step does, and the stats of each step.
+
+    found: what `FusedHead` returns of each step, a mean and its stats.
+    """
+    stats = mx.stack([measured for _, measured in found])
+    counted = mx.array(list(step_weights)) * mx.maximum(stats[:, 2], 1.0)
+    value = (mx.stack([value for value, _ in found]) * counted).sum() / counted.sum()
+    return value, stats
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How a draft does on held-out rows.
+
+    loss: in nats; expected_acceptance: the lower bound of the first step's; agreement: in each step that it is
+    unrolled, of positions whose tokens before are the teacher's.
+    """
+
+    loss: float
+    expected_acceptance: float
+    agreement: tuple[float, ...]
 
 
 def measure(
-    model: nn.Module,
+    draft: Trainable,
     head: FusedHead,
     weights: Tensors,
-    batches: list[Batch],
-    attention: Attention = masked_attention,
+    batches: list[Tensors],
     trimmed: TrimmedHead | None = None,
-) -> tuple[float, float, float]:
-    """Loss, agreement and the lower bound of acceptance over held-out batches, in float32."""
-    model.update(tree_unflatten(list(weights.items())))
-    total = mx.zeros(4)
+) -> Measured:
+    """What a draft with these weights makes of batches, as its `arrays` gives them, in float32."""
+    total, all_stats = mx.zeros(2), mx.zeros((len(draft.step_weights), 3))
+    matrix = draft.head(weights).astype(mx.float32)
     for batch in batches:
-        arrays = batch.arrays()
-        loss, stats = head.evaluate(
-            trained_hidden(model, arrays, attention),
-            head_weight(model, trimmed.d2t if trimmed else None),
-            *targets(arrays, head.temperature, trimmed),
-        )
-        total = total + mx.concatenate([(loss * stats[2])[None], stats])
-        mx.async_eval(total)
-    sums = [float(x) for x in np.array(total)]
-    return sums[0] / sums[3], sums[1] / sums[3], sums[2] / sums[3]
+        rows, p, _ = targets(batch, head.temperature, trimmed)
+        found = [head.evaluate(hidden, matrix, rows, p, counts) for hidden, counts in draft.terms(weights, batch)]
+        value, stats = _mean(draft.step_weights, found)
+        counted = (mx.array(list(draft.step_weights)) * stats[:, 2]).sum()
+        total, all_stats = total + mx.stack([value * counted, counted]), all_stats + stats
+        mx.async_eval(total, all_stats)
+    sums, (loss_sum, positions) = np.array(all_stats), np.array(total).tolist()
+    shares = sums / np.maximum(sums[:, 2:], 1.0)
+    return Measured(loss_sum / positions, float(shares[0, 1]), tuple(map(float, shares[:, 0])))

@@ -134,9 +134,11 @@ def test_card_of_a_trimmed_draft_and_an_unknown_licence(tmp_path: Path) -> None:
     import numpy as np
 
     config = dataclasses.replace(DraftConfig.for_teacher(TEACHER, layers=1, hidden=64), draft_vocab_size=100)
-    model = llama.create(dataclasses.replace(config, draft_vocab_size=None), seed=0)
+    weights = llama.create(dataclasses.replace(config, draft_vocab_size=None), seed=0)
     folder, kept = tmp_path / "d", np.arange(100, dtype=np.int32)
-    checkpoint.save(folder, model, config, TEACHER, {"complete": True, "teacher": {"name": "x", "hash": "0"}}, d2t=kept)
+    checkpoint.save(
+        folder, weights, config, TEACHER, {"complete": True, "teacher": {"name": "x", "hash": "0"}}, d2t=kept
+    )
     card = prepare(folder, REPO).card
     facts = metadata(card, tmp_path)
     assert facts["library_name"] == "bitdraft" and "license" not in facts

@@ -256,5 +256,5 @@ def test_losses_of_draws_equal_numpy(name: str, kept: np.ndarray | None) -> None
 
 
 def test_unknown_loss_is_named() -> None:
-    with pytest.raises(UserError, match="--loss kld: known are kl, ce, tv"):
+    with pytest.raises(UserError, match="--loss kld: known are kl, ce, tv, reverse_kl, js"):
         bucket_loss("kld")

@@ -97,7 +97,7 @@ def test_a_trimmed_head_learns(made: tuple[Path, Path], trained: tuple[Summary, 
     assert about["config"]["kept"] == len(kept) and about["config"]["vocab_size"] == VOCAB
     again = checkpoint.load(summary.out)
     assert again.d2t is not None and np.array_equal(again.d2t, kept)
-    assert again.model.model.embed_tokens.weight.shape == (VOCAB, 64)  # the input knows every token
+    assert again.weights["model.embed_tokens.weight"].shape == (VOCAB, 64)  # the input knows every token
 
 
 @pytest.mark.slow
@@ -105,14 +105,15 @@ def test_its_loss_is_the_one_defined(made: tuple[Path, Path], trained: tuple[Sum
     """What training reports of the saved draft, against the formula over the trimmed vocabulary."""
     summary, _ = trained
     saved = checkpoint.load(summary.out)
-    saved.model.set_dtype(mx.float32)
     loader = DataLoader(Dataset.open(made[0]), 1.0, SETTINGS.batch, 0, SETTINGS.eval_share, SETTINGS.eval_rows)
     loss = count = 0.0
     for batch in loader.held_out_batches():
-        hidden = llama.forward(saved.model, mx.array(batch.tokens), mx.array(batch.segments)).reshape(-1, 64)
+        hidden = llama.forward(saved.config, saved.weights, mx.array(batch.tokens), mx.array(batch.segments)).reshape(
+            -1, 64
+        )
         hidden = hidden if batch.positions is None else hidden[mx.array(batch.positions)]
         assert saved.d2t is not None
-        logits = hidden @ llama.head_weight(saved.model, mx.array(saved.d2t)).T
+        logits = hidden @ llama.head_weight(saved.config, saved.weights, mx.array(saved.d2t)).T
         known = [mx.array(x) for x in (batch.top_ids, batch.top_logprobs, batch.lse_one, batch.lse, batch.weights > 0)]
         here = float(batch.weights.sum())
         loss += here * tail_bucket_kl(logits, *known, d2t=saved.d2t, vocab_size=VOCAB).item()
@@ -133,13 +134,13 @@ def test_decode_computes_with_it(
 ) -> None:
     saved = checkpoint.load(trained[0].out)
     out = tmp_path / "draft"
-    checkpoint.save(out, saved.model, saved.config, made[1], {"complete": True}, bits, d2t=saved.d2t)
+    checkpoint.save(out, saved.weights, saved.config, made[1], {"complete": True}, bits, d2t=saved.d2t)
     model = find_model(str(out), "--draft").load()
     assert saved.d2t is not None and model.d2t is not None and np.array_equal(model.d2t, saved.d2t)
-    saved.model.load_weights(list(checkpoint.rounded(llama.named_weights(saved.model), bits).items()))
+    weights = checkpoint.rounded(saved.weights, saved.config, bits)
     tokens = np.arange(3, 20) * 5 % VOCAB
-    hidden = llama.forward(saved.model, mx.array(tokens[None]), mx.ones((1, len(tokens)), mx.int32))[0]
-    expected = hidden @ llama.head_weight(saved.model, mx.array(saved.d2t)).T
+    hidden = llama.forward(saved.config, weights, mx.array(tokens[None]), mx.ones((1, len(tokens)), mx.int32))[0]
+    expected = hidden @ llama.head_weight(saved.config, weights, mx.array(saved.d2t)).T
     found = model.step(tokens, model.new_cache()).logits
     assert found.shape == (len(tokens), len(saved.d2t))
     # Decoding takes dequantised weights, keys and values as bfloat16.
@@ -176,7 +177,7 @@ def test_a_damaged_list_of_tokens_is_named(
 ) -> None:
     saved, out = checkpoint.load(trained[0].out), tmp_path / "draft"
     config = dataclasses.replace(saved.config, draft_vocab_size=60)
-    checkpoint.save(out, saved.model, config, made[1], {}, d2t=np.arange(60))
+    checkpoint.save(out, saved.weights, config, made[1], {}, d2t=np.arange(60))
     (out / "draft.json").unlink()
     path = out / "model.safetensors"
     weights = dict(mx.load(str(path)))  # type: ignore[arg-type]

@@ -1,0 +1,226 @@
+"""The draft that reads its teacher: trained as it is used, on the right targets, saved and gone on with."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import readers
+from conftest import Command, changed_copy
+
+from decode.models.checkpoint import find_teacher
+from decode.models.transformer import Transformer
+from distill.data.collect import Collector, plan_collection
+from distill.data.settings import CollectSettings
+from distill.training import checkpoint
+from distill.training.cpu import attention as numpy_attention
+from distill.training.draft_config import DraftConfig
+from distill.training.drafts import reader
+from distill.training.drafts.layers import Attention, OwnKeys, linear, masked_attention
+from distill.training.loader import Batch
+from distill.training.run import train
+from distill.training.settings import TrainSettings
+from kernels.errors import UserError
+from kernels.packing import quantize_ternary
+
+STEPS = 4
+SETTINGS = TrainSettings(reads_teacher=True, hidden=64, vocab=200, tokens=500, batch=4, evals=2, unroll=2)
+
+
+@pytest.fixture(scope="module")
+def teacher(small_teacher: Path) -> Transformer:
+    return find_teacher(str(small_teacher)).load()
+
+
+def text(length: int, rows: int = 1, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(16384, size=(rows, length)).astype(np.int32)
+
+
+@pytest.mark.parametrize(("hidden", "layers", "ternary"), [(64, 2, False), (576, 1, False), (64, 1, True)])
+def test_what_is_trained_is_what_decoding_computes(
+    small_teacher: Path, teacher: Transformer, tmp_path: Path, hidden: int, layers: int, ternary: bool
+) -> None:
+    """At every index of a text and in every step, one token after the other through the loaded draft and its cache."""
+    folder = readers.make(tmp_path / "d", small_teacher, hidden, layers=layers, ternary=ternary)
+    config, draft = checkpoint.load(folder).config, readers.load(folder, small_teacher, teacher)
+    tokens = text(14)
+    segments = np.ones_like(tokens)
+    features = reader.Features(teacher, config.taps).of(tokens, segments)
+    weights = readers.lively(config)  # what was saved, but that ternary matrices are not rounded yet
+    steps = reader.unroll(config, weights, teacher.embedding, features, mx.array(tokens), mx.array(segments), STEPS)
+    head = teacher.embedding.astype(mx.float32).T
+    trained = [np.array(hidden @ head)[0] for hidden in steps]
+
+    cache = teacher.new_cache()
+    states = draft.fuse(teacher.forward(tokens[0], cache, config.taps).hidden)
+    for t in range(len(tokens[0]) - STEPS - 1):
+        rows = draft.new_cache()
+        following = mx.array(tokens[0, 1 : t + 2], mx.uint32)
+        state = draft.forward(following, states[: t + 1], rows)[-1:]
+        for step in range(STEPS):
+            found = np.array(draft.logits(state))[0]
+            scale = np.abs(trained[step][t]).max()
+            # Decoding rounds keys and values to bfloat16, which may tip the rounding of activations over.
+            assert np.abs(found - trained[step][t]).max() < (0.1 if ternary else 0.02) * scale, (t, step)
+            state = draft.forward(mx.array(tokens[0, t + 2 + step : t + 3 + step], mx.uint32), state, rows)
+
+
+def test_no_index_sees_what_decoding_does_not_know(small_teacher: Path, teacher: Transformer) -> None:
+    """States of the teacher's later than the index, later tokens, and other documents."""
+    config = DraftConfig.for_teacher(small_teacher, 1, 64, None, readers.TAPS)
+    weights, tokens, segments, at = readers.lively(config), text(24), np.array([[1] * 9 + [2] * 15]), 14
+    features = reader.Features(teacher, config.taps).of(tokens, segments)
+
+    def run(tokens: np.ndarray, features: mx.array, attention: Attention = masked_attention) -> list[np.ndarray]:
+        arrays = mx.array(tokens), mx.array(segments)
+        steps = reader.unroll(config, weights, teacher.embedding, features, *arrays, STEPS, attention)
+        return [np.array(hidden)[0, at] for hidden in steps]
+
+    plain = run(tokens, features)
+    for attention in (masked_attention, numpy_attention):
+        seen = np.ones((1, 24, 1), bool)
+        seen[0, at + 1 :] = seen[0, :9] = False
+        changed = mx.where(mx.array(seen), features, 9.0)
+        for step, (one, other) in enumerate(zip(plain, run(tokens, changed, attention), strict=True)):
+            assert np.allclose(one, other, atol=1e-4), step
+        for step in range(STEPS):
+            later = tokens.copy()
+            later[0, at + 2 + step :] = later[0, :9] = 7
+            assert np.allclose(plain[step], run(later, features, attention)[step], atol=1e-4)
+            later[0, at + 1 + step] = (later[0, at + 1 + step] + 1) % 16384
+            assert not np.allclose(plain[step], run(later, features, attention)[step], atol=1e-4)
+
+
+def test_attention_in_numpy_equals_the_plain_one() -> None:
+    """In value and gradient, with keys that only their own position sees."""
+    rng = np.random.default_rng(0)
+    t = 300
+    document = mx.array([[1] * 40 + [2] * (t - 50) + [0] * 10, [1] * t])
+    shapes = [(2, 4, t, 16), *[(2, 2, t, 16)] * 2, *[(2, 2, t, 3, 16)] * 2, (2, 4, t, 16)]
+    *inputs, given = (mx.array(rng.standard_normal(shape).astype(np.float32)) for shape in shapes)
+
+    def run(attention: Attention) -> list[np.ndarray]:
+        def total(q: mx.array, k: mx.array, v: mx.array, own_k: mx.array, own_v: mx.array) -> mx.array:
+            return (attention(q, k, v, document, OwnKeys(own_k, own_v)) * given).sum()
+
+        value, gradients = mx.value_and_grad(total, argnums=tuple(range(5)))(*inputs)
+        return [np.array(x) for x in (value, *gradients)]
+
+    for ours, plain in zip(run(numpy_attention), run(masked_attention), strict=True):
+        assert np.allclose(ours, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_ternary_products_round_as_bitlinear_does_and_learn_straight_through() -> None:
+    rng = np.random.default_rng(0)
+    x, w, g = (mx.array(rng.standard_normal(shape).astype(np.float32)) for shape in ((2, 5, 64), (8, 64), (2, 5, 8)))
+    codes, scale = quantize_ternary(np.array(w))
+    s = 127 / np.abs(np.array(x)).max(axis=-1, keepdims=True)
+    rows, weight = np.rint(np.array(x) * s) / s, codes * scale
+    assert np.allclose(np.array(linear(x, w, True)), rows @ weight.T, atol=1e-4)
+    d_x, d_w = mx.grad(lambda x, w: (linear(x, w, True) * g).sum(), argnums=(0, 1))(x, w)
+    assert np.allclose(np.array(d_x), np.array(g) @ weight, atol=1e-4)
+    assert np.allclose(np.array(d_w), np.einsum("bto,bti->oi", np.array(g), rows), atol=1e-3)
+
+
+def test_every_step_has_the_target_of_the_token_it_proposes() -> None:
+    """Two rows, of two documents and of one with a user's turn in between."""
+    trained = np.zeros((2, 12), bool)
+    trained[0, 2:5] = trained[0, 6:10] = trained[1, 1:4] = trained[1, 7:12] = True
+    segments = np.array([[1] * 5 + [2] * 7, [1] * 12])
+    where = np.flatnonzero(trained)
+    positions = np.concatenate([where, np.zeros(2, where.dtype)]).astype(np.int32)  # padded
+    weights = (np.arange(len(positions)) < len(where)).astype(np.float32)
+    batch = Batch(text(12, 2), segments, positions, weights, np.zeros((len(positions), 1), np.int32))
+    index, counts = reader.unrolled_targets(batch, 3)
+    for step in (1, 2, 3):
+        for slot, position in enumerate(positions):
+            at = position - step
+            span = range(position - step + 1, position + 1)  # the positions whose next tokens are proposed
+            inside = at // 12 == position // 12 and at >= 0
+            fits = inside and segments.flat[at] == segments.flat[position] and all(trained.flat[i] for i in span)
+            fits = bool(fits and weights[slot])
+            assert counts[step - 1, slot] == fits, (step, slot)
+            assert index[step - 1, slot] == (at if fits else 0)
+    assert counts.sum(axis=1).tolist() == [15.0, 11.0, 7.0]
+
+
+@pytest.fixture(scope="module")
+def dataset(small_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the small teacher says of a few texts of the sample."""
+    out = tmp_path_factory.mktemp("data") / "dataset"
+    sources = (str(Path(__file__).resolve().parents[3] / "data" / "wiki.jsonl.xz"),)
+    settings = CollectSettings(sources=sources, tokens=3000, seq_len=64, batch=8, reply=False, exclude=())
+    Collector(plan_collection(find_teacher(str(small_teacher)), settings, out)).run()
+    return out
+
+
+@pytest.mark.parametrize("changes", [{}, {"ternary": True, "loss": "kl=1,tv=0.5"}], ids=["float", "ternary"])
+def test_it_learns_and_goes_on_where_it_was_stopped(
+    dataset: Path, small_teacher: Path, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    settings = dataclasses.replace(SETTINGS, **changes)  # type: ignore[arg-type]
+    lines: list[dict[str, float]] = []
+    whole = train(dataset, small_teacher, tmp_path / "whole", settings, progress=lines.append, quiet=True)
+    losses = [line["loss"] for line in lines if line["kind"] == "step"]
+    assert losses[-1] < losses[0] and whole.vocabulary is not None
+    about = json.loads((tmp_path / "whole" / "draft.json").read_text())
+    assert len(about["training"]["agreement_by_step"]) == 2 and about["config"]["taps"] == [0, 1, 2]
+
+    class Stop(Exception):
+        pass
+
+    def stop(line: dict[str, object]) -> None:
+        if line["kind"] == "eval":
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(dataset, small_teacher, tmp_path / "again", settings, progress=stop, quiet=True)
+    train(dataset, small_teacher, tmp_path / "again", settings, quiet=True)
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "again"))
+    assert one == other
+    saved = checkpoint.load(tmp_path / "whole")
+    assert set(saved.weights) == set(reader.shapes(saved.config))
+
+
+def test_what_cannot_be_trained_is_named(dataset: Path, small_teacher: Path, tmp_path: Path) -> None:
+    for changes, message in (
+        ({"taps": "0,4"}, r"--taps 0,4: .* has layers 0 to 3"),
+        ({"taps": "2,1"}, r"--taps 2,1: must be ascending"),
+        ({"taps": "a"}, r"--taps a: must be the numbers of layers"),
+        ({"taps": "1", "reads_teacher": False}, r"--taps 1: is for drafts that read their teacher"),
+        ({"loss": "kl=0,tv=0"}, r"--loss kl=0,tv=0: the weights must sum"),
+        ({"loss": "kl=1,kl=2"}, r"--loss kl=1,kl=2: kl is there twice"),
+        ({"loss": "kl=x"}, r"--loss kl=x: 'x' is not a number"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(dataset, small_teacher, tmp_path / "out", dataclasses.replace(SETTINGS, **changes), quiet=True)  # type: ignore[arg-type]
+    other = changed_copy(small_teacher, tmp_path / "other", model__safetensors=None)
+    weights = dict(mx.load(str(small_teacher / "model.safetensors")))  # type: ignore[arg-type]
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 2
+    mx.save_safetensors(str(other / "model.safetensors"), weights, {"format": "mlx"})
+    with pytest.raises(UserError, match="was collected from small, not from"):
+        train(dataset, other, tmp_path / "out", SETTINGS, quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_commands(dataset: Path, small_teacher: Path, inside: Command, tmp_path: Path) -> None:
+    """From dataset to text; a draft of another teacher's is refused."""
+    options = ("--teacher", small_teacher, "--data", dataset, "--reads-teacher", "--hidden", 64, "--vocab", 200)
+    done = inside("distill", "train", *options, "--tokens", 500, "--out", tmp_path / "d", "-q", "--json", "-")
+    assert done.code == 0, done.err
+    trained = json.loads(done.out)
+    assert trained["settings"]["taps"] == "0,1,2" and trained["settings"]["layers"] == 1
+    spec = ("decode", "spec", "--draft", tmp_path / "d", "--prompt", "The old man", "--max-tokens", 20, "-q")
+    done = inside(*spec, "--teacher", small_teacher, "--compare", "--json", "-")
+    assert done.code == 0, done.err
+    report = json.loads(done.out)
+    assert report["identical"] is True and report["drafted"] > 0
+    inside(*spec).refused("decode", str(tmp_path / "d"), "reads the states of small", "bitnet-smol-116m")
+    inside("decode", "plain", "--teacher", tmp_path / "d", "--prompt", "x").refused(
+        "decode", "a draft that reads its teacher"
+    )
