@@ -261,10 +261,12 @@ def train(
         share = f"{trimmed['coverage']:.1%} of the dataset's targets"
         say(quiet)(f"head: {trimmed['kept']:,} of {trimmed['size']:,} tokens, {share}")
     before = " (done before)" if summary.done_before else ""
+    live = summary.tokens_per_verification
+    decoded = "" if live is None else f", {live:.2f} tokens a verification on held-out prompts"
     say(quiet)(
         f"{summary.out}{before}: {summary.parameters / 1e6:.2f} M parameters, held-out loss"
         f" {summary.held_out_loss:.3f} nats, agreement {summary.agreement:.3f}, expected acceptance"
-        f" {summary.expected_acceptance:.3f}\ncurves: {summary.plot}\n{_use_it(summary.out, teacher)}"
+        f" {summary.expected_acceptance:.3f}{decoded}\ncurves: {summary.plot}\n{_use_it(summary.out, teacher)}"
     )
 
 

@@ -29,8 +29,7 @@ from distill.data.shards import Dataset
 from distill.provenance import teacher_files, this_machine
 from distill.recipe import RECIPE_FILE, STAGES, Recipe
 from distill.release.evaluate import REPORT, check_evaluation_folder, evaluate, fingerprint, finished_report, select
-from distill.training.memory import check_memory
-from distill.training.run import train, working_on_draft
+from distill.training.run import check_room, train, working_on_draft
 from distill.training.state import STATE, difference, discard, of_finished
 from kernels.console import say
 from kernels.errors import UserError
@@ -107,11 +106,8 @@ class Pipeline:
             raise UserError(f"{recipe.draft}: holds no finished draft; run the recipe from an earlier stage")
         self._check_recipe_file()
         if not trained:
-            hidden = int(self.teacher.config["hidden_size"]) if training.teacher_embedding or config.taps else 0
             rows = -(-recipe.collect.tokens // recipe.collect.seq_len)  # at most
-            check_memory(
-                config, min(training.batch, rows), recipe.collect.seq_len, hidden, training.dtype, training.unroll
-            )
+            check_room(training, config, self.teacher.folder, min(training.batch, rows), recipe.collect.seq_len)
             with working_on_draft(recipe.draft, config):
                 pass
         check_evaluation_folder(recipe.evaluation)

@@ -172,7 +172,7 @@ def _train(recipe: Recipe, teacher: Dimensions, shape: DraftConfig) -> Work:
         teacher_hidden=teacher.hidden if settings.teacher_embedding or reads else 0,
         unroll=settings.unroll,
     )
-    memory += read_bytes(teacher) if reads else 0
+    memory += read_bytes(teacher) if reads or settings.live_prompts else 0
     return Work("train", _training(recipe), disk, memory, ((0.0, work * settings.tokens), (optimizer, 0.0)))
 
 

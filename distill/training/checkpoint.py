@@ -103,10 +103,7 @@ def save(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing_files(folder, ABOUT) as new:
-            description = config.to_json()
-            if quantize_bits is not None:
-                description["quantization"] = {"group_size": GROUP_SIZE[quantize_bits], "bits": quantize_bits}
-            tensors = stored(weights, config, quantize_bits) | ({} if d2t is None else {D2T: mx.array(d2t, mx.int32)})
+            description, tensors = as_saved(weights, config, quantize_bits, d2t)
             write_tensors(new / WEIGHTS, tensors, {"format": "mlx"})
             (new / "config.json").write_text(json.dumps(description, indent=2) + "\n")
             for name in TOKENIZER_FILES + OPTIONAL_FILES:
@@ -121,9 +118,14 @@ def save(
         raise UserError(f"{cannot_write(error)} {folder} (the draft: {error.strerror or error})") from error
 
 
-def stored(weights: Tensors, config: DraftConfig, bits: int | None) -> Tensors:
-    """Float32 weights as a draft's file has them: bfloat16, matrices perhaps in mlx's quantisation, and ternary ones
-    in BitNet's packing."""
+def as_saved(
+    weights: Tensors, config: DraftConfig, bits: int | None, d2t: np.ndarray | None
+) -> tuple[dict[str, Any], Tensors]:
+    """The content of a draft's config.json, and float32 weights as its file has them: bfloat16, matrices perhaps in
+    mlx's quantisation, and ternary ones in BitNet's packing."""
+    description = config.to_json()
+    if bits is not None:
+        description["quantization"] = {"group_size": GROUP_SIZE[bits], "bits": bits}
     tensors, ternary = Tensors(), ternary_names(config)
     for name, weight in sorted(weights.items()):  # those of a run that was resumed are in another order
         module, narrow = name.removesuffix(".weight"), weight.astype(mx.bfloat16)
@@ -135,7 +137,7 @@ def stored(weights: Tensors, config: DraftConfig, bits: int | None) -> Tensors:
             tensors |= dict(zip((name, f"{module}.scales", f"{module}.biases"), parts, strict=True))
         else:
             tensors[name] = narrow
-    return tensors
+    return description, tensors | ({} if d2t is None else {D2T: mx.array(d2t, mx.int32)})
 
 
 def ternary_names(config: DraftConfig) -> frozenset[str]:
@@ -212,7 +214,7 @@ def load(folder: Path) -> Draft:
 
 
 def _as_floats(tensors: Tensors, quantization: dict[str, Any], path: Path) -> Tensors:
-    """The inverse of `stored`, but for what was rounded away. A ternary matrix gets the magnitude that rounds to it:
+    """The inverse of `as_saved`, but for what was rounded away. A ternary matrix gets the magnitude that rounds to it:
     the mean of all its weights is their scale."""
     weights: Tensors = {}
     for name, tensor in tensors.items():

@@ -27,6 +27,7 @@ from distill.training.checkpoint import rounded, save
 from distill.training.cpu import CpuHead
 from distill.training.draft_config import DraftConfig
 from distill.training.drafts import Trainable
+from distill.training.live import Live
 from distill.training.loader import DataLoader
 from distill.training.losses import FusedHead
 from distill.training.memory import is_narrow
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
 DRAW_SECONDS = 20.0  # a picture takes part of a second
 READ_EVERY = 20  # most steps that run before the host looks at their losses
+LIVE = "tokens_per_verification"
 MEASURED = ("held_out_loss", "agreement", "expected_acceptance")
 Progress = Callable[[dict[str, Any]], None]
 
@@ -72,6 +74,7 @@ class Summary:
     expected_acceptance: float  # lower bound: sum of min(p, q) over the top k, or over the ids that were drawn
     held_out_loss_float: float | None  # of the same weights in float32; None where the log of an earlier run is gone
     vocabulary: dict[str, Any] | None  # of a trimmed head: tokens kept, of how many, share of the targets
+    tokens_per_verification: float | None  # of the best checkpoint on held-out prompts, where it was measured
     log: Path
     plot: Path
     done_before: bool = False  # the same command had finished, and nothing was trained now
@@ -89,6 +92,7 @@ class Run:
         settings: TrainSettings,
         config: DraftConfig,
         draft: Trainable,
+        live: Live | None,
         state: State,
         vocabulary: DraftVocabulary | None,
         progress: Progress | None,
@@ -96,7 +100,7 @@ class Run:
     ) -> None:
         """other: the teacher in teacher_folder, where it is not the one whose logits the loader reads."""
         self.loader, self.teacher_folder, self.other, self.out = loader, teacher_folder, other, out
-        self.settings, self.config, self.draft, self.state = settings, config, draft, state
+        self.settings, self.config, self.draft, self.live, self.state = settings, config, draft, live, state
         self.vocabulary, self.progress, self.quiet = vocabulary, progress, quiet
         self.step_tokens = loader.batch * loader.dataset.settings.seq_len
         self.steps = math.ceil(settings.tokens / self.step_tokens)
@@ -121,6 +125,7 @@ class Run:
         )
         self.log = out / LOG
         self.seconds = 0.0
+        self.live_figure: float | None = None  # the last one
         self.drawn = -math.inf
 
     def go(self) -> Summary:
@@ -184,7 +189,8 @@ class Run:
         weights = counts / max(counts.sum(), 1.0)
         loss, overlap, _, _, *agreements = (float(column @ weights) for column in figures.T)
         agreement = agreements[0]
-        bar.set_postfix(loss=f"{loss:.3f}", agree=f"{agreement:.1%}", refresh=False)
+        live = {} if self.live_figure is None else {"live": f"{self.live_figure:.2f}"}
+        bar.set_postfix(loss=f"{loss:.3f}", agree=f"{agreement:.1%}", refresh=False, **live)
         self._line(
             {
                 "kind": "step",
@@ -205,8 +211,11 @@ class Run:
 
     def _evaluate(self, done: int) -> None:
         found = self._measure(self.state.weights)
-        self._line({"kind": "eval", "step": done, "tokens": done * self.step_tokens} | _figures(found))
-        self.state.offer(done, found.loss)
+        line: dict[str, Any] = {"kind": "eval", "step": done, "tokens": done * self.step_tokens} | _figures(found)
+        if self.live is not None:
+            self.live_figure = line[LIVE] = self.live.tokens_per_verification(self.state.weights)
+        self._line(line)
+        self.state.offer(done, found.loss, line.get(LIVE))
         if time.perf_counter() - self.drawn > DRAW_SECONDS or done == self.steps:
             self._draw()
 
@@ -275,6 +284,7 @@ class Run:
                     "best_step": best_step,
                 }
                 | figures
+                | ({} if self.state.best_live is None else {LIVE: self.state.best_live})
                 # Whose embedding and tokenizer files these are, where they are not the teacher's.
                 | ({} if self.other is None else {"started_from": self.other}),
                 "made_with": made_with(),
@@ -299,6 +309,7 @@ class Run:
             tok_per_s=trained / self.seconds if self.seconds else 0.0,
             best_step=self.state.best_step,
             held_out_loss_float=self.state.best_loss,
+            tokens_per_verification=self.state.best_live,
             log=self.log,
             plot=self.out / CURVES,
             vocabulary=None if self.vocabulary is None else self.vocabulary.metadata(),

@@ -51,13 +51,21 @@ def is_narrow(dtype: str) -> bool:
 
 
 def check_memory(
-    config: DraftConfig, batch: int, seq_len: int, teacher_hidden: int = 0, dtype: str = "auto", unroll: int = 1
+    config: DraftConfig,
+    batch: int,
+    seq_len: int,
+    teacher_hidden: int = 0,
+    dtype: str = "auto",
+    unroll: int = 1,
+    beside: int = 0,
 ) -> None:
-    """Refuse, before anything is allocated, what would not fit. dtype, unroll: the settings."""
+    """Refuse, before anything is allocated, what would not fit. dtype, unroll: the settings; beside: bytes that a
+    teacher in memory takes."""
     narrow = is_narrow(dtype)
     # In bfloat16 a CPU computes scores and logits as a GPU does.
     gpu = narrow or mx.default_device() == mx.Device(mx.gpu)
     need = estimate_memory(config, batch, seq_len, gpu=gpu, narrow=narrow, teacher_hidden=teacher_hidden, unroll=unroll)
+    need += beside
     size = f"{config.layers} layers x {config.hidden} ({config.parameters / 1e6:,.0f} M parameters)"
     advice = "choose fewer --layers, a smaller --hidden or --batch"
     check_fits(need, f"a draft of {size} needs about {{}} to train", advice)

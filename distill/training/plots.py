@@ -22,8 +22,9 @@ def training_curves(log: Path, picture: Path, title: str) -> None:
         if rows:
             axis.plot([row["tokens"] / 1e6 for row in rows], [row[key] for row in rows], **style)
 
-    with drawing(picture, 13, 3.8) as figure:
-        axes = figure.subplots(1, 3)
+    live = [line for line in evals if line.get("tokens_per_verification") is not None]
+    with drawing(picture, 17 if live else 13, 3.8) as figure:
+        axes = figure.subplots(1, 4 if live else 3)
         draw(axes[0], steps, "loss", color="0.7", linewidth=1, label="training")
         draw(axes[0], evals, "held_out_loss", color="C0", marker="o", markersize=3, label="held out")
         axes[0].set_ylabel("loss (nats a token)")
@@ -34,6 +35,9 @@ def training_curves(log: Path, picture: Path, title: str) -> None:
         axes[1].set_ylim(0, 1)
         draw(axes[2], steps, "lr", color="C2", label="learning rate")
         axes[2].set_ylabel("learning rate")
+        if live:
+            draw(axes[3], live, "tokens_per_verification", color="C3", marker="o", markersize=3)
+            axes[3].set_ylabel("tokens a verification, held-out prompts")
         for axis in axes:
             axis.set_xlabel("million tokens")
             axis.grid(alpha=0.3)

@@ -34,6 +34,7 @@ from distill.training.drafts import Trainable
 from distill.training.drafts.layers import masked_attention
 from distill.training.drafts.llama import Standalone
 from distill.training.drafts.reader import Features, ReaderInTraining
+from distill.training.live import Live, held_out_prompts
 from distill.training.loader import DataLoader
 from distill.training.loop import MEASURED, Progress, Run, Summary
 from distill.training.losses import check_draws
@@ -110,36 +111,53 @@ def train(
             f"{data}: has a vocabulary of {dataset.settings.vocab_size},"
             f" {teacher_folder / 'config.json'} one of {config.vocab_size}"
         )
-    teacher_hidden = int(described["hidden_size"]) if settings.teacher_embedding or config.taps else 0
     loader = DataLoader(
         dataset, settings.temperature, settings.batch, settings.seed, settings.eval_share, settings.eval_rows
     )
     if loader.batch < settings.batch:
         tell(f"{data}: has {loader.rows} rows to train on, so --batch {settings.batch} is {loader.batch}")
-    check_memory(config, loader.batch, dataset.settings.seq_len, teacher_hidden, settings.dtype, settings.unroll)
+    check_room(settings, config, teacher_folder, loader.batch, dataset.settings.seq_len, decodes=other is None)
     with working_on_draft(out, config):
         if (summary := finished_run(out, fingerprint)) is not None:  # a kill had kept it from its place
             return summary
         state = State.open(out / STATE, fingerprint)
         d2t = None if vocabulary is None else vocabulary.d2t
-        draft = draft_in_training(config, settings, teacher_folder, loader, d2t)
-        return Run(loader, teacher_folder, other, out, settings, config, draft, state, vocabulary, progress, quiet).go()
+        draft, live = _in_training(config, settings, teacher_folder, loader, d2t, decodes=other is None)
+        return Run(
+            loader, teacher_folder, other, out, settings, config, draft, live, state, vocabulary, progress, quiet
+        ).go()
 
 
-def draft_in_training(
-    config: DraftConfig, settings: TrainSettings, teacher_folder: Path, loader: DataLoader, d2t: np.ndarray | None
-) -> Trainable:
-    """The kind of draft that the settings ask for. d2t: int32, the ids that a trimmed head has rows for."""
+def _in_training(
+    config: DraftConfig,
+    settings: TrainSettings,
+    teacher_folder: Path,
+    loader: DataLoader,
+    d2t: np.ndarray | None,
+    decodes: bool,
+) -> tuple[Trainable, Live | None]:
+    """The kind of draft that the settings ask for, and what it is decoded with, if it is.
+
+    d2t: int32, the ids that a trimmed head has rows for; decodes: the teacher is the one that the dataset is of.
+    """
     on_gpu = mx.default_device() == mx.Device(mx.gpu)
     attention = masked_attention if on_gpu or is_narrow(settings.dtype) else cpu.attention
     kept = None if d2t is None else mx.array(d2t)
-    if not config.taps:
-        start = teacher_folder if settings.teacher_embedding else None
-        return Standalone(config, attention, kept, start, settings.seed)
+    decodes = decodes and settings.live_prompts > 0
+    start = teacher_folder if settings.teacher_embedding else None
+    standalone = Standalone(config, attention, kept, start, settings.seed)
+    if not decodes and not config.taps:
+        return standalone, None
     checkpoint = find_model(str(teacher_folder), "--teacher")
     teacher = checkpoint.load()
     head = checkpoint.head_weight(teacher.embedding)
-    return ReaderInTraining(
+    live = None
+    if decodes:
+        prompts = held_out_prompts(loader.held_out_batches(), settings.live_prompts, teacher.context)
+        live = Live(teacher, head, prompts, Tokenizer(teacher_folder).end_tokens, config, settings.bits, d2t)
+    if not config.taps:
+        return standalone, live
+    reader = ReaderInTraining(
         config,
         Features(teacher, config.taps),
         teacher.embedding,
@@ -149,6 +167,20 @@ def draft_in_training(
         attention,
         settings.seed,
     )
+    return reader, live
+
+
+def check_room(
+    settings: TrainSettings, config: DraftConfig, teacher: Path, batch: int, seq_len: int, decodes: bool = True
+) -> None:
+    """UserError where memory does not hold the training of a draft, and beside it the teacher where that runs too.
+
+    teacher: its folder; decodes: it is the one that the dataset is of.
+    """
+    hidden = int(read_json(teacher / "config.json")["hidden_size"]) if settings.teacher_embedding or config.taps else 0
+    runs = bool(config.taps) or (decodes and settings.live_prompts > 0)
+    beside = sum(path.stat().st_size for path in teacher.glob("model*.safetensors")) if runs else 0
+    check_memory(config, batch, seq_len, hidden, settings.dtype, settings.unroll, beside)
 
 
 def check_taps(settings: TrainSettings, teacher: dict[str, Any], folder: Path) -> None:
@@ -233,6 +265,7 @@ def finished_run(out: Path, fingerprint: dict[str, Any]) -> Summary | None:
         tok_per_s=0.0,
         held_out_loss_float=best[-1].get("held_out_loss") if best else None,
         vocabulary=about.get("vocabulary"),
+        tokens_per_verification=training.get("tokens_per_verification"),
         log=log,
         plot=out / CURVES,
         done_before=True,

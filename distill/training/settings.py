@@ -66,6 +66,13 @@ class TrainSettings(Settings):
     eval_share: float = option(0.02, "Share of the rows held out.", low=0, high=0.5, recipe_only=True)
     eval_rows: int = option(64, "Most rows held out.", low=1, recipe_only=True)
     evals: int = option(20, "Evaluations, evenly over the run, the last at its end.", low=1, recipe_only=True)
+    live_prompts: int = option(
+        6,
+        "Held-out prompts that each evaluation decodes; the best checkpoint emits most tokens a verification. With 0 it"
+        " has the lowest held-out loss.",
+        low=0,
+        added=True,
+    )
     dtype: str = option(
         "auto",
         "Of the computation; auto is bfloat16 on a GPU.",

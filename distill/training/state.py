@@ -38,6 +38,7 @@ class State:
         self.folder, self.fingerprint = folder, fingerprint
         self.step, self.best_step = 0, 0
         self.best_loss: float | None = None
+        self.best_live: float | None = None  # tokens a verification, where they are measured
         self.best_weights: Tensors | None = None
         self.tensors: dict[str, Tensors] = {}
         self._run: dict[str, Any] = {}  # what run.json says
@@ -55,6 +56,7 @@ class State:
             try:
                 state.step, state.best_step = int(run["step"]), int(run["best_step"])
                 state.best_loss = None if run["best_loss"] is None else float(run["best_loss"])
+                state.best_live = None if run.get("best_live") is None else float(run["best_live"])
             except (KeyError, TypeError, ValueError) as error:
                 raise UserError(f"{folder / RUN}: damaged ({error}); delete {folder} to start over") from error
             state._run = run
@@ -87,10 +89,11 @@ class State:
         if self.best_loss is not None:
             self.best_weights = self._load(self._file("best", self.best_step))
 
-    def offer(self, step: int, loss: float) -> None:
-        """Keep the present weights if they have the lowest held-out loss so far."""
-        if self.best_loss is None or loss < self.best_loss:
-            self.best_step, self.best_loss = step, loss
+    def offer(self, step: int, loss: float, live: float | None) -> None:
+        """Keep the present weights if they are the best so far: those that emit most tokens a verification, and of
+        these, or where that is not measured, those with the lowest held-out loss."""
+        if self.best_loss is None or (-(live or 0.0), loss) < (-(self.best_live or 0.0), self.best_loss):
+            self.best_step, self.best_loss, self.best_live = step, loss, live
             self.best_weights = dict(self.weights)
 
     def save(self, step: int) -> None:
@@ -129,6 +132,7 @@ class State:
             "step": self.step,
             "best_step": self.best_step,
             "best_loss": self.best_loss,
+            "best_live": self.best_live,
             "log": {"bytes": len(log), "sha256": hashlib.sha256(log).hexdigest()},
             "curves": self._run["curves"],
         }

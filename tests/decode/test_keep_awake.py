@@ -110,7 +110,10 @@ def test_collecting_and_training_stay_awake(folder: Path, small_teacher: Path) -
     (folder / "text.txt").write_text("The sea was calm and the gulls cried over it. " * 60, encoding="utf-8")
     for name, options in (
         ("collect", ("--source", "text.txt", "--tokens", 300, "--seq-len", 64, "--out", "data")),
-        ("train", ("--data", "data", "--tokens", 128, "--layers", 1, "--hidden", 64, "--out", "draft")),
+        (
+            "train",
+            ("--data", "data", "--tokens", 128, "--hidden", 64, "--live-prompts", 0, "--out", "draft"),
+        ),
     ):
         process = start(MAC + arguments("distill")[2], folder, name, *options, "--teacher", small_teacher, "--quiet")
         err = process.communicate(timeout=60)[1]

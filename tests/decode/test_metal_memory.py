@@ -68,7 +68,7 @@ metal.mx.set_memory_limit = limit
     for program, options in (
         ("decode", ("plain", "--prompt", "a")),
         ("distill", (*collect[:-3], "--out", tmp_path / "other")),
-        ("distill", ("train", "--data", data, "--tokens", 64)),
+        ("distill", ("train", "--data", data, "--tokens", 64, "--live-prompts", 0)),
         ("distill", ("convert", "--out", tmp_path / "packed")),
         ("decode", ("doctor",)),
     ):

@@ -38,6 +38,7 @@ layers = 1
 hidden = 64
 tokens = 640
 evals = 2
+live_prompts = 0
 [evaluate]
 prompts = "prompts.jsonl"
 limit = 2

@@ -632,7 +632,7 @@ def test_unfinished_datasets_of_the_older_format_are_refused(tmp_path: Path) -> 
 def test_a_draft_is_trained_on_the_older_format(tmp_path: Path) -> None:
     synthetic.dataset(tmp_path / "data", synthetic.teacher_folder(tmp_path / "teacher"))
     make_old(tmp_path / "data")
-    settings = TrainSettings(layers=1, hidden=64, tokens=2000, batch=4, evals=1)
+    settings = TrainSettings(layers=1, hidden=64, tokens=2000, batch=4, evals=1, live_prompts=0)
     summary = train(tmp_path / "data", tmp_path / "teacher", tmp_path / "draft", settings, quiet=True)
     assert summary.tokens >= 2000 and (tmp_path / "draft" / "model.safetensors").exists()
 

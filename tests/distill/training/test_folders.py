@@ -31,8 +31,8 @@ from distill.training.settings import TrainSettings
 from kernels.errors import UserError
 from kernels.files import read_json_lines
 
-TINY = TrainSettings(layers=1, hidden=64, tokens=4_000, batch=4, lr=5e-3, evals=4)
-OPTIONS = ("--layers", 1, "--hidden", 64, "--tokens", 10_000, "--batch", 4, "--lr", 5e-3)
+TINY = TrainSettings(live_prompts=0, layers=1, hidden=64, tokens=4_000, batch=4, lr=5e-3, evals=4)
+OPTIONS = ("--live-prompts", "0", "--layers", 1, "--hidden", 64, "--tokens", 10_000, "--batch", 4, "--lr", 5e-3)
 
 
 class Stopped(Exception):

@@ -28,7 +28,9 @@ from kernels.errors import UserError
 from kernels.packing import quantize_ternary
 
 STEPS = 4
-SETTINGS = TrainSettings(reads_teacher=True, hidden=64, vocab=200, tokens=500, batch=4, evals=2, unroll=2)
+SETTINGS = TrainSettings(
+    reads_teacher=True, hidden=64, vocab=200, tokens=500, batch=4, evals=2, unroll=2, live_prompts=1
+)
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +169,8 @@ def test_it_learns_and_goes_on_where_it_was_stopped(
     whole = train(dataset, small_teacher, tmp_path / "whole", settings, progress=lines.append, quiet=True)
     losses = [line["loss"] for line in lines if line["kind"] == "step"]
     assert losses[-1] < losses[0] and whole.vocabulary is not None
+    decoded = [line["tokens_per_verification"] for line in lines if line["kind"] == "eval"]
+    assert min(decoded) >= 1 and whole.tokens_per_verification == max(decoded)
     about = json.loads((tmp_path / "whole" / "draft.json").read_text())
     assert len(about["training"]["agreement_by_step"]) == 2 and about["config"]["taps"] == [0, 1, 2]
 
@@ -211,7 +215,9 @@ def test_what_cannot_be_trained_is_named(dataset: Path, small_teacher: Path, tmp
 def test_the_commands(dataset: Path, small_teacher: Path, inside: Command, tmp_path: Path) -> None:
     """From dataset to text; a draft of another teacher's is refused."""
     options = ("--teacher", small_teacher, "--data", dataset, "--reads-teacher", "--hidden", 64, "--vocab", 200)
-    done = inside("distill", "train", *options, "--tokens", 500, "--out", tmp_path / "d", "-q", "--json", "-")
+    done = inside(
+        "distill", "train", *options, "--tokens", 500, "--live-prompts", 1, "--out", tmp_path / "d", "-q", "--json", "-"
+    )
     assert done.code == 0, done.err
     trained = json.loads(done.out)
     assert trained["settings"]["taps"] == "0,1,2" and trained["settings"]["layers"] == 1

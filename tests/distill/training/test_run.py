@@ -36,7 +36,7 @@ from kernels.errors import UserError
 from kernels.files import read_json_lines
 
 HERE = Path(__file__).parent
-SMALL = TrainSettings(layers=1, hidden=64, tokens=20_000, batch=4, lr=5e-3, evals=5)
+SMALL = TrainSettings(live_prompts=0, layers=1, hidden=64, tokens=20_000, batch=4, lr=5e-3, evals=5)
 STEPS = -(-SMALL.tokens // (SMALL.batch * SEQ_LEN))
 
 
@@ -252,7 +252,8 @@ def resumed(made: tuple[Path, Path], begun: Path, out: Path, fingerprint: dict[s
 
 @pytest.mark.slow
 def test_runs_of_older_versions_go_on(made: tuple[Path, Path], begun: Path, whole: Path, tmp_path: Path) -> None:
-    first = {  # as bitdraft 0.1.0 wrote it
+    first = {  # as bitdraft 0.1.0 wrote it, but that these runs decode nothing
+        "live_prompts": 0,
         "layers": 1, "hidden": 64, "vocab": None, "loss": "kl", "temperature": 1.0, "tokens": 20_000, "batch": 4,
         "lr": 5e-3, "warmup": 0.05, "weight_decay": 0.1, "clip": 1.0, "seed": 0, "eval_share": 0.02, "eval_rows": 64,
         "evals": 5, "bits": None, "dtype": "auto", "teacher_embedding": True,
@@ -372,8 +373,9 @@ def test_the_default_folder_is_the_one_of_older_versions() -> None:
         " ('teacher_embedding', True), ('temperature', 1.0), ('tokens', 20000), ('vocab', None), ('warmup', 0.05),"
         " ('weight_decay', 0.1)], '/somewhere/data', 'abc')"
     )
+    as_before = dataclasses.replace(SMALL, live_prompts=TrainSettings.live_prompts)
     expected = f"draft-bitnet-1x64-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    assert default_folder(SMALL, Path("/somewhere/data"), "maker/bitnet", "abc").name == expected
+    assert default_folder(as_before, Path("/somewhere/data"), "maker/bitnet", "abc").name == expected
 
 
 @pytest.mark.slow

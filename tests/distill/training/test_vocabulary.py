@@ -23,7 +23,7 @@ from distill.training.settings import TrainSettings
 from distill.training.vocabulary import most_frequent, select_draft_vocabulary, special_tokens, target_counts
 from kernels.errors import UserError
 
-SETTINGS = TrainSettings(layers=1, hidden=64, vocab=60, tokens=20_000, batch=4, lr=5e-3, evals=5)
+SETTINGS = TrainSettings(live_prompts=0, layers=1, hidden=64, vocab=60, tokens=20_000, batch=4, lr=5e-3, evals=5)
 
 
 @pytest.fixture(scope="module")
