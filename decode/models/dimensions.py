@@ -25,6 +25,8 @@ class Dimensions:
     vocab: int
     head_rows: int  # fewer than the vocabulary where the head is trimmed
     layer_bits: int = 8  # of a weight of the layers when it decodes: 2 in a BitNet, else int8
+    reading: int = 0  # weights of a reader's products before its layers, and of the one behind them
+    head_width: int = 0  # inputs of the head, where it is another model's
 
     @classmethod
     def of(cls, config: dict[str, Any], where: str) -> Dimensions:
@@ -33,6 +35,10 @@ class Dimensions:
             heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
             vocab = _size(config, "vocab_size")
             kv_heads = _size(config, "num_key_value_heads", heads)
+            taps, read = config.get(formats.TAPS) or [], 0
+            if config.get("model_type") == formats.READER:
+                read = _size(config, formats.TEACHER_HIDDEN)
+            reading = len(taps) * read * hidden + (read + hidden) * hidden + (hidden * read if hidden != read else 0)
             head_dim = None if config.get("head_dim") is None else _size(config, "head_dim")
             return cls(
                 layers=_size(config, "num_hidden_layers"),
@@ -44,6 +50,8 @@ class Dimensions:
                 vocab=vocab,
                 head_rows=_size(config, draft_vocabulary.SIZE, vocab),
                 layer_bits=2 if formats.is_bitnet(config) else 8,
+                reading=reading if read else 0,
+                head_width=read,
             )
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
@@ -76,17 +84,20 @@ class Dimensions:
     def outputs(self) -> int:
         """Outputs of all linear layers but the head: one scale each where they are quantised."""
         attention = (self.heads + 2 * self.kv_heads) * self.head_dim
-        return self.layers * (attention + 2 * self.hidden + 2 * self.intermediate)
+        narrower = self.head_width if self.hidden != self.head_width else 0
+        reading = 2 * self.hidden + narrower if self.reading else 0
+        return reading + self.layers * (attention + 2 * self.hidden + 2 * self.intermediate)
 
     @property
     def weights(self) -> int:
-        """Weights of all linear layers but the head."""
+        """Weights of all linear layers but the head. Those that fuse a teacher's states are read once a round, and are
+        among them as if it were for every token."""
         attention = (2 * self.heads + 2 * self.kv_heads) * self.head_dim * self.hidden
-        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+        return self.reading + self.layers * (attention + 3 * self.hidden * self.intermediate)
 
     @property
     def head_weights(self) -> int:
-        return self.head_rows * self.hidden
+        return self.head_rows * (self.head_width or self.hidden)
 
     @property
     def parameters(self) -> int:

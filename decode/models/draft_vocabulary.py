@@ -1,4 +1,4 @@
-"""Drafts with a trimmed head: a Llama that reads every token and can only propose some.
+"""Drafts with a trimmed head: a Llama or a BitNet that reads every token and can only propose some.
 
 Its folder holds what a stock Llama's does and an int32 tensor `kept`: the ids, ascending, that the head has rows
 for. Row i of the head is row kept[i] of the embedding. A stock loader would take the whole embedding for the head, and
@@ -21,17 +21,21 @@ SIZE = "head_vocab_size"  # in config.json: how many ids are kept
 
 def model_classes(config: dict[str, Any]) -> tuple[type, type]:
     """Model and arguments for a config.json of MODEL_TYPE, as `mlx_lm.utils.load_model` asks for them."""
-    from mlx_lm.models import llama
+    from mlx_lm.models import bitnet, llama
+
+    ternary = "quantization_config" in config
+    module: Any = bitnet if ternary else llama
 
     @dataclass
-    class Args(llama.ModelArgs):
+    class Args(module.ModelArgs):  # type: ignore[misc]
         head_vocab_size: int = 0
 
         def __post_init__(self) -> None:
-            super().__post_init__()
-            self.model_type = "llama"  # what it is apart from its head
+            if not ternary:
+                super().__post_init__()
+            self.model_type = "bitnet" if ternary else "llama"  # what it is apart from its head
 
-    class Model(llama.Model):
+    class Model(module.Model):  # type: ignore[misc]
         def __init__(self, args: Args) -> None:
             super().__init__(args)
             self.kept = mx.zeros((args.head_vocab_size,), mx.int32)

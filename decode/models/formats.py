@@ -20,7 +20,8 @@ from kernels import UserError
 from kernels.packing import pack_ternary, quantize_ternary
 
 PACKED = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}
-READER = "bitdraft_reader"  # the model type of decode.models.reader
+# Of decode.models.reader in config.json: its model type, the teacher's layers that it reads, and their width.
+READER, TAPS, TEACHER_HIDDEN = "bitdraft_reader", "taps", "teacher_hidden_size"
 # Names of 1bitLLM's, and the same norm's in Microsoft's checkpoint.
 _RENAMED = {"self_attn.inner_attn_ln.": "self_attn.attn_sub_norm.", "mlp.ffn_layernorm.": "mlp.ffn_sub_norm."}
 # Keys of config.json that speak of another form, or of code that is never run.

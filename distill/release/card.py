@@ -67,7 +67,7 @@ class Subject:
         try:
             config = DraftConfig.from_json(description)
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{folder / 'config.json'}: not a Llama's ({error})") from error
+            raise UserError(f"{folder / 'config.json'}: not a draft's ({error})") from error
         log = read_json_lines(folder / "log.jsonl") if (folder / "log.jsonl").is_file() else []
         for line in log:
             if not isinstance(line, dict):
@@ -146,8 +146,8 @@ def _front_matter(subject: Subject) -> str:
     if subject.base_model:
         # Of the Hub's four relations (adapter, merge, quantized, finetune) the only one that is not plainly wrong.
         values |= {"base_model": subject.base_model, "base_model_relation": "finetune"}
-    # The Hub shows how to load what a library is named for; stock mlx-lm cannot load a trimmed head.
-    values["library_name"] = "mlx" if subject.config.draft_vocab_size is None else "bitdraft"
+    # The Hub shows how to load what a library is named for.
+    values["library_name"] = "mlx" if subject.config.is_stock else "bitdraft"
     values["pipeline_tag"] = "text-generation"
     values["tags"] = ["bitdraft", "draft-model", "speculative-decoding", "knowledge-distillation", "bitnet"]
     # JSON values are YAML too, and quote whatever needs it.
@@ -159,13 +159,22 @@ def _opening(subject: Subject) -> str:
     teacher = f"[{subject.base_model}](https://huggingface.co/{subject.base_model})" if subject.base_model else name
     trimmed = "" if c.draft_vocab_size is None else f", of which its head proposes {c.draft_vocab_size:,}"
     stored = f"{subject.bits} bits" if subject.bits else "bfloat16"
+    if c.ternary:
+        stored = f"BitNet's ternary weights{'' if c.taps else f', the embedding in {stored}'}"
+    kind = "decoder" if c.taps else "BitNet" if c.ternary else "Llama"
     text = (
         f"# {subject.repo.split('/')[-1]}\n\n"
         f"A draft model for {teacher}: it proposes tokens, the teacher verifies them in one pass, and the text is"
-        f" the teacher's own. {c.layers} Llama layer{'s' if c.layers > 1 else ''}, hidden {c.hidden},"
+        f" the teacher's own. {c.layers} {kind} layer{'s' if c.layers > 1 else ''}, hidden {c.hidden},"
         f" {c.parameters / 1e6:.2f} M parameters in {stored}, the teacher's vocabulary of {c.vocab_size:,}{trimmed}."
-        " Made with bitdraft."
     )
+    if c.taps:
+        layers = ", ".join(map(str, c.taps))
+        text += (
+            f" It reads what the teacher thinks: the hidden states that leave its layers {layers} (from 0; after"
+            " EAGLE-3, arXiv:2503.01840). Embedding and head are the teacher's, and not in this repository."
+        )
+    text += " Made with bitdraft."
     if subject.about.get("complete") is not True:
         text += "\n\n**Its training was stopped before its end.**"
     return text
@@ -175,13 +184,16 @@ def _use(subject: Subject) -> str:
     repo = subject.repo
     command = shlex.join(["decode", "spec", *subject.option, "--draft", repo, "--compare"])
     text = "## Use\n\nWith bitdraft, whose greedy output is the teacher's token for token:\n\n" + _code(command, "sh")
-    if subject.config.draft_vocab_size is not None:
-        return text + "\n\nmlx-lm and transformers cannot load it: its head is trimmed, and they know no such model."
+    if not subject.config.is_stock:
+        why = "it reads its teacher's hidden states" if subject.config.taps else "its head is trimmed"
+        return text + f"\n\nmlx-lm and transformers cannot load it: {why}, and they know no such model."
     text += "\n\nWith mlx-lm, on a Mac:\n\n" + _code(
         f"mlx_lm.generate --model {shlex.quote(subject.teacher)} --draft-model {repo} --num-draft-tokens 3 \\\n"
         "    --prompt 'Why is the sky blue?'",
         "sh",
     )
+    if subject.config.ternary:
+        return text
     if subject.bits:
         return text + f"\n\ntransformers cannot load it: its weights are in MLX's {subject.bits}-bit format."
     return (
@@ -265,6 +277,8 @@ def _training(subject: Subject) -> str:
         ("best step, whose weights these are", _number(subject.get("training", "best_step"))),
         ("held-out loss, nats a token", _number(subject.get("training", "held_out_loss"), 3)),
         ("agreement with the teacher's first choice", _number(subject.get("training", "agreement"), 3)),
+        ("agreement, by step on its own states", _shares(subject.get("training", "agreement_by_step"))),
+        ("tokens a verification, held-out prompts", _number(subject.get("training", "tokens_per_verification"))),
         ("expected acceptance, sum of min(p, q)", _number(subject.get("training", "expected_acceptance"), 3)),
         ("share of the targets that the head keeps", _number(vocabulary.get("coverage"), 4)),
         ("device", _cell(subject.get("made_with", "device"))),
@@ -416,8 +430,11 @@ def _rate(found: Metadata, name: str, digits: int) -> str:
 
 
 def _positions(found: Metadata) -> str:
-    shares = found.get("acceptance_per_position")
-    return " ".join(_number(share) for share in shares) if isinstance(shares, list) else ""
+    return _shares(found.get("acceptance_per_position"))
+
+
+def _shares(values: Any) -> str:
+    return " ".join(map(_number, values)) if isinstance(values, list) else ""
 
 
 def _median(values: list[float]) -> float | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from decode.models import draft_vocabulary, reader
 from decode.models.dimensions import DRAFT_HEAD_DIM, Dimensions
-from decode.models.formats import PACKED, READER
+from decode.models.formats import PACKED, READER, TAPS, TEACHER_HIDDEN
 from kernels.errors import UserError
 from kernels.files import read_json
 
@@ -123,7 +123,7 @@ class DraftConfig:
         if self.taps:
             del config["tie_word_embeddings"]  # it has neither embedding nor head of its own
             config |= {"architectures": [], "model_type": READER, reader.FORMAT_KEY: reader.FORMAT}
-            config |= {reader.TAPS: list(self.taps), reader.TEACHER_HIDDEN: self.teacher_hidden}
+            config |= {TAPS: list(self.taps), TEACHER_HIDDEN: self.teacher_hidden}
         return config | {
             key: value for key, value in (("bos_token_id", self.bos), ("eos_token_id", self.eos)) if value is not None
         }
@@ -151,8 +151,8 @@ class DraftConfig:
             bos=config.get("bos_token_id"),
             eos=config.get("eos_token_id"),
             draft_vocab_size=None if size is None else int(size),
-            taps=tuple(int(tap) for tap in config[reader.TAPS]) if reads else (),
-            teacher_hidden=int(config[reader.TEACHER_HIDDEN]) if reads else 0,
+            taps=tuple(int(tap) for tap in config[TAPS]) if reads else (),
+            teacher_hidden=int(config[TEACHER_HIDDEN]) if reads else 0,
             ternary=ternary,
         )
 
@@ -175,6 +175,11 @@ class DraftConfig:
     def prefix(self) -> str:
         """What the names of its layers begin with in the weights' file."""
         return "" if self.taps else "model."
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether programs that know Llamas and BitNets load it too."""
+        return self.draft_vocab_size is None and not self.taps
 
     @property
     def activation(self) -> str:

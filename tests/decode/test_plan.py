@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import readers
 from conftest import ROOT, TEACHER, Command
 
 from decode.chips import APPLE, chip_of
-from decode.models.checkpoint import find_model
+from decode.models.checkpoint import find_model, find_teacher
 from decode.models.dimensions import Dimensions
 from decode.plan import DRAFTS, Costs, break_even, draft_bytes, make_plan, teacher_bytes, tokens_per_verification
 from kernels.ops import DenseWeight, TernaryWeight
@@ -58,6 +59,21 @@ def test_a_drafts_bytes_are_those_of_the_loaded_model(folder: Path, bits: int) -
     assert read["layers"] == sum(w.n * w.k * bits // 8 + 4 * w.n for w in weights)
     assert read["head"] == model.head.n * model.head.k + 4 * model.head.n
     assert read["total"] == sum(size for part, size in read.items() if part != "total")
+
+
+@pytest.mark.parametrize(("hidden", "ternary"), [(64, False), (576, True)])
+def test_a_readers_bytes_are_those_of_the_loaded_draft(
+    small_teacher: Path, tmp_path: Path, hidden: int, ternary: bool
+) -> None:
+    folder = readers.make(tmp_path / "d", small_teacher, hidden, ternary=ternary, kept=300)
+    teacher = find_teacher(str(small_teacher)).load()
+    draft = readers.load(folder, small_teacher, teacher, "int8")
+    weights = [w for layer in draft.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    weights += [draft.fusion, draft.input, *([] if draft.output is None else [draft.output])]
+    read = draft_bytes(shape_of(folder), 0)
+    expected = sum(w.n * w.k * (2 if ternary else 8) // 8 + 4 * w.n for w in weights)
+    assert read["layers"] == expected
+    assert read["head"] == draft.head.n * draft.head.k + 4 * draft.head.n
 
 
 def test_bitnet_2b(inside: Command, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import readers
 from conftest import SHIPPED, TEACHER, Command, changed_copy
 from drafts import DATA, ON_HUB, REPO, evaluated, local_files, make_draft, with_recipe
 
@@ -144,6 +145,14 @@ def test_card_of_a_trimmed_draft_and_an_unknown_licence(tmp_path: Path) -> None:
     assert facts["library_name"] == "bitdraft" and "license" not in facts
     assert "of which its head proposes 100" in card and "mlx-lm and transformers cannot load it" in card
     assert "from_pretrained" not in card and "mlx_lm.generate" not in card and "Not stated." in card
+
+
+def test_card_of_a_draft_that_reads_its_teacher(small_teacher: Path, tmp_path: Path) -> None:
+    card = prepare(readers.make(tmp_path / "d", small_teacher, 576, ternary=True, kept=500), REPO).card
+    assert metadata(card, tmp_path)["library_name"] == "bitdraft"
+    for part in ("1 decoder layer", "BitNet's ternary weights", "of which its head proposes 500", "layers 0, 2, 3"):
+        assert part in card, part
+    assert "mlx-lm and transformers cannot load it: it reads" in card and "from_pretrained" not in card
 
 
 def test_what_is_not_published(small: Path, tmp_path: Path) -> None:

@@ -80,6 +80,30 @@ def test_stock_mlx_lm_loads_it(tmp_path: Path, teacher: Path, config: DraftConfi
         assert np.allclose(np.array(ours), np.array(stock(tokens)), atol=1e-4)
 
 
+@pytest.mark.parametrize("kept", [None, 100], ids=["whole", "trimmed"])
+def test_decoding_computes_what_a_ternary_draft_learned(tmp_path: Path, small_teacher: Path, kept: int | None) -> None:
+    """Its matrices in BitNet's packing; read back, they round to the same."""
+    from decode.models.checkpoint import find_model
+
+    config = DraftConfig.for_teacher(small_teacher, 2, 64, kept, ternary=True)
+    d2t = None if kept is None else np.arange(5, 5 + kept, dtype=np.int32)
+    weights = llama.create(config, 0)
+    checkpoint.save(tmp_path / "d", weights, config, small_teacher, provenance(), d2t=d2t)
+    assert json.loads((tmp_path / "d" / "config.json").read_text())["hidden_act"] == "relu2"
+    again = checkpoint.load(tmp_path / "d")
+    assert again.config == config
+    draft = find_model(str(tmp_path / "d"), "--draft").load()
+    tokens = np.random.default_rng(1).integers(1000, size=20)
+    found = np.array(draft.step(tokens, draft.new_cache()).logits)
+    for computed in (checkpoint.rounded(weights, config, None), again.weights):
+        hidden = llama.forward(config, computed, mx.array(tokens[None]), mx.ones((1, 20), dtype=mx.int32))[0]
+        head = llama.head_weight(config, computed, None if d2t is None else mx.array(d2t))
+        ours = np.array(hidden @ head.T)
+        # Decoding rounds keys and values to bfloat16, which tips the rounding of some activations over.
+        assert np.abs(found - ours).max() < 0.1 * np.abs(ours).max()
+        assert np.corrcoef(found.ravel(), ours.ravel())[0, 1] > 0.999
+
+
 def test_save_replaces_drafts_and_nothing_else(tmp_path: Path, teacher: Path, config: DraftConfig) -> None:
     weights = llama.create(config, 0)
     out = tmp_path / "draft"
