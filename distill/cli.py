@@ -13,7 +13,7 @@ import typer
 
 from decode.keep_awake import keep_awake
 from decode.metrics import in_words
-from decode.models.checkpoint import DEFAULT_TEACHER, find_teacher
+from decode.models.checkpoint import DEFAULT_TEACHER, find_model, find_teacher
 from decode.options import TeacherOption
 from decode.settings import given_options, takes_settings
 from distill.cli_models import convert, evaluate, publish
@@ -219,12 +219,18 @@ def verify(
 def train(
     *,
     data: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(
-            "--data", metavar="DIR", help="Dataset. Default: the newest complete one for the teacher in runs/."
+            "--data",
+            metavar="DIR",
+            help="Dataset; repeatable, for several of one teacher. Default: the newest complete one for it in runs/.",
         ),
     ] = None,
     teacher: TeacherOption = None,
+    init: Annotated[
+        str | None,
+        typer.Option("--init", metavar="PATH|REPO", help="Go on from this draft, on new data. Default: a fresh one."),
+    ] = None,
     settings: TrainSettings,
     out: Annotated[
         Path | None,
@@ -239,23 +245,27 @@ def train(
     Ctrl-C leaves a usable draft; the same command goes on where it stopped, and trains nothing where it has finished.
     """
     from distill.data.shards import dataset_to_train_on
+    from distill.training.checkpoint import load
     from distill.training.run import default_folder
     from distill.training.run import train as run_training
 
     check_json_target(json_file, folders=[out])
     checkpoint = find_teacher(teacher)
-    if data is None:
-        data = dataset_to_train_on(checkpoint)
-        say(quiet)(f"data: {data}")
-    settings = settings.for_teacher(checkpoint.config)
-    out = out or default_folder(settings, data, checkpoint.name, checkpoint.weights_hash)
+    if not data:
+        data = [dataset_to_train_on(checkpoint)]
+        say(quiet)(f"data: {data[0]}")
+    start = None if init is None else find_model(init, "--init").folder
+    settings = settings.for_teacher(checkpoint.config) if start is None else settings.like(load(start).config)
+    out = out or default_folder(settings, data, checkpoint.name, checkpoint.weights_hash, start)
     try:
         with keep_awake():
-            summary = run_training(data, checkpoint.folder, out, settings, quiet=quiet)
+            summary = run_training(data, checkpoint.folder, out, settings, quiet=quiet, init=start)
     except KeyboardInterrupt as error:
         raise Interrupted(str(error)) from None
     figures = {name: str(value) if isinstance(value, Path) else value for name, value in vars(summary).items()}
-    write_json(json_file, {"teacher": checkpoint.name, "data": str(data), **figures, "settings": settings.record()})
+    write_json(
+        json_file, {"teacher": checkpoint.name, "data": _one_or_all(data), **figures, "settings": settings.record()}
+    )
     trimmed = summary.vocabulary
     if trimmed is not None:
         share = f"{trimmed['coverage']:.1%} of the dataset's targets"
@@ -268,6 +278,11 @@ def train(
         f" {summary.held_out_loss:.3f} nats, agreement {summary.agreement:.3f}, expected acceptance"
         f" {summary.expected_acceptance:.3f}{decoded}\ncurves: {summary.plot}\n{_use_it(summary.out, teacher)}"
     )
+
+
+def _one_or_all(data: list[Path]) -> str | list[str]:
+    """As JSON has the datasets that a draft was trained on."""
+    return str(data[0]) if len(data) == 1 else [str(folder) for folder in data]
 
 
 def _use_it(draft: Path, teacher: str | None) -> str:

@@ -13,7 +13,9 @@ from urllib.parse import urlsplit
 
 from decode.models.checkpoint import CARD, ROOT, Checkpoint
 from decode.tokenizer import Tokenizer
+from distill.data.joined import Datasets
 from distill.data.manifest import DatasetSettings
+from distill.data.shards import Dataset
 from kernels import UserError, backend
 from kernels.device import device_name, versions
 from kernels.files import json_hash, read_json
@@ -152,10 +154,17 @@ def copy_licence(source: Path, target: Path, about: dict[str, Any], but: Collect
         shutil.copyfile(path, target / path.name)
 
 
-def dataset_metadata(settings: DatasetSettings) -> dict[str, Any]:
-    """How a dataset was collected: its manifest's settings, without what draft.json says elsewhere."""
-    elsewhere = {"teacher", "tokenizer_hash"}
-    return {key: value for key, value in settings.values.items() if key not in elsewhere}
+def data_metadata(data: Dataset | Datasets) -> dict[str, Any]:
+    """What a draft learnt from: hash and tokens, and how it was collected; of several datasets each."""
+    found: dict[str, Any] = {"sha256": data.sha256, "tokens": data.tokens}
+    parts = data.parts if isinstance(data, Datasets) else (data,)
+    if not all(part.complete for part in parts):
+        found["complete"] = False
+    if len(parts) > 1:
+        return found | {"datasets": [data_metadata(part) for part in parts]}
+    # Without what draft.json says elsewhere.
+    settings = {key: value for key, value in data.settings.values.items() if key not in ("teacher", "tokenizer_hash")}
+    return found | {"settings": settings}
 
 
 def made_with() -> dict[str, Any]:

@@ -308,6 +308,9 @@ def _training(subject: Subject) -> str:
 
 
 def _data(subject: Subject) -> str:
+    if isinstance(parts := subject.get("training", "data", "datasets"), list):
+        hashes = [(_number(x.get("tokens")), _hash(x.get("sha256"))) for x in parts if isinstance(x, dict)]
+        return "## Data\n\n" + _table(("tokens of a dataset", "sha256 of its manifest"), hashes)
     settings = subject.get("training", "data", "settings") or {}
     rows = [
         ("tokens", _number(subject.get("training", "data", "tokens")) + _unfinished(subject)),

@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from distill.data.codec import Block, SampledBlock
+from distill.data.joined import Datasets
 from distill.data.shards import Dataset
 from kernels.errors import UserError
 
@@ -100,7 +101,7 @@ class DataLoader:
     """A dataset split into held-out and training rows, and its batches in order."""
 
     def __init__(
-        self, dataset: Dataset, temperature: float, batch: int, seed: int, eval_share: float, eval_rows: int
+        self, dataset: Dataset | Datasets, temperature: float, batch: int, seed: int, eval_share: float, eval_rows: int
     ) -> None:
         self.dataset, self.seed = dataset, seed
         temperatures = dataset.settings.temperatures

@@ -19,7 +19,7 @@ import numpy as np
 from decode.tokenizer import Tokenizer
 from distill.provenance import (
     check_same_teacher,
-    dataset_metadata,
+    data_metadata,
     made_with,
     teacher_metadata,
 )
@@ -36,6 +36,7 @@ from distill.training.plots import training_curves
 from distill.training.settings import TrainSettings
 from distill.training.state import CURVES, LOG, State, discard
 from distill.training.step import Measured, Step, TrimmedHead, measure
+from distill.training.tensors import Tensors
 from distill.training.vocabulary import DraftVocabulary
 from kernels.console import progress
 from kernels.errors import UserError
@@ -128,10 +129,11 @@ class Run:
         self.live_figure: float | None = None  # the last one
         self.drawn = -math.inf
 
-    def go(self) -> Summary:
+    def go(self, start: Tensors | None = None) -> Summary:
+        """start: the weights to begin with, float32; fresh ones by default."""
         self.held_out = [self.draft.arrays(batch) for batch in self.loader.held_out_batches()]
         mx.eval(self.held_out)
-        first = self._restore()
+        first = self._restore(start)
         state, begun, total = self.state, time.perf_counter(), self.steps * self.step_tokens
         with (
             _interruptible() as interrupted,
@@ -164,8 +166,8 @@ class Run:
             self.seconds = time.perf_counter() - begun
         return self._finish((self.steps - first) * self.step_tokens)
 
-    def _restore(self) -> int:
-        """Weights from the state, or fresh ones; returns the number of steps already done."""
+    def _restore(self, start: Tensors | None) -> int:
+        """Weights from the state, or those to start with; returns the number of steps already done."""
         self._write(self.log.touch)
         lines = []
         if self.state.step:
@@ -174,7 +176,7 @@ class Run:
             ]
             self.state.read()
         else:
-            self.state.begin(self.draft.create())
+            self.state.begin(self.draft.create() if start is None else start)
         text = "".join(line + "\n" for line in lines).encode()
         write_atomic(real_path(self.log), text)
         self.state.write_run(text)
@@ -275,9 +277,7 @@ class Run:
                 "training": {
                     "settings": self.settings.record(),
                     "teacher_files": self.state.fingerprint["teacher_files"],
-                    "data": {"sha256": self.state.fingerprint["data"], "tokens": self.loader.dataset.tokens}
-                    | ({} if self.loader.dataset.complete else {"complete": False})
-                    | {"settings": dataset_metadata(source)},
+                    "data": data_metadata(self.loader.dataset),
                     "steps": steps,
                     "tokens": steps * self.step_tokens,
                     "batch": self.loader.batch,
@@ -285,6 +285,7 @@ class Run:
                 }
                 | figures
                 | ({} if self.state.best_live is None else {LIVE: self.state.best_live})
+                | ({} if "init" not in self.state.fingerprint else {"init": {"sha256": self.state.fingerprint["init"]}})
                 # Whose embedding and tokenizer files these are, where they are not the teacher's.
                 | ({} if self.other is None else {"started_from": self.other}),
                 "made_with": made_with(),

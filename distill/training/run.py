@@ -9,7 +9,7 @@ never stopped; once it is finished, the same command says what came out.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ import mlx.core as mx
 import numpy as np
 
 from decode.metal import limit_memory
-from decode.models.checkpoint import RUNS, Checkpoint, find_model, has_tokenizer
+from decode.models.checkpoint import RUNS, Checkpoint, find_model, has_tokenizer, tokenizer_hash
 from decode.tokenizer import Tokenizer, check_tokenizer
+from distill.data.joined import Datasets
 from distill.data.shards import Dataset
 from distill.provenance import (
     FORMS_PROMPTS,
@@ -28,7 +29,7 @@ from distill.provenance import (
     teacher_files,
 )
 from distill.training import cpu
-from distill.training.checkpoint import check_draft_folder, check_files
+from distill.training.checkpoint import WEIGHTS, Draft, check_draft_folder, check_files, load
 from distill.training.draft_config import DraftConfig
 from distill.training.drafts import Trainable
 from distill.training.drafts.layers import masked_attention
@@ -41,44 +42,54 @@ from distill.training.losses import check_draws
 from distill.training.memory import check_memory, disk_bytes, is_narrow
 from distill.training.settings import TrainSettings
 from distill.training.state import CURVES, LOG, STATE, State, check_shown, difference, discard, of_finished
-from distill.training.vocabulary import select_draft_vocabulary
+from distill.training.vocabulary import as_draft_vocabulary, select_draft_vocabulary
 from kernels.backends import use_fast_blas
 from kernels.console import say
 from kernels.errors import UserError
 from kernels.files import (
     read_json,
     read_json_lines,
+    sha256,
     stored_bytes,
     working_in,
 )
 
 
 def train(
-    data: Path,
+    data: Path | Sequence[Path],
     teacher_folder: Path,
     out: Path,
     settings: TrainSettings,
     progress: Progress | None = None,
     quiet: bool = False,
+    init: Path | None = None,
 ) -> Summary:
-    """Train a draft for a teacher on a dataset and save it in `out`; where it is there already, say what it is.
+    """Train a draft for a teacher on a dataset, or several, and save it in `out`; where it is there already, say what
+    it is.
 
-    progress: called with every line that also goes to log.jsonl; quiet: no bar on standard error.
+    init: a draft to go on from, which keeps its shape and its draft vocabulary; progress: called with every line that
+    also goes to log.jsonl; quiet: no bar on standard error.
     Raises UserError for unusable input, KeyboardInterrupt when interrupted: what was learned so
     far is then saved as a draft, and the same command continues.
     """
-    data, teacher_folder, out = Path(data), Path(teacher_folder), Path(out)
-    dataset = Dataset.open(data)
+    folders = [Path(data)] if isinstance(data, str | Path) else [Path(folder) for folder in data]
+    teacher_folder, out = Path(teacher_folder), Path(out)
+    dataset = Datasets.open(folders)
     settings.check(dataset.settings.vocab_size)
     described = read_json(teacher_folder / "config.json")
-    settings = settings.for_teacher(described)
+    first = None if init is None else load(init)
+    settings = (settings if first is None else settings.like(first.config)).for_teacher(described)
     check_draws(settings.loss, dataset.settings.sampled)
     check_tokenizer(teacher_folder)
     other = other_teacher(dataset, teacher_folder)
     fingerprint = settings.record() | {"data": dataset.sha256}
     files = teacher_files(Tokenizer(teacher_folder))
     fingerprint["teacher_files"] = files
-    _check_template(dataset, teacher_folder, files)
+    if init is not None and first is not None:
+        check_start(first, init, dataset.settings.teacher_hash, teacher_folder)
+        fingerprint["init"] = sha256(init / WEIGHTS)
+    for part in dataset.parts:
+        _check_template(part, teacher_folder, files)
     if other is not None:
         fingerprint["teacher"] = other["hash"]
     if (summary := finished_run(out, fingerprint)) is not None:
@@ -87,35 +98,40 @@ def train(
     if other is not None:
         name = dataset.settings.teacher_name
         tell(
-            f"{data}: was collected from {name}, not from {teacher_folder}, which has the same tokenizer: the draft"
-            f" learns to agree with {name}, and is kept as a draft for it"
+            f"{dataset.folder}: was collected from {name}, not from {teacher_folder}, which has the same tokenizer: the"
+            f" draft learns to agree with {name}, and is kept as a draft for it"
         )
-    if not dataset.complete:
-        asked = f" of {dataset.settings.values['tokens']:,}" if "tokens" in dataset.settings.values else ""
-        tell(f"{data}: is not complete: trained on the {dataset.tokens:,}{asked} tokens that are there")
+    for part in dataset.parts:
+        if not part.complete:
+            asked = f" of {part.settings.values['tokens']:,}" if "tokens" in part.settings.values else ""
+            tell(f"{part.folder}: is not complete: trained on the {part.tokens:,}{asked} tokens that are there")
     if mx.default_device() == mx.Device(mx.cpu):
         use_fast_blas()
     limit_memory()
-    vocabulary = None if settings.vocab is None else select_draft_vocabulary(dataset, settings.vocab, teacher_folder)
+    vocabulary = None
+    if first is not None and first.d2t is not None:
+        vocabulary = as_draft_vocabulary(dataset, first.d2t)
+    elif settings.vocab is not None:
+        vocabulary = select_draft_vocabulary(dataset, settings.vocab, teacher_folder)
     size = None if vocabulary is None else len(vocabulary.d2t)
     config = settings.shape(teacher_folder, size)
     if settings.reads_teacher:
         check_taps(settings, described, teacher_folder)
         if other is not None:
             raise UserError(
-                f"{data}: was collected from {dataset.settings.teacher_name}, not from {teacher_folder}; a draft that"
-                " reads its teacher is trained on what that one says"
+                f"{dataset.folder}: was collected from {dataset.settings.teacher_name}, not from {teacher_folder}; a"
+                " draft that reads its teacher is trained on what that one says"
             )
     if config.vocab_size != dataset.settings.vocab_size:
         raise UserError(
-            f"{data}: has a vocabulary of {dataset.settings.vocab_size},"
+            f"{dataset.folder}: has a vocabulary of {dataset.settings.vocab_size},"
             f" {teacher_folder / 'config.json'} one of {config.vocab_size}"
         )
     loader = DataLoader(
         dataset, settings.temperature, settings.batch, settings.seed, settings.eval_share, settings.eval_rows
     )
     if loader.batch < settings.batch:
-        tell(f"{data}: has {loader.rows} rows to train on, so --batch {settings.batch} is {loader.batch}")
+        tell(f"{dataset.folder}: has {loader.rows} rows to train on, so --batch {settings.batch} is {loader.batch}")
     check_room(settings, config, teacher_folder, loader.batch, dataset.settings.seq_len, decodes=other is None)
     with working_on_draft(out, config):
         if (summary := finished_run(out, fingerprint)) is not None:  # a kill had kept it from its place
@@ -123,9 +139,18 @@ def train(
         state = State.open(out / STATE, fingerprint)
         d2t = None if vocabulary is None else vocabulary.d2t
         draft, live = _in_training(config, settings, teacher_folder, loader, d2t, decodes=other is None)
-        return Run(
-            loader, teacher_folder, other, out, settings, config, draft, live, state, vocabulary, progress, quiet
-        ).go()
+        run = Run(loader, teacher_folder, other, out, settings, config, draft, live, state, vocabulary, progress, quiet)
+        return run.go(None if first is None else first.weights)
+
+
+def check_start(first: Draft, folder: Path, teacher_hash: str, teacher: Path) -> None:
+    """UserError where a draft cannot be gone on from: its tokens are not the teacher's, or it reads another one."""
+    if tokenizer_hash(folder) != tokenizer_hash(teacher):
+        raise UserError(f"--init {folder}: its tokenizer is not that of {teacher}")
+    made_for = first.provenance.get("teacher")
+    made_for = made_for if isinstance(made_for, dict) else {}
+    if first.config.taps and made_for.get("hash") != teacher_hash:
+        raise UserError(f"--init {folder}: reads the states of {made_for.get('name')}, not of {teacher}")
 
 
 def _in_training(
@@ -199,14 +224,17 @@ def working_on_draft(out: Path, config: DraftConfig) -> Iterator[None]:
         yield
 
 
-def default_folder(settings: TrainSettings, data: Path, teacher: str, teacher_hash: str) -> Path:
+def default_folder(
+    settings: TrainSettings, data: Sequence[Path], teacher: str, teacher_hash: str, init: Path | None = None
+) -> Path:
     """Where a draft goes that was given no folder: the same command finds it again. teacher: its name."""
-    name = repr((sorted(settings.naming().items()), str(data.resolve()), teacher_hash))
+    named = ", ".join(str(folder.resolve()) for folder in [*data, *([] if init is None else [init])])
+    name = repr((sorted(settings.naming().items()), named, teacher_hash))
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]
     return RUNS / f"draft-{Path(teacher).name}-{settings.layers}x{settings.hidden}-{digest}"
 
 
-def other_teacher(dataset: Dataset, teacher_folder: Path) -> dict[str, Any] | None:
+def other_teacher(dataset: Dataset | Datasets, teacher_folder: Path) -> dict[str, Any] | None:
     """What is known of a teacher that the dataset was not collected from; None where it was.
 
     Refuses one with another tokenizer: the dataset's token ids are not its own.
@@ -243,6 +271,8 @@ def finished_run(out: Path, fingerprint: dict[str, Any]) -> Summary | None:
     try:
         training = about["training"]
         begun = of_finished(training) | {"data": training["data"]["sha256"]}
+        if "init" in training:
+            begun["init"] = training["init"]["sha256"]
         if "started_from" in training:
             begun["teacher"] = training["started_from"]["hash"]
         parameters = DraftConfig.from_record(about["config"]).parameters

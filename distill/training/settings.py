@@ -89,6 +89,24 @@ class TrainSettings(Settings):
         taps = ",".join(map(str, default_taps(int(layers or 1)))) if self.taps is None else self.taps
         return replace(self, layers=self.layers or 1, hidden=self.hidden or hidden or 256, taps=taps)
 
+    def like(self, config: DraftConfig) -> TrainSettings:
+        """These settings for a draft that is there already. UserError naming an option that asks for another."""
+        taps = ",".join(map(str, config.taps)) if config.taps else None
+        shape: dict[str, Any] = {
+            "layers": config.layers,
+            "hidden": config.hidden,
+            "vocab": config.draft_vocab_size,
+            "taps": taps,
+        }
+        shape |= {"reads_teacher": bool(config.taps), "ternary": config.ternary}
+        for setting in self.schema():
+            given = getattr(self, setting.name)
+            if setting.name in shape and given not in (None, False, shape[setting.name]):
+                shown = "" if given is True else f" {given}"
+                there = "" if given is True else f" has {shape[setting.name]} and"
+                raise UserError(f"{setting.flag}{shown}: the draft of --init{there} stays what it is")
+        return replace(self, **shape)
+
     @property
     def tapped(self) -> tuple[int, ...]:
         """The teacher's layers that the draft reads; none for a standalone one. UserError where they are no numbers."""

@@ -206,5 +206,7 @@ def difference(begun: Any, fingerprint: dict[str, Any]) -> str | None:
     for name in sorted(fingerprint.keys() | begun.keys()):
         was, now = begun.get(name), fingerprint.get(name)
         if was != now:
-            return {"data": "other data", "teacher": "another --teacher"}.get(name, f"{name} = {was}, not {now}")
+            return {"data": "other data", "teacher": "another --teacher", "init": "another --init"}.get(
+                name, f"{name} = {was}, not {now}"
+            )
     return None

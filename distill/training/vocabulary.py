@@ -15,6 +15,7 @@ import numpy as np
 
 from decode.models.checkpoint import token_table
 from decode.tokenizer import Tokenizer
+from distill.data.joined import Datasets
 from distill.data.shards import Dataset
 from kernels.errors import UserError
 from kernels.files import read_json
@@ -34,17 +35,25 @@ class DraftVocabulary:
         return {"kept": len(self.d2t), "size": self.size, "coverage": self.coverage}
 
 
-def select_draft_vocabulary(dataset: Dataset, n: int, teacher_folder: Path) -> DraftVocabulary:
+def select_draft_vocabulary(dataset: Dataset | Datasets, n: int, teacher_folder: Path) -> DraftVocabulary:
     """The n tokens that are targets most often, and all special tokens beside them."""
     size = dataset.settings.vocab_size
     if not 1 <= n < size:
         raise UserError(f"--vocab {n}: must be 1 to {size - 1}; without it the head has all {size} tokens")
     counts = target_counts(dataset)
-    d2t = most_frequent(counts, n, special_tokens(teacher_folder, size))
-    return DraftVocabulary(d2t, size, float(counts[d2t].sum() / max(1, counts.sum())))
+    return _covering(most_frequent(counts, n, special_tokens(teacher_folder, size)), counts)
 
 
-def target_counts(dataset: Dataset) -> np.ndarray:
+def as_draft_vocabulary(dataset: Dataset | Datasets, d2t: np.ndarray) -> DraftVocabulary:
+    """The tokens that a draft has already, int32, ascending."""
+    return _covering(d2t, target_counts(dataset))
+
+
+def _covering(d2t: np.ndarray, counts: np.ndarray) -> DraftVocabulary:
+    return DraftVocabulary(d2t, len(counts), float(counts[d2t].sum() / max(1, counts.sum())))
+
+
+def target_counts(dataset: Dataset | Datasets) -> np.ndarray:
     """How often each token follows a trained position of its document, int64 [vocab_size]."""
     counts = np.zeros(dataset.settings.vocab_size, np.int64)
     for i in range(len(dataset.shards)):

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import readers
-from conftest import Command, changed_copy
+from conftest import ROOT, Command, changed_copy
 
 from decode.models.checkpoint import find_teacher
 from decode.models.transformer import Transformer
 from distill.data.collect import Collector, plan_collection
 from distill.data.settings import CollectSettings
+from distill.data.shards import Dataset
 from distill.training import checkpoint
 from distill.training.cpu import attention as numpy_attention
 from distill.training.draft_config import DraftConfig
@@ -153,10 +156,13 @@ def test_every_step_has_the_target_of_the_token_it_proposes() -> None:
 @pytest.fixture(scope="module")
 def dataset(small_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the small teacher says of a few texts of the sample."""
-    out = tmp_path_factory.mktemp("data") / "dataset"
-    sources = (str(Path(__file__).resolve().parents[3] / "data" / "wiki.jsonl.xz"),)
+    return collect_into(tmp_path_factory.mktemp("data") / "dataset", small_teacher, "wiki")
+
+
+def collect_into(out: Path, teacher: Path, sample: str) -> Path:
+    sources = (str(ROOT / "data" / f"{sample}.jsonl.xz"),)
     settings = CollectSettings(sources=sources, tokens=3000, seq_len=64, batch=8, reply=False, exclude=())
-    Collector(plan_collection(find_teacher(str(small_teacher)), settings, out)).run()
+    Collector(plan_collection(find_teacher(str(teacher)), settings, out)).run()
     return out
 
 
@@ -188,6 +194,39 @@ def test_it_learns_and_goes_on_where_it_was_stopped(
     assert one == other
     saved = checkpoint.load(tmp_path / "whole")
     assert set(saved.weights) == set(reader.shapes(saved.config))
+
+
+@pytest.mark.parametrize("changes", [{}, {"ternary": True}], ids=["float", "ternary"])
+def test_a_draft_goes_on_with_other_data(
+    dataset: Path, small_teacher: Path, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    """On two datasets; it keeps its shape and the tokens of its head, and another is refused."""
+    settings = dataclasses.replace(SETTINGS, **changes)  # type: ignore[arg-type]
+    train(dataset, small_teacher, tmp_path / "one", settings, quiet=True)
+    more = shutil.copytree(dataset, tmp_path / "more")
+    with pytest.raises(UserError, match="more: is there twice"):
+        train([dataset, more], small_teacher, tmp_path / "two", settings, quiet=True)
+    collect_into(tmp_path / "new", small_teacher, "novels")
+    seen: list[dict[str, Any]] = []
+    data = [dataset, tmp_path / "new"]
+    onwards = dataclasses.replace(SETTINGS, hidden=None, vocab=None, reads_teacher=False, tokens=400, lr=1e-9)
+    out = tmp_path / "two"
+    train(data, small_teacher, out, onwards, init=tmp_path / "one", progress=seen.append, quiet=True)
+    one, two = (checkpoint.load(tmp_path / name) for name in ("one", "two"))
+    assert two.config == one.config and np.array_equal(two.d2t, one.d2t)  # type: ignore[arg-type]
+    for name, weight in one.weights.items():  # hardly trained: it is the draft that it went on from
+        assert np.allclose(np.array(weight), np.array(two.weights[name]), rtol=0.02, atol=1e-3), name
+    rows = sum(shard.rows for folder in data for shard in Dataset.open(folder).shards)
+    assert seen[0]["train_rows"] + seen[0]["held_out_rows"] == rows
+    training = json.loads((out / "draft.json").read_text())["training"]
+    assert [part["tokens"] for part in training["data"]["datasets"]] == [Dataset.open(folder).tokens for folder in data]
+    assert train(data, small_teacher, out, onwards, init=tmp_path / "one", quiet=True).done_before
+    with pytest.raises(UserError, match="--layers 2: the draft of --init has 1 and stays"):
+        deeper = dataclasses.replace(onwards, layers=2)
+        train(data, small_teacher, tmp_path / "x", deeper, init=tmp_path / "one", quiet=True)
+    if not one.config.ternary:  # its matrices hardly moved, and round to the same
+        with pytest.raises(UserError, match="holds a finished draft that was trained with another --init"):
+            train(data, small_teacher, out, onwards, init=out, quiet=True)
 
 
 def test_what_cannot_be_trained_is_named(dataset: Path, small_teacher: Path, tmp_path: Path) -> None:

@@ -375,7 +375,7 @@ def test_the_default_folder_is_the_one_of_older_versions() -> None:
     )
     as_before = dataclasses.replace(SMALL, live_prompts=TrainSettings.live_prompts)
     expected = f"draft-bitnet-1x64-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    assert default_folder(as_before, Path("/somewhere/data"), "maker/bitnet", "abc").name == expected
+    assert default_folder(as_before, [Path("/somewhere/data")], "maker/bitnet", "abc").name == expected
 
 
 @pytest.mark.slow
