@@ -39,12 +39,13 @@ def generate(teacher: Transformer, request: Request, drafter: Drafter | None = N
     """Compute the prompt, now, and return the rounds of the reply, each computed when it is asked for.
 
     k: most proposals a round. Without a drafter a round is one step of plain decoding. Raises ValueError for a drafter
-    that reads states where they come with other bits than plain decoding has (`FusedStep.EXACT`).
+    that reads states where they come with other bits than plain decoding has (kernels.ops.FusedStep).
     """
     prompt = request.prompt
     room = min(request.max_tokens, teacher.context - len(prompt))
     cache = teacher.new_cache()
-    if drafter and drafter.taps and teacher.fused_step and not teacher.fused_step.EXACT:
+    fused = teacher.fused_step
+    if drafter and drafter.taps and fused and not (fused.TAPS or fused.EXACT):
         raise ValueError("this backend's fused step hands out no states, and has other bits than the steps that do")
     hidden = teacher.prefill(prompt[:-1], cache, drafter.taps if drafter else ())
     if drafter is None:

@@ -120,10 +120,10 @@ class Session:
             for rows in range(1, min(most, SMALL_ROWS) + 1):
                 mx.eval(model.step(text[:rows], model.new_cache()).logits)
         if isinstance(self.draft, Reader):  # a row for each proposal that was accepted, and one
-            states = mx.zeros((SMALL_ROWS, self.draft.config.hidden))
             for rows in range(1, min(self.k + 1, SMALL_ROWS) + 1):
-                tokens = mx.array(text[:rows], mx.uint32)
-                mx.eval(self.draft.greedy_tokens(tokens, states[:rows], self.draft.new_cache(), 1))
+                states = mx.zeros((rows, self.draft.config.teacher_hidden))
+                hidden = dict.fromkeys(self.draft.taps, states)
+                mx.eval(self.draft.greedy_tokens(text[:rows], hidden, self.draft.new_cache(), 1))
 
     @property
     def end_token(self) -> int:

@@ -97,9 +97,9 @@ def with_fallbacks(native: Backend, failed: Collection[str]) -> Backend:
     """`native` with the reference in place of what failed these checks; the reference where no product is left.
 
     Weights lie as their backend wants them, so what makes a kind of weight and all that reads it change together.
-    The fused step goes with any of its parts.
+    The fused operations go with any of their parts.
     """
-    replaced = {"fused_step"}.union(*(FALLBACKS[check] for check in failed))
+    replaced = {"fused_step", "fused_reader"}.union(*(FALLBACKS[check] for check in failed))
     kinds = tuple(kind for maker, kind in MADE_BY.items() if maker in replaced)
     if len(kinds) == len(MADE_BY):
         return reference

@@ -206,14 +206,21 @@ class FusedStep(Protocol):
     # Whether its logits have the bits of the backend's single operations, not only of its own rows alone: without that
     # a drafter that reads states, which only those give, would be verified by another teacher than plain decoding's.
     EXACT: bool
+    TAPS: bool  # whether it hands out states
 
     def __call__(
-        self, tokens: Sequence[int] | mx.array, keys: list[mx.array], values: list[mx.array], offset: int
-    ) -> mx.array:
-        """Logits of m new tokens, float32 [m, vocab], not evaluated; the lists' caches are replaced or written to.
+        self,
+        tokens: Sequence[int] | mx.array,
+        keys: list[mx.array],
+        values: list[mx.array],
+        offset: int,
+        taps: Sequence[int] = (),
+    ) -> tuple[mx.array, dict[int, mx.array]]:
+        """Logits of m new tokens, float32 [m, vocab], and what leaves the tapped layers, float32 [m, hidden] each; not
+        evaluated. The lists' caches are replaced or written to.
 
         tokens: m ids, or an array of them; keys, values: a layer's bfloat16 [1, kv_heads, capacity, d] each, of which
-        nobody else holds a part, with offset + m <= capacity.
+        nobody else holds a part, with offset + m <= capacity; taps: layers, ascending, none without TAPS.
         """
         ...
 
@@ -235,6 +242,27 @@ class FusedStep(Protocol):
 
     def share_weights(self, layers: Sequence[Layer]) -> list[Layer]:
         """The layers that it was made of, such that memory holds their weights once."""
+        ...
+
+
+class FusedReader(Protocol):
+    """The greedy proposals of a draft that reads its teacher's states (decode.models.reader) as one operation."""
+
+    def greedy_tokens(
+        self,
+        tokens: Sequence[int],
+        states: Sequence[mx.array],
+        keys: list[mx.array],
+        values: list[mx.array],
+        offset: int,
+        count: int,
+        d2t: mx.array | None,
+    ) -> mx.array:
+        """The `count` tokens that follow greedily behind m new rows, uint32, not evaluated.
+
+        tokens: 1..SMALL_ROWS ids, each the one behind its row's position; states: the teacher's of these positions,
+        float32 [m, teacher_hidden] a tap; all else as in `FusedStep.greedy_tokens`, the caches the draft's own.
+        """
         ...
 
 
@@ -315,6 +343,27 @@ class Backend(Protocol):
         epilogue: Epilogue,
         eps: float,
     ) -> FusedStep | None: ...
+
+    def fused_reader(
+        self,
+        *,
+        fusion: Weight,
+        feature_norms: Sequence[mx.array],
+        input: Weight,
+        embedding_norm: mx.array,
+        state_norm: mx.array,
+        layers: Sequence[Layer],
+        final_norm: mx.array,
+        output: Weight | None,
+        head: Weight,
+        embedding: mx.array,
+        shape: AttentionShape,
+        epilogue: Epilogue,
+        eps: float,
+    ) -> FusedReader | None:
+        """feature_norms: float32 [teacher_hidden] a tap; embedding: the teacher's, [vocab, teacher_hidden]; output: from
+        the reader's width to its teacher's, where these differ."""
+        ...
 
 
 @runtime_checkable

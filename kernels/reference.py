@@ -250,6 +250,25 @@ def fused_step(
     """A decoding step as one operation (kernels.ops.FusedStep), where a backend has that; this one has not."""
 
 
+def fused_reader(
+    *,
+    fusion: Weight,
+    feature_norms: Sequence[mx.array],
+    input: Weight,
+    embedding_norm: mx.array,
+    state_norm: mx.array,
+    layers: Sequence[Layer],
+    final_norm: mx.array,
+    output: Weight | None,
+    head: Weight,
+    embedding: mx.array,
+    shape: AttentionShape,
+    epilogue: Epilogue,
+    eps: float,
+) -> None:
+    """A reader's proposals as one operation (kernels.ops.FusedReader), where a backend has that; this one has not."""
+
+
 def attention_packed(qkv: mx.array, segments: np.ndarray, shape: AttentionShape) -> mx.array:
     """Causal attention within the segments of packed rows; positions restart with each segment.
 

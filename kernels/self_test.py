@@ -259,19 +259,19 @@ def _compare_steps(step: FusedStep, model: _Model, trimmed: bool, together: bool
     choices: list[int] = []
     keys, values = caches()
     for at in range(5):  # over the tokens, then over the choices
-        alone.append(step([(tokens + choices)[at]], keys, values, at))
+        alone.append(step([(tokens + choices)[at]], keys, values, at)[0])
         best = reference.argmax(alone[-1])
         if at >= 2:
             choices.append(np.array(best if d2t is None else d2t[best]).item())
     if together:
         keys, values = caches()
-        if not _equal(step(tokens, keys, values, 0), mx.concatenate(alone[:3])):
+        if not _equal(step(tokens, keys, values, 0)[0], mx.concatenate(alone[:3])):
             return OTHER_ROWS
     if greedy:
         keys, values = caches()
         if step.greedy_tokens(tokens, keys, values, 0, 2, d2t).tolist() != choices[:2]:
             return "chooses other tokens in a chain of steps than in single ones"
-        if not _equal(step([choices[1]], keys, values, 4), alone[4]):
+        if not _equal(step([choices[1]], keys, values, 4)[0], alone[4]):
             return "leaves other caches behind a chain of steps than behind single ones"
 
     x, shape = model.embedding[mx.array(tokens)].astype(mx.float32), model.shape

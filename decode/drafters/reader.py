@@ -34,33 +34,40 @@ class ReaderDrafter:
     def start(self, prompt: list[int], hidden: Hidden) -> None:
         self.cache = self.reader.new_cache()
         self.rng = np.random.default_rng([self.seed, 1])
-        self.unread = self.reader.fuse(hidden)  # fused states of the positions behind the cache
+        self.unread = [hidden]  # the teacher's states of the positions behind the cache
 
     def propose(self, sequence: list[int], k: int) -> Proposal:
         """Greedily k tokens, still being computed, some of them perhaps behind an end token; sampling, up to k and none
         behind one. None behind a text of one token, of which no state is known."""
-        tokens, states = mx.array(sequence[self.cache.offset + 1 :], mx.uint32), self.unread
-        if len(tokens) > SMALL_ROWS:
-            self.reader.prefill(tokens[:-1], states[:-1], self.cache)
-            tokens, states = tokens[-1:], states[-1:]
-        if not len(tokens):
+        tokens = sequence[self.cache.offset + 1 :]
+        if not tokens:
             return Proposal([])
-        self.unread = states[:0]
+        hidden, self.unread = self._unread(), []
+        if len(tokens) > SMALL_ROWS:
+            before = {tap: rows[:-1] for tap, rows in hidden.items()}
+            self.reader.prefill(mx.array(tokens[:-1], mx.uint32), before, self.cache)
+            tokens, hidden = tokens[-1:], {tap: rows[-1:] for tap, rows in hidden.items()}
         if self.sampling.greedy:
-            proposal = self.reader.greedy_tokens(tokens, states, self.cache, k)
+            proposal = self.reader.greedy_tokens(tokens, hidden, self.cache, k)
             mx.async_eval(proposal)
             return Proposal(proposal)
+        states = self.reader.fuse(hidden)
 
         def step(token: int | None) -> np.ndarray:
-            nonlocal tokens, states
-            if token is not None:
-                tokens = mx.array([token], mx.uint32)
-            states = self.reader.forward(tokens, states, self.cache)[-1:]
+            nonlocal states
+            fed = mx.array(tokens if token is None else [token], mx.uint32)
+            states = self.reader.forward(fed, states, self.cache)[-1:]
             return np.array(self.reader.logits(states))
 
         return sampled(step, k, self.reader, self.sampling, self.rng, self.end_tokens)
 
+    def _unread(self) -> Hidden:
+        """Mostly those of one round."""
+        if len(self.unread) == 1:
+            return self.unread[0]
+        return {tap: mx.concatenate([hidden[tap] for hidden in self.unread]) for tap in self.taps}
+
     def accept(self, sequence: list[int], accepted: int, hidden: Hidden) -> None:
         """Drop the rows of proposals, and keep what the teacher thought in the places of those accepted."""
         self.cache.offset = min(self.cache.offset, len(sequence) - 1)
-        self.unread = mx.concatenate([self.unread, self.reader.fuse(hidden)])
+        self.unread.append(hidden)

@@ -26,12 +26,13 @@ from decode.models.transformer import PREFILL_CHUNK, Precision, Transformer
 from kernels import UserError
 from kernels.errors import first_line
 from kernels.files import read_json
-from kernels.ops import AttentionShape, Layer, Weight
+from kernels.ops import AttentionShape, Epilogue, Layer, Weight
 from kernels.packing import unpack_ternary
 from kernels.reference import rms_norm
 
 FORMAT_KEY, FORMAT = "bitdraft_format", 1  # of config.json and of the tensors
 D2T = "kept"
+EPILOGUE: Epilogue = "silu_mul"
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,21 @@ class Reader:
             mx.eval(self._d2t)
         self.head = self._prepare(teacher_head)
         del self._tensors
+        self.fused = self.ops.fused_reader(
+            fusion=self.fusion,
+            feature_norms=self.feature_norms,
+            input=self.input,
+            embedding_norm=self.embedding_norm,
+            state_norm=self.state_norm,
+            layers=self.layers,
+            final_norm=self.final_norm,
+            output=self.output,
+            head=self.head,
+            embedding=self.embedding,
+            shape=self.shape,
+            epilogue=EPILOGUE,
+            eps=config.eps,
+        )
 
     def _tensor(self, name: str, shape: tuple[int, ...] | None = None) -> mx.array:
         if name not in self._tensors:
@@ -244,15 +260,15 @@ class Reader:
         x = self.ops.linear(mx.concatenate([embedded, rms_norm(states, self.state_norm, eps)], axis=-1), self.input)
         for i, layer in enumerate(self.layers):
             attend = partial(cache.attend, i, ops=self.ops, shape=self.shape)
-            x = layer.run(x, self.ops.linear, attend, "silu_mul", eps)
+            x = layer.run(x, self.ops.linear, attend, EPILOGUE, eps)
         cache.advance(len(tokens))
         return x
 
-    def prefill(self, tokens: mx.array, states: mx.array, cache: KVCache) -> None:
-        """Put rows into the cache, of which nothing is proposed."""
+    def prefill(self, tokens: mx.array, hidden: Mapping[int, mx.array], cache: KVCache) -> None:
+        """Put rows into the cache, of which nothing is proposed; hidden: as for `fuse`."""
         for start in range(0, len(tokens), PREFILL_CHUNK):
             part = slice(start, start + PREFILL_CHUNK)
-            self.forward(tokens[part], states[part], cache)
+            self.forward(tokens[part], self.fuse({tap: rows[part] for tap, rows in hidden.items()}), cache)
             mx.eval(cache.keys, cache.values)
 
     def logits(self, states: mx.array) -> mx.array:
@@ -262,15 +278,29 @@ class Reader:
             return self.ops.linear(states, self.head, norm=self.final_norm, eps=eps)
         return self.ops.linear(self.ops.linear(states, self.output, norm=self.final_norm, eps=eps), self.head)
 
-    def greedy_tokens(self, tokens: mx.array, states: mx.array, cache: KVCache, count: int) -> mx.array:
-        """The `count` tokens that follow greedily behind rows as for `forward`, uint32, not evaluated. The cache moves
-        on by all rows and all choices but the last."""
-        state = self.forward(tokens, states, cache)[-1:]
-        chosen = [self.best_tokens(self.logits(state))]
-        while len(chosen) < count:
-            state = self.forward(chosen[-1], state, cache)
-            chosen.append(self.best_tokens(self.logits(state)))
-        return mx.concatenate(chosen)
+    def greedy_tokens(
+        self, tokens: list[int], hidden: Mapping[int, mx.array], cache: KVCache, count: int
+    ) -> mx.array:
+        """The `count` tokens that follow greedily behind new rows, uint32, not evaluated.
+
+        tokens: 1..SMALL_ROWS ids, each the one behind its row's position; hidden: the teacher's states of these, as for
+        `fuse`. The cache moves on by all rows and all choices but the last.
+        """
+        if self.fused is not None:
+            rows = len(tokens) + count - 1
+            cache.reserve(rows)
+            states = [hidden[tap] for tap in self.taps]
+            chosen = self.fused.greedy_tokens(
+                tokens, states, cache.keys, cache.values, cache.offset, count, self._d2t
+            )
+            cache.advance(rows)
+            return chosen
+        state = self.forward(mx.array(tokens, mx.uint32), self.fuse(hidden), cache)[-1:]
+        choices = [self.best_tokens(self.logits(state))]
+        while len(choices) < count:
+            state = self.forward(choices[-1], state, cache)
+            choices.append(self.best_tokens(self.logits(state)))
+        return mx.concatenate(choices)
 
     def best_tokens(self, logits: mx.array) -> mx.array:
         """The id of each row's highest logit, the lowest among equals: float32 [m, head] -> uint32 [m]."""

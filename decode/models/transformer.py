@@ -178,7 +178,7 @@ class Transformer:
         """The lossless path: a few new tokens of one sequence, each with the bits that it has alone.
 
         As `forward`, but more than SMALL_ROWS tokens are run in groups of so many, and through the fused step where
-        there is one. That hands out no states: with taps the layers run one by one, on CPUs with the same bits.
+        there is one; with taps, where that hands out states.
         """
         cache.reserve(len(tokens))
         groups = [self._few(tokens[i : i + SMALL_ROWS], cache, taps) for i in range(0, len(tokens), SMALL_ROWS)]
@@ -189,12 +189,12 @@ class Transformer:
 
     def _few(self, tokens: Tokens, cache: KVCache, taps: Sequence[int]) -> Forward:
         """At most SMALL_ROWS tokens of one sequence."""
-        if self.fused_step is None or taps:
+        if self.fused_step is None or (taps and not self.fused_step.TAPS):
             return self.forward(tokens, cache, taps)
         ids = tokens if isinstance(tokens, mx.array) else np.asarray(tokens, np.int32).tolist()
-        logits = self.fused_step(ids, cache.keys, cache.values, cache.offset)
+        logits, hidden = self.fused_step(ids, cache.keys, cache.values, cache.offset, taps)
         cache.advance(len(tokens))
-        return Forward({}, lambda: logits)
+        return Forward(hidden, lambda: logits)
 
     def prefill(self, tokens: Tokens, cache: KVCache, taps: Sequence[int] = ()) -> dict[int, mx.array]:
         """Put a prompt of one sequence into the cache, and return its tapped states, float32 [m, hidden] a layer.

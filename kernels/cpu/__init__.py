@@ -192,13 +192,71 @@ def clock(x: mx.array) -> mx.array:
     return _native.clock(x)
 
 
-class CpuFusedStep:
-    """kernels.ops.FusedStep, with the bits of the single operations.
+class _Fused:
+    """Operations over all of a model, of which each costs Python and MLX what one over a single product costs."""
 
-    Python and MLX then spend on a step what they spend on one of its operations, five for each layer.
-    """
+    def __init__(
+        self,
+        *,
+        before: Sequence[tuple[Weight, mx.array]] = (),
+        layers: Sequence[Layer],
+        after: Sequence[tuple[Weight, mx.array | None]],
+        embedding: mx.array,
+        shape: AttentionShape,
+        epilogue: Epilogue,
+        eps: float,
+    ) -> None:
+        """before, after: products with their norms' weights (native/fused_step.h)."""
+        embedding, frequency = mx.contiguous(embedding), mx.contiguous(shape.inverse_frequency)
+        mx.eval(embedding, frequency)
+        products: list[tuple[Weight, mx.array | None]] = []
+        for layer in layers:
+            products += [
+                (layer.qkv, layer.input_norm),
+                (layer.o, layer.attention_sub_norm),
+                (layer.gate_up, layer.post_norm),
+                (layer.down, layer.ffn_sub_norm),
+            ]
+        self._model = _native.fused_model(
+            embedding,
+            frequency,
+            shape.heads,
+            shape.kv_heads,
+            shape.scale,
+            _EPILOGUES[epilogue],
+            eps,
+            *([_linear_of(weight, norm) for weight, norm in part] for part in (before, products, after)),
+        )
+
+    def _greedy_tokens(
+        self,
+        tokens: Sequence[int],
+        states: Sequence[mx.array],
+        keys: list[mx.array],
+        values: list[mx.array],
+        offset: int,
+        count: int,
+        d2t: mx.array | None,
+    ) -> mx.array:
+        """One operation, since MLX holds the caches of a step until it has run, so that one queued behind it would copy
+        them."""
+        chosen, *caches = _native.greedy_tokens(self._model, _ids(tokens), states, [*keys, *values], offset, count, d2t)
+        keys[:], values[:] = caches[: len(keys)], caches[len(keys) :]
+        return chosen
+
+
+def _linear_of(weight: Weight, norm: mx.array | None) -> _native.Linear:
+    scale = None if isinstance(weight, DenseWeight) else weight.scale
+    norm = None if norm is None else mx.contiguous(norm)
+    mx.eval([array for array in (scale, norm) if array is not None])
+    return _native.make_linear(weight.data, scale, weight.n, weight.k, norm)
+
+
+class CpuFusedStep(_Fused):
+    """kernels.ops.FusedStep, with the bits of the single operations."""
 
     EXACT = True
+    TAPS = True
 
     def __init__(
         self,
@@ -212,37 +270,32 @@ class CpuFusedStep:
         eps: float,
     ) -> None:
         """layers: of this backend; embedding: bfloat16 or float32 [vocab, hidden]."""
-        linears: list[tuple[Weight, mx.array | None]] = []
-        for layer in layers:
-            linears += [
-                (layer.qkv, layer.input_norm),
-                (layer.o, layer.attention_sub_norm),
-                (layer.gate_up, layer.post_norm),
-                (layer.down, layer.ffn_sub_norm),
-            ]
-        linears.append((head, final_norm))
-        embedding, frequency = mx.contiguous(embedding), mx.contiguous(shape.inverse_frequency)
-        mx.eval(embedding, frequency, [norm for _, norm in linears if norm is not None])
-        self._model = _native.fused_model(
-            embedding, frequency, shape.heads, shape.kv_heads, shape.scale, _EPILOGUES[epilogue], eps
+        super().__init__(
+            layers=layers,
+            after=[(head, final_norm)],
+            embedding=embedding,
+            shape=shape,
+            epilogue=epilogue,
+            eps=eps,
         )
-        for weight, norm in linears:
-            scale = None if isinstance(weight, DenseWeight) else weight.scale
-            if scale is not None:
-                mx.eval(scale)
-            _native.add_linear(self._model, weight.data, scale, weight.n, weight.k, norm)
 
     def share_weights(self, layers: Sequence[Layer]) -> list[Layer]:
         """The layers as they are: the step holds the same arrays."""
         return list(layers)
 
     def __call__(
-        self, tokens: Sequence[int] | mx.array, keys: list[mx.array], values: list[mx.array], offset: int
-    ) -> mx.array:
+        self,
+        tokens: Sequence[int] | mx.array,
+        keys: list[mx.array],
+        values: list[mx.array],
+        offset: int,
+        taps: Sequence[int] = (),
+    ) -> tuple[mx.array, dict[int, mx.array]]:
         """As the protocol says; the caches are updated in place when nobody else holds them, as in `attention`."""
-        logits, *caches = _native.fused_step(self._model, _ids(tokens), [*keys, *values], offset)
-        keys[:], values[:] = caches[: len(keys)], caches[len(keys) :]
-        return logits
+        layers = len(keys)
+        logits, *rest = _native.fused_step(self._model, _ids(tokens), [*keys, *values], offset, taps)
+        keys[:], values[:] = rest[:layers], rest[layers : 2 * layers]
+        return logits, dict(zip(taps, rest[2 * layers :], strict=True))
 
     def greedy_tokens(
         self,
@@ -253,11 +306,8 @@ class CpuFusedStep:
         count: int,
         d2t: mx.array | None,
     ) -> mx.array:
-        """As the protocol says; one operation, since MLX holds the caches of a step until it has run, so that one
-        queued behind it would copy them."""
-        chosen, *caches = _native.greedy_tokens(self._model, _ids(tokens), [*keys, *values], offset, count, d2t)
-        keys[:], values[:] = caches[: len(keys)], caches[len(keys) :]
-        return chosen
+        """As the protocol says."""
+        return self._greedy_tokens(tokens, (), keys, values, offset, count, d2t)
 
     def choose_tokens(
         self,
@@ -282,6 +332,55 @@ def _ids(tokens: Sequence[int] | mx.array) -> mx.array:
 
 
 fused_step = CpuFusedStep
+
+
+class CpuFusedReader(_Fused):
+    """kernels.ops.FusedReader, with the bits of the single operations but for the norms, for which
+    `kernels.reference` sums in another order."""
+
+    def __init__(
+        self,
+        *,
+        fusion: Weight,
+        feature_norms: Sequence[mx.array],
+        input: Weight,
+        embedding_norm: mx.array,
+        state_norm: mx.array,
+        layers: Sequence[Layer],
+        final_norm: mx.array,
+        output: Weight | None,
+        head: Weight,
+        embedding: mx.array,
+        shape: AttentionShape,
+        epilogue: Epilogue,
+        eps: float,
+    ) -> None:
+        """As the protocol says, the weights of this backend."""
+        super().__init__(
+            before=[(fusion, mx.concatenate(feature_norms)), (input, mx.concatenate([embedding_norm, state_norm]))],
+            layers=layers,
+            after=[(head, final_norm)] if output is None else [(output, final_norm), (head, None)],
+            embedding=embedding,
+            shape=shape,
+            epilogue=epilogue,
+            eps=eps,
+        )
+
+    def greedy_tokens(
+        self,
+        tokens: Sequence[int],
+        states: Sequence[mx.array],
+        keys: list[mx.array],
+        values: list[mx.array],
+        offset: int,
+        count: int,
+        d2t: mx.array | None,
+    ) -> mx.array:
+        """As the protocol says."""
+        return self._greedy_tokens(tokens, states, keys, values, offset, count, d2t)
+
+
+fused_reader = CpuFusedReader
 
 
 def use_fast_blas() -> bool:

@@ -56,8 +56,10 @@ def choose(logits: mx.array, temperature: mx.array, uniform: mx.array) -> mx.arr
 def top_k(logits: mx.array, k: int, temperatures: Sequence[float]) -> list[mx.array]: ...
 def clock(x: mx.array) -> mx.array: ...
 
+class Linear: ...
 class FusedModel: ...
 
+def make_linear(data: mx.array, scale: mx.array | None, n: int, k: int, norm: mx.array | None) -> Linear: ...
 def fused_model(
     embedding: mx.array,
     inverse_frequency: mx.array,
@@ -66,11 +68,13 @@ def fused_model(
     scale: float,
     epilogue: int,
     eps: float,
+    before: Sequence[Linear],
+    layers: Sequence[Linear],
+    after: Sequence[Linear],
 ) -> FusedModel: ...
-def add_linear(
-    model: FusedModel, data: mx.array, scale: mx.array | None, n: int, k: int, norm: mx.array | None
-) -> None: ...
-def fused_step(model: FusedModel, tokens: mx.array, caches: list[mx.array], offset: int) -> list[mx.array]: ...
+def fused_step(
+    model: FusedModel, tokens: mx.array, caches: list[mx.array], offset: int, taps: Sequence[int]
+) -> list[mx.array]: ...
 def choose_tokens(
     model: FusedModel,
     tokens: mx.array,
@@ -81,7 +85,13 @@ def choose_tokens(
     uniform: Sequence[float],
 ) -> list[mx.array]: ...
 def greedy_tokens(
-    model: FusedModel, tokens: mx.array, caches: list[mx.array], offset: int, count: int, d2t: mx.array | None
+    model: FusedModel,
+    tokens: mx.array,
+    states: Sequence[mx.array],
+    caches: list[mx.array],
+    offset: int,
+    count: int,
+    d2t: mx.array | None,
 ) -> list[mx.array]: ...
 def isa() -> str: ...
 def available_isas() -> list[str]: ...

@@ -33,6 +33,7 @@ __all__ = [
     "bitlinear",
     "choose",
     "clock",
+    "fused_reader",
     "fused_step",
     "int8_linear",
     "linear",
@@ -47,3 +48,4 @@ __all__ = [
 NAME = "cuda"
 argmax = reference.argmax
 clock = reference.clock
+fused_reader = reference.fused_reader

@@ -46,6 +46,7 @@ class CudaFusedStep:
     constants: dict[str, int]  # of fused_step.cu
 
     EXACT: ClassVar[bool] = False  # sums are in another order than those of the single kernels
+    TAPS: ClassVar[bool] = False
     # All launches wait for each other through this. MLX does not know that they write to the caches; and two models'
     # at once, each on a part of the multiprocessors, would wait for the other part for ever.
     after: ClassVar[mx.array | None] = None
@@ -194,11 +195,18 @@ class CudaFusedStep:
             mx.eval(self.packets)
 
     def __call__(
-        self, tokens: Sequence[int] | mx.array, keys: list[mx.array], values: list[mx.array], offset: int
-    ) -> mx.array:
+        self,
+        tokens: Sequence[int] | mx.array,
+        keys: list[mx.array],
+        values: list[mx.array],
+        offset: int,
+        taps: Sequence[int] = (),
+    ) -> tuple[mx.array, dict[int, mx.array]]:
         """As the protocol says; new keys and values go into the caches in place."""
+        if taps:
+            raise ValueError("this fused step hands out no states")
         m = len(tokens)
-        return self._run(self._prepared(m), (m, self.constants["VOCAB"]), tokens, keys, values, offset)
+        return self._run(self._prepared(m), (m, self.constants["VOCAB"]), tokens, keys, values, offset), {}
 
     def greedy_tokens(
         self,

@@ -430,3 +430,4 @@ attention_packed = reference.attention_packed
 argmax = reference.argmax
 clock = reference.clock
 fused_step = reference.fused_step
+fused_reader = reference.fused_reader

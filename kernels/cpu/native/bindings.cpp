@@ -64,16 +64,16 @@ NB_MODULE(_native, m) {
   m.def("choose", &bitdraft::choose, "logits"_a, "temperature"_a, "uniform"_a);
   m.def("top_k", &bitdraft::top_k, "logits"_a, "k"_a, "temperatures"_a);
   m.def("clock", &bitdraft::clock, "x"_a);
+  nb::class_<bitdraft::Linear>(m, "Linear");
+  m.def("make_linear", &bitdraft::make_linear, "data"_a, "scale"_a.none(), "n"_a, "k"_a, "norm"_a.none());
   nb::class_<bitdraft::FusedModel>(m, "FusedModel");
   m.def("fused_model", &bitdraft::fused_model, "embedding"_a, "inverse_frequency"_a, "heads"_a, "kv_heads"_a,
-        "scale"_a, "epilogue"_a, "eps"_a);
-  m.def("add_linear", &bitdraft::add_linear, "model"_a, "data"_a, "scale"_a.none(), "n"_a, "k"_a,
-        "norm"_a.none());
-  m.def("fused_step", &bitdraft::fused_step, "model"_a, "tokens"_a, "caches"_a, "offset"_a);
+        "scale"_a, "epilogue"_a, "eps"_a, "before"_a, "layers"_a, "after"_a);
+  m.def("fused_step", &bitdraft::fused_step, "model"_a, "tokens"_a, "caches"_a, "offset"_a, "taps"_a);
   m.def("choose_tokens", &bitdraft::choose_tokens, "model"_a, "tokens"_a, "caches"_a, "sequences"_a, "offsets"_a,
         "temperature"_a, "uniform"_a);
-  m.def("greedy_tokens", &bitdraft::greedy_tokens, "model"_a, "tokens"_a, "caches"_a, "offset"_a, "count"_a,
-        "d2t"_a.none());
+  m.def("greedy_tokens", &bitdraft::greedy_tokens, "model"_a, "tokens"_a, "states"_a, "caches"_a, "offset"_a,
+        "count"_a, "d2t"_a.none());
   m.def("isa", [] { return std::string(bitdraft::kernels().name); });
   m.def("available_isas", &bitdraft::available_isas);
   m.def("select_isa", &bitdraft::select_isa, "name"_a);

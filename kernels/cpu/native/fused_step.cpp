@@ -5,13 +5,12 @@
 namespace bitdraft {
 namespace {
 
-enum Slot { kStates = 4, kLogits = 5 };
+enum Slot { kStates = 4, kLogits = 5, kRead = 9 };
 
-// y = linear(x), gated if `gated`; residual may be null.
-void apply(const Kernels& set, const FusedModel& model, const Linear& linear, const float* x, int64_t m, bool gated,
-           const float* residual, float* y) {
+// y = the product with x, normed already; gated if `gated`; residual may be null.
+void apply(const Kernels& set, const FusedModel& model, const Linear& linear, const float* norm, const float* x,
+           int64_t m, bool gated, const float* residual, float* y) {
   const Matrix<float> rows(x, m, linear.k);
-  const float* norm = linear.norm ? linear.norm->data<float>() : nullptr;
   const Epilogue epilogue = gated ? model.epilogue : Epilogue::none;
   if (!linear.scale) {
     const Matrix<float> add(residual, m, linear.n);
@@ -29,13 +28,19 @@ void apply(const Kernels& set, const FusedModel& model, const Linear& linear, co
   multiply_rows(set, rows, norm, model.eps, p);
 }
 
+// y = linear(x), norm and all.
+void apply(const Kernels& set, const FusedModel& model, const Linear& linear, const float* x, int64_t m, bool gated,
+           const float* residual, float* y) {
+  apply(set, model, linear, linear.norm ? linear.norm->data<float>() : nullptr, x, m, gated, residual, y);
+}
+
 void embed(const mx::array& embedding, int token, float* x) {
-  const int hidden = embedding.shape(1);
-  const auto row = static_cast<int64_t>(std::clamp(token, 0, embedding.shape(0) - 1)) * hidden;
+  const int width = embedding.shape(1);
+  const auto row = static_cast<int64_t>(std::clamp(token, 0, embedding.shape(0) - 1)) * width;
   if (embedding.dtype() == mx::bfloat16) {
-    std::copy_n(embedding.data<mx::bfloat16_t>() + row, hidden, x);
+    std::copy_n(embedding.data<mx::bfloat16_t>() + row, width, x);
   } else {
-    std::copy_n(embedding.data<float>() + row, hidden, x);
+    std::copy_n(embedding.data<float>() + row, width, x);
   }
 }
 
@@ -45,65 +50,132 @@ struct Caches {
   int64_t capacity;
 };
 
-// Runs the layers over the m tokens of some spans. Returns the last states, [m][hidden], in scratch memory.
-float* run_layers(const FusedModel& model, const int32_t* tokens, int64_t m, const std::vector<Span>& spans,
-                  const Caches& caches) {
+// What leaves a layer, and where it is to be kept.
+struct Tap {
+  size_t layer;
+  float* states;
+};
+
+// Scratch memory for m rows through the layers; it begins with their states, [m][hidden].
+float* row_space(const FusedModel& model, int64_t m) {
+  const Linear* linear = model.layers.data();
+  return scratch_floats(kStates, m * (2 * model.hidden() + linear[0].n + linear[1].k + linear[2].n / 2));
+}
+
+// Runs the layers over the m rows of some spans, whose first states are in `row_space`, and their last ones then.
+void run_layers(const FusedModel& model, int64_t m, const std::vector<Span>& spans, const Caches& caches,
+                const std::vector<Tap>& taps = {}) {
   const Kernels& set = kernels();
-  const int64_t hidden = model.hidden();
-  const Linear* linear = model.linears.data();
-  const int64_t qkv_width = linear[0].n, attended_width = linear[1].k, gated_width = linear[2].n / 2;
-  float* x = scratch_floats(kStates, m * (2 * hidden + qkv_width + attended_width + gated_width));
-  float *next = x + m * hidden, *qkv = next + m * hidden, *attended = qkv + m * qkv_width,
+  const Linear* linear = model.layers.data();
+  const int64_t hidden = model.hidden(), qkv_width = linear[0].n, attended_width = linear[1].k;
+  const size_t layers = model.layers.size() / 4;
+  float *x = row_space(model, m), *next = x + m * hidden, *qkv = next + m * hidden, *attended = qkv + m * qkv_width,
         *h = attended + m * attended_width;
-  for (int64_t i = 0; i < m; i++) {
-    embed(model.embedding, tokens[i], x + i * hidden);
-  }
-  for (size_t layer = 0; layer < model.layers(); layer++, linear += 4) {
+  auto tap = taps.begin();
+  for (size_t layer = 0; layer < layers; layer++, linear += 4) {
     apply(set, model, linear[0], x, m, false, nullptr, qkv);
     attend_spans(model.heads, spans, Matrix<float>(qkv, m, qkv_width), model.inverse_frequency.data<float>(),
-                 caches.data[layer], caches.data[model.layers() + layer], caches.capacity, attended);
+                 caches.data[layer], caches.data[layers + layer], caches.capacity, attended);
     apply(set, model, linear[1], attended, m, false, x, next);
     apply(set, model, linear[2], next, m, true, nullptr, h);
     apply(set, model, linear[3], h, m, false, next, x);
+    if (tap != taps.end() && tap->layer == layer) {
+      std::copy_n(x, m * hidden, tap->states);
+      tap++;
+    }
   }
+}
+
+// Tokens through a model. Returns the last states, [m][hidden], in scratch memory.
+const float* run_tokens(const FusedModel& model, const int32_t* tokens, int64_t m, const std::vector<Span>& spans,
+                        const Caches& caches, const std::vector<Tap>& taps = {}) {
+  float* x = row_space(model, m);
+  for (int64_t i = 0; i < m; i++) {
+    embed(model.embedding, tokens[i], x + i * model.hidden());
+  }
+  run_layers(model, m, spans, caches, taps);
+  return x;
+}
+
+// What is made of the teacher's states, by tap, [m][hidden] in `fused`.
+void fuse(const FusedModel& model, const std::vector<Matrix<float>>& states, int64_t m, float* fused) {
+  const Kernels& set = kernels();
+  const Linear& fusion = model.before[0];
+  const int64_t width = model.width();
+  float *rows = scratch_floats(kRead, m * fusion.k + width), *space = rows + m * fusion.k;
+  for (size_t tap = 0; tap < states.size(); tap++) {
+    const int64_t column = static_cast<int64_t>(tap) * width;
+    for (int64_t i = 0; i < m; i++) {
+      set.normalise(states[tap].row(i, space), fusion.norm->data<float>() + column, model.eps, width,
+                    rows + i * fusion.k + column);
+    }
+  }
+  apply(set, model, fusion, nullptr, rows, m, false, nullptr, fused);
+}
+
+// Tokens and the states that they stand behind, [m][hidden], through a draft that reads. Returns as run_tokens; states
+// may lie there.
+const float* run_reader(const FusedModel& model, const int32_t* tokens, const float* states, int64_t m, const Span& span,
+                        const Caches& caches) {
+  const Kernels& set = kernels();
+  const Linear& input = model.before[1];
+  const int64_t width = model.width(), hidden = model.hidden();
+  const float* norm = input.norm->data<float>();
+  float *rows = scratch_floats(kRead, m * input.k + width), *embedded = rows + m * input.k;
+  for (int64_t i = 0; i < m; i++) {
+    embed(model.embedding, tokens[i], embedded);
+    set.normalise(embedded, norm, model.eps, width, rows + i * input.k);
+    set.normalise(states + i * hidden, norm + width, model.eps, hidden, rows + i * input.k + width);
+  }
+  float* x = row_space(model, m);
+  apply(set, model, input, nullptr, rows, m, false, nullptr, x);
+  run_layers(model, m, {span}, caches);
   return x;
 }
 
 void run_head(const FusedModel& model, const float* states, int64_t m, float* logits) {
-  apply(kernels(), model, model.linears.back(), states, m, false, nullptr, logits);
+  if (model.after.size() == 2) {
+    float* wide = scratch_floats(kRead, m * model.after[0].n);
+    apply(kernels(), model, model.after[0], states, m, false, nullptr, wide);
+    states = wide;
+  }
+  apply(kernels(), model, model.after.back(), states, m, false, nullptr, logits);
 }
 
-// What steps and a chain of steps have in common: tokens and caches in, one array and the caches out.
+// What steps and a chain of steps have in common: tokens, caches and perhaps states in; one array, the caches and perhaps
+// states out.
 class OverCaches : public CpuPrimitive {
  public:
   OverCaches(mx::Stream stream, std::shared_ptr<FusedModel> model, std::vector<Span> spans)
       : CpuPrimitive(stream), model_(std::move(model)), spans_(std::move(spans)) {}
 
  protected:
-  // Runs body(tokens, caches, out[0]) once the caches are the outputs' own.
+  // Runs body(tokens, caches, in, out) once the caches are the outputs' own.
   template <class Body>
   void dispatch_over_caches(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, Body body) {
-    allocate(outputs[0]);
+    const size_t end = 1 + model_->layers.size() / 2;  // behind the caches
     drop_spare_inputs(inputs, outputs);
     std::vector<size_t> copied;
-    for (size_t i = 1; i < inputs.size(); i++) {
-      if (share_cache(inputs[i], outputs[i])) {
+    for (size_t i = 0; i < outputs.size(); i++) {
+      if (i == 0 || i >= end) {
+        allocate(outputs[i]);
+      } else if (share_cache(inputs[i], outputs[i])) {
         copied.push_back(i);
       }
     }
-    dispatch(inputs, outputs, [copied, body](std::vector<mx::array>& in, std::vector<mx::array>& out) {
+    dispatch(inputs, outputs, [copied, end, body](std::vector<mx::array>& in, std::vector<mx::array>& out) {
       for (size_t i : copied) {
         copy_cache(in[i], out[i]);
       }
       Caches caches{{}, out[1].shape(2)};
-      for (size_t i = 1; i < out.size(); i++) {
+      for (size_t i = 1; i < end; i++) {
         caches.data.push_back(out[i].data<mx::bfloat16_t>());
       }
       std::vector<int32_t> tokens(in[0].size());
       for (size_t i = 0; i < tokens.size(); i++) {
         tokens[i] = in[0].data<int32_t>()[static_cast<int64_t>(i) * in[0].strides(0)];
       }
-      body(tokens, caches, out[0]);
+      body(tokens, caches, in, out);
     });
   }
 
@@ -113,16 +185,25 @@ class OverCaches : public CpuPrimitive {
 
 class FusedStep : public OverCaches {
  public:
-  using OverCaches::OverCaches;
+  FusedStep(mx::Stream stream, std::shared_ptr<FusedModel> model, std::vector<Span> spans, std::vector<int> taps)
+      : OverCaches(stream, std::move(model), std::move(spans)), taps_(std::move(taps)) {}
   DEFINE_NAME(BitdraftFusedStep)
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    dispatch_over_caches(inputs, outputs, [model = model_, spans = spans_](const std::vector<int32_t>& tokens,
-                                                                           const Caches& caches, mx::array& logits) {
+    dispatch_over_caches(inputs, outputs, [model = model_, spans = spans_, layers = taps_](
+                                              const std::vector<int32_t>& tokens, const Caches& caches,
+                                              std::vector<mx::array>&, std::vector<mx::array>& out) {
       const auto m = static_cast<int64_t>(tokens.size());
-      run_head(*model, run_layers(*model, tokens.data(), m, spans, caches), m, logits.data<float>());
+      std::vector<Tap> taps;
+      for (size_t i = 0; i < layers.size(); i++) {
+        taps.push_back({static_cast<size_t>(layers[i]), out[out.size() - layers.size() + i].data<float>()});
+      }
+      run_head(*model, run_tokens(*model, tokens.data(), m, spans, caches, taps), m, out[0].data<float>());
     });
   }
+
+ private:
+  std::vector<int> taps_;
 };
 
 class ChooseTokens : public OverCaches {
@@ -137,12 +218,13 @@ class ChooseTokens : public OverCaches {
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     dispatch_over_caches(inputs, outputs, [model = model_, spans = spans_, temperature = temperature_,
                                            uniform = uniform_](const std::vector<int32_t>& tokens,
-                                                               const Caches& caches, mx::array& chosen) {
+                                                               const Caches& caches, std::vector<mx::array>&,
+                                                               std::vector<mx::array>& out) {
       const auto m = static_cast<int64_t>(tokens.size());
-      const int64_t vocab = model->linears.back().n;
+      const int64_t vocab = model->head_size();
       float* logits = scratch_floats(kLogits, m * vocab);
-      run_head(*model, run_layers(*model, tokens.data(), m, spans, caches), m, logits);
-      choose_rows(Matrix<float>(logits, m, vocab), temperature.data(), uniform.data(), chosen.data<uint32_t>());
+      run_head(*model, run_tokens(*model, tokens.data(), m, spans, caches), m, logits);
+      choose_rows(Matrix<float>(logits, m, vocab), temperature.data(), uniform.data(), out[0].data<uint32_t>());
     });
   }
 
@@ -157,20 +239,29 @@ class GreedyTokens : public OverCaches {
   DEFINE_NAME(BitdraftGreedyTokens)
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    dispatch_over_caches(inputs, outputs, [model = model_, spans = spans_, d2t = d2t_](
+    dispatch_over_caches(inputs, outputs, [model = model_, first = spans_[0], d2t = d2t_](
                                               const std::vector<int32_t>& tokens, const Caches& caches,
-                                              mx::array& chosen) {
-      float* logits = scratch_floats(kLogits, model->linears.back().n);
+                                              std::vector<mx::array>& in, std::vector<mx::array>& out) {
+      Span span = first;
+      auto* chosen = out[0].data<uint32_t>();
       const int32_t* feed = tokens.data();
-      int64_t m = static_cast<int64_t>(tokens.size());
-      std::vector<Span> span = spans;
-      for (int64_t i = 0; i < chosen.shape(0); i++) {
-        const float* states = run_layers(*model, feed, m, span, caches);
-        run_head(*model, states + (m - 1) * model->hidden(), 1, logits);
-        const uint32_t best = best_index(logits, model->linears.back().n);
-        span = {{0, 0, span[0].offset + static_cast<int>(m), 1}};
-        chosen.data<uint32_t>()[i] = d2t ? d2t->data<uint32_t>()[best] : best;
-        feed = reinterpret_cast<int32_t*>(chosen.data<uint32_t>()) + i;
+      auto m = static_cast<int64_t>(tokens.size());
+      const bool reads = model->taps() > 0;
+      std::vector<float> fused(reads ? static_cast<size_t>(m * model->hidden()) : 0);
+      const float* states = fused.data();
+      if (reads) {
+        fuse(*model, {in.end() - model->taps(), in.end()}, m, fused.data());
+      }
+      float* logits = scratch_floats(kLogits, model->head_size());
+      for (int i = 0; i < out[0].shape(0); i++) {
+        states = reads ? run_reader(*model, feed, states, m, span, caches)
+                       : run_tokens(*model, feed, m, {span}, caches);
+        states += (m - 1) * model->hidden();
+        run_head(*model, states, 1, logits);
+        const uint32_t best = best_index(logits, model->head_size());
+        chosen[i] = d2t ? d2t->data<uint32_t>()[best] : best;
+        feed = reinterpret_cast<int32_t*>(chosen) + i;
+        span = {0, 0, span.offset + static_cast<int>(m), 1};
         m = 1;
       }
     });
@@ -180,15 +271,15 @@ class GreedyTokens : public OverCaches {
   MaybeArray d2t_;
 };
 
-// Checks the arguments, and makes the operation's outputs: an array of this shape and dtype, and the new caches.
-// spare: rows that are written to the caches behind those of the spans.
+// Checks the arguments, and makes the operation's outputs: an array of this shape and dtype, the new caches, and as many
+// arrays of states as there are taps. spare: rows that are written to the caches behind those of the spans.
 template <class Operation, class... Options>
 std::vector<mx::array> over_caches(const std::shared_ptr<FusedModel>& model, const mx::array& tokens,
-                                   const std::vector<mx::array>& caches, std::vector<Span> spans, int spare,
-                                   const mx::Shape& shape, mx::Dtype dtype, const Options&... options) {
+                                   const std::vector<mx::array>& caches, const std::vector<mx::array>& states,
+                                   std::vector<Span> spans, int spare, const mx::Shape& shape, mx::Dtype dtype,
+                                   size_t taps, const Options&... options) {
   const Heads& h = model->heads;
-  require(model->linears.size() % 4 == 1, "a model has four linear layers a layer, and a head");
-  require(caches.size() == 2 * model->layers() && !caches.empty(), "a layer has two caches");
+  require(caches.size() == model->layers.size() / 2, "a layer has two caches");
   std::vector<mx::Shape> shapes{shape};
   std::vector<mx::Dtype> dtypes{dtype};
   std::vector<mx::array> inputs{tokens};
@@ -209,6 +300,16 @@ std::vector<mx::array> over_caches(const std::shared_ptr<FusedModel>& model, con
   }
   require(tokens.ndim() == 1 && tokens.dtype() == mx::int32 && tokens.shape(0) == rows && rows > 0,
           "tokens must be int32 [m], one a new row");
+  require(static_cast<int>(states.size()) == model->taps(), "a draft that reads needs the states of all its taps, others none");
+  for (const mx::array& tap : states) {
+    require(tap.ndim() == 2 && tap.dtype() == mx::float32 && tap.shape(0) == rows && tap.shape(1) == model->width(),
+            "a tap's states must be float32 [m, width], one a new row");
+    inputs.push_back(tap);
+  }
+  for (size_t tap = 0; tap < taps; tap++) {
+    shapes.push_back({tokens.shape(0), model->hidden()});
+    dtypes.push_back(mx::float32);
+  }
   const auto operation = std::make_shared<Operation>(cpu_stream(), model, std::move(spans), options...);
   return mx::array::make_arrays(std::move(shapes), dtypes, operation, inputs);
 }
@@ -220,19 +321,32 @@ std::vector<Span> only_span(const mx::array& tokens, const std::vector<mx::array
   return {{0, 0, offset, static_cast<int>(tokens.size())}};
 }
 
-}  // namespace
-
-std::shared_ptr<FusedModel> fused_model(const mx::array& embedding, const mx::array& inverse_frequency, int heads,
-                                        int kv_heads, float scale, int epilogue, float eps) {
-  require(embedding.ndim() == 2 && (embedding.dtype() == mx::bfloat16 || embedding.dtype() == mx::float32),
-          "the embedding must be bfloat16 or float32 [vocab, hidden]");
-  const int d = 2 * inverse_frequency.shape(0);
-  return std::make_shared<FusedModel>(FusedModel{Heads{heads, kv_heads, d, scale}, inverse_frequency, embedding,
-                                               static_cast<Epilogue>(epilogue), eps, {}});
+// Every product reads what the one before makes.
+void check_chain(const FusedModel& model) {
+  const Heads& h = model.heads;
+  require(model.layers.size() % 4 == 0 && !model.layers.empty(), "a layer has four products");
+  require(model.after.size() == 1 || model.after.size() == 2, "behind the layers are one product or two");
+  const int width = model.width(), hidden = model.hidden();
+  if (model.before.empty()) {
+    require(hidden == width, "the layers do not read what the embedding has");
+  } else {
+    require(model.before.size() == 2, "before the layers of a draft that reads are two products");
+    const Linear &fusion = model.before[0], &input = model.before[1];
+    require(fusion.norm && fusion.k % width == 0 && fusion.n == hidden, "the product over the taps does not fit");
+    require(input.norm && input.k == width + hidden && input.n == hidden, "the product over token and state does not fit");
+  }
+  for (auto linear = model.layers.begin(); linear != model.layers.end(); linear += 4) {
+    require(linear[0].k == hidden && linear[0].n == (h.heads + 2 * h.kv_heads) * h.d && linear[1].k == h.heads * h.d &&
+                linear[1].n == hidden && linear[2].k == hidden && linear[2].n == model.layers[2].n &&
+                2 * linear[3].k == linear[2].n && linear[3].n == hidden,
+            "a layer's products do not fit");
+  }
+  require(model.after[0].k == hidden && model.after.back().k == model.after[model.after.size() - 1].k, "the head does not fit");
 }
 
-void add_linear(FusedModel& model, const mx::array& data, const MaybeArray& scale, int n, int k,
-                const MaybeArray& norm) {
+}  // namespace
+
+Linear make_linear(const mx::array& data, const MaybeArray& scale, int n, int k, const MaybeArray& norm) {
   if (scale) {
     check_weight(*format_of(data, n, k), data, *scale, k);
     require(scale->shape(0) == n, "a weight must have n scales");
@@ -240,25 +354,43 @@ void add_linear(FusedModel& model, const mx::array& data, const MaybeArray& scal
     require(data.ndim() == 2 && data.shape(0) == n && data.shape(1) == k && data.flags().row_contiguous,
             "a dense weight must be contiguous [n, k]");
   }
-  require(!norm || norm->shape(0) == k, "the norm's weight must have k values");
-  model.linears.push_back({data, scale, n, k, norm});
+  require(!norm || (norm->dtype() == mx::float32 && norm->ndim() == 1 && norm->shape(0) == k),
+          "the norm's weight must have k values");
+  return {data, scale, n, k, norm};
+}
+
+std::shared_ptr<FusedModel> fused_model(const mx::array& embedding, const mx::array& inverse_frequency, int heads,
+                                        int kv_heads, float scale, int epilogue, float eps,
+                                        const std::vector<Linear>& before, const std::vector<Linear>& layers,
+                                        const std::vector<Linear>& after) {
+  require(embedding.ndim() == 2 && (embedding.dtype() == mx::bfloat16 || embedding.dtype() == mx::float32),
+          "the embedding must be bfloat16 or float32 [vocab, width]");
+  const Heads h{heads, kv_heads, 2 * inverse_frequency.shape(0), scale};
+  auto model = std::make_shared<FusedModel>(FusedModel{h, inverse_frequency, embedding, static_cast<Epilogue>(epilogue),
+                                                       eps, before, layers, after});
+  check_chain(*model);
+  return model;
 }
 
 std::vector<mx::array> fused_step(const std::shared_ptr<FusedModel>& model, const mx::array& tokens,
-                                  const std::vector<mx::array>& caches, int offset) {
-  return over_caches<FusedStep>(model, tokens, caches, only_span(tokens, caches, offset), 0,
-                                {static_cast<int>(tokens.size()), model->linears.back().n}, mx::float32);
+                                  const std::vector<mx::array>& caches, int offset, const std::vector<int>& taps) {
+  for (size_t i = 0; i < taps.size(); i++) {
+    require(taps[i] >= 0 && taps[i] < static_cast<int>(model->layers.size() / 4) && (i == 0 || taps[i - 1] < taps[i]),
+            "taps must be layers of the model, ascending");
+  }
+  return over_caches<FusedStep>(model, tokens, caches, {}, only_span(tokens, caches, offset), 0,
+                                {static_cast<int>(tokens.size()), model->head_size()}, mx::float32, taps.size(), taps);
 }
 
 std::vector<mx::array> greedy_tokens(const std::shared_ptr<FusedModel>& model, const mx::array& tokens,
-                                     const std::vector<mx::array>& caches, int offset, int count,
-                                     const MaybeArray& d2t) {
+                                     const std::vector<mx::array>& states, const std::vector<mx::array>& caches,
+                                     int offset, int count, const MaybeArray& d2t) {
   require(count > 0, "at least one token must be asked for");
   require(!d2t || (d2t->ndim() == 1 && d2t->dtype() == mx::uint32 && d2t->is_available() &&
-                    d2t->flags().row_contiguous && d2t->shape(0) == model->linears.back().n),
+                    d2t->flags().row_contiguous && d2t->shape(0) == model->head_size()),
           "d2t must be uint32, evaluated, one id a row of the head");
-  return over_caches<GreedyTokens>(model, tokens, caches, only_span(tokens, caches, offset), count - 1, {count},
-                                   mx::uint32, d2t);
+  return over_caches<GreedyTokens>(model, tokens, caches, states, only_span(tokens, caches, offset), count - 1,
+                                   {count}, mx::uint32, 0, d2t);
 }
 
 std::vector<mx::array> choose_tokens(const std::shared_ptr<FusedModel>& model, const mx::array& tokens,
@@ -276,8 +408,8 @@ std::vector<mx::array> choose_tokens(const std::shared_ptr<FusedModel>& model, c
     seen[sequence] = true;
     spans.push_back({sequences[i], static_cast<int64_t>(i), offsets[i], 1});
   }
-  return over_caches<ChooseTokens>(model, tokens, caches, std::move(spans), 0, {static_cast<int>(m)}, mx::uint32,
-                                   temperature, uniform);
+  return over_caches<ChooseTokens>(model, tokens, caches, {}, std::move(spans), 0, {static_cast<int>(m)}, mx::uint32,
+                                   0, temperature, uniform);
 }
 
 }  // namespace bitdraft

@@ -34,7 +34,7 @@ void parallel_for(int chunks, Body&& body) {
       const_cast<void*>(static_cast<const void*>(std::addressof(body))));
 }
 
-constexpr int kScratchSlots = 9;
+constexpr int kScratchSlots = 10;
 
 // A thread's scratch memory, 64-byte aligned, kept between calls. Slots are independent; growing one
 // loses its contents.
