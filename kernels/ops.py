@@ -361,8 +361,8 @@ class Backend(Protocol):
         epilogue: Epilogue,
         eps: float,
     ) -> FusedReader | None:
-        """feature_norms: float32 [teacher_hidden] a tap; embedding: the teacher's, [vocab, teacher_hidden]; output: from
-        the reader's width to its teacher's, where these differ."""
+        """feature_norms: float32 [teacher_hidden] a tap; embedding: the teacher's, bfloat16 or float32 [vocab,
+        teacher_hidden]; output: from the reader's width to its teacher's, where these differ."""
         ...
 
 

@@ -138,7 +138,7 @@ class Reader:
         exponent = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
         frequency = mx.array((config.rope_theta**-exponent).astype(np.float32))
         self.shape = AttentionShape(config.heads, config.kv_heads, config.head_dim, frequency)
-        self.feature_norms = mx.split(self._norm("feature_norm", len(self.taps) * read), len(self.taps))
+        self.feature_norms = list(mx.split(self._norm("feature_norm", len(self.taps) * read), len(self.taps)))
         self.fusion = self._weight(hidden, "fusion", inputs=len(self.taps) * read)
         self.embedding_norm = self._norm("embedding_norm", read)
         self.state_norm = self._norm("state_norm", hidden)
@@ -278,9 +278,7 @@ class Reader:
             return self.ops.linear(states, self.head, norm=self.final_norm, eps=eps)
         return self.ops.linear(self.ops.linear(states, self.output, norm=self.final_norm, eps=eps), self.head)
 
-    def greedy_tokens(
-        self, tokens: list[int], hidden: Mapping[int, mx.array], cache: KVCache, count: int
-    ) -> mx.array:
+    def greedy_tokens(self, tokens: list[int], hidden: Mapping[int, mx.array], cache: KVCache, count: int) -> mx.array:
         """The `count` tokens that follow greedily behind new rows, uint32, not evaluated.
 
         tokens: 1..SMALL_ROWS ids, each the one behind its row's position; hidden: the teacher's states of these, as for
@@ -290,9 +288,7 @@ class Reader:
             rows = len(tokens) + count - 1
             cache.reserve(rows)
             states = [hidden[tap] for tap in self.taps]
-            chosen = self.fused.greedy_tokens(
-                tokens, states, cache.keys, cache.values, cache.offset, count, self._d2t
-            )
+            chosen = self.fused.greedy_tokens(tokens, states, cache.keys, cache.values, cache.offset, count, self._d2t)
             cache.advance(rows)
             return chosen
         state = self.forward(mx.array(tokens, mx.uint32), self.fuse(hidden), cache)[-1:]

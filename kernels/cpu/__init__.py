@@ -357,7 +357,10 @@ class CpuFusedReader(_Fused):
     ) -> None:
         """As the protocol says, the weights of this backend."""
         super().__init__(
-            before=[(fusion, mx.concatenate(feature_norms)), (input, mx.concatenate([embedding_norm, state_norm]))],
+            before=[
+                (fusion, mx.concatenate(list(feature_norms))),
+                (input, mx.concatenate([embedding_norm, state_norm])),
+            ],
             layers=layers,
             after=[(head, final_norm)] if output is None else [(output, final_norm), (head, None)],
             embedding=embedding,

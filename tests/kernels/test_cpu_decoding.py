@@ -175,6 +175,7 @@ def test_a_fused_step_has_the_bits_of_its_operations(
     transformer = find_model(str(folder), "--draft").load(precision, precision)
     fused = transformer.fused_step
     assert fused is not None
+    every = range(len(transformer.layers))
     cases = [(20, 3), (31, 8), (1, 1), (2, 2), (7, 4), (2038, 5), (31, 6), (32, 7)]
     for length, m in cases if isa == _native.available_isas()[0] else cases[:2]:
         rng = np.random.default_rng([length, m])
@@ -182,14 +183,18 @@ def test_a_fused_step_has_the_bits_of_its_operations(
         before = transformer.new_cache()
         transformer.prefill(prompt, before)
         results = []
-        for step in (fused, None):
+        for step, taps in ((fused, every), (fused, ()), (None, every)):
             transformer.fused_step = step
             cache = transformer.new_cache()
             cache.keys, cache.values, cache.offset = list(before.keys), list(before.values), before.offset
-            logits = [transformer.step(tokens, cache).logits, transformer.step(tokens[:1], cache).logits]
-            assert cache.offset == length + m + 1
-            results.append([*logits, *(a[:, :, : cache.offset] for a in (*cache.keys, *cache.values))])
-        assert all(same_bits(a, b) for a, b in zip(*results, strict=True)), (length, m)
+            steps = [transformer.step(tokens, cache, taps), transformer.step(tokens[:1], cache, taps)]
+            assert cache.offset == length + m + 1 and all(list(forward.hidden) == list(taps) for forward in steps)
+            left = [forward.logits for forward in steps]
+            left += [a[:, :, : cache.offset] for a in (*cache.keys, *cache.values)]
+            results.append(left + [forward.hidden[tap] for tap in taps for forward in steps])
+        tapped, plain, single = results
+        assert all(same_bits(a, b) for a, b in zip(tapped, single, strict=True)), (length, m)
+        assert all(same_bits(a, b) for a, b in zip(tapped, plain, strict=False)), (length, m)
         transformer.fused_step = fused
 
 
@@ -219,6 +224,9 @@ def test_a_fused_step_refuses_what_does_not_fit() -> None:
     two.reserve(4)
     with pytest.raises(ValueError, match="one sequence"):
         step([1], two.keys, two.values, 0)
+    for taps in ((len(cache.keys),), (1, 0), (0, 0), (-1,)):
+        with pytest.raises(ValueError, match="layers of the model, ascending"):
+            step([1], cache.keys, cache.values, 0, taps)
 
 
 def test_tokens_of_several_sequences_are_those_of_each_alone(small_teacher: Path, threads: int) -> None:

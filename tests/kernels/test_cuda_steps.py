@@ -102,7 +102,7 @@ class Model:
         keys, values = self.caches(offset)
         fed, chosen = list(tokens), []
         for i in range(len(tokens) + count - 1):
-            best = int(np.array(mx.argmax(self.step([fed[i]], keys, values, offset + i)[0])))
+            best = int(np.array(mx.argmax(self.step([fed[i]], keys, values, offset + i)[0][0])))
             if i >= len(tokens) - 1:
                 chosen.append(int(d2t[best]))
                 fed.append(chosen[-1])
@@ -110,7 +110,7 @@ class Model:
 
     def one_by_one(self, tokens: list[int], offset: int) -> tuple[mx.array, list[mx.array], list[mx.array]]:
         keys, values = self.caches(offset)
-        rows = [self.step([token], keys, values, offset + i) for i, token in enumerate(tokens)]
+        rows = [self.step([token], keys, values, offset + i)[0] for i, token in enumerate(tokens)]
         return mx.concatenate(rows), keys, values
 
 
@@ -130,7 +130,7 @@ def test_the_fused_step_equals_its_rows_alone_by_bits_and_the_reference_nearly(
                 caches = model.caches(offset)
                 # Twice: the second launch meets the packets that the first left.
                 for _ in range(2):
-                    assert same_bits(model.step(tokens[:m], *caches, offset), alone), (m, offset, seed)
+                    assert same_bits(model.step(tokens[:m], *caches, offset)[0], alone), (m, offset, seed)
                 for ours, theirs in zip((*caches[0], *caches[1]), (*caches_alone[0], *caches_alone[1]), strict=True):
                     assert same_bits(ours, theirs)
             emulated.seed = 0
@@ -151,7 +151,7 @@ def test_long_rows_and_long_contexts(
         alone, *_ = model.one_by_one(tokens, offset)
         assert close(alone, model.defined(tokens, offset), 0.05)
         for emulated.seed in (0, *RANDOM_ORDERS):
-            assert same_bits(model.step(tokens, *model.caches(offset), offset), alone), (m, offset, emulated.seed)
+            assert same_bits(model.step(tokens, *model.caches(offset), offset)[0], alone), (m, offset, emulated.seed)
         emulated.seed = 0
 
 
@@ -190,10 +190,10 @@ def test_bits_do_not_depend_on_the_number_of_multiprocessors_nor_on_where_tokens
     emulated: cuda_emulator.Emulator,
 ) -> None:
     model = Model("ternary", "bfloat16")
-    expected = model.step([3, 1, 2], *model.caches(33), 33)
+    expected = model.step([3, 1, 2], *model.caches(33), 33)[0]
     for emulated.multiprocessors in (1, 3, 40):
         again = Model("ternary", "bfloat16")
-        assert same_bits(again.step(mx.array([3, 1, 2], mx.uint32), *again.caches(33), 33), expected)
+        assert same_bits(again.step(mx.array([3, 1, 2], mx.uint32), *again.caches(33), 33)[0], expected)
 
 
 @pytest.mark.slow
@@ -247,7 +247,7 @@ def test_less_shared_memory_takes_shorter_rings(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(fused, "device_attribute", lambda name: less.get(name) or there_is(name))
     narrow = Model("ternary", "int8")
     assert (wide.step.slots, narrow.step.slots) == (fused.SLOTS[0], fused.SLOTS[1])
-    assert same_bits(narrow.step([1, 2], *narrow.caches(33), 33), wide.step([1, 2], *wide.caches(33), 33))
+    assert same_bits(narrow.step([1, 2], *narrow.caches(33), 33)[0], wide.step([1, 2], *wide.caches(33), 33)[0])
 
 
 @pytest.mark.slow
@@ -285,7 +285,7 @@ def faults_of_a_step(emulated: cuda_emulator.Emulator, expected: mx.array) -> st
     for emulated.seed in (0, *RANDOM_ORDERS):
         for _ in range(2):
             try:
-                logits = model.step([1, 2], *model.caches(33), 33)
+                logits = model.step([1, 2], *model.caches(33), 33)[0]
             except RuntimeError as error:
                 return str(error)
             if not same_bits(logits, expected):
@@ -296,7 +296,7 @@ def faults_of_a_step(emulated: cuda_emulator.Emulator, expected: mx.array) -> st
 @pytest.fixture
 def expected(emulated: cuda_emulator.Emulator) -> mx.array:
     model = Model("ternary", "bfloat16", layers=1)
-    return model.step([1, 2], *model.caches(33), 33)
+    return model.step([1, 2], *model.caches(33), 33)[0]
 
 
 BROKEN = [
