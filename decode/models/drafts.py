@@ -9,10 +9,11 @@ from typing import Any
 
 from decode.metrics import VERSION
 from decode.models.checkpoint import ROOT, RUNS, Checkpoint, find_model
+from decode.models.formats import READER
 from kernels.backends import backend
 from kernels.device import device_name
 from kernels.errors import UserError
-from kernels.files import read_json
+from kernels.files import CONFIG, read_json
 
 ABOUT, EVALUATION = "draft.json", "evaluation.json"
 SHIPPED = ROOT / "checkpoints"
@@ -50,12 +51,13 @@ def newest_draft(teacher: Checkpoint | None, runs: Path = RUNS) -> Path | None:
 
 def default_draft(teacher: Checkpoint, runs: Path = RUNS) -> Choice:
     """Of the shipped drafts for this teacher and the complete ones under `runs`, the one with the highest speed-up that
-    `distill evaluate` found on this device, replies that loop left out. Where none was evaluated: a shipped one, else
-    the newest.
+    `distill evaluate` found on this device, replies that loop left out. Where none was evaluated: a shipped one, first of
+    all one that reads its teacher's states, else the newest.
 
     Only evaluations count that this version's metrics made. Raises UserError where there is no draft.
     """
     shipped = [path.parent for path in sorted(SHIPPED.glob(f"*/{ABOUT}")) if _made_for(path, teacher)]
+    shipped.sort(key=lambda folder: not _reads_teacher(folder))
     trained = [path.parent for path in drafts_under(runs) if _made_for(path, teacher)]
     speedups = _speedups(runs, [*shipped, *trained], teacher)
     measured = {folder: speedups[hash] for folder, hash in _hashes([*shipped, *trained], speedups)}
@@ -70,6 +72,13 @@ def default_draft(teacher: Checkpoint, runs: Path = RUNS) -> Choice:
     else:
         raise UserError(f"no draft for {teacher.name} under {runs}/ or {SHIPPED.name}/; train one or give --draft")
     return Choice(find_model(str(best), "--draft"), reason)
+
+
+def _reads_teacher(folder: Path) -> bool:
+    try:
+        return read_json(folder / CONFIG).get("model_type") == READER
+    except UserError:
+        return False
 
 
 def _hashes(folders: list[Path], wanted: dict[str, float]) -> Iterator[tuple[Path, str]]:

@@ -46,7 +46,7 @@ class CudaFusedStep:
     constants: dict[str, int]  # of fused_step.cu
 
     EXACT: ClassVar[bool] = False  # sums are in another order than those of the single kernels
-    TAPS: ClassVar[bool] = False
+    TAPS: ClassVar[bool] = True
     # All launches wait for each other through this. MLX does not know that they write to the caches; and two models'
     # at once, each on a part of the multiprocessors, would wait for the other part for ever.
     after: ClassVar[mx.array | None] = None
@@ -55,7 +55,7 @@ class CudaFusedStep:
         self.packets = mx.zeros((0,), mx.uint32)  # for the caches' capacity, made by the first step
         self.exchanges = 0  # that packets were numbered for
         self.slots = SLOTS[0]
-        self.launches: dict[tuple[int, bool, bool], Launch] = {}  # by the arguments of `_prepared`
+        self.launches: dict[tuple[int, bool, bool, bool], Launch] = {}  # by the arguments of `_prepared`
         self.no_ids = mx.zeros((1,), mx.uint32)
         head_scale = self.head.scale if isinstance(self.head, Int8Weight) else self.floats
         weights = self.weights.view(mx.uint8)
@@ -203,10 +203,11 @@ class CudaFusedStep:
         taps: Sequence[int] = (),
     ) -> tuple[mx.array, dict[int, mx.array]]:
         """As the protocol says; new keys and values go into the caches in place."""
-        if taps:
-            raise ValueError("this fused step hands out no states")
-        m = len(tokens)
-        return self._run(self._prepared(m), (m, self.constants["VOCAB"]), tokens, keys, values, offset), {}
+        m, hidden = len(tokens), self.constants["HIDDEN"]
+        shapes = [(m, self.constants["VOCAB"]), *([(len(taps), m, hidden)] if taps else [])]
+        launch = self._prepared(m, taps=bool(taps))
+        logits, *states = self._run(launch, shapes, tokens, keys, values, offset, taps=taps)
+        return logits, {tap: states[0][i] for i, tap in enumerate(taps)}
 
     def greedy_tokens(
         self,
@@ -219,20 +220,21 @@ class CudaFusedStep:
     ) -> mx.array:
         """As the protocol says, by a chain of steps in one launch."""
         launch = self._prepared(1, chain=True, d2t=d2t is not None)
-        return self._run(launch, (count,), tokens, keys, values, offset, count, d2t)
+        return self._run(launch, [(count,)], tokens, keys, values, offset, count, d2t)[0]
 
     def _run(
         self,
         launch: Launch,
-        shape: tuple[int, ...],
+        shapes: list[tuple[int, ...]],
         tokens: Sequence[int] | mx.array,
         keys: list[mx.array],
         values: list[mx.array],
         offset: int,
         count: int = 1,
         d2t: mx.array | None = None,
-    ) -> mx.array:
-        """The launch's output, of this shape."""
+        taps: Sequence[int] = (),
+    ) -> list[mx.array]:
+        """The launch's outputs, of these shapes."""
         given, (sequences, _, capacity, _) = len(tokens), keys[0].shape
         if any(cache.dtype != CACHED for cache in (*keys, *values)):
             raise ValueError(f"caches must be of {CACHED}")
@@ -241,9 +243,10 @@ class CudaFusedStep:
         self._reserve_packets(capacity)
         number = 1 + self.exchanges % (1 << 30)
         self.exchanges += (given + count - 1) * (2 * len(keys) + 1)
+        places = [taps.index(i) if i in taps else -1 for i in range(len(keys))] if taps else []
         inputs = [
             tokens.astype(mx.uint32) if isinstance(tokens, mx.array) else mx.array(list(tokens), mx.uint32),
-            mx.array([offset, capacity, number, given, count], mx.int32),
+            mx.array([offset, capacity, number, given, count, *places], mx.int32),
             self.no_ids if CudaFusedStep.after is None else CudaFusedStep.after,
             self.no_ids if d2t is None else d2t,
             self.packets,
@@ -251,23 +254,23 @@ class CudaFusedStep:
             *keys,
             *values,
         ]
-        (out,) = launch(inputs, [shape])
-        CudaFusedStep.after = out
-        return out
+        outputs = launch(inputs, shapes)
+        CudaFusedStep.after = outputs[0]
+        return outputs
 
-    def _prepared(self, m: int, chain: bool = False, d2t: bool = False) -> Launch:
+    def _prepared(self, m: int, chain: bool = False, d2t: bool = False, taps: bool = False) -> Launch:
         """The launch of a step of m rows, or of a chain of steps of one row."""
-        if (m, chain, d2t) not in self.launches:
-            self.launches[m, chain, d2t] = self._prepare(m, chain, d2t)
-        return self.launches[m, chain, d2t]
+        if (m, chain, d2t, taps) not in self.launches:
+            self.launches[m, chain, d2t, taps] = self._prepare(m, chain, d2t, taps)
+        return self.launches[m, chain, d2t, taps]
 
-    def _prepare(self, m: int, chain: bool, d2t: bool) -> Launch:
+    def _prepare(self, m: int, chain: bool, d2t: bool, taps: bool) -> Launch:
         layers = self.constants["LAYERS"]
         caches = [f"{kind}{i}" for kind in "kv" for i in range(layers)]
         prelude = "".join(
             f"const bfloat16* const {kind}_caches[] = {{{', '.join(f'{kind}{i}' for i in range(layers))}}};\n"
             for kind in "kv"
-        )
+        ) + ("" if taps else "float* const states = nullptr;\n")
         return prepare(
             "fused_step",
             (
@@ -276,7 +279,7 @@ class CudaFusedStep:
                 *zip(FIXED, (array.dtype for array in self.fixed), strict=True),
                 *((name, CACHED) for name in caches),
             ),
-            (("out", mx.uint32 if chain else mx.float32),),
+            (("out", mx.uint32 if chain else mx.float32), *([("states", mx.float32)] if taps else [])),
             (device_attribute(_MULTIPROCESSORS), 1, 1),
             THREADS,
             {
@@ -284,6 +287,7 @@ class CudaFusedStep:
                 "M": m,
                 "CHAIN": chain,
                 "D2T": d2t,
+                "TAPS": taps,
                 **self.most_tiles(),
                 "SLOTS": self.slots[self.constants["KIND"]],
                 "HEAD_SLOTS": self.slots[1],

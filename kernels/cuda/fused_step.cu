@@ -1,6 +1,7 @@
-// The body of the fused step. Constants: M, CHAIN, D2T, KIND, LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, DIM, SUB_NORM,
+// The body of the fused step. Constants: M, CHAIN, D2T, TAPS, KIND, LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, DIM, SUB_NORM,
 // RELU2, VOCAB, INT8_HEAD, EPS and SCALE (bits of floats), EMBEDDING and HEAD (types). request: the offset, the caches'
-// capacity, the number of the first exchange, how many tokens are given and how many to be chosen. `k_caches` and
+// capacity, the number of the first exchange, how many tokens are given and how many to be chosen; with TAPS then of each
+// layer where in `states` what leaves it goes, in blocks of M rows, or -1. `k_caches` and
 // `v_caches` are arrays of pointers made by the caller from inputs; the caches and the packets, though inputs, are
 // written in place: nobody else holds them, and the next step waits for `after`.
 //
@@ -181,8 +182,14 @@ for (int step = 0; step < steps; step++, offset++, number++) {
       finish_tiles<M>(results, number + (which == kOutput ? 1 : which == kDown ? 2 : 0), [&](int tile, int m, int o) {
         const int local = tile * kTile + o;
         const float y = result(local, m);
-        return which == kGateUp ? gated<RELU2>(y, result(tiles * kTile + local, m))
-                                : __fadd_rn(y, results.mine[(tile * M + m) * kTile + o]);
+        if (which == kGateUp) {
+          return gated<RELU2>(y, result(tiles * kTile + local, m));
+        }
+        const float sum = __fadd_rn(y, results.mine[(tile * M + m) * kTile + o]);
+        if (TAPS && which == kDown && request[5 + layer] >= 0) {
+          states[static_cast<int64_t>(request[5 + layer] * M + m) * HIDDEN + (first + tile) * kTile + o] = sum;
+        }
+        return sum;
       });
     }
     number += which == kDown ? 2 : 0;

@@ -83,8 +83,9 @@ class Model:
         mx.eval(out)
         return out[0], out[1]
 
-    def defined(self, tokens: list[int], offset: int) -> mx.array:
-        """What `kernels.reference` gives."""
+    def defined(self, tokens: list[int], offset: int) -> tuple[mx.array, list[mx.array]]:
+        """What `kernels.reference` gives: logits, and what leaves each layer."""
+        states = []
         keys, values = self.caches(offset)
         x = self.embedding[mx.array(tokens)].astype(mx.float32)
         for layer, k, v in zip(self.reference_layers, keys, values, strict=True):
@@ -93,7 +94,8 @@ class Model:
             x = reference.linear(a, layer.o, norm=layer.attention_sub_norm, eps=self.eps, residual=x)
             h = reference.linear(x, layer.gate_up, norm=layer.post_norm, eps=self.eps, epilogue=self.epilogue)
             x = reference.linear(h, layer.down, norm=layer.ffn_sub_norm, eps=self.eps, residual=x)
-        return reference.linear(x, self.reference_head, norm=self.final_norm, eps=self.eps)
+            states.append(x)
+        return reference.linear(x, self.reference_head, norm=self.final_norm, eps=self.eps), states
 
     def chosen_one_by_one(
         self, tokens: list[int], offset: int, count: int, d2t: np.ndarray
@@ -124,7 +126,7 @@ def test_the_fused_step_equals_its_rows_alone_by_bits_and_the_reference_nearly(
     for m in rows:
         for offset in (0, 29, 64) if m < 8 else (25,):
             alone, *caches_alone = model.one_by_one(tokens[:m], offset)
-            assert close(alone, model.defined(tokens[:m], offset), 0.05)
+            assert close(alone, model.defined(tokens[:m], offset)[0], 0.05)
             for seed in (0, *RANDOM_ORDERS):
                 emulated.seed = seed
                 caches = model.caches(offset)
@@ -134,6 +136,28 @@ def test_the_fused_step_equals_its_rows_alone_by_bits_and_the_reference_nearly(
                 for ours, theirs in zip((*caches[0], *caches[1]), (*caches_alone[0], *caches_alone[1]), strict=True):
                     assert same_bits(ours, theirs)
             emulated.seed = 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "head", "m"), [("ternary", "bfloat16", 3), ("int8", "int8", 1)])
+def test_states_of_layers_are_handed_out(kind: str, head: str, m: int, emulated: cuda_emulator.Emulator) -> None:
+    """Nearly the reference's, with the bits of each row alone, and beside logits and caches of the same bits."""
+    model = Model(kind, head)
+    tokens, last = np.random.default_rng(0).integers(0, model.vocab, m).tolist(), len(model.layers) - 1
+    plain, *caches_plain = model.one_by_one(tokens, 29)
+    defined = model.defined(tokens, 29)[1]
+    for taps in ((last,), (0, last)):
+        for emulated.seed in (0, *RANDOM_ORDERS):
+            caches = model.caches(29)
+            logits, states = model.step(tokens, *caches, 29, taps)
+            assert list(states) == list(taps) and same_bits(logits, plain)
+            assert all(same_bits(a, b) for a, b in zip(sum(caches, []), sum(caches_plain, []), strict=True))
+            keys, values = model.caches(29)
+            for i, token in enumerate(tokens):
+                alone = model.step([token], keys, values, 29 + i, taps)[1]
+                assert all(same_bits(alone[tap], states[tap][i : i + 1]) for tap in taps)
+            assert all(close(states[tap], defined[tap], 0.05) for tap in taps)
+        emulated.seed = 0
 
 
 @pytest.mark.slow
@@ -149,7 +173,7 @@ def test_long_rows_and_long_contexts(
     for m, offset in cases:
         tokens = list(range(m))
         alone, *_ = model.one_by_one(tokens, offset)
-        assert close(alone, model.defined(tokens, offset), 0.05)
+        assert close(alone, model.defined(tokens, offset)[0], 0.05)
         for emulated.seed in (0, *RANDOM_ORDERS):
             assert same_bits(model.step(tokens, *model.caches(offset), offset)[0], alone), (m, offset, emulated.seed)
         emulated.seed = 0

@@ -82,6 +82,11 @@ def test_only_complete_drafts_of_this_teacher_count(runs: Path, teacher: Checkpo
     assert default_draft(teacher, runs).draft.folder.name == "b-new"  # the newest, where none was measured here
     make_draft(drafts.SHIPPED / "shipped", mine)
     assert default_draft(teacher, runs).draft.folder.name == "shipped"
+    reader = make_draft(drafts.SHIPPED / "that-reads", mine)
+    config = json.loads((reader / "config.json").read_text()) | {"model_type": "bitdraft_reader"}
+    (reader / "config.json").unlink()
+    (reader / "config.json").write_text(json.dumps(config))
+    assert default_draft(teacher, runs).draft.folder == reader
     evaluated(runs / "deep" / "a-old", runs / "deep" / "a-old", 0.5, teacher)
     choice = default_draft(teacher, runs)
     assert choice.draft.folder.name == "a-old" and "0.50" in choice.reason
