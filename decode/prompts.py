@@ -22,6 +22,7 @@ Message = dict[str, Any]  # role and content; perhaps tool_calls, tool_call_id a
 SURROGATE = re.compile("[\ud800-\udfff]")
 STANDARD_INPUT = "-"  # in place of a file's name
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+TABLES = (".csv", ".tsv")  # are not read: their header and quotes would be sent as prompts
 LIKE_JSON = re.compile(
     r"""\s*( \{\s*( ["'}] | \w+\s*: | $ ) | \[\s*( (\[\s*)*[{"] | $ | (null|\])[\s,\]]*$ ) )""", re.VERBOSE
 )
@@ -58,6 +59,8 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 def read_content(path: Path) -> bytes:
     """What a prompts file holds, or standard input."""
+    if path.name.lower().endswith(TABLES):
+        raise UserError(f"{path}: is a table, which is not read; give JSON (.jsonl, .json) or plain text")
     try:
         content = sys.stdin.buffer.read() if str(path) == STANDARD_INPUT else path.read_bytes()
     except OSError as error:

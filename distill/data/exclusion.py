@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from decode.prompts import TABLES
 from distill.data.documents import Document, LeftOut, normalise_prompt
 from distill.data.duplicates import NearDuplicates
 from distill.data.source_files import (
@@ -41,9 +42,12 @@ class Excluded:
 
 
 def _files(path: Path) -> list[Path]:
-    """Of a folder also each `.json` that lists objects: one that has no prompts is refused, not passed over."""
+    """Of a folder also each `.json` that lists objects: one that has no prompts is refused, not passed over, as a table
+    is."""
     files = source_files(path)
     others = [file for file in visible_files(path) if file not in files] if path.is_dir() else []
+    if table := next((file for file in others if file.name.lower().endswith(TABLES)), None):
+        raise UserError(f"--exclude {table}: is a table, which is not read; give JSON (.jsonl, .json) or lines of .txt")
     return files + [file for file in others if kind_of(file) == ".json" and file.is_file() and lists_objects(file)]
 
 

@@ -189,6 +189,21 @@ def test_bad_files(tmp_path: Path) -> None:
             read_prompts(write(tmp_path / "p.jsonl.packed", pack(b'{"prompt": "a"}\n')))
 
 
+@pytest.mark.parametrize("name", ["p.csv", "P.TSV"])
+def test_tables_are_refused(inside: Command, weak_draft: Path, tmp_path: Path, name: str) -> None:
+    """Their header, quotes and columns would be sent as prompts, and what they exclude would not be found."""
+    (tmp_path / "in").mkdir()
+    table = write(tmp_path / "in" / name, 'prompt,category\n"What is 2, or 3?",maths\n')
+    write(tmp_path / "in" / "p.txt", "Hi\n")
+    inside("decode", "plain", "--prompts", table).refused("decode", str(table), "JSON", "plain text")
+    evaluate = ("distill", "evaluate", "--draft", weak_draft, "--out", tmp_path / "e")
+    inside(*evaluate, "--prompts", table).refused("distill", str(table), "JSON", "plain text")
+    collect = ("distill", "collect", "--source", tmp_path / "in" / "p.txt", "--out", tmp_path / "d")
+    for excluded in (table, table.parent):
+        inside(*collect, "--exclude", excluded).refused("distill", str(table), ".jsonl", ".txt")
+    assert read_prompts(write(tmp_path / "csv.md", "a,b\n"))[0].messages[0]["content"] == "a,b"
+
+
 @pytest.mark.parametrize(
     ("content", "lines"),
     [
