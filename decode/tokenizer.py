@@ -113,11 +113,10 @@ class Tokenizer:
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a text as it is, behind the BOS token where the tokenizer puts one; a text that begins with it
-        does not get it twice."""
-        ids: list[int] = self._wrapped.encode(text)
-        if self._added_bos and ids[1:2] == self._added_bos:
-            del ids[0]
-        return self._checked(ids)
+        does not get it twice. An end token that the tokenizer puts behind every text is left out: prompts, and parts of
+        a text that was cut, go on."""
+        ids, before = self._encode(text), self._put_before
+        return self._checked(ids if ids[: len(before)] == before else before + ids)
 
     def encode_turns(self, turns: list[str], where: str = "a conversation") -> list[list[int]]:
         """What stands before each reply to a user's turns that are answered one after the other: the prompt of the
@@ -215,10 +214,10 @@ class Tokenizer:
         return ids
 
     @cached_property
-    def _added_bos(self) -> list[int]:
-        """The BOS token, where the tokenizer puts it before every text."""
-        first: list[int] = self._wrapped.encode("")[:1]
-        return first if first == [self._wrapped.bos_token_id] else []
+    def _put_before(self) -> list[int]:
+        """What the tokenizer puts before every text: its BOS token, or nothing."""
+        encoded = self._backend.encode(PROBE)
+        return list(encoded.ids[: encoded.special_tokens_mask.index(0)])
 
     @property
     def _reply_end(self) -> list[int]:

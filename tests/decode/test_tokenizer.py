@@ -15,7 +15,7 @@ from conftest import ROOT, TEACHER, Command, changed_copy, unsealed
 from decode.tokenizer import Tokenizer
 from distill.data.reply_dataset import Replies
 
-BOS = 1
+BOS, EOS = 1, 2
 LINES = ("One line of a reply that is said.", "  two spaces, and more of it", "- naïve 東京 🙂👩‍👩‍👧", "", " the end ")
 
 
@@ -117,6 +117,42 @@ def test_raw_prompts_and_sources_have_the_bos_token_once(llama: Path, inside: Co
     (folder,) = tmp_path.glob("replies-*")
     examples = Replies.open(folder).read(0)
     assert [int(np.sum(example.tokens == BOS)) for example in examples] == [1] * len(examples) and examples
+
+
+def test_no_end_token_stands_behind_a_prompt_or_within_a_text(llama: Path, inside: Command, tmp_path: Path) -> None:
+    """As tokenizers put it there that were saved with `add_eos_token`: a reply would go on behind its own end."""
+    content = json.loads((llama / "tokenizer.json").read_text())
+    after = content["post_processor"]
+    after["single"].append({"SpecialToken": {"id": "</s>", "type_id": 0}})
+    after["special_tokens"]["</s>"] = {"id": "</s>", "ids": [EOS], "tokens": ["</s>"]}
+    ending = changed_copy(llama, tmp_path / "ending", tokenizer__json=json.dumps(content).encode())
+    for raw in ([], ["--raw"]):  # without a chat template a prompt is given bare too
+        replies = []
+        for teacher in (llama, ending):
+            options = ("--teacher", teacher, "--prompt", "Once upon a time", "--max-tokens", 4, "--json", "-")
+            done = inside("decode", "plain", *options, *raw)
+            assert done.code == 0, done.err
+            replies.append([(o["prompt_tokens"], o["token_ids"]) for o in json.loads(done.out)["outputs"]])
+        assert replies[0] == replies[1]
+    assert Tokenizer(ending).encode_text("Once</s>") == [*Tokenizer(llama).encode_text("Once"), EOS]  # as asked for
+
+    after["single"] = after["single"][1:]  # it ends texts, and begins none
+    about = json.loads((llama / "tokenizer_config.json").read_text()) | {"bos_token": "</s>"}
+    only = changed_copy(
+        llama,
+        tmp_path / "only",
+        tokenizer__json=json.dumps(content).encode(),
+        tokenizer_config__json=json.dumps(about).encode(),
+    )
+    assert Tokenizer(only).encode_text("<unk>") == [0]
+
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "Once upon a time. " * 100}) + "\n")
+    options = ("--tokens", 200, "--seq-len", 64, "--batch", 1, "--source", tmp_path / "text.jsonl")
+    done = inside("distill", "collect", "--teacher", ending, *options, "--out", tmp_path / "d", "-q")
+    assert done.code == 0, done.err
+    (folder,) = tmp_path.glob("replies-*")
+    examples = Replies.open(folder).read(0)
+    assert len(examples) > 1 and not any(EOS in example.tokens for example in examples)
 
 
 @pytest.mark.slow
