@@ -30,6 +30,7 @@ STRFTIME_NOW = """\
 DIRECTIVES = [f"%{dash}{letter}" for letter in "aAwdbBmyYHIlkpMSfzZjUWcxXFTDReGuVhCsP" for dash in ("", "-")]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 MORE_FILES = ("special_tokens_map.json", "added_tokens.json")  # which a folder may have beside them
+TOLD = ("system", "developer", "user", "tool")  # whose words a template keeps: of an assistant's, thoughts may go
 UNUSED = ("version", "truncation", "padding")  # in a tokenizer.json: each call says what it wants of them
 LINE_END = re.compile("\r\n|\r")
 PLACE = "bitdraft-holds-this-place"  # stands for a text that is still to be written
@@ -232,12 +233,12 @@ class Tokenizer:
             if any(isinstance(message["content"], list) for message in messages) and not self._reads_parts:
                 raise ValueError("it does not read content in parts; give it as one string")
             names = [name for message in messages for name in called_functions(message)]
-            told = [text_of(message) for message in messages if message["role"] in ("system", "developer")]
+            told = [(message["role"], text_of(message)) for message in messages if message["role"] in TOLD]
             text = self._templated(messages, add_generation_prompt)
             if missing := [name for name in names if name not in text]:
                 raise ValueError(f"it leaves out calls of tools ({missing[0]})")
-            if any(max(map(str.strip, one.splitlines()), key=len, default="") not in text for one in told):
-                raise ValueError("it leaves out what the system says")
+            if deaf := next((role for role, said in told if not _says(text, said)), None):
+                raise ValueError(f"it leaves out what the {deaf} says")
             return text
         except Exception as error:  # it is a program of the checkpoint's: roles that do not take turns, or any mistake
             raise UserError(f"{where}: the chat template refuses it: {first_line(error)}") from error
@@ -290,6 +291,19 @@ class Tokenizer:
     def streamer(self, printed: Sequence[int] = ()) -> Streamer:
         """printed: tokens of a text that is gone on with, so that a space at the border is kept."""
         return Streamer(self, printed)
+
+
+def _says(text: str, said: str) -> bool:
+    """Whether a text has the lines of another, one after the other, whatever white space is between them; or all of it
+    as a string of JSON, as templates write what a tool says."""
+    if json.dumps(said, ensure_ascii=False) in text:
+        return True
+    at = 0
+    for line in map(str.strip, said.splitlines()):
+        if (at := text.find(line, at)) < 0:
+            return False
+        at += len(line)
+    return True
 
 
 def _declared_ends(folder: Path) -> set[int]:

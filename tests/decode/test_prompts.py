@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, TEACHER, Command, changed_copy
+from conftest import ROOT, TEACHER, Command, Result, changed_copy
 
 from decode.prompts import Prompt, gather_prompts, make_prompt, read_prompts
 from decode.tokenizer import Tokenizer
@@ -319,14 +319,15 @@ def test_tool_turns_where_the_template_writes_them(tokenizer: Tokenizer, tmp_pat
 def test_the_template_is_told_one_time_a_run(tmp_path: Path) -> None:
     dated = (
         "{{ strftime_now('%d %b %Y, %-H') }}{% macro hour() %}{{ strftime_now('%H:%M:%S') }}{% endmacro %} {{ hour() }}"
+        " {{ messages[0].content }}"
     )
     prompt = make_prompt("Hi", "1")
     told = templated(tmp_path / "m", dated)
     time = datetime.fromisoformat(str(told.template_time))
     assert abs(datetime.now() - time).total_seconds() < 60
-    assert told.decode(told.encode_prompt(prompt)) == time.strftime("%d %b %Y, %-H %H:%M:%S")
+    assert told.decode(told.encode_prompt(prompt)) == time.strftime("%d %b %Y, %-H %H:%M:%S Hi")
     then = Tokenizer(tmp_path / "m", "2024-02-03T04:05:06")
-    assert then.decode(then.encode_prompt(prompt)) == "03 Feb 2024, 4 04:05:06"
+    assert then.decode(then.encode_prompt(prompt)) == "03 Feb 2024, 4 04:05:06 Hi"
 
 
 @pytest.mark.slow
@@ -390,6 +391,32 @@ def test_a_system_turn_is_written_or_refused(tmp_path: Path) -> None:
     ):
         deaf.encode_prompt(first)
     assert deaf.decode(deaf.encode_prompt(others[0])) == "Ho"
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "{{ m.content.split('\\n')[0] }}",  # as a template does that was made for one line
+        "{{ m.content[:12] }}",
+        "{% if m.role != 'tool' %}{{ m.content }}{% endif %}",
+    ],
+)
+def test_what_the_user_says_is_written_or_refused(
+    inside: Command, small_teacher: Path, tmp_path: Path, written: str
+) -> None:
+    messages = [{"role": "user", "content": "  Add this up:\n\n  2\n  3 \n"}, {"role": "tool", "content": '"5"\nor so'}]
+    path = write(tmp_path / "p.jsonl", '{"prompt": "Hi"}\n' + json.dumps({"messages": messages}) + "\n")
+    config = json.loads((TEACHER / "tokenizer_config.json").read_text())
+    every = "{%% for m in messages %%}%s;{%% endfor %%}"
+
+    def decoded(name: str, template: str) -> Result:
+        config["chat_template"] = every % template
+        teacher = changed_copy(small_teacher, tmp_path / name, tokenizer_config__json=json.dumps(config).encode())
+        return inside("decode", "plain", "--teacher", teacher, "--prompts", path, "--max-tokens", 1)
+
+    decoded("deaf", written).refused("decode", "p.jsonl: line 2", "chat template", "leaves out")
+    told = decoded("told", "{{ m.content | tojson if m.role == 'tool' else m.content | trim }}")
+    assert told.code == 0, told.err
 
 
 @pytest.mark.parametrize(
