@@ -244,6 +244,7 @@ def _memory() -> Iterator[Check]:
 def _teacher(name: str | None) -> Iterator[Check]:
     from decode.metal import limit_memory
     from decode.models.checkpoint import find_teacher
+    from decode.prompts import Prompt
     from decode.tokenizer import Tokenizer
 
     limit_memory()
@@ -255,6 +256,8 @@ def _teacher(name: str | None) -> Iterator[Check]:
         tokenizer = Tokenizer(checkpoint.folder)
         ids = tokenizer.encode_text(TEXT)
         same = tokenizer.decode(ids).strip() == TEXT
+        turn = {"role": "user", "content": TEXT.replace(". ", ".\n")}
+        tokenizer.encode_prompt(Prompt([turn], "", where="a known text"))
     except Exception as error:
         yield Check("tokenizer", "FAILED", f"{checkpoint.folder}: {first_line(error)}")
         return

@@ -62,6 +62,11 @@ class Tokenizer:
         except Exception as error:  # several libraries read the files; `tokenizers` raises Exception itself
             _check_files(folder)
             raise UserError(f"{folder}: the tokenizer cannot be loaded: {first_line(error)}") from error
+        template = self._wrapped.chat_template if self._wrapped.has_chat_template else None
+        used = template.get("default") if isinstance(template, dict) else template
+        if isinstance(used, str) and not used.strip():
+            own = folder / "chat_template.jinja"  # goes before the one in the other file
+            raise UserError(f"{own if own.exists() else folder / TOKENIZER_FILES[1]}: its chat template is empty")
         self.folder = folder
         self._time = (
             datetime.now().replace(microsecond=0) if template_time is None else datetime.fromisoformat(template_time)

@@ -128,6 +128,15 @@ def test_a_broken_teacher_is_named(command: Command, tmp_path: Path) -> None:
     assert done.code == 1 and json.loads(done.out)["failed"] == ["tokenizer"]
 
 
+@pytest.mark.parametrize("template", ["", "{% for m in messages %}{{ m.content.split('\\n')[0] }}{% endfor %}"])
+def test_a_template_that_writes_nothing_is_named(small_teacher: Path, tmp_path: Path, template: str) -> None:
+    """Empty, or of the first line of a turn only."""
+    teacher = changed_copy(small_teacher, tmp_path / "teacher", chat_template__jinja=template.encode())
+    failed = [check for check in doctor._teacher(str(teacher)) if check.status == "FAILED"]
+    assert [check.name for check in failed] == ["tokenizer"]
+    assert str(teacher) in failed[0].detail and "template" in failed[0].detail
+
+
 @pytest.mark.slow
 def test_no_network_is_asked(work: Path) -> None:
     """A Hub name that was never downloaded is named, and nothing is fetched."""

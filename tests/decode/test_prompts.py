@@ -429,6 +429,19 @@ def test_a_template_that_refuses_is_one_line(tmp_path: Path, template: str, comp
         picky.encode_prompt(Prompt([{"role": "user", "content": "a"}], "p7"))
 
 
+def test_an_empty_template_is_named(inside: Command, small_teacher: Path, tmp_path: Path) -> None:
+    prompts = write(tmp_path / "p.jsonl", '{"prompt": "Hi"}\n')
+    about = json.loads((TEACHER / "tokenizer_config.json").read_text())
+    for i, (name, content) in enumerate(
+        [("chat_template.jinja", ""), ("tokenizer_config.json", json.dumps(about | {"chat_template": " \n"}))]
+    ):
+        files = {name.replace(".", "__"): content.encode()}
+        teacher = changed_copy(small_teacher, tmp_path / f"t{i}", **files)
+        for command in ("decode plain --prompts", f"distill collect --out {tmp_path / 'd'} --source"):
+            program, *options = command.split()
+            inside(program, *options, prompts, "--teacher", teacher).refused(program, str(teacher / name), "empty")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("declared", "ends"), [("[2, 5]", {2, 5}), ("7", {2, 7}), ("null", {2})])
 def test_end_tokens(tmp_path: Path, declared: str, ends: set[int]) -> None:
