@@ -30,8 +30,27 @@ BESIDE_MODELS = {"added_tokens.json", "vocab.json", "chat_template.json", "publi
 }  # fmt: skip
 
 
+def check_file(path: Path) -> None:
+    """UserError where something else stands in a file's place: a link that leads nowhere would be taken for no file,
+    and a pipe be waited for."""
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path}: is a link that leads nowhere")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is no file but a folder, pipe, socket or device")
+
+
+def read_bytes(path: Path) -> bytes:
+    """What a file holds. UserError where it cannot be read."""
+    check_file(path)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, perhaps behind a byte order mark, or a UserError that names it."""
+    check_file(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -57,6 +76,7 @@ def json_hash(content: Any) -> str:
 def read_json_lines(path: Path) -> list[Any]:
     """The values of a file that has one a line, or a UserError that names it; a line that a kill cut short is left
     out."""
+    check_file(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
@@ -69,7 +89,8 @@ def read_json_lines(path: Path) -> list[Any]:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
+    """Hex digest of a file's content. UserError where it is no file."""
+    check_file(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -24,7 +24,7 @@ from decode.models.hub import fetch_by_name
 from decode.models.transformer import Precision, Transformer
 from kernels import UserError, swap_bitlinear
 from kernels.errors import first_line
-from kernels.files import CONFIG, expanded, json_hash, own_name, read_json
+from kernels.files import CONFIG, check_file, expanded, json_hash, own_name, read_json
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEFAULT_TEACHER = ROOT / "checkpoints" / "bitnet-smol-116m"
@@ -190,6 +190,9 @@ def find_model(name: str, option: str) -> Checkpoint:
         folder = _from_hub(name, option)
     if not folder.is_dir():
         raise UserError(f"{option} {name}: {GGUF if folder.suffix == '.gguf' else 'not a folder'}")
+    for path in sorted(folder.glob("*")):
+        if path.suffix in (".json", ".jinja", ".safetensors") and not path.name.startswith("."):
+            check_file(path)
     if not (folder / "config.json").exists() and (any(folder.glob("*.gguf")) or name.lower().endswith("gguf")):
         raise UserError(f"{option} {name}: {GGUF}")
     config = _with_rope(read_json(folder / "config.json"))

@@ -333,6 +333,28 @@ def test_a_byte_order_mark_before_a_models_files(
     assert ids[0] == ids[1] and prompts[0] == prompts[1]
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "generation_config.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "model.safetensors.index.json",
+    ],
+)
+def test_links_that_lead_nowhere_are_named(
+    inside: Command, weak_draft: Path, small_teacher: Path, tmp_path: Path, name: str
+) -> None:
+    """Or round in a circle: what they stand for would be left out without a word, a chat template for one."""
+    for i, (folder, target) in enumerate([(small_teacher, name), (weak_draft, "nowhere")]):
+        broken = changed_copy(folder, tmp_path / f"m{i}", **{name.replace(".", "__"): None})
+        (broken / name).symlink_to(target)
+        option = ("plain", "--teacher", broken) if folder == small_teacher else ("spec", "--draft", broken)
+        inside("decode", *option, "--prompt", "a").refused("decode", f"{broken / name}: is a link that leads nowhere")
+
+
 def test_names_with_glob_characters(inside: Command, weak_draft: Path, small_teacher: Path, tmp_path: Path) -> None:
     """Beside the names that they would find as patterns: what is decoded, converted and drafted is the named model."""
     options = ("--prompt", "Hi", "--max-tokens", 6, "-q", "--json", "-")
