@@ -21,7 +21,7 @@ from safetensors.numpy import save as save_tensors
 from distill.data.codec import Layout, Tensors
 from distill.data.manifest import FORMAT, MANIFEST, SHARD_FILE, DatasetSettings, Entry, Manifest
 from kernels.errors import UserError
-from kernels.files import OF_SYSTEMS, TEMPORARY, lock_folder, make_folder, write_atomic
+from kernels.files import OF_SYSTEMS, TEMPORARY, check_file, lock_folder, make_folder, read_bytes, write_atomic
 
 _TEMPORARY = re.compile(rf"{re.escape(TEMPORARY)}(manifest\.json|(shard|reply)-\d+\.safetensors)")
 
@@ -82,8 +82,8 @@ class Writer:
         path = self.folder / MANIFEST
         names = {path.name for path in self.folder.iterdir()}
         for name in sorted(names):
-            if (SHARD_FILE.fullmatch(name) or _TEMPORARY.fullmatch(name)) and (self.folder / name).is_dir():
-                raise UserError(f"{self.folder / name}: is a folder, where a file belongs; move it elsewhere")
+            if (SHARD_FILE.fullmatch(name) or _TEMPORARY.fullmatch(name)) and (self.folder / name).exists():
+                check_file(self.folder / name)
         if MANIFEST in names:
             self._resume(mixed, changed)
         elif foreign := sorted(name for name in names - OF_SYSTEMS if not _TEMPORARY.fullmatch(name)):
@@ -210,10 +210,7 @@ class Reader:
         """The tensors of the i-th listed file. Raises UserError naming a file that is missing or changed."""
         entry = self.shards[i]
         path = self.folder / entry.file
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        data = read_bytes(path)
         if len(data) != entry.bytes:
             raise UserError(f"{path}: has {len(data)} bytes, the manifest says {entry.bytes}")
         if verify and hashlib.sha256(data).hexdigest() != entry.sha256:

@@ -11,6 +11,7 @@ from typing import Any
 
 from distill.data.settings import MOST_DRAWS, CollectSettings, complete_settings
 from kernels.errors import UserError
+from kernels.files import check_file
 
 MANIFEST = "manifest.json"
 FORMAT = 4
@@ -254,8 +255,11 @@ class Manifest:
             raise UserError(f"{folder}: no such dataset folder")
         wrong = DamagedManifest if any(SHARD_FILE.fullmatch(file.name) for file in folder.iterdir()) else UserError
         try:
+            check_file(path)
             data = path.read_bytes()
             content = json.loads(data)
+        except UserError as error:
+            raise wrong(str(error)) from None
         except FileNotFoundError:
             raise wrong(f"{path}: missing, so this is not a dataset") from None
         except OSError as error:

@@ -10,6 +10,7 @@ from distill.data import codec
 from distill.data.dataset import Coded, Reader, Writer
 from distill.data.manifest import FORMAT, Entry, Omission
 from kernels.errors import UserError, first_line
+from kernels.files import check_file
 
 EXAMPLES_PER_FILE = 128
 
@@ -105,6 +106,7 @@ class Replies(Reader):
     def tokens_at(self, i: int, start: int, count: int) -> np.ndarray:
         """Some tokens of the i-th listed file, int32 [count], its hash taken on trust."""
         path, dtype = self.folder / self.shards[i].file, codec.token_type(self.settings.vocab_size)
+        check_file(path)
         try:
             with path.open("rb") as file:
                 header = int.from_bytes(file.read(8), "little")

@@ -29,6 +29,7 @@ from kernels.device import device_name, versions
 from kernels.files import (
     append_line,
     cannot_write,
+    check_file,
     check_unchanged,
     finish_replacing,
     listed_files,
@@ -236,6 +237,7 @@ def _in_the_way(path: Path) -> UserError:
 
 def _first_object(path: Path) -> dict[str, Any]:
     """The JSON object that a file is, or that is on its first line; an empty one where there is none."""
+    check_file(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
         value = json.loads(text.partition("\n")[0] if path.suffix == ".jsonl" else text)

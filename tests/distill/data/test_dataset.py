@@ -2,12 +2,16 @@
 
 import hashlib
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import Command, changed_copy
 from safetensors.numpy import save
+from synthetic import dataset, teacher_folder
 
 from distill.data.inspection import verify
 from distill.data.manifest import DatasetSettings
@@ -57,6 +61,53 @@ def test_replies(tmp_path: Path, vocab_size: int) -> None:
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
     with pytest.raises(UserError, match="reply-00001"):
         replies.read(1)
+
+
+def in_time(seconds: int = 20) -> None:
+    """Ends a test that waits for ever."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+
+
+def test_a_pipe_in_a_files_place_is_named(
+    small_teacher: Path, weak_draft: Path, inside: Command, tmp_path: Path
+) -> None:
+    """Nobody waits for what may come out of it."""
+    shards = dataset(tmp_path / "shards", teacher_folder(tmp_path / "teacher"))
+    with ReplyWriter.open(tmp_path / "replies", reply_settings()) as writer:
+        writer.write(make_replies(0))
+        writer.finish()
+    in_time()
+    try:
+        for path in (shards / "shard-00001.safetensors", tmp_path / "replies" / "reply-00000.safetensors"):
+            path.unlink()
+            os.mkfifo(path)
+            found = inside("distill", "verify", path.parent)
+            assert found.code == 1 and f"{path.name}: is no file" in found.out + found.err
+            inside("distill", "inspect", path.parent).refused("distill", f"{path}: is no file")
+            inside("distill", "verify", "--repair", path.parent).refused("distill", f"{path}: is no file")
+            manifest = path.with_name("manifest.json")
+            manifest.unlink()
+            os.mkfifo(manifest)
+            inside("distill", "inspect", path.parent).refused("distill", f"{manifest}: is no file")
+        for name, option, model in (
+            ("config.json", "--teacher", small_teacher),
+            ("model.safetensors", "--teacher", small_teacher),
+            ("draft.json", "--draft", weak_draft),
+        ):
+            left_out = {name.replace(".", "__"): None}
+            path = changed_copy(model, tmp_path / f"with-{name}", **left_out) / name
+            os.mkfifo(path)
+            inside("distill", "evaluate", option, path.parent).refused("distill", f"{path}: is no file")
+        os.mkfifo(tmp_path / "evaluation.json")
+        options = ("--draft", weak_draft, "--out", tmp_path)
+        inside("distill", "evaluate", *options).refused("distill", f"{tmp_path / 'evaluation.json'}: is no file")
+    finally:
+        signal.alarm(0)
 
 
 def test_replies_resume(tmp_path: Path) -> None:
