@@ -169,10 +169,11 @@ def _check_recipe(folder: Path, about: Metadata) -> None:
 def _check_evaluation(folder: Path, subject: Subject, draft: str, force: bool) -> None:
     """The evaluation beside a draft is its own, and found the teacher's text. draft: the hash of its weights."""
     path, found = folder / EVALUATION, subject.evaluation
-    if not found:
+    if not path.is_file():
         return
-    identity = found.get("identity")
-    of = identity if isinstance(identity, dict) else {}
+    of = found.get("identity")
+    if not isinstance(of, dict):
+        raise UserError(f"{path}: was not written by `distill evaluate`; move it elsewhere")
     for name, wanted in (("draft", draft), ("teacher", subject.get("teacher", "hash"))):
         if of.get(name) != wanted:
             known = f" than draft.json names ({subject.get('teacher', 'name')})" if name == "teacher" else ""

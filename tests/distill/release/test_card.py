@@ -268,6 +268,14 @@ def test_what_belongs_to_another_draft_is_not_published(tmp_path: Path) -> None:
         prepare(folder, REPO, force=True)
 
 
+def test_a_report_of_others_is_not_published(inside: Command, tmp_path: Path) -> None:
+    """An evaluation.json that another program wrote would stand beside a card that says there was none."""
+    folder = make_draft(tmp_path / "d")
+    (folder / EVALUATION).write_text("{}")
+    done = inside("distill", "publish", "--draft", folder, "--repo", REPO, "--dry-run", "--force")
+    done.refused("distill", str(folder / EVALUATION))
+
+
 @pytest.mark.parametrize(
     ("name", "changed", "complaint"),
     [
