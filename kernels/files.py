@@ -345,11 +345,11 @@ def replacing_files(folder: Path, record: str) -> Iterator[Path]:
     finish_replacing(folder, record)
 
 
-def finish_replacing(folder: Path, record: str) -> None:
-    """Let the files take their places that a kill kept from it."""
+def finish_replacing(folder: Path, record: str) -> bool:
+    """Let the files take their places that a kill kept from it; whether there were any."""
     whole = _waiting(folder, "whole", record)
     if not whole.is_dir():
-        return
+        return False
     waiting = {path.name for path in whole.iterdir()}
     if record in waiting:  # else the folder's is the new one already, and lists what has taken its place
         gone = listed_files(folder / record).keys() - waiting
@@ -359,6 +359,7 @@ def finish_replacing(folder: Path, record: str) -> None:
         (whole / name).replace(folder / name)
     sync(folder)
     whole.rmdir()
+    return True
 
 
 def _waiting(folder: Path, how: str, record: str) -> Path:

@@ -202,7 +202,7 @@ def check_evaluation_folder(out: Path) -> None:
 def _check_own(out: Path) -> None:
     """Refuse files with the names of results that are not ours, or not as we wrote them: the report lists the page and
     the pictures by their hashes. Beside a report of an older version, which does not, they are taken as ours."""
-    finish_replacing(out, REPORT)
+    placed = finish_replacing(out, REPORT)
     for name, key in ((REPORT, "acceptance_rate"), (UNFINISHED, "identity")):
         if (out / name).exists() and key not in _first_object(out / name):
             raise _in_the_way(out / name)
@@ -213,6 +213,8 @@ def _check_own(out: Path) -> None:
             check_unchanged(path, listed[path.name])
         elif path.exists() and not (older and path.is_file()):
             raise _in_the_way(path)
+    if placed and _first_object(out / REPORT).get("complete") is True:  # a kill kept its replies from going
+        (out / UNFINISHED).unlink(missing_ok=True)
 
 
 def _check_subject(out: Path, draft: Checkpoint, measured: dict[str, Any], note: Callable[[str], None]) -> None:

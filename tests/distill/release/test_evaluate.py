@@ -382,6 +382,7 @@ def test_results_that_were_edited_stay(
                 raise Killed
             return replace(path, target)
 
+        (tmp_path / evaluation.UNFINISHED).write_text('{"identity": {}}\n')  # goes with the report of all replies
         with monkeypatch.context() as patch:
             patch.setattr(Path, "replace", replaced)
             with pytest.raises(Killed):
