@@ -41,10 +41,12 @@ def command(context: typer.Context) -> None:
     from distill.data.ranks import Launch
 
     launch = Launch.found()
-    if launch is not None and context.invoked_subcommand != "collect":
+    if launch is not None and context.invoked_subcommand not in ("collect", "train"):
         if launch.rank:  # rank 0 has said it
             raise typer.Exit(2)
-        raise UserError(f"{context.invoked_subcommand} is one process's work: only collect runs under mlx.launch")
+        raise UserError(
+            f"{context.invoked_subcommand} is one process's work: only collect and train run under mlx.launch"
+        )
 
 
 class StageName(StrEnum):
@@ -243,12 +245,19 @@ def train(
     checkpoint by held-out loss is kept.
 
     Ctrl-C leaves a usable draft; the same command goes on where it stopped, and trains nothing where it has finished.
+    Under mlx.launch all ranks compute gradients, each of its part of a step's rows; rank 0 reads and writes.
     """
+    from distill.data.ranks import Launch, Ranks
     from distill.data.shards import dataset_to_train_on
+    from distill.provenance import this_machine
     from distill.training.checkpoint import load
+    from distill.training.parallel import assist, introduction
     from distill.training.run import default_folder
     from distill.training.run import train as run_training
 
+    launch = Launch.found()
+    if launch is not None and launch.rank:
+        assist(launch, find_teacher(teacher))
     check_json_target(json_file, folders=[out])
     checkpoint = find_teacher(teacher)
     if not data:
@@ -258,8 +267,10 @@ def train(
     settings = settings.for_teacher(checkpoint.config) if start is None else settings.like(load(start).config)
     out = out or default_folder(settings, data, checkpoint.name, checkpoint.weights_hash, start)
     try:
-        with keep_awake():
-            summary = run_training(data, checkpoint.folder, out, settings, quiet=quiet, init=start)
+        with keep_awake(), Ranks.gather(launch, this_machine(), mixed=False) as ranks:
+            if ranks.connections:
+                ranks.admit(introduction(checkpoint))
+            summary = run_training(data, checkpoint.folder, out, settings, quiet=quiet, init=start, ranks=ranks)
     except KeyboardInterrupt as error:
         raise Interrupted(str(error)) from None
     figures = {name: str(value) if isinstance(value, Path) else value for name, value in vars(summary).items()}

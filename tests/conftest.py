@@ -134,6 +134,14 @@ def small_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def text_dataset(small_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the small teacher says of a few texts."""
+    from collected import collect_into
+
+    return collect_into(tmp_path_factory.mktemp("data") / "dataset", small_teacher, "wiki")
+
+
 def changed_copy(source: Path, target: Path, **replaced: bytes | None) -> Path:
     """A model folder of links to another's files; `name__ext=content` replaces or (None) leaves out a file."""
     target.mkdir(parents=True)

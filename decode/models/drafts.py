@@ -51,8 +51,8 @@ def newest_draft(teacher: Checkpoint | None, runs: Path = RUNS) -> Path | None:
 
 def default_draft(teacher: Checkpoint, runs: Path = RUNS) -> Choice:
     """Of the shipped drafts for this teacher and the complete ones under `runs`, the one with the highest speed-up that
-    `distill evaluate` found on this device, replies that loop left out. Where none was evaluated: a shipped one, one that
-    reads its teacher's states before others, else the newest.
+    `distill evaluate` found on this device, replies that loop left out. Where none was evaluated: a shipped one, those
+    that read their teacher's states before others, else the newest.
 
     Only evaluations count that this version's metrics made. Raises UserError where there is no draft.
     """

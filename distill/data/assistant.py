@@ -10,19 +10,16 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NoReturn
 
-import mlx.core as mx
-
 from decode.batching import Batch, Job
 from decode.keep_awake import keep_awake
 from decode.models.checkpoint import Checkpoint, find_teacher
 from distill.data.collect import Collector, Plan, of_teacher
 from distill.data.manifest import DatasetSettings
-from distill.data.ranks import KEPT, Connection, Gone, Launch, Message, connect, ignore_signals
+from distill.data.ranks import Connection, Ended, Gone, Launch, Message, serve
 from distill.data.settings import CollectSettings
 from distill.data.shards import coded
 from distill.data.sharing import Part, blocks, unpacked
 from distill.provenance import this_machine
-from kernels.errors import UserError
 
 
 def introduction(checkpoint: Checkpoint, settings: CollectSettings, scores_only: bool) -> dict[str, dict[str, Any]]:
@@ -38,45 +35,13 @@ def introduction(checkpoint: Checkpoint, settings: CollectSettings, scores_only:
     }
 
 
-class _Ended(Exception):
-    """Rank 0 says that all is over, and with which exit code."""
-
-    def __init__(self, code: int) -> None:
-        self.code = code
-
-
 class _Dropped(Exception):
     """Rank 0 has no use any more for the replies that it asked for."""
 
 
 def assist(launch: Launch, teacher: str | None, settings: CollectSettings, scores_only: bool) -> NoReturn:
-    """Be a rank other than 0, and end this process: with rank 0's exit code, and without a word, which it has."""
-    try:
-        rank_0 = connect(launch)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    try:
-        code = _Assistant(rank_0).run(find_teacher(teacher), settings, scores_only)
-        ignore_signals()
-    except BaseException as error:
-        ignore_signals()
-        with suppress(Gone):
-            if isinstance(error, UserError):
-                code = 2
-                rank_0.send({"error": str(error)})
-            elif isinstance(error, KeyboardInterrupt):
-                code = 130
-                rank_0.send({"interrupted": True})
-            elif isinstance(error, Gone):
-                if launch.rank == 1:  # one line is enough
-                    raise UserError(f"rank 0 of {launch.size} (at {launch.host}) has ended; {KEPT}") from None
-                code = 2
-            else:
-                raise
-    rank_0.close()
-    with suppress(Exception):  # a process that exits while MLX's threads run is aborted
-        mx.synchronize()
-    raise SystemExit(code)
+    """Be a rank other than 0, and end this process with rank 0's exit code."""
+    serve(launch, lambda rank_0: _Assistant(rank_0).run(find_teacher(teacher), settings, scores_only))
 
 
 class _Assistant:
@@ -88,20 +53,17 @@ class _Assistant:
         self._jobs: deque[tuple[int, Job]] = deque()
         rank_0.listen(self._inbox, 0)
 
-    def run(self, checkpoint: Checkpoint, settings: CollectSettings, scores_only: bool) -> int:
-        """Work until rank 0 ends it; with which exit code. Raises Gone where rank 0 has."""
+    def run(self, checkpoint: Checkpoint, settings: CollectSettings, scores_only: bool) -> NoReturn:
+        """Work until rank 0 ends it (Ended), or has ended (Gone)."""
         mine = introduction(checkpoint, settings, scores_only)
         self.rank_0.send({"introduction": mine, "slots": settings.reply_batch})
-        try:
-            begin, _ = self._next()
-            values = begin["settings"]
-            settings = replace(settings, **values | {"temperatures": tuple(values["temperatures"])})
-            told = DatasetSettings(begin["dataset"])
-            collector = Collector(Plan(checkpoint, settings, Path(), told, Path(), told, sources=None))
-            with keep_awake():
-                self._work(collector)
-        except _Ended as end:
-            return end.code
+        begin, _ = self._next()
+        values = begin["settings"]
+        settings = replace(settings, **values | {"temperatures": tuple(values["temperatures"])})
+        told = DatasetSettings(begin["dataset"])
+        collector = Collector(Plan(checkpoint, settings, Path(), told, Path(), told, sources=None))
+        with keep_awake():
+            self._work(collector)
 
     def _work(self, collector: Collector) -> NoReturn:
         settings, scorer = collector.plan.manifest, collector.scorer()
@@ -166,5 +128,5 @@ class _Assistant:
         if message is None:
             raise Gone
         if "end" in message:
-            raise _Ended(message["end"])
+            raise Ended(message["end"])
         return message, data

@@ -15,11 +15,13 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
+
+import mlx.core as mx
 
 from kernels.console import Interrupted
 from kernels.errors import UserError
@@ -38,6 +40,13 @@ Message = dict[str, Any]
 
 class Gone(Exception):
     """The other end of a connection has ended."""
+
+
+class Ended(Exception):
+    """Rank 0 says that all is over, and with which exit code."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -171,6 +180,41 @@ def connect(launch: Launch) -> Connection:
         except Gone:
             pass
         time.sleep(0.1)
+
+
+def serve(launch: Launch, work: Callable[[Connection], object]) -> NoReturn:
+    """Be a rank other than 0, and end this process: with rank 0's exit code, and without a word, which it has.
+
+    work: ends by Ended, when rank 0 says so.
+    """
+    try:
+        rank_0 = connect(launch)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    code = 0
+    try:
+        work(rank_0)
+    except BaseException as error:
+        ignore_signals()
+        with suppress(Gone):
+            if isinstance(error, Ended):
+                code = error.code
+            elif isinstance(error, UserError):
+                code = 2
+                rank_0.send({"error": str(error)})
+            elif isinstance(error, KeyboardInterrupt):
+                code = 130
+                rank_0.send({"interrupted": True})
+            elif isinstance(error, Gone):
+                if launch.rank == 1:  # one line is enough
+                    raise UserError(f"rank 0 of {launch.size} (at {launch.host}) has ended; {KEPT}") from None
+                code = 2
+            else:
+                raise
+    rank_0.close()
+    with suppress(Exception):  # a process that exits while MLX's threads run is aborted
+        mx.synchronize()
+    raise SystemExit(code)
 
 
 @dataclass

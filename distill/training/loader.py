@@ -51,6 +51,24 @@ class Batch:
         """As MLX arrays, one copy each."""
         return {name: mx.array(value) for name, value in vars(self).items() if value is not None}
 
+    def part(self, first: int, last: int) -> Batch:
+        """The rows from `first` on and before `last`, as a batch."""
+        t = self.tokens.shape[1]
+        n = (last - first) * t
+        if self.positions is None:
+            slots, positions = np.arange(first * t, last * t), None
+            weights = self.weights[slots]
+        else:
+            here = (self.positions >= first * t) & (self.positions < last * t) & (self.weights > 0)
+            slots = np.flatnonzero(here)
+            count, m = len(slots), _padded(len(slots), n)
+            slots = np.resize(slots if count else np.zeros(1, np.int64), m)  # padding repeats them
+            weights = (np.arange(m) < count).astype(np.float32)
+            positions = np.where(weights > 0, self.positions[slots] - first * t, 0).astype(np.int32)
+        targets = ("top_ids", "top_logprobs", "lse_one", "lse", "counts")
+        of_slots = {name: getattr(self, name)[slots] for name in targets if getattr(self, name) is not None}
+        return Batch(self.tokens[first:last], self.segments[first:last], positions, weights, **of_slots)
+
 
 def assemble(rows: Sequence[tuple[Block | SampledBlock, int]], temperature_index: int) -> Batch:
     """A batch of the given rows of decoded blocks, all of one kind."""
@@ -59,8 +77,7 @@ def assemble(rows: Sequence[tuple[Block | SampledBlock, int]], temperature_index
     t = tokens.shape[1]
     trained = [np.flatnonzero(block.loss_mask[i] & (block.segments[i] > 0)) for block, i in rows]
     count, n = sum(map(len, trained)), tokens.size
-    unit = -(-n // PARTS)
-    m = min(n, max(1, -(-count // unit)) * unit)
+    m = _padded(count, n)
     positions, weights = np.zeros(m, np.int32), np.zeros(m, np.float32)
     positions[:count] = np.concatenate([where + index * t for index, where in enumerate(trained)])
     weights[:count] = 1.0
@@ -78,6 +95,12 @@ def assemble(rows: Sequence[tuple[Block | SampledBlock, int]], temperature_index
             targets[name][at : at + len(where)] = values
         at += len(where)
     return Batch(tokens, segments, None if count == n else positions, weights, **targets)
+
+
+def _padded(count: int, n: int) -> int:
+    """How many targets `count` trained positions of n are padded to."""
+    unit = -(-n // PARTS)
+    return min(n, max(1, -(-count // unit)) * unit)
 
 
 def _logits(block: Block, i: int, where: np.ndarray, temperature_index: int) -> dict[str, tuple[np.ndarray, Any]]:

@@ -24,18 +24,14 @@ from distill.provenance import (
     teacher_metadata,
 )
 from distill.training.checkpoint import rounded, save
-from distill.training.cpu import CpuHead
 from distill.training.draft_config import DraftConfig
-from distill.training.drafts import Trainable
 from distill.training.live import Live
 from distill.training.loader import DataLoader
-from distill.training.losses import FusedHead
-from distill.training.memory import is_narrow
 from distill.training.optimizer import learning_rate
 from distill.training.plots import training_curves
 from distill.training.settings import TrainSettings
 from distill.training.state import CURVES, LOG, State, discard
-from distill.training.step import Measured, Step, TrimmedHead, measure
+from distill.training.step import Measured, Sharing, Step, measure
 from distill.training.tensors import Tensors
 from distill.training.vocabulary import DraftVocabulary
 from kernels.console import progress
@@ -92,38 +88,23 @@ class Run:
         out: Path,
         settings: TrainSettings,
         config: DraftConfig,
-        draft: Trainable,
+        step: Step,
+        shared: Sharing | None,
         live: Live | None,
         state: State,
         vocabulary: DraftVocabulary | None,
         progress: Progress | None,
         quiet: bool,
     ) -> None:
-        """other: the teacher in teacher_folder, where it is not the one whose logits the loader reads."""
+        """other: the teacher in teacher_folder, where it is not the one whose logits the loader reads; shared: computes
+        the gradients together with others."""
         self.loader, self.teacher_folder, self.other, self.out = loader, teacher_folder, other, out
-        self.settings, self.config, self.draft, self.live, self.state = settings, config, draft, live, state
+        self.settings, self.config, self.live, self.state = settings, config, live, state
+        self.step, self.shared = step, shared
         self.vocabulary, self.progress, self.quiet = vocabulary, progress, quiet
         self.step_tokens = loader.batch * loader.dataset.settings.seq_len
         self.steps = math.ceil(settings.tokens / self.step_tokens)
         self.every = max(1, math.ceil(self.steps / settings.evals))
-        on_gpu = mx.default_device() == mx.Device(mx.gpu)
-        narrow = is_narrow(settings.dtype)
-        head_type = FusedHead if on_gpu or narrow else CpuHead
-        self.head = head_type(
-            settings.loss,
-            settings.temperature,
-            chunk_bytes=(256 if on_gpu else 32) << 20,
-            eager=not on_gpu,
-            frozen=draft.frozen_head,
-        )
-        self.step = Step(
-            draft,
-            self.head,
-            weight_decay=settings.weight_decay,
-            clip=settings.clip,
-            dtype=mx.bfloat16 if narrow else mx.float32,
-            trimmed=None if vocabulary is None else TrimmedHead(vocabulary.d2t, vocabulary.size),
-        )
         self.log = out / LOG
         self.seconds = 0.0
         self.live_figure: float | None = None  # the last one
@@ -131,7 +112,7 @@ class Run:
 
     def go(self, start: Tensors | None = None) -> Summary:
         """start: the weights to begin with, float32; fresh ones by default."""
-        self.held_out = [self.draft.arrays(batch) for batch in self.loader.held_out_batches()]
+        self.held_out = [self.step.draft.arrays(batch) for batch in self.loader.held_out_batches()]
         mx.eval(self.held_out)
         first = self._restore(start)
         state, begun, total = self.state, time.perf_counter(), self.steps * self.step_tokens
@@ -144,7 +125,7 @@ class Run:
             sync_interval, read_at = 1, begun
             for number in range(first, self.steps):
                 rate = learning_rate(number, self.steps, self.settings.lr, self.settings.warmup)
-                pending.append(self.step(state.tensors, next(batches), number + 1, rate))
+                pending.append(self.step(state.tensors, next(batches), number + 1, rate, self.shared))
                 done = number + 1
                 due = done % self.every == 0 or done == self.steps
                 if len(pending) < sync_interval and not due and not interrupted.is_set():
@@ -176,7 +157,7 @@ class Run:
             ]
             self.state.read()
         else:
-            self.state.begin(self.draft.create() if start is None else start)
+            self.state.begin(self.step.draft.create() if start is None else start)
         text = "".join(line + "\n" for line in lines).encode()
         write_atomic(real_path(self.log), text)
         self.state.write_run(text)
@@ -209,7 +190,7 @@ class Run:
         )
 
     def _measure(self, weights: dict[str, mx.array]) -> Measured:
-        return measure(self.draft, self.head, weights, self.held_out, self.step.trimmed)
+        return measure(self.step.draft, self.step.head, weights, self.held_out, self.step.trimmed)
 
     def _evaluate(self, done: int) -> None:
         found = self._measure(self.state.weights)

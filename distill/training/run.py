@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from decode.metal import limit_memory
-from decode.models.checkpoint import RUNS, Checkpoint, find_model, has_tokenizer, tokenizer_hash
+from decode.models.checkpoint import RUNS, Checkpoint, has_tokenizer, tokenizer_hash
 from decode.tokenizer import Tokenizer, check_tokenizer
 from distill.data.joined import Datasets
+from distill.data.ranks import Ranks
 from distill.data.shards import Dataset
 from distill.provenance import (
     FORMS_PROMPTS,
@@ -28,18 +28,15 @@ from distill.provenance import (
     origin,
     teacher_files,
 )
-from distill.training import cpu
+from distill.training.assembly import LoadedTeacher, make_step
 from distill.training.checkpoint import WEIGHTS, Draft, check_draft_folder, check_files, load
 from distill.training.draft_config import DraftConfig
-from distill.training.drafts import Trainable
-from distill.training.drafts.layers import masked_attention
-from distill.training.drafts.llama import Standalone
-from distill.training.drafts.reader import Features, ReaderInTraining
 from distill.training.live import Live, held_out_prompts
 from distill.training.loader import DataLoader
 from distill.training.loop import MEASURED, Progress, Run, Summary
 from distill.training.losses import check_draws
-from distill.training.memory import check_memory, disk_bytes, is_narrow
+from distill.training.memory import check_memory, disk_bytes
+from distill.training.parallel import Shared
 from distill.training.settings import TrainSettings
 from distill.training.state import CURVES, LOG, STATE, State, check_shown, difference, discard, of_finished
 from distill.training.vocabulary import as_draft_vocabulary, select_draft_vocabulary
@@ -63,12 +60,13 @@ def train(
     progress: Progress | None = None,
     quiet: bool = False,
     init: Path | None = None,
+    ranks: Ranks | None = None,
 ) -> Summary:
     """Train a draft for a teacher on a dataset, or several, and save it in `out`; where it is there already, say what
     it is.
 
-    init: a draft to go on from, which keeps its shape and its draft vocabulary; progress: called with every line that
-    also goes to log.jsonl; quiet: no bar on standard error.
+    init: a draft to go on from, which keeps its shape and its draft vocabulary; ranks: those that compute gradients
+    too; progress: called with every line that also goes to log.jsonl; quiet: no bar on standard error.
     Raises UserError for unusable input, KeyboardInterrupt when interrupted: what was learned so
     far is then saved as a draft, and the same command continues.
     """
@@ -138,8 +136,20 @@ def train(
             return summary
         state = State.open(out / STATE, fingerprint)
         d2t = None if vocabulary is None else vocabulary.d2t
-        draft, live = _in_training(config, settings, teacher_folder, loader, d2t, decodes=other is None)
-        run = Run(loader, teacher_folder, other, out, settings, config, draft, live, state, vocabulary, progress, quiet)
+        decodes = other is None and settings.live_prompts > 0
+        loaded = LoadedTeacher.load(teacher_folder) if decodes or config.taps else None
+        live = None
+        if decodes and loaded is not None:
+            prompts = held_out_prompts(loader.held_out_batches(), settings.live_prompts, loaded.model.context)
+            ends = Tokenizer(teacher_folder).end_tokens
+            live = Live(loaded.model, loaded.head, prompts, ends, config, settings.bits, d2t)
+        step = make_step(
+            settings, config, teacher_folder, loaded, d2t, next(loader.batches(0)) if config.taps else None
+        )
+        shared = Shared(ranks, settings, config, d2t) if ranks is not None and ranks.connections else None
+        run = Run(
+            loader, teacher_folder, other, out, settings, config, step, shared, live, state, vocabulary, progress, quiet
+        )
         return run.go(None if first is None else first.weights)
 
 
@@ -151,48 +161,6 @@ def check_start(first: Draft, folder: Path, teacher_hash: str, teacher: Path) ->
     made_for = made_for if isinstance(made_for, dict) else {}
     if first.config.taps and made_for.get("hash") != teacher_hash:
         raise UserError(f"--init {folder}: reads the states of {made_for.get('name')}, not of {teacher}")
-
-
-def _in_training(
-    config: DraftConfig,
-    settings: TrainSettings,
-    teacher_folder: Path,
-    loader: DataLoader,
-    d2t: np.ndarray | None,
-    decodes: bool,
-) -> tuple[Trainable, Live | None]:
-    """The kind of draft that the settings ask for, and what it is decoded with, if it is.
-
-    d2t: int32, the ids that a trimmed head has rows for; decodes: the teacher is the one that the dataset is of.
-    """
-    on_gpu = mx.default_device() == mx.Device(mx.gpu)
-    attention = masked_attention if on_gpu or is_narrow(settings.dtype) else cpu.attention
-    kept = None if d2t is None else mx.array(d2t)
-    decodes = decodes and settings.live_prompts > 0
-    start = teacher_folder if settings.teacher_embedding else None
-    standalone = Standalone(config, attention, kept, start, settings.seed)
-    if not decodes and not config.taps:
-        return standalone, None
-    checkpoint = find_model(str(teacher_folder), "--teacher")
-    teacher = checkpoint.load()
-    head = checkpoint.head_weight(teacher.embedding)
-    live = None
-    if decodes:
-        prompts = held_out_prompts(loader.held_out_batches(), settings.live_prompts, teacher.context)
-        live = Live(teacher, head, prompts, Tokenizer(teacher_folder).end_tokens, config, settings.bits, d2t)
-    if not config.taps:
-        return standalone, live
-    reader = ReaderInTraining(
-        config,
-        Features(teacher, config.taps),
-        teacher.embedding,
-        head if kept is None else head[kept],
-        settings.step_weights,
-        next(loader.batches(0)),
-        attention,
-        settings.seed,
-    )
-    return reader, live
 
 
 def check_room(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -38,6 +39,35 @@ def targets(
     return rows, p, batch["weights"]
 
 
+class Gradients(NamedTuple):
+    """What a step learns from. loss: the mean; stats: float32 [steps, 3], as `FusedHead` sums them in each step that
+    the draft is unrolled; weights: the gradient of the mean, by name."""
+
+    loss: mx.array
+    stats: mx.array
+    weights: Tensors
+
+    @classmethod
+    def total(cls, parts: Sequence[Gradients], step_weights: Sequence[float]) -> Gradients:
+        """Of all rows, from those of parts of them."""
+        stats = sum((part.stats for part in parts[1:]), start=parts[0].stats)
+        whole = _counted(step_weights, stats).sum()
+        shares = [_counted(step_weights, part.stats).sum() / whole for part in parts]
+
+        def summed(values: Sequence[mx.array]) -> mx.array:
+            return sum((share * value for share, value in zip(shares, values, strict=True)), start=mx.array(0.0))
+
+        names = parts[0].weights
+        weights = {name: summed([part.weights[name] for part in parts]) for name in names}
+        return cls(summed([part.loss for part in parts]), stats, weights)
+
+
+class Sharing(Protocol):
+    """Who computes gradients with others (distill.training.parallel)."""
+
+    def gradients(self, step: Step, weights: Tensors, batch: Batch) -> Gradients: ...
+
+
 class Step:
     """One update of weights and moments.
 
@@ -59,22 +89,39 @@ class Step:
         self.draft, self.head, self.trimmed = draft, head, trimmed
         self.weight_decay, self.clip, self.dtype = weight_decay, clip, dtype
 
-    def __call__(self, tensors: dict[str, Tensors], batch: Batch, number: int, rate: float) -> mx.array:
+    def __call__(
+        self, tensors: dict[str, Tensors], batch: Batch, number: int, rate: float, shared: Sharing | None = None
+    ) -> mx.array:
         """Replaces the entries of `tensors` ("weights", "m", "v").
 
-        number: 1 for the first step. Returns float32 [4 + steps], not waited for: loss, lower bound of acceptance,
-        the batch's trained positions, gradient norm, and the agreement in each step that the draft is unrolled.
+        number: 1 for the first step; shared: computes the gradients together with others. Returns float32 [4 + steps],
+        not waited for: loss, lower bound of acceptance, the batch's trained positions, gradient norm, and the agreement
+        in each step that the draft is unrolled.
         """
-        weights, m, v, figures = self._update(
-            tensors["weights"], tensors["m"], tensors["v"], self.draft.arrays(batch), schedule(number, rate)
+        weights = tensors["weights"]
+        if shared is None:
+            found = self.gradients(weights, self.draft.arrays(batch))
+        else:
+            found = shared.gradients(self, weights, batch)
+        weights, m, v, norm = adamw(
+            weights,
+            found.weights,
+            tensors["m"],
+            tensors["v"],
+            schedule(number, rate),
+            self.weight_decay,
+            self.clip,
         )
+        counts = mx.maximum(found.stats[:, 2], 1.0)
+        figures = mx.stack([found.loss, found.stats[0, 1] / counts[0], found.stats[0, 2], norm])
+        figures = mx.concatenate([figures, found.stats[:, 0] / counts])
         mx.async_eval(weights, m, v, figures)
         tensors["weights"], tensors["m"], tensors["v"] = weights, m, v
         return figures
 
-    def _update(
-        self, weights: Tensors, m: Tensors, v: Tensors, batch: Tensors, scheduled: mx.array
-    ) -> tuple[Tensors, Tensors, Tensors, mx.array]:
+    def gradients(self, weights: Tensors, batch: Tensors) -> Gradients:
+        """Of a batch as `Trainable.arrays` gives it, not evaluated."""
+
         def loss(weights: Tensors) -> tuple[mx.array, mx.array]:
             # The embedding is cast after its look-up instead: its gradient adds up in float32.
             narrow = {k: w if "embed_tokens" in k else w.astype(self.dtype) for k, w in weights.items()}
@@ -84,10 +131,7 @@ class Step:
             return _mean(self.draft.step_weights, found)
 
         (value, stats), gradients = mx.value_and_grad(loss)(weights)
-        weights, m, v, norm = adamw(weights, gradients, m, v, scheduled, self.weight_decay, self.clip)
-        counts = mx.maximum(stats[:, 2], 1.0)
-        figures = mx.stack([value, stats[0, 1] / counts[0], stats[0, 2], norm])
-        return weights, m, v, mx.concatenate([figures, stats[:, 0] / counts])
+        return Gradients(value, stats, gradients)
 
 
 def _mean(step_weights: Iterable[float], found: list[tuple[mx.array, mx.array]]) -> tuple[mx.array, mx.array]:
@@ -96,9 +140,14 @@ def _mean(step_weights: Iterable[float], found: list[tuple[mx.array, mx.array]])
     found: what `FusedHead` returns of each step, a mean and its stats.
     """
     stats = mx.stack([measured for _, measured in found])
-    counted = mx.array(list(step_weights)) * mx.maximum(stats[:, 2], 1.0)
+    counted = _counted(step_weights, stats)
     value = (mx.stack([value for value, _ in found]) * counted).sum() / counted.sum()
     return value, stats
+
+
+def _counted(step_weights: Iterable[float], stats: mx.array) -> mx.array:
+    """How much each step counts in the mean. stats: [steps, 3]."""
+    return mx.array(list(step_weights)) * mx.maximum(stats[:, 2], 1.0)
 
 
 @dataclass(frozen=True)

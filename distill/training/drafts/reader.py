@@ -46,7 +46,7 @@ class ReaderInTraining:
         embedding: mx.array,
         head: mx.array,
         step_weights: Sequence[float],
-        first: Batch,
+        first: Batch | None = None,
         attention: Attention = masked_attention,
         seed: int = 0,
     ) -> None:
@@ -57,7 +57,8 @@ class ReaderInTraining:
         self.attention, self.seed = attention, seed
 
     def create(self) -> Tensors:
-        return create(self.config, self.seed, self.features.of(self.first.tokens, self.first.segments))
+        read = None if self.first is None else self.features.of(self.first.tokens, self.first.segments)
+        return create(self.config, self.seed, read)
 
     def arrays(self, batch: Batch) -> Tensors:
         index, counts = unrolled_targets(batch, len(self.step_weights))

@@ -12,12 +12,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import readers
-from conftest import ROOT, Command, changed_copy
+from collected import collect_into
+from conftest import Command, changed_copy
 
 from decode.models.checkpoint import find_teacher
 from decode.models.transformer import Transformer
-from distill.data.collect import Collector, plan_collection
-from distill.data.settings import CollectSettings
 from distill.data.shards import Dataset
 from distill.training import checkpoint
 from distill.training.cpu import attention as numpy_attention
@@ -153,26 +152,13 @@ def test_every_step_has_the_target_of_the_token_it_proposes() -> None:
     assert counts.sum(axis=1).tolist() == [15.0, 11.0, 7.0]
 
 
-@pytest.fixture(scope="module")
-def dataset(small_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the small teacher says of a few texts of the sample."""
-    return collect_into(tmp_path_factory.mktemp("data") / "dataset", small_teacher, "wiki")
-
-
-def collect_into(out: Path, teacher: Path, sample: str) -> Path:
-    sources = (str(ROOT / "data" / f"{sample}.jsonl.xz"),)
-    settings = CollectSettings(sources=sources, tokens=3000, seq_len=64, batch=8, reply=False, exclude=())
-    Collector(plan_collection(find_teacher(str(teacher)), settings, out)).run()
-    return out
-
-
 @pytest.mark.parametrize("changes", [{}, {"ternary": True, "loss": "kl=1,tv=0.5"}], ids=["float", "ternary"])
 def test_it_learns_and_goes_on_where_it_was_stopped(
-    dataset: Path, small_teacher: Path, tmp_path: Path, changes: dict[str, object]
+    text_dataset: Path, small_teacher: Path, tmp_path: Path, changes: dict[str, object]
 ) -> None:
     settings = dataclasses.replace(SETTINGS, **changes)  # type: ignore[arg-type]
     lines: list[dict[str, float]] = []
-    whole = train(dataset, small_teacher, tmp_path / "whole", settings, progress=lines.append, quiet=True)
+    whole = train(text_dataset, small_teacher, tmp_path / "whole", settings, progress=lines.append, quiet=True)
     losses = [line["loss"] for line in lines if line["kind"] == "step"]
     assert losses[-1] < losses[0] and whole.vocabulary is not None
     decoded = [line["tokens_per_verification"] for line in lines if line["kind"] == "eval"]
@@ -188,8 +174,8 @@ def test_it_learns_and_goes_on_where_it_was_stopped(
             raise Stop
 
     with pytest.raises(Stop):
-        train(dataset, small_teacher, tmp_path / "again", settings, progress=stop, quiet=True)
-    train(dataset, small_teacher, tmp_path / "again", settings, quiet=True)
+        train(text_dataset, small_teacher, tmp_path / "again", settings, progress=stop, quiet=True)
+    train(text_dataset, small_teacher, tmp_path / "again", settings, quiet=True)
     one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "again"))
     assert one == other
     saved = checkpoint.load(tmp_path / "whole")
@@ -198,17 +184,17 @@ def test_it_learns_and_goes_on_where_it_was_stopped(
 
 @pytest.mark.parametrize("changes", [{}, {"ternary": True}], ids=["float", "ternary"])
 def test_a_draft_goes_on_with_other_data(
-    dataset: Path, small_teacher: Path, tmp_path: Path, changes: dict[str, object]
+    text_dataset: Path, small_teacher: Path, tmp_path: Path, changes: dict[str, object]
 ) -> None:
     """On two datasets; it keeps its shape and the tokens of its head, and another is refused."""
     settings = dataclasses.replace(SETTINGS, **changes)  # type: ignore[arg-type]
-    train(dataset, small_teacher, tmp_path / "one", settings, quiet=True)
-    more = shutil.copytree(dataset, tmp_path / "more")
+    train(text_dataset, small_teacher, tmp_path / "one", settings, quiet=True)
+    more = shutil.copytree(text_dataset, tmp_path / "more")
     with pytest.raises(UserError, match="more: is there twice"):
-        train([dataset, more], small_teacher, tmp_path / "two", settings, quiet=True)
+        train([text_dataset, more], small_teacher, tmp_path / "two", settings, quiet=True)
     collect_into(tmp_path / "new", small_teacher, "novels")
     seen: list[dict[str, Any]] = []
-    data = [dataset, tmp_path / "new"]
+    data = [text_dataset, tmp_path / "new"]
     onwards = dataclasses.replace(SETTINGS, hidden=None, vocab=None, reads_teacher=False, tokens=400, lr=1e-9)
     out = tmp_path / "two"
     train(data, small_teacher, out, onwards, init=tmp_path / "one", progress=seen.append, quiet=True)
@@ -229,7 +215,7 @@ def test_a_draft_goes_on_with_other_data(
             train(data, small_teacher, out, onwards, init=out, quiet=True)
 
 
-def test_what_cannot_be_trained_is_named(dataset: Path, small_teacher: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_trained_is_named(text_dataset: Path, small_teacher: Path, tmp_path: Path) -> None:
     for changes, message in (
         ({"taps": "0,4"}, r"--taps 0,4: .* has layers 0 to 3"),
         ({"taps": "2,1"}, r"--taps 2,1: must be ascending"),
@@ -240,20 +226,20 @@ def test_what_cannot_be_trained_is_named(dataset: Path, small_teacher: Path, tmp
         ({"loss": "kl=x"}, r"--loss kl=x: 'x' is not a number"),
     ):
         with pytest.raises(UserError, match=message):
-            train(dataset, small_teacher, tmp_path / "out", dataclasses.replace(SETTINGS, **changes), quiet=True)  # type: ignore[arg-type]
+            train(text_dataset, small_teacher, tmp_path / "out", dataclasses.replace(SETTINGS, **changes), quiet=True)  # type: ignore[arg-type]
     other = changed_copy(small_teacher, tmp_path / "other", model__safetensors=None)
     weights = dict(mx.load(str(small_teacher / "model.safetensors")))  # type: ignore[arg-type]
     weights["model.norm.weight"] = weights["model.norm.weight"] * 2
     mx.save_safetensors(str(other / "model.safetensors"), weights, {"format": "mlx"})
     with pytest.raises(UserError, match="was collected from small, not from"):
-        train(dataset, other, tmp_path / "out", SETTINGS, quiet=True)
+        train(text_dataset, other, tmp_path / "out", SETTINGS, quiet=True)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
-def test_the_commands(dataset: Path, small_teacher: Path, inside: Command, tmp_path: Path) -> None:
+def test_the_commands(text_dataset: Path, small_teacher: Path, inside: Command, tmp_path: Path) -> None:
     """From dataset to text; a draft of another teacher's is refused."""
-    options = ("--teacher", small_teacher, "--data", dataset, "--reads-teacher", "--hidden", 64, "--vocab", 200)
+    options = ("--teacher", small_teacher, "--data", text_dataset, "--reads-teacher", "--hidden", 64, "--vocab", 200)
     done = inside(
         "distill", "train", *options, "--tokens", 500, "--live-prompts", 1, "--out", tmp_path / "d", "-q", "--json", "-"
     )
