@@ -35,6 +35,7 @@ FALLBACKS: dict[str, tuple[str, ...]] = {
     "choose": ("choose",),
     "top_k": ("top_k",),
     "fused step": (),
+    "fused reader": (),
 }
 MADE_BY = {"prepare_ternary": TernaryWeight, "prepare_int8": Int8Weight, "prepare_dense": DenseWeight}
 

@@ -4,9 +4,10 @@ What runs: products of each kind of weight with few rows and many, behind a norm
 attention of several sequences at three head dimensions; argmax, choices of tokens and the top of logits; and, where the
 backend has them, fused steps of small models: of ternary weights with sub-norms, squared ReLU and a float head, three
 tokens at once and one by one; of int8 weights with SiLU and a trimmed int8 head, tokens one by one and greedy ones. A
-CPU, which has fused steps of float weights too, runs them with SiLU in all three ways. What is not run: the shapes of a
-user's model, and fused steps of 2 or 4..8 tokens. On CUDA each of the four fused steps is a second's compilation, of
-all kernels of the self-test nine seconds on a Cascade Lake core, once: what was compiled is kept on disk.
+CPU, which has fused steps of float weights too, runs them with SiLU in all three ways, and a fused reader. What is not
+run: the shapes of a user's model, and fused steps of 2 or 4..8 tokens. On CUDA each of the four fused steps is a
+second's compilation, of all kernels of the self-test nine seconds on a Cascade Lake core, once: what was compiled is
+kept on disk.
 
 Shapes are tiny and fill no tile evenly; those of int8 products, float rows and attention are just large enough that a
 CPU shares them among its threads. BitLinear and int8 products are compared by bits; float operations within TOLERANCE;
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -287,6 +289,68 @@ def _compare_steps(step: FusedStep, model: _Model, trimmed: bool, together: bool
     return None if _close(mx.concatenate(alone[:3]), logits, 2 * ROUNDED) else DIFFERS
 
 
+def _fused_reader(candidate: Backend, rng: np.random.Generator) -> str | None:
+    """Proposals of a reader of two layers of 64, two taps of a teacher of 96 and a trimmed head, all of float weights,
+    by the single operations of the reference and, where the backend has that, as one."""
+    model, defined = _models(candidate, rng, "float", "silu_mul")
+    sizes = {"fusion": (64, 2 * 96), "input": (64, 96 + 64), "output": (96, 64), "head": (100, 96)}
+    weights = {name: _floats(rng, *size).astype(mx.bfloat16) for name, size in sizes.items()}
+    embedding = _floats(rng, 100, 96).astype(mx.bfloat16)
+    *feature_norms, embedding_norm = (mx.abs(_floats(rng, 96)) + 0.5 for _ in range(3))
+    state_norm, final_norm = (mx.abs(_floats(rng, 64)) + 0.5 for _ in range(2))
+    reader = candidate.fused_reader(
+        **{name: candidate.prepare_dense(weight) for name, weight in weights.items()},
+        feature_norms=feature_norms,
+        embedding_norm=embedding_norm,
+        state_norm=state_norm,
+        final_norm=final_norm,
+        layers=model.layers,
+        embedding=embedding,
+        shape=model.shape,
+        epilogue=model.epilogue,
+        eps=EPS,
+    )
+    if reader is None:
+        return None
+    tokens, states = [3, 99], [_floats(rng, 2, 96) for _ in range(2)]
+    d2t = mx.arange(99, -1, -1).astype(mx.uint32)
+    keys, values = ([mx.zeros((1, 1, 16, 32), CACHED) for _ in model.layers] for _ in range(2))
+    mx.eval(keys, values, d2t)
+    chosen = reader.greedy_tokens(tokens, states, keys, values, 0, 3, d2t).tolist()
+
+    def linear(x: mx.array, name: str, norm: mx.array | None = None) -> mx.array:
+        return reference.linear(x, reference.prepare_dense(weights[name]), norm=norm, eps=EPS)
+
+    def norm(x: mx.array, weight: mx.array) -> mx.array:
+        return reference.rms_norm(x, weight, EPS)
+
+    caches = [[mx.zeros((1, 1, 16, 32), CACHED) for _ in range(2)] for _ in defined.layers]
+    expected: list[int] = []
+    with mx.stream(mx.cpu):
+        fed, spans = tokens, Spans((0,), (2,))
+        tapped = [norm(*tap) for tap in zip(states, feature_norms, strict=True)]
+        state = linear(mx.concatenate(tapped, axis=-1), "fusion")
+        while len(expected) < 3:
+            embedded = norm(embedding[mx.array(fed)].astype(mx.float32), embedding_norm)
+            x = linear(mx.concatenate([embedded, norm(state, state_norm)], axis=-1), "input")
+            for layer, cache in zip(defined.layers, caches, strict=True):
+                x = layer.run(x, reference.linear, partial(_attended, cache, spans, defined.shape), "silu_mul", EPS)
+            state, spans = x[-1:], Spans((spans.end,), (1,))
+            best = reference.argmax(linear(linear(state, "output", final_norm), "head"))
+            fed = np.array(d2t[best]).tolist()
+            expected += fed
+    for ours, own in zip(zip(keys, values, strict=True), caches, strict=True):
+        if not all(_close(a, b, 2 * ROUNDED) for a, b in zip(ours, own, strict=True)):
+            return DIFFERS
+    return None if chosen == expected else "proposes other tokens than single operations"
+
+
+def _attended(cache: list[mx.array], spans: Spans, shape: AttentionShape, qkv: mx.array) -> mx.array:
+    """The reference's attention over a layer's keys and values, which it replaces."""
+    out, *cache[:] = reference.attention(qkv, cache[0], cache[1], spans, shape)
+    return out
+
+
 def _floats(rng: np.random.Generator, *shape: int) -> mx.array:
     return mx.array(rng.normal(0, 1, shape).astype(np.float32))
 
@@ -315,4 +379,5 @@ CHECKS: dict[str, Callable[[Backend, np.random.Generator], str | None]] = {
     "choose": _choose,
     "top_k": _top_k,
     "fused step": _fused_step,
+    "fused reader": _fused_reader,
 }

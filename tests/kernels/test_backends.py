@@ -147,6 +147,26 @@ def test_a_wrong_fused_step_is_found(changed: dict[str, Any], fault: str) -> Non
     assert not any(faults.values())
 
 
+@pytest.mark.skipif(len(candidates()) == 1, reason="the native kernels are not built here")
+@pytest.mark.parametrize(
+    ("changed", "fault"),
+    [
+        (lambda model: {"epilogue": "relu2_mul"}, "differs from the reference"),
+        (lambda model: {"feature_norms": model["feature_norms"][::-1]}, "differs from the reference"),
+        (lambda model: {"embedding_norm": 1.1 * model["embedding_norm"]}, "differs from the reference"),
+        (lambda model: {"final_norm": mx.ones(64)}, "proposes other tokens"),
+    ],
+)
+def test_a_wrong_fused_reader_is_found(changed: Callable[[dict[str, Any]], dict[str, Any]], fault: str) -> None:
+    from kernels import cpu
+
+    operations = {name: getattr(cpu, name) for name in dir(cpu) if not name.startswith("__")}
+    operations["fused_reader"] = lambda **model: cpu.CpuFusedReader(**model | changed(model))
+    faults = dict(operation_faults(SimpleNamespace(**operations)))  # type: ignore[arg-type]
+    assert f"fused reader {fault}" in (faults.pop("fused reader") or "")
+    assert not any(faults.values())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("choice", CHOICES)
 def test_a_backend_can_be_forced(choice: str) -> None:
@@ -173,7 +193,7 @@ def test_without_the_extension_the_reference_is_used_with_one_warning() -> None:
 
 
 @pytest.mark.skipif(len(candidates()) == 1, reason="the native kernels are not built here")
-@pytest.mark.parametrize("operation", ["bitlinear", "int8_linear", "attention", "argmax", "fused_step"])
+@pytest.mark.parametrize("operation", ["bitlinear", "int8_linear", "attention", "argmax", "fused_step", "fused_reader"])
 def test_what_fails_is_the_references_and_the_rest_stays_native(operation: str) -> None:
     from kernels import cpu
 
