@@ -234,6 +234,13 @@ def train(
         typer.Option("--init", metavar="PATH|REPO", help="Go on from this draft, on new data. Default: a fresh one."),
     ] = None,
     settings: TrainSettings,
+    cache_features: Annotated[
+        bool,
+        typer.Option(
+            "--cache-features",
+            help="Keep what the draft reads of its teacher for the next pass, as far as a third of memory holds it.",
+        ),
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="DIR", help="Draft folder. Default: a name made of the settings in runs/."),
@@ -270,7 +277,10 @@ def train(
         with keep_awake(), Ranks.gather(launch, this_machine(), mixed=False) as ranks:
             if ranks.connections:
                 ranks.admit(introduction(checkpoint))
-            summary = run_training(data, checkpoint.folder, out, settings, quiet=quiet, init=start, ranks=ranks)
+            if cache_features and not settings.reads_teacher:
+                raise UserError("--cache-features: is for drafts that read their teacher (--reads-teacher)")
+            more: Any = {"init": start, "ranks": ranks, "cache_features": cache_features}
+            summary = run_training(data, checkpoint.folder, out, settings, quiet=quiet, **more)
     except KeyboardInterrupt as error:
         raise Interrupted(str(error)) from None
     figures = {name: str(value) if isinstance(value, Path) else value for name, value in vars(summary).items()}

@@ -15,7 +15,7 @@ from distill.training.draft_config import DraftConfig
 from distill.training.drafts import Trainable
 from distill.training.drafts.layers import masked_attention
 from distill.training.drafts.llama import Standalone
-from distill.training.drafts.reader import Features, ReaderInTraining
+from distill.training.drafts.reader import CachedFeatures, ReaderInTraining
 from distill.training.loader import Batch
 from distill.training.losses import FusedHead
 from distill.training.memory import is_narrow
@@ -44,14 +44,15 @@ def make_step(
     teacher: LoadedTeacher | None,
     d2t: np.ndarray | None,
     first: Batch | None = None,
+    feature_bytes: int = 0,
 ) -> Step:
     """The step of a run.
 
     teacher: needed by a draft that reads it; d2t: int32, the ids that a trimmed head has rows for; first: the batch
-    that a fresh reader is scaled by.
+    that a fresh reader is scaled by; feature_bytes: in which what a reader reads is kept for the next pass.
     """
     on_gpu, narrow = mx.default_device() == mx.Device(mx.gpu), is_narrow(settings.dtype)
-    draft = _trainable(settings, config, teacher_folder, teacher, d2t, first)
+    draft = _trainable(settings, config, teacher_folder, teacher, d2t, first, feature_bytes)
     head_type = FusedHead if on_gpu or narrow else cpu.CpuHead
     head = head_type(
         settings.loss,
@@ -77,6 +78,7 @@ def _trainable(
     teacher: LoadedTeacher | None,
     d2t: np.ndarray | None,
     first: Batch | None,
+    feature_bytes: int,
 ) -> Trainable:
     plain = mx.default_device() == mx.Device(mx.gpu) or is_narrow(settings.dtype)
     attention = masked_attention if plain else cpu.attention
@@ -87,7 +89,7 @@ def _trainable(
     assert teacher is not None
     return ReaderInTraining(
         config,
-        Features(teacher.model, config.taps),
+        CachedFeatures(teacher.model, config.taps, feature_bytes),
         teacher.model.embedding,
         teacher.head if kept is None else teacher.head[kept],
         settings.step_weights,

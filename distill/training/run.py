@@ -50,6 +50,7 @@ from kernels.files import (
     stored_bytes,
     working_in,
 )
+from kernels.memory import memory_bytes
 
 
 def train(
@@ -61,12 +62,14 @@ def train(
     quiet: bool = False,
     init: Path | None = None,
     ranks: Ranks | None = None,
+    cache_features: bool = False,
 ) -> Summary:
     """Train a draft for a teacher on a dataset, or several, and save it in `out`; where it is there already, say what
     it is.
 
     init: a draft to go on from, which keeps its shape and its draft vocabulary; ranks: those that compute gradients
-    too; progress: called with every line that also goes to log.jsonl; quiet: no bar on standard error.
+    too; cache_features: keep what a reader reads of its teacher, as far as a third of the memory holds it; progress:
+    called with every line that also goes to log.jsonl; quiet: no bar on standard error.
     Raises UserError for unusable input, KeyboardInterrupt when interrupted: what was learned so
     far is then saved as a draft, and the same command continues.
     """
@@ -143,9 +146,9 @@ def train(
             prompts = held_out_prompts(loader.held_out_batches(), settings.live_prompts, loaded.model.context)
             ends = Tokenizer(teacher_folder).end_tokens
             live = Live(loaded.model, loaded.head, prompts, ends, config, settings.bits, d2t)
-        step = make_step(
-            settings, config, teacher_folder, loaded, d2t, next(loader.batches(0)) if config.taps else None
-        )
+        first_batch = next(loader.batches(0)) if config.taps else None
+        room = memory_bytes() // 3 if cache_features else 0
+        step = make_step(settings, config, teacher_folder, loaded, d2t, first_batch, room)
         shared = Shared(ranks, settings, config, d2t) if ranks is not None and ranks.connections else None
         run = Run(
             loader, teacher_folder, other, out, settings, config, step, shared, live, state, vocabulary, progress, quiet
