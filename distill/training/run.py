@@ -9,7 +9,7 @@ never stopped; once it is finished, the same command says what came out.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -83,29 +83,19 @@ def train(
     check_draws(settings.loss, dataset.settings.sampled)
     check_tokenizer(teacher_folder)
     other = other_teacher(dataset, teacher_folder)
-    fingerprint = settings.record() | {"data": dataset.sha256}
     files = teacher_files(Tokenizer(teacher_folder))
-    fingerprint["teacher_files"] = files
+    fingerprint = settings.record() | {"data": dataset.sha256, "teacher_files": files}
     if init is not None and first is not None:
         check_start(first, init, dataset.settings.teacher_hash, teacher_folder)
         fingerprint["init"] = sha256(init / WEIGHTS)
-    for part in dataset.parts:
-        _check_template(part, teacher_folder, files)
     if other is not None:
         fingerprint["teacher"] = other["hash"]
+    for part in dataset.parts:
+        _check_template(part, teacher_folder, files)
     if (summary := finished_run(out, fingerprint)) is not None:
         return summary
     tell = say(quiet)
-    if other is not None:
-        name = dataset.settings.teacher_name
-        tell(
-            f"{dataset.folder}: was collected from {name}, not from {teacher_folder}, which has the same tokenizer: the"
-            f" draft learns to agree with {name}, and is kept as a draft for it"
-        )
-    for part in dataset.parts:
-        if not part.complete:
-            asked = f" of {part.settings.values['tokens']:,}" if "tokens" in part.settings.values else ""
-            tell(f"{part.folder}: is not complete: trained on the {part.tokens:,}{asked} tokens that are there")
+    _tell_of_data(dataset, other, teacher_folder, tell)
     if mx.default_device() == mx.Device(mx.cpu):
         use_fast_blas()
     limit_memory()
@@ -114,20 +104,8 @@ def train(
         vocabulary = as_draft_vocabulary(dataset, first.d2t)
     elif settings.vocab is not None:
         vocabulary = select_draft_vocabulary(dataset, settings.vocab, teacher_folder)
-    size = None if vocabulary is None else len(vocabulary.d2t)
-    config = settings.shape(teacher_folder, size)
-    if settings.reads_teacher:
-        check_taps(settings, described, teacher_folder)
-        if other is not None:
-            raise UserError(
-                f"{dataset.folder}: was collected from {dataset.settings.teacher_name}, not from {teacher_folder}; a"
-                " draft that reads its teacher is trained on what that one says"
-            )
-    if config.vocab_size != dataset.settings.vocab_size:
-        raise UserError(
-            f"{dataset.folder}: has a vocabulary of {dataset.settings.vocab_size},"
-            f" {teacher_folder / 'config.json'} one of {config.vocab_size}"
-        )
+    config = settings.shape(teacher_folder, None if vocabulary is None else len(vocabulary.d2t))
+    _check_teacher(config, dataset, described, teacher_folder, read=other is None)
     loader = DataLoader(
         dataset, settings.temperature, settings.batch, settings.seed, settings.eval_share, settings.eval_rows
     )
@@ -156,6 +134,41 @@ def train(
         return run.go(None if first is None else first.weights)
 
 
+def _tell_of_data(
+    dataset: Datasets, other: dict[str, Any] | None, teacher_folder: Path, tell: Callable[[str], None]
+) -> None:
+    """Say what is unusual in a dataset. other: as `other_teacher` returns it."""
+    if other is not None:
+        name = dataset.settings.teacher_name
+        tell(
+            f"{dataset.folder}: was collected from {name}, not from {teacher_folder}, which has the same tokenizer: the"
+            f" draft learns to agree with {name}, and is kept as a draft for it"
+        )
+    for part in dataset.parts:
+        if not part.complete:
+            asked = f" of {part.settings.values['tokens']:,}" if "tokens" in part.settings.values else ""
+            tell(f"{part.folder}: is not complete: trained on the {part.tokens:,}{asked} tokens that are there")
+
+
+def _check_teacher(config: DraftConfig, dataset: Datasets, teacher: dict[str, Any], folder: Path, read: bool) -> None:
+    """UserError where a teacher does not have the tokens of a dataset, or not what a draft is to read of it.
+
+    teacher: its config.json; read: the dataset says what this teacher says.
+    """
+    if config.taps and max(config.taps) >= (layers := int(teacher["num_hidden_layers"])):
+        raise UserError(f"--taps {','.join(map(str, config.taps))}: {folder} has layers 0 to {layers - 1}")
+    if config.taps and not read:
+        raise UserError(
+            f"{dataset.folder}: was collected from {dataset.settings.teacher_name}, not from {folder}; a draft that"
+            " reads its teacher is trained on what that one says"
+        )
+    if config.vocab_size != dataset.settings.vocab_size:
+        raise UserError(
+            f"{dataset.folder}: has a vocabulary of {dataset.settings.vocab_size},"
+            f" {folder / 'config.json'} one of {config.vocab_size}"
+        )
+
+
 def check_start(first: Draft, folder: Path, teacher_hash: str, teacher: Path) -> None:
     """UserError where a draft cannot be gone on from: its tokens are not the teacher's, or it reads another one."""
     if tokenizer_hash(folder) != tokenizer_hash(teacher):
@@ -177,13 +190,6 @@ def check_room(
     runs = bool(config.taps) or (decodes and settings.live_prompts > 0)
     beside = sum(path.stat().st_size for path in teacher.glob("model*.safetensors")) if runs else 0
     check_memory(config, batch, seq_len, hidden, settings.dtype, settings.unroll, beside)
-
-
-def check_taps(settings: TrainSettings, teacher: dict[str, Any], folder: Path) -> None:
-    """UserError where a teacher does not have the layers that a draft is to read. teacher: its config.json."""
-    layers = int(teacher["num_hidden_layers"])
-    if max(settings.tapped) >= layers:
-        raise UserError(f"--taps {settings.taps}: {folder} has layers 0 to {layers - 1}")
 
 
 @contextmanager
