@@ -173,6 +173,34 @@ def test_fused_equals_reference(name: str, kept: np.ndarray | str | None, how: s
     assert stats[2].item() == 5 * weights.sum().item()
 
 
+@pytest.mark.parametrize("head_type", [FusedHead, CpuHead])
+def test_a_frozen_head_gives_the_same_gradient_of_what_it_reads(head_type: type[FusedHead]) -> None:
+    known, rng = teacher(3), np.random.default_rng(4)
+    hidden, weight = (mx.array(rng.standard_normal((size, H)).astype(np.float32)) for size in (N, V))
+    ids, top, lse_one, lse = as_mlx(known)
+    p = teacher_buckets(top, lse_one, lse, mx.ones(ids.shape) > 0)
+
+    def gradient(frozen: bool) -> np.ndarray:
+        head = head_type("kl", chunk_bytes=1, eager=True, frozen=frozen)
+        return np.array(mx.grad(lambda hidden: head(hidden, weight, ids, p, mx.ones(N))[0])(hidden))
+
+    assert np.array_equal(gradient(True), gradient(False)) and gradient(True).any()
+
+
+def test_other_divergences_equal_numpy_and_mix() -> None:
+    """Where the teacher has no tail, the reverse KL takes it for one of 1e-6."""
+    rng = np.random.default_rng(6)
+    p, q = (x / x.sum(-1, keepdims=True) for x in rng.random((2, N, K + 1)))
+    p[0, :-1] /= 1 - p[0, -1]
+    p[0, -1] = 0
+    middle = (p + q) / 2
+    js = 0.5 * (np.where(p > 0, p * np.log(np.where(p > 0, p, 1) / middle), 0) + q * np.log(q / middle)).sum(-1)
+    reverse = (q * np.log(q / np.maximum(p, 1e-6))).sum(-1)
+    given = mx.array(np.log(q).astype(np.float32)), mx.array(p.astype(np.float32))
+    for name, expected in (("js", js), ("reverse_kl", reverse), ("js=3,reverse_kl=1", 0.75 * js + 0.25 * reverse)):
+        assert np.allclose(np.array(bucket_loss(name)(*given)), expected, rtol=1e-4, atol=1e-6), name
+
+
 def test_expected_acceptance_bounds_the_true_one() -> None:
     """sum over S of min(p, q) is below sum over the vocabulary, and 1 - tv is above it."""
     known = teacher(9, spread=1.5)
