@@ -29,7 +29,9 @@ from distill.data.shards import Dataset
 from distill.provenance import teacher_files, this_machine
 from distill.recipe import RECIPE_FILE, STAGES, Recipe
 from distill.release.evaluate import REPORT, check_evaluation_folder, evaluate, fingerprint, finished_report, select
+from distill.training.checkpoint import WEIGHTS, load
 from distill.training.run import check_room, train, working_on_draft
+from distill.training.settings import TrainSettings
 from distill.training.state import STATE, difference, discard, of_finished
 from kernels.console import say
 from kernels.errors import UserError
@@ -93,7 +95,7 @@ class Pipeline:
 
     def _check(self, names: tuple[str, ...]) -> None:
         recipe = self.recipe
-        training = recipe.train
+        training = self._settings
         config = training.shape(self.teacher.folder, training.vocab)
         recipe.check_for(self.teacher.config)
         select(recipe.evaluate, recipe.prompts())
@@ -178,6 +180,21 @@ class Pipeline:
 
     # --- train
 
+    @cached_property
+    def _start(self) -> Path | None:
+        """The draft that is gone on from."""
+        return None if self.recipe.init is None else find_model(self.recipe.init, "[train] init").folder
+
+    @cached_property
+    def _settings(self) -> TrainSettings:
+        """With what the teacher, or the draft that is gone on from, decides."""
+        settings = self.recipe.train
+        if self._start is not None:
+            config = load(self._start).config
+            self.recipe.attempt("train", lambda: settings.like(config))
+            settings = settings.like(config)
+        return settings.for_teacher(self.teacher.config)
+
     def _trained(self) -> bool:
         folder = self.recipe.draft
         if not (folder / "draft.json").is_file():
@@ -192,9 +209,10 @@ class Pipeline:
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder / 'draft.json'}: is damaged (no {error})") from None
         files = teacher_files(Tokenizer(self.teacher.folder))
-        if text := difference(
-            begun, self.recipe.train.for_teacher(self.teacher.config).record() | {"teacher_files": files}
-        ):
+        asked = self._settings.record() | {"teacher_files": files}
+        if self._start is not None:
+            asked["init"] = sha256(self._start / WEIGHTS)
+        if text := difference(begun, asked):
             raise UserError(f"{folder}: holds a finished draft that was trained with {text}; {OTHERWISE}")
         manifest = self.recipe.dataset / MANIFEST
         same_teacher = teacher_hash == self.teacher.weights_hash
@@ -208,7 +226,8 @@ class Pipeline:
         return Dataset.open(self.recipe.dataset).complete
 
     def _train(self) -> None:
-        train(self.recipe.dataset, self.teacher.folder, self.recipe.draft, self.recipe.train, quiet=self.quiet)
+        recipe = self.recipe
+        train(recipe.dataset, self.teacher.folder, recipe.draft, recipe.train, quiet=self.quiet, init=self._start)
 
     def _train_figures(self) -> dict[str, Any]:
         training = read_json(self.recipe.draft / "draft.json")["training"]

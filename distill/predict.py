@@ -22,6 +22,7 @@ from distill.recipe import Recipe
 from distill.release.evaluate import select
 from distill.training.draft_config import DraftConfig
 from distill.training.memory import estimate_memory
+from kernels.files import CONFIG, read_json
 
 MOST_BYTES = 128  # a token, where the vocabulary is not known
 
@@ -118,7 +119,10 @@ def predict(recipe: Recipe, config: dict[str, Any] | None) -> list[Work]:
         ]
     teacher = Dimensions.of(config, f"config.json of {recipe.teacher}")
     recipe.check_for(config)
-    shape = recipe.train.shape_for(config, f"config.json of {recipe.teacher}", recipe.train.vocab)
+    settings = recipe.train
+    if recipe.init is not None and (described := Path(recipe.init) / CONFIG).is_file():
+        settings = settings.like(DraftConfig.from_json(read_json(described)))
+    shape = settings.shape_for(config, f"config.json of {recipe.teacher}", settings.vocab)
     return [
         _collect(recipe, teacher),
         _train(recipe, teacher, shape),

@@ -29,6 +29,7 @@ from kernels.files import expanded
 RECIPES = ROOT / "recipes"
 RECIPE_FILE = "recipe.toml"  # the copy beside a draft
 STAGES = ("collect", "train", "evaluate")
+OTHER_KEYS = {"collect": ["out"], "train": ["out", "init"], "evaluate": ["out"]}  # strings, beside the settings
 SETTINGS: dict[str, type[Settings]] = {"collect": CollectSettings, "train": TrainSettings, "evaluate": EvaluateSettings}
 TOP = ("teacher", "out", *STAGES)
 
@@ -46,6 +47,7 @@ class Recipe:
     dataset: Path
     draft: Path
     evaluation: Path
+    init: str | None = None  # a draft that training goes on from
 
     @property
     def name(self) -> str:
@@ -130,6 +132,7 @@ def read_recipe(path: Path) -> Recipe:
     out = expanded(top.get("out", RUNS / path.stem))
     folders = {name: expanded(part.pop("out")) if "out" in part else None for name, part in parts.items()}
     draft = folders["train"] or out / "draft"
+    init = parts["train"].pop("init", None)
     recipe = Recipe(
         path=path,
         content=content,
@@ -140,6 +143,7 @@ def read_recipe(path: Path) -> Recipe:
         dataset=folders["collect"] or out / "dataset",
         draft=draft,
         evaluation=folders["evaluate"] or draft,
+        init=init,
     )
     _check(recipe)
     return recipe
@@ -209,7 +213,9 @@ def _check(recipe: Recipe) -> None:
 
 def keys(section: str) -> list[str]:
     """The keys of a section, "" being the top."""
-    return [setting.key for setting in SETTINGS[section].schema()] + ["out"] if section else [*TOP]
+    if not section:
+        return [*TOP]
+    return [setting.key for setting in SETTINGS[section].schema()] + OTHER_KEYS[section]
 
 
 def _unlike(section: str, key: str, value: Any) -> str | None:
@@ -219,7 +225,7 @@ def _unlike(section: str, key: str, value: Any) -> str | None:
         return "without null characters"  # no file's name can hold one
     if not all(map(str.strip, texts)):
         return "a name"  # an empty one would be the current folder
-    if section and key != "out":
+    if section and key not in OTHER_KEYS[section]:
         return next(setting for setting in SETTINGS[section].schema() if setting.key == key).unlike(value)
     if key in STAGES:
         return None if isinstance(value, dict) else "a section"

@@ -248,8 +248,6 @@ def finished_run(out: Path, fingerprint: dict[str, Any]) -> Summary | None:
     try:
         training = about["training"]
         begun = of_finished(training) | {"data": training["data"]["sha256"]}
-        if "init" in training:
-            begun["init"] = training["init"]["sha256"]
         if "started_from" in training:
             begun["teacher"] = training["started_from"]["hash"]
         parameters = DraftConfig.from_record(about["config"]).parameters

@@ -188,8 +188,8 @@ def _remove(folder: Path, but: Collection[str] = ()) -> None:
 
 def of_finished(training: dict[str, Any]) -> dict[str, Any]:
     """Settings and teacher's files of a finished run, as its draft.json has them in `training`, for `difference`."""
-    files = {name: training[name] for name in ("teacher_files",) if name in training}
-    return {**training["settings"], **files}
+    begun = {**training["settings"]} | {name: training[name] for name in ("teacher_files",) if name in training}
+    return begun | ({"init": training["init"]["sha256"]} if "init" in training else {})
 
 
 def difference(begun: Any, fingerprint: dict[str, Any]) -> str | None:

@@ -244,6 +244,19 @@ def test_run(inside: Command, small_teacher: Path, tmp_path: Path, monkeypatch: 
         assert pipeline.stages["collect"].done()
     listed.write_bytes(today)
     (out / "draft" / "evaluation.json").write_text(json.dumps(report | {"identical": False}))
+    # Another recipe goes on from that draft, with the same data.
+    fresh = "layers = 1\nhidden = 64\ntokens = 640\nevals = 2"
+    onwards = tiny.replace("[collect]", 'out = "runs/more"\n[collect]\nout = "runs/tiny/dataset"', 1)
+    (tmp_path / "more.toml").write_text(onwards.replace(fresh, 'init = "runs/tiny/draft"\ntokens = 128\nevals = 1'))
+    for skipped in ([True, False, False], [True, True, True]):
+        done = inside("distill", "run", "more.toml", "-q", "--json", "-", cwd=tmp_path)
+        assert done.code == 0, done.err
+        assert [stage["skipped"] for stage in json.loads(done.out)["stages"]] == skipped
+    onto = json.loads((tmp_path / "runs" / "more" / "draft" / "draft.json").read_text())
+    assert onto["config"] == about["config"] and "init" in onto["training"]
+    (tmp_path / "more.toml").write_text(onwards.replace(fresh, 'init = "runs/tiny/draft"\nlayers = 2'))
+    refused = inside("distill", "run", "more.toml", cwd=tmp_path)
+    refused.refused("distill", "more.toml: line 14: [train] layers 2: the draft of --init has 1")
     code, text, _ = run("--from", "evaluate", "--quiet", "--json", "-")  # a check that failed is made again
     assert code == 0 and [stage["skipped"] for stage in json.loads(text)["stages"]] == [False]
     # Prompts that are edited while they are answered do not count in what is said of this run.
