@@ -95,12 +95,12 @@ def test_bad_input_is_one_line(inside: Command, work: Path, options: list[object
 
 
 def test_what_one_process_does_is_refused_to_ranks(inside: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    for rank, said in ((0, ["only collect runs under mlx.launch"]), (1, [])):
+    for rank, said in ((0, ["evaluate", "only collect and train run under mlx.launch"]), (1, [])):
         ranks = {"MLX_RANK": rank, "MLX_WORLD_SIZE": 2, "NCCL_HOST_IP": "127.0.0.1", "NCCL_PORT": 1}
         for name, value in ranks.items():
             monkeypatch.setenv(name, str(value))
-        done = inside("distill", "train", "--layers", 1)
-        assert done.code == 2 and len(done.err.splitlines()) == len(said) and all(text in done.err for text in said)
+        done = inside("distill", "evaluate", "--limit", 1)
+        assert done.code == 2 and len(done.err.splitlines()) == bool(said) and all(text in done.err for text in said)
 
 
 def test_inspect_and_verify(inside: Command, data: Path) -> None:
