@@ -179,6 +179,11 @@ def plan(
     if draft is not None:
         draft, config = find_config(draft, "--draft")
         draft_shape = Dimensions.of(config, f"--draft {draft}")
+        if draft_shape.head_width not in (0, teacher_shape.hidden):
+            raise UserError(
+                f"--draft {draft}: reads a teacher of width {draft_shape.head_width};"
+                f" {teacher_name} has {teacher_shape.hidden}"
+            )
     plan_ = make_plan(
         teacher_shape,
         draft_shape,

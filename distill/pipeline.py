@@ -96,7 +96,10 @@ class Pipeline:
     def _check(self, names: tuple[str, ...]) -> None:
         recipe = self.recipe
         training = self._settings
-        config = training.shape(self.teacher.folder, training.vocab)
+        if self._start is None:
+            config = training.shape(self.teacher.folder, training.vocab)
+        else:
+            config = load(self._start).config
         recipe.check_for(self.teacher.config)
         select(recipe.evaluate, recipe.prompts())
         trained = self._trained()

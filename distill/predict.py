@@ -119,10 +119,10 @@ def predict(recipe: Recipe, config: dict[str, Any] | None) -> list[Work]:
         ]
     teacher = Dimensions.of(config, f"config.json of {recipe.teacher}")
     recipe.check_for(config)
-    settings = recipe.train
     if recipe.init is not None and (described := Path(recipe.init) / CONFIG).is_file():
-        settings = settings.like(DraftConfig.from_json(read_json(described)))
-    shape = settings.shape_for(config, f"config.json of {recipe.teacher}", settings.vocab)
+        shape = DraftConfig.from_json(read_json(described))
+    else:
+        shape = recipe.train.shape_for(config, f"config.json of {recipe.teacher}", recipe.train.vocab)
     return [
         _collect(recipe, teacher),
         _train(recipe, teacher, shape),

@@ -11,7 +11,7 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from decode.settings import Settings
 from distill.data.settings import CollectSettings
 from distill.release.settings import EvaluateSettings
 from distill.training.losses import check_draws
-from distill.training.settings import TrainSettings
+from distill.training.settings import TrainSettings, check_layers
 from kernels.errors import UserError, first_line
 from kernels.files import expanded
 
@@ -72,7 +72,11 @@ class Recipe:
             if vocab is not None and vocab >= size:
                 raise UserError(f"--vocab {vocab}: the teacher has {size} tokens; leave it out for a head with all")
 
+        def check_taps() -> None:
+            check_layers(self.train.tapped, int(config["num_hidden_layers"]))
+
         self.attempt("train", check_vocab)
+        self.attempt("train", check_taps)
         self.attempt("collect", lambda: self.collect.check(config))
 
     def prompts(self) -> bytes:
@@ -193,7 +197,8 @@ def _check(recipe: Recipe) -> None:
     """What no teacher would make possible."""
     train, temperatures = recipe.train, recipe.collect.temperatures
     recipe.attempt("collect", recipe.collect.check)
-    recipe.attempt("train", train.check)
+    # Of what kind a draft is that is gone on from shows when it is loaded.
+    recipe.attempt("train", (train if recipe.init is None else replace(train, reads_teacher=True)).check)
     recipe.attempt("evaluate", recipe.evaluate.check)
 
     def check_rest() -> None:

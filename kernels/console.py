@@ -31,7 +31,7 @@ NAME_ONE = (
     "--prompts",
     "--teacher",
     "--draft",
-    "--data",
+    "--init",
     "--replies",
     "--out",
     "--json",

@@ -65,6 +65,10 @@ class ReaderConfig:
             raise UserError(f"{TAPS} is {taps!r}, not a list of the teacher's layers")
         if sorted(set(taps)) != taps:
             raise UserError(f"{TAPS} is {taps!r}, not ascending")
+        for key in ("rope_theta", "rms_norm_eps"):
+            value = config.get(key)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise UserError(f"{key} is {value!r}, not a positive number")
         try:
             return cls(
                 layers=int(config["num_hidden_layers"]),

@@ -28,6 +28,7 @@ PARTS: dict[str, type] = {
     "training": dict,
     "training.settings": dict,
     "training.started_from": dict,
+    "training.init": dict,
     "training.data": dict,
     "training.data.settings": dict,
     "training.data.settings.sources": list,
@@ -271,6 +272,7 @@ def _training(subject: Subject) -> str:
     rows = [(_cell(key), _cell(value)) for key, value in (subject.get("training", "settings") or {}).items()]
     vocabulary = subject.get("vocabulary") or {}
     results = [
+        ("gone on from", _begun_from(subject)),
         ("steps", _number(subject.get("training", "steps"))),
         ("tokens trained on", _number(subject.get("training", "tokens"))),
         ("rows a step", _number(subject.get("training", "batch"))),
@@ -331,6 +333,15 @@ def _data(subject: Subject) -> str:
         if lines:
             text += "\n\n" + _table((title, "kind", "sha256"), lines)
     return text
+
+
+def _begun_from(subject: Subject) -> str:
+    """The draft that training went on from."""
+    name, digest = (_cell(subject.get("training", "init", key)) for key in ("name", "sha256"))
+    if not digest:
+        return ""
+    unfinished = subject.get("training", "init", "complete") is False
+    return f"{name or 'a draft'}{', whose training was not finished' if unfinished else ''}, sha256 {digest[:12]}"
 
 
 def _unfinished(subject: Subject) -> str:

@@ -189,6 +189,7 @@ def load(folder: Path) -> Draft:
         config = DraftConfig.from_json(description)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / 'config.json'}: not a draft's ({error})") from error
+    _check_architecture(description, config, folder / "config.json")
     provenance = read_json(folder / ABOUT) if (folder / ABOUT).is_file() else {}
     check_files(folder, provenance)
     path = folder / WEIGHTS
@@ -211,6 +212,15 @@ def load(folder: Path) -> Draft:
         raise UserError(f"{path}: {error}") from None
     mx.eval(weights)
     return Draft(weights, config, provenance, d2t)
+
+
+def _check_architecture(description: dict[str, Any], config: DraftConfig, path: Path) -> None:
+    """UserError where a model is another than training would run: with a bias, scaled RoPE, another activation."""
+    ours = config.to_json()
+    for key in ("hidden_act", "attention_bias", "mlp_bias", "rope_scaling", "rope_parameters", "layer_types"):
+        given = description.get(key)
+        if given not in (None, False, ours.get(key)):
+            raise UserError(f"{path}: {key} is {given!r}, which drafts in training do not have")
 
 
 def _as_floats(tensors: Tensors, quantization: dict[str, Any], path: Path) -> Tensors:

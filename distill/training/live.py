@@ -6,27 +6,27 @@ checkpoint is the one that emits most tokens a verification here.
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from decode.drafters import Drafter
 from decode.drafters.model import ModelDrafter
 from decode.drafters.reader import ReaderDrafter
 from decode.engine import Request, generate
-from decode.models.checkpoint import Checkpoint
+from decode.models import draft_vocabulary
+from decode.models.formats import PACKED
 from decode.models.reader import Reader, ReaderConfig
 from decode.models.transformer import Precision, Transformer
-from distill.training.checkpoint import WEIGHTS, as_saved
+from distill.training.checkpoint import as_saved
 from distill.training.draft_config import DraftConfig
 from distill.training.loader import Batch
-from distill.training.tensors import Tensors, write_tensors
-from kernels import backend, reference
+from distill.training.tensors import Tensors
+from kernels import backend, reference, swap_bitlinear
 
 K = 3  # tokens drafted before each verification
 TOKENS = 48  # new ones a prompt
@@ -66,11 +66,27 @@ class Live:
         if self.config.taps:
             draft = Reader(ReaderConfig.of(description), tensors, self.teacher, self.teacher_head, precision)
             return ReaderDrafter(draft)
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            (folder / "config.json").write_text(json.dumps(description))
-            write_tensors(folder / WEIGHTS, tensors, {"format": "mlx"})
-            return ModelDrafter(Checkpoint(folder, "draft", description).load(precision, precision))
+        return ModelDrafter(loaded(description, tensors, precision))
+
+
+def loaded(description: dict[str, Any], tensors: Tensors, precision: Precision) -> Transformer:
+    """A standalone draft as `Checkpoint.load` would have it, from what its files hold."""
+    from mlx_lm.models import bitnet, llama
+
+    module: Any = bitnet if description["model_type"] == "bitnet" else llama
+    kind, arguments = module.Model, module.ModelArgs
+    if description["model_type"] == draft_vocabulary.MODEL_TYPE:
+        kind, arguments = draft_vocabulary.model_classes(description)
+    model = kind(arguments.from_dict(description))
+    if quantization := description.get("quantization"):
+        nn.quantize(
+            model,
+            group_size=quantization["group_size"],
+            bits=quantization["bits"],
+            class_predicate=lambda path, module: f"{path}.scales" in tensors,
+        )
+    model.load_weights(list(tensors.items()))
+    return Transformer(swap_bitlinear(model, PACKED), description, precision, precision)
 
 
 def held_out_prompts(batches: Sequence[Batch], count: int, context: int) -> list[list[int]]:

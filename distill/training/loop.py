@@ -108,6 +108,7 @@ class Run:
         self.log = out / LOG
         self.seconds = 0.0
         self.live_figure: float | None = None  # the last one
+        self.init: dict[str, Any] = {}  # what is known of the draft that it goes on from
         self.drawn = -math.inf
 
     def go(self, start: Tensors | None = None) -> Summary:
@@ -266,7 +267,7 @@ class Run:
                 }
                 | figures
                 | ({} if self.state.best_live is None else {LIVE: self.state.best_live})
-                | ({} if "init" not in self.state.fingerprint else {"init": {"sha256": self.state.fingerprint["init"]}})
+                | self._begun_from()
                 # Whose embedding and tokenizer files these are, where they are not the teacher's.
                 | ({} if self.other is None else {"started_from": self.other}),
                 "made_with": made_with(),
@@ -276,6 +277,11 @@ class Run:
             d2t=None if self.vocabulary is None else self.vocabulary.d2t,
         )
         return figures
+
+    def _begun_from(self) -> dict[str, Any]:
+        """The draft that was gone on from."""
+        digest = self.state.fingerprint.get("init")
+        return {} if digest is None else {"init": {"sha256": digest} | self.init}
 
     def _finish(self, trained: int) -> Summary:
         figures = self._save(self.steps, complete=True)

@@ -37,7 +37,7 @@ from distill.training.loop import MEASURED, Progress, Run, Summary
 from distill.training.losses import check_draws
 from distill.training.memory import check_memory, disk_bytes
 from distill.training.parallel import Shared
-from distill.training.settings import TrainSettings
+from distill.training.settings import TrainSettings, check_layers
 from distill.training.state import CURVES, LOG, STATE, State, check_shown, difference, discard, of_finished
 from distill.training.vocabulary import as_draft_vocabulary, select_draft_vocabulary
 from kernels.backends import use_fast_blas
@@ -76,10 +76,10 @@ def train(
     folders = [Path(data)] if isinstance(data, str | Path) else [Path(folder) for folder in data]
     teacher_folder, out = Path(teacher_folder), Path(out)
     dataset = Datasets.open(folders)
-    settings.check(dataset.settings.vocab_size)
     described = read_json(teacher_folder / "config.json")
     first = None if init is None else load(init)
     settings = (settings if first is None else settings.like(first.config)).for_teacher(described)
+    settings.check(dataset.settings.vocab_size)
     check_draws(settings.loss, dataset.settings.sampled)
     check_tokenizer(teacher_folder)
     other = other_teacher(dataset, teacher_folder)
@@ -96,6 +96,8 @@ def train(
         return summary
     tell = say(quiet)
     _tell_of_data(dataset, other, teacher_folder, tell)
+    if first is not None and first.provenance.get("complete") is False:
+        tell(f"--init {init}: its training is not finished")
     if mx.default_device() == mx.Device(mx.cpu):
         use_fast_blas()
     limit_memory()
@@ -104,7 +106,10 @@ def train(
         vocabulary = as_draft_vocabulary(dataset, first.d2t)
     elif settings.vocab is not None:
         vocabulary = select_draft_vocabulary(dataset, settings.vocab, teacher_folder)
-    config = settings.shape(teacher_folder, None if vocabulary is None else len(vocabulary.d2t))
+    if first is None:
+        config = settings.shape(teacher_folder, None if vocabulary is None else len(vocabulary.d2t))
+    else:
+        config = first.config
     _check_teacher(config, dataset, described, teacher_folder, read=other is None)
     loader = DataLoader(
         dataset, settings.temperature, settings.batch, settings.seed, settings.eval_share, settings.eval_rows
@@ -131,6 +136,9 @@ def train(
         run = Run(
             loader, teacher_folder, other, out, settings, config, step, shared, live, state, vocabulary, progress, quiet
         )
+        if init is not None and first is not None:
+            unfinished = first.provenance.get("complete") is False
+            run.init = {"name": init.resolve().name} | ({"complete": False} if unfinished else {})
         return run.go(None if first is None else first.weights)
 
 
@@ -155,8 +163,7 @@ def _check_teacher(config: DraftConfig, dataset: Datasets, teacher: dict[str, An
 
     teacher: its config.json; read: the dataset says what this teacher says.
     """
-    if config.taps and max(config.taps) >= (layers := int(teacher["num_hidden_layers"])):
-        raise UserError(f"--taps {','.join(map(str, config.taps))}: {folder} has layers 0 to {layers - 1}")
+    check_layers(config.taps, int(teacher["num_hidden_layers"]), str(folder))
     if config.taps and not read:
         raise UserError(
             f"{dataset.folder}: was collected from {dataset.settings.teacher_name}, not from {folder}; a draft that"
@@ -174,8 +181,9 @@ def check_start(first: Draft, folder: Path, teacher_hash: str, teacher: Path) ->
     if tokenizer_hash(folder) != tokenizer_hash(teacher):
         raise UserError(f"--init {folder}: its tokenizer is not that of {teacher}")
     made_for = first.provenance.get("teacher")
-    made_for = made_for if isinstance(made_for, dict) else {}
-    if first.config.taps and made_for.get("hash") != teacher_hash:
+    if first.config.taps and not isinstance(made_for, dict):
+        raise UserError(f"--init {folder}: has no draft.json that says which teacher's states it reads")
+    if first.config.taps and isinstance(made_for, dict) and made_for.get("hash") != teacher_hash:
         raise UserError(f"--init {folder}: reads the states of {made_for.get('name')}, not of {teacher}")
 
 

@@ -140,8 +140,16 @@ class TrainSettings(Settings):
         self.check_bounds(vocab=vocab_size and vocab_size - 1)
         if self.taps is not None and not self.reads_teacher:
             raise UserError(f"--taps {self.taps}: is for drafts that read their teacher (--reads-teacher)")
+        if self.unroll != type(self).unroll and not self.reads_teacher:
+            raise UserError(f"--unroll {self.unroll}: is for drafts that read their teacher (--reads-teacher)")
         if list(self.tapped) != sorted(set(self.tapped)) or min(self.tapped, default=0) < 0:
             raise UserError(f"--taps {self.taps}: must be ascending numbers of layers, from 0")
+
+
+def check_layers(taps: tuple[int, ...], layers: int, teacher: str = "the teacher") -> None:
+    """UserError where a teacher with so many layers does not have all that a draft is to read. teacher: its name."""
+    if max(taps, default=0) >= layers:
+        raise UserError(f"--taps {','.join(map(str, taps))}: {teacher} has layers 0 to {layers - 1}")
 
 
 def default_taps(layers: int) -> tuple[int, ...]:

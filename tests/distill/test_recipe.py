@@ -151,7 +151,7 @@ def test_recipes_of_the_2b_say_what_is_predicted(layers: int) -> None:
 
 def test_recipes_say_every_setting() -> None:
     """So that another default some day does not change what they make. What may be left out is a choice of its own."""
-    may_lack = {"out", "source", "exclude", "sampled", "vocab", "bits", "prompts", "limit", "ternary"}
+    may_lack = {"out", "source", "exclude", "sampled", "vocab", "bits", "prompts", "limit", "ternary", "init"}
     of_readers = {"reads_teacher", "taps", "unroll", "step_decay"}
     for path in RECIPES.glob("*.toml"):
         values = tomllib.loads(path.read_text())
@@ -298,6 +298,11 @@ def test_run(inside: Command, small_teacher: Path, tmp_path: Path, monkeypatch: 
         ("hidden = 64", "hidden = 128", "runs/tiny/draft: holds a finished draft that was trained with hidden = 64"),
         ("tokens = 1500", "tokens = 1600", "runs/tiny/dataset: was begun with tokens = 1500, not 1600"),
         ("hidden = 64", "hidden = 64\nvocab = 99999", "vocab 99999: the teacher has 16384 tokens"),
+        (
+            "hidden = 64",
+            'reads_teacher = true\ntaps = "0,4"',
+            "tiny.toml: line 13: [train] taps 0,4: the teacher has layers 0 to 3",
+        ),
         ("batch = 4", "batch = 4\ntop_k = 20000", "tiny.toml: line 10: [collect] top_k 20000: must be 1 to 16384"),
         (
             "batch = 4",

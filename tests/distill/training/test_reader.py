@@ -21,7 +21,7 @@ from distill.data.shards import Dataset
 from distill.training import checkpoint
 from distill.training.cpu import attention as numpy_attention
 from distill.training.draft_config import DraftConfig
-from distill.training.drafts import reader
+from distill.training.drafts import llama, reader
 from distill.training.drafts.layers import Attention, OwnKeys, linear, masked_attention
 from distill.training.loader import Batch
 from distill.training.run import train
@@ -212,12 +212,38 @@ def test_a_draft_goes_on_with_other_data(text_dataset: Path, small_teacher: Path
         train(data, small_teacher, out, onwards, init=out, quiet=True)
 
 
+def test_a_draft_that_is_gone_on_from_keeps_its_architecture(
+    text_dataset: Path, small_teacher: Path, inside: Command, tmp_path: Path
+) -> None:
+    """Be it another than `distill train` would make for the teacher; one that it cannot train is named."""
+    own = DraftConfig.for_teacher(small_teacher, 1, 64)
+    own = dataclasses.replace(own, rope_theta=5e5, intermediate=128, heads=2, kv_heads=1, head_dim=32, tied=False)
+    folder = tmp_path / "own"
+    checkpoint.save(folder, llama.create(own, 0), own, small_teacher, {"complete": False})
+    options = ("train", "--teacher", small_teacher, "--tokens", 256, "--live-prompts", 1, "-q")
+    done = inside("distill", *options, "--data", text_dataset, "--init", folder, "--out", tmp_path / "on")
+    assert (done.code, done.err) == (0, "")
+    again = checkpoint.load(tmp_path / "on")
+    assert again.config == own
+    begun = again.provenance["training"]["init"]
+    assert begun["name"] == "own" and begun["complete"] is False
+    inside("distill", *options, "--init", folder, "--init", folder).refused("distill", "--init is given twice")
+    for key, value in (("rope_scaling", {"type": "linear", "factor": 2}), ("attention_bias", True)):
+        changed = shutil.copytree(folder, tmp_path / key)
+        config = json.loads((folder / "config.json").read_text()) | {key: value}
+        (changed / "config.json").write_text(json.dumps(config))
+        (changed / "draft.json").unlink()
+        refused = inside("distill", *options, "--data", text_dataset, "--init", changed, "--out", tmp_path / "no")
+        refused.refused("distill", str(changed / "config.json"), key)
+
+
 def test_what_cannot_be_trained_is_named(text_dataset: Path, small_teacher: Path, tmp_path: Path) -> None:
     for changes, message in (
         ({"taps": "0,4"}, r"--taps 0,4: .* has layers 0 to 3"),
         ({"taps": "2,1"}, r"--taps 2,1: must be ascending"),
         ({"taps": "a"}, r"--taps a: must be the numbers of layers"),
         ({"taps": "1", "reads_teacher": False}, r"--taps 1: is for drafts that read their teacher"),
+        ({"unroll": 8, "reads_teacher": False}, r"--unroll 8: is for drafts that read their teacher"),
         ({"loss": "kl=0,tv=0"}, r"--loss kl=0,tv=0: the weights must sum"),
         ({"loss": "kl=1,kl=2"}, r"--loss kl=1,kl=2: kl is there twice"),
         ({"loss": "kl=x"}, r"--loss kl=x: 'x' is not a number"),
@@ -236,12 +262,15 @@ def test_what_cannot_be_trained_is_named(text_dataset: Path, small_teacher: Path
 @pytest.mark.slow
 def test_the_commands(text_dataset: Path, small_teacher: Path, inside: Command, tmp_path: Path) -> None:
     """From dataset to text; a draft of another teacher's is refused."""
-    options = ("--teacher", small_teacher, "--data", text_dataset, "--reads-teacher", "--hidden", 64, "--vocab", 200)
+    collect_into(tmp_path / "more", small_teacher, "novels")
+    data = ("--data", text_dataset, "--data", tmp_path / "more")
+    options = ("--teacher", small_teacher, *data, "--reads-teacher", "--hidden", 64, "--vocab", 200)
     done = inside(
         "distill", "train", *options, "--tokens", 500, "--live-prompts", 1, "--out", tmp_path / "d", "-q", "--json", "-"
     )
     assert done.code == 0, done.err
     trained = json.loads(done.out)
+    assert trained["data"] == [str(text_dataset), str(tmp_path / "more")]
     assert trained["settings"]["taps"] == "0,1,2" and trained["settings"]["layers"] == 1
     spec = ("decode", "spec", "--draft", tmp_path / "d", "--prompt", "The old man", "--max-tokens", 20, "-q")
     done = inside(*spec, "--teacher", small_teacher, "--compare", "--json", "-")
@@ -249,6 +278,15 @@ def test_the_commands(text_dataset: Path, small_teacher: Path, inside: Command, 
     report = json.loads(done.out)
     assert report["identical"] is True and report["drafted"] > 0
     inside(*spec).refused("decode", str(tmp_path / "d"), "reads the states of small", "bitnet-smol-116m")
+    plan = inside("decode", "plan", "--draft", tmp_path / "d", "--chip", "M1", "-q", "--json", "-")
+    assert plan.code == 0
+    config = json.loads((tmp_path / "d" / "config.json").read_text())
+    for key, value in (("rope_theta", -5), ("teacher_hidden_size", 320)):
+        (tmp_path / "d" / "config.json").write_text(json.dumps(config | {key: value}))
+        if key == "rope_theta":
+            inside(*spec, "--teacher", small_teacher).refused("decode", str(tmp_path / "d"), "rope_theta is -5")
+        else:
+            inside("decode", "plan", "--draft", tmp_path / "d", "--chip", "M1").refused("decode", "width 320")
     inside("decode", "plain", "--teacher", tmp_path / "d", "--prompt", "x").refused(
         "decode", "a draft that reads its teacher"
     )
