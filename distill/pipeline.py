@@ -29,8 +29,9 @@ from distill.data.shards import Dataset
 from distill.provenance import teacher_files, this_machine
 from distill.recipe import RECIPE_FILE, STAGES, Recipe
 from distill.release.evaluate import REPORT, check_evaluation_folder, evaluate, fingerprint, finished_report, select
-from distill.training.checkpoint import WEIGHTS, load
-from distill.training.run import check_room, train, working_on_draft
+from distill.training.checkpoint import load, start_hash
+from distill.training.draft_config import DraftConfig
+from distill.training.run import check_room, check_start, train, working_on_draft
 from distill.training.settings import TrainSettings
 from distill.training.state import STATE, difference, discard, of_finished
 from kernels.console import say
@@ -96,10 +97,7 @@ class Pipeline:
     def _check(self, names: tuple[str, ...]) -> None:
         recipe = self.recipe
         training = self._settings
-        if self._start is None:
-            config = training.shape(self.teacher.folder, training.vocab)
-        else:
-            config = load(self._start).config
+        config = training.shape(self.teacher.folder, training.vocab) if self._start is None else self._check_start()
         recipe.check_for(self.teacher.config)
         select(recipe.evaluate, recipe.prompts())
         trained = self._trained()
@@ -188,6 +186,13 @@ class Pipeline:
         """The draft that is gone on from."""
         return None if self.recipe.init is None else find_model(self.recipe.init, "[train] init").folder
 
+    def _check_start(self) -> DraftConfig:
+        """The shape of the draft that is gone on from. UserError, naming the line, where that cannot be."""
+        assert self._start is not None
+        first, start, teacher = load(self._start), self._start, self.teacher
+        self.recipe.attempt("train", lambda: check_start(first, start, teacher.weights_hash, teacher.folder))
+        return first.config
+
     @cached_property
     def _settings(self) -> TrainSettings:
         """With what the teacher, or the draft that is gone on from, decides."""
@@ -214,7 +219,7 @@ class Pipeline:
         files = teacher_files(Tokenizer(self.teacher.folder))
         asked = self._settings.record() | {"teacher_files": files}
         if self._start is not None:
-            asked["init"] = sha256(self._start / WEIGHTS)
+            asked["init"] = start_hash(self._start)
         if text := difference(begun, asked):
             raise UserError(f"{folder}: holds a finished draft that was trained with {text}; {OTHERWISE}")
         manifest = self.recipe.dataset / MANIFEST

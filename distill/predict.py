@@ -22,6 +22,7 @@ from distill.recipe import Recipe
 from distill.release.evaluate import select
 from distill.training.draft_config import DraftConfig
 from distill.training.memory import estimate_memory
+from kernels.errors import UserError
 from kernels.files import CONFIG, read_json
 
 MOST_BYTES = 128  # a token, where the vocabulary is not known
@@ -120,7 +121,10 @@ def predict(recipe: Recipe, config: dict[str, Any] | None) -> list[Work]:
     teacher = Dimensions.of(config, f"config.json of {recipe.teacher}")
     recipe.check_for(config)
     if recipe.init is not None and (described := Path(recipe.init) / CONFIG).is_file():
-        shape = DraftConfig.from_json(read_json(described))
+        try:
+            shape = DraftConfig.from_json(read_json(described))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{described}: not a draft's ({error})") from None
     else:
         shape = recipe.train.shape_for(config, f"config.json of {recipe.teacher}", recipe.train.vocab)
     return [

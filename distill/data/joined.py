@@ -22,12 +22,15 @@ class Datasets:
         self.parts = tuple(parts)
         self._places = [(part, i) for part in self.parts for i in range(len(part.shards))]
         for part in self.parts[1:]:
-            for what in ("teacher_hash", "tokenizer_hash", "seq_len", "k", "sampled", "temperatures"):
-                was, now = getattr(self.settings, what), getattr(part.settings, what)
+            for what, hashed in (("teacher", True), ("tokenizer", True), ("seq_len", False), ("k", False),
+                                 ("sampled", False), ("temperatures", False)):  # fmt: skip
+                if hashed:
+                    was, now = (getattr(one.settings, f"{what}_hash") for one in (self, part))
+                else:  # of draws there is no k, of logits no number of draws
+                    was, now = (one.settings.values.get(what) for one in (self, part))
                 if was != now:
-                    named = what.removesuffix("_hash").replace("_", " ")
-                    shown = "" if what.endswith("hash") else f" ({now}, not {was})"
-                    raise UserError(f"{part.folder}: has another {named}{shown} than {self.parts[0].folder}")
+                    shown = "" if hashed else f" ({now or 'none'}, not {was or 'none'})"
+                    raise UserError(f"{part.folder}: has another {what}{shown} than {self.parts[0].folder}")
         for i, part in enumerate(self.parts):
             if part.sha256 in {earlier.sha256 for earlier in self.parts[:i]}:
                 raise UserError(f"{part.folder}: is there twice")

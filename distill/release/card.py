@@ -311,7 +311,8 @@ def _training(subject: Subject) -> str:
 
 def _data(subject: Subject) -> str:
     if isinstance(parts := subject.get("training", "data", "datasets"), list):
-        hashes = [(_number(x.get("tokens")), _hash(x.get("sha256"))) for x in parts if isinstance(x, dict)]
+        hashes = [(_number(x.get("tokens")) + _whether_whole(x), _hash(x.get("sha256"))) for x in parts
+                  if isinstance(x, dict)]  # fmt: skip
         return "## Data\n\n" + _table(("tokens of a dataset", "sha256 of its manifest"), hashes)
     settings = subject.get("training", "data", "settings") or {}
     rows = [
@@ -346,9 +347,15 @@ def _begun_from(subject: Subject) -> str:
 
 def _unfinished(subject: Subject) -> str:
     """What to add to the tokens of a dataset that was not complete."""
-    if subject.get("training", "data", "complete") is not False:
+    return _whether_whole(subject.get("training", "data") or {})
+
+
+def _whether_whole(data: Metadata) -> str:
+    """The same of what draft.json says of a dataset."""
+    if data.get("complete") is not False:
         return ""
-    asked = _number(subject.get("training", "data", "settings", "tokens"))
+    settings = data.get("settings")
+    asked = _number(settings.get("tokens")) if isinstance(settings, dict) else ""
     return f"{f' of {asked}' if asked else ''}: its collection was not finished"
 
 
@@ -365,7 +372,9 @@ def _again(subject: Subject) -> str:
     collect = ["distill", "collect", *subject.option, *CollectSettings.command_line(collected)]
     start = subject.started_from
     teacher = ["--teacher", start] if start else subject.option
-    train = ["distill", "train", *teacher, "--data", "runs/data", *TrainSettings.command_line(training)]
+    start_from = subject.get("training", "init", "name")
+    init = ["--init", str(start_from)] if start_from else []
+    train = ["distill", "train", *teacher, "--data", "runs/data", *init, *TrainSettings.command_line(training)]
     text = "## Making it again\n\nSources are named without their folders; their hashes are above."
     if _unfinished(subject):
         text += " These collect the whole dataset, of which this draft saw a part."

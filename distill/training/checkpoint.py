@@ -26,6 +26,7 @@ from kernels.files import (
     check_own_files,
     finish_replacing,
     holds_current,
+    json_hash,
     named_by_users,
     read_json,
     replacing_files,
@@ -212,6 +213,11 @@ def load(folder: Path) -> Draft:
         raise UserError(f"{path}: {error}") from None
     mx.eval(weights)
     return Draft(weights, config, provenance, d2t)
+
+
+def start_hash(folder: Path) -> str:
+    """sha256 of what decides a training that goes on from a draft: its weights and its config.json."""
+    return json_hash([sha256(folder / WEIGHTS), read_json(folder / "config.json")])
 
 
 def _check_architecture(description: dict[str, Any], config: DraftConfig, path: Path) -> None:

@@ -29,7 +29,7 @@ from distill.provenance import (
     teacher_files,
 )
 from distill.training.assembly import LoadedTeacher, make_step
-from distill.training.checkpoint import WEIGHTS, Draft, check_draft_folder, check_files, load
+from distill.training.checkpoint import Draft, check_draft_folder, check_files, load, start_hash
 from distill.training.draft_config import DraftConfig
 from distill.training.live import Live, held_out_prompts
 from distill.training.loader import DataLoader
@@ -46,7 +46,6 @@ from kernels.errors import UserError
 from kernels.files import (
     read_json,
     read_json_lines,
-    sha256,
     stored_bytes,
     working_in,
 )
@@ -87,7 +86,7 @@ def train(
     fingerprint = settings.record() | {"data": dataset.sha256, "teacher_files": files}
     if init is not None and first is not None:
         check_start(first, init, dataset.settings.teacher_hash, teacher_folder)
-        fingerprint["init"] = sha256(init / WEIGHTS)
+        fingerprint["init"] = start_hash(init)
     if other is not None:
         fingerprint["teacher"] = other["hash"]
     for part in dataset.parts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -255,6 +256,14 @@ def test_run(inside: Command, small_teacher: Path, tmp_path: Path, monkeypatch: 
     onto = json.loads((tmp_path / "runs" / "more" / "draft" / "draft.json").read_text())
     assert onto["config"] == about["config"] and "init" in onto["training"]
     (tmp_path / "more.toml").write_text(onwards.replace(fresh, 'init = "runs/tiny/draft"\nlayers = 2'))
+    other = shutil.copytree(tmp_path / "runs" / "tiny" / "draft", tmp_path / "other")
+    table = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(table.replace('"content": "<|im_start|>"', '"content": "<|other|>"'))
+    (other / "draft.json").unlink()
+    beginning = onwards.replace('out = "runs/tiny/dataset"', 'out = "runs/none"').replace(fresh, 'init = "other"')
+    (tmp_path / "other.toml").write_text(beginning)
+    refused = inside("distill", "run", "other.toml", cwd=tmp_path)
+    refused.refused("distill", "other.toml: line 13: [train] init other: its tokenizer is not that of")
     refused = inside("distill", "run", "more.toml", cwd=tmp_path)
     refused.refused("distill", "more.toml: line 14: [train] layers 2: the draft of --init has 1")
     code, text, _ = run("--from", "evaluate", "--quiet", "--json", "-")  # a check that failed is made again

@@ -18,6 +18,7 @@ from conftest import Command, changed_copy
 from decode.models.checkpoint import find_teacher
 from decode.models.transformer import Transformer
 from distill.data.shards import Dataset
+from distill.release.publish import prepare
 from distill.training import checkpoint
 from distill.training.cpu import attention as numpy_attention
 from distill.training.draft_config import DraftConfig
@@ -152,11 +153,9 @@ def test_every_step_has_the_target_of_the_token_it_proposes() -> None:
     assert counts.sum(axis=1).tolist() == [15.0, 11.0, 7.0]
 
 
-@pytest.mark.parametrize("changes", [{}, {"ternary": True, "loss": "kl=1,tv=0.5"}], ids=["float", "ternary"])
-def test_it_learns_and_goes_on_where_it_was_stopped(
-    text_dataset: Path, small_teacher: Path, tmp_path: Path, changes: dict[str, object]
-) -> None:
-    settings = dataclasses.replace(SETTINGS, **changes)  # type: ignore[arg-type]
+def test_it_learns_and_goes_on_where_it_was_stopped(text_dataset: Path, small_teacher: Path, tmp_path: Path) -> None:
+    """A ternary one, by two losses."""
+    settings = dataclasses.replace(SETTINGS, ternary=True, loss="kl=1,tv=0.5")
     lines: list[dict[str, float]] = []
     whole = train(text_dataset, small_teacher, tmp_path / "whole", settings, progress=lines.append, quiet=True)
     losses = [line["loss"] for line in lines if line["kind"] == "step"]
@@ -203,6 +202,12 @@ def test_a_draft_goes_on_with_other_data(text_dataset: Path, small_teacher: Path
     rows = sum(shard.rows for folder in data for shard in Dataset.open(folder).shards)
     assert seen[0]["train_rows"] + seen[0]["held_out_rows"] == rows
     training = json.loads((out / "draft.json").read_text())["training"]
+    about = json.loads((out / "draft.json").read_text())
+    about["training"]["data"]["datasets"][1] |= {"complete": False}
+    copy = shutil.copytree(out, tmp_path / "copy")
+    (copy / "draft.json").write_text(json.dumps(about))
+    tokens = about["training"]["data"]["datasets"][1]["tokens"]
+    assert f"| {tokens:,} of 3,000: its collection was not finished |" in prepare(copy, "maker/draft").card
     assert [part["tokens"] for part in training["data"]["datasets"]] == [Dataset.open(folder).tokens for folder in data]
     assert train(data, small_teacher, out, onwards, init=tmp_path / "one", quiet=True).done_before
     with pytest.raises(UserError, match="--layers 2: the draft of --init has 1 and stays"):
@@ -227,6 +232,15 @@ def test_a_draft_that_is_gone_on_from_keeps_its_architecture(
     assert again.config == own
     begun = again.provenance["training"]["init"]
     assert begun["name"] == "own" and begun["complete"] is False
+    card = prepare(tmp_path / "on", "maker/draft").card
+    assert "whose training was not finished" in card and "--init own" in card
+    # Its config.json decides too what comes of it.
+    edited = shutil.copytree(folder, tmp_path / "edited")
+    (edited / "draft.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (edited / "config.json").write_text(json.dumps(config | {"rope_theta": 1e4}))
+    refused = inside("distill", *options, "--data", text_dataset, "--init", edited, "--out", tmp_path / "on")
+    refused.refused("distill", str(tmp_path / "on"), "another --init")
     inside("distill", *options, "--init", folder, "--init", folder).refused("distill", "--init is given twice")
     for key, value in (("rope_scaling", {"type": "linear", "factor": 2}), ("attention_bias", True)):
         changed = shutil.copytree(folder, tmp_path / key)
