@@ -47,7 +47,7 @@ from kernels.files import (
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-DRAW_SECONDS = 20.0  # a picture takes part of a second
+DRAW_SECONDS = 20.0  # between pictures, each of which takes part of a second; the last comes at the end
 READ_EVERY = 20  # most steps that run before the host looks at their losses
 LIVE = "tokens_per_verification"
 MEASURED = ("held_out_loss", "agreement", "expected_acceptance")
@@ -109,7 +109,7 @@ class Run:
         self.seconds = 0.0
         self.live_figure: float | None = None  # the last one
         self.init: dict[str, Any] = {}  # what is known of the draft that it goes on from
-        self.drawn = -math.inf
+        self.drawn = time.perf_counter()
 
     def go(self, start: Tensors | None = None) -> Summary:
         """start: the weights to begin with, float32; fresh ones by default."""
