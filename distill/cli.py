@@ -257,7 +257,7 @@ def train(
     from distill.data.ranks import Launch, Ranks
     from distill.data.shards import dataset_to_train_on
     from distill.provenance import this_machine
-    from distill.training.checkpoint import load
+    from distill.training.checkpoint import read_shape
     from distill.training.parallel import assist, introduction
     from distill.training.run import default_folder
     from distill.training.run import train as run_training
@@ -271,7 +271,9 @@ def train(
         data = [dataset_to_train_on(checkpoint)]
         say(quiet)(f"data: {data[0]}")
     start = None if init is None else find_model(init, "--init").folder
-    settings = settings.for_teacher(checkpoint.config) if start is None else settings.like(load(start).config)
+    settings = (
+        settings.for_teacher(checkpoint.config) if start is None else settings.like(read_shape(start / "config.json"))
+    )
     out = out or default_folder(settings, data, checkpoint.name, checkpoint.weights_hash, start)
     try:
         with keep_awake(), Ranks.gather(launch, this_machine(), mixed=False) as ranks:

@@ -29,14 +29,14 @@ from distill.data.shards import Dataset
 from distill.provenance import teacher_files, this_machine
 from distill.recipe import RECIPE_FILE, STAGES, Recipe
 from distill.release.evaluate import REPORT, check_evaluation_folder, evaluate, fingerprint, finished_report, select
-from distill.training.checkpoint import load, start_hash
+from distill.training.checkpoint import load, read_shape, start_hash
 from distill.training.draft_config import DraftConfig
 from distill.training.run import check_room, check_start, train, working_on_draft
 from distill.training.settings import TrainSettings
 from distill.training.state import STATE, difference, discard, of_finished
 from kernels.console import say
 from kernels.errors import UserError
-from kernels.files import read_json, sha256, write_atomic
+from kernels.files import CONFIG, read_json, sha256, write_atomic
 
 OTHERWISE = "give the recipe another `out`, or delete it"
 
@@ -198,7 +198,7 @@ class Pipeline:
         """With what the teacher, or the draft that is gone on from, decides."""
         settings = self.recipe.train
         if self._start is not None:
-            config = load(self._start).config
+            config = read_shape(self._start / CONFIG)
             self.recipe.attempt("train", lambda: settings.like(config))
             settings = settings.like(config)
         return settings.for_teacher(self.teacher.config)

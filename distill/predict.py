@@ -20,10 +20,10 @@ from distill.data.scoring import bytes_per_token
 from distill.data.sources import parse_source, read_source
 from distill.recipe import Recipe
 from distill.release.evaluate import select
+from distill.training.checkpoint import read_shape
 from distill.training.draft_config import DraftConfig
 from distill.training.memory import estimate_memory
-from kernels.errors import UserError
-from kernels.files import CONFIG, read_json
+from kernels.files import CONFIG
 
 MOST_BYTES = 128  # a token, where the vocabulary is not known
 
@@ -121,10 +121,7 @@ def predict(recipe: Recipe, config: dict[str, Any] | None) -> list[Work]:
     teacher = Dimensions.of(config, f"config.json of {recipe.teacher}")
     recipe.check_for(config)
     if recipe.init is not None and (described := Path(recipe.init) / CONFIG).is_file():
-        try:
-            shape = DraftConfig.from_json(read_json(described))
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{described}: not a draft's ({error})") from None
+        shape = read_shape(described)
     else:
         shape = recipe.train.shape_for(config, f"config.json of {recipe.teacher}", recipe.train.vocab)
     return [

@@ -16,6 +16,7 @@ import numpy as np
 from kernels import UserError
 
 MODEL_TYPE = "bitdraft_trimmed_llama"
+D2T = "kept"  # the tensor of the ids, as files call it
 SIZE = "head_vocab_size"  # in config.json: how many ids are kept
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from decode.models import draft_vocabulary
 from decode.models.cache import KVCache
 from decode.models.checkpoint import Checkpoint
-from decode.models.draft_vocabulary import check_d2t, over_vocabulary
+from decode.models.draft_vocabulary import D2T, check_d2t, over_vocabulary
 from decode.models.formats import READER, TAPS, TEACHER_HIDDEN
 from decode.models.transformer import PREFILL_CHUNK, Precision, Transformer
 from kernels import UserError
@@ -31,7 +31,6 @@ from kernels.packing import unpack_ternary
 from kernels.reference import rms_norm
 
 FORMAT_KEY, FORMAT = "bitdraft_format", 1  # of config.json and of the tensors
-D2T = "kept"
 EPILOGUE: Epilogue = "silu_mul"
 
 

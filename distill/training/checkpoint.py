@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from decode.models.draft_vocabulary import check_d2t
+from decode.models.draft_vocabulary import D2T, check_d2t
 from decode.models.drafts import ABOUT
 from decode.tokenizer import TOKENIZER_FILES, check_tokenizer, copy_tokenizer_file
 from distill.provenance import copy_licence
@@ -37,7 +37,6 @@ from kernels.packing import pack_ternary, quantize_ternary, unpack_ternary
 
 FORMAT = "bitdraft-draft-1"
 WEIGHTS = "model.safetensors"
-D2T = "kept"  # the tensor of the draft vocabulary's ids, as files call it
 OPTIONAL_FILES = ("generation_config.json", "chat_template.jinja", "special_tokens_map.json")
 SAVED = ("config.json", WEIGHTS, *TOKENIZER_FILES, *OPTIONAL_FILES)  # listed in draft.json by their hashes
 
@@ -185,12 +184,7 @@ def load(folder: Path) -> Draft:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such draft")
-    description = read_json(folder / "config.json")
-    try:
-        config = DraftConfig.from_json(description)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'}: not a draft's ({error})") from error
-    _check_architecture(description, config, folder / "config.json")
+    description, config = read_json(folder / "config.json"), read_shape(folder / "config.json")
     provenance = read_json(folder / ABOUT) if (folder / ABOUT).is_file() else {}
     check_files(folder, provenance)
     path = folder / WEIGHTS
@@ -220,13 +214,20 @@ def start_hash(folder: Path) -> str:
     return json_hash([sha256(folder / WEIGHTS), read_json(folder / "config.json")])
 
 
-def _check_architecture(description: dict[str, Any], config: DraftConfig, path: Path) -> None:
-    """UserError where a model is another than training would run: with a bias, scaled RoPE, another activation."""
+def read_shape(path: Path) -> DraftConfig:
+    """The shape that a draft's config.json says. UserError where it is none, or another model's than training would
+    run: with a bias, scaled RoPE, another activation."""
+    description = read_json(path)
+    try:
+        config = DraftConfig.from_json(description)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not a draft's ({error})") from error
     ours = config.to_json()
     for key in ("hidden_act", "attention_bias", "mlp_bias", "rope_scaling", "rope_parameters", "layer_types"):
         given = description.get(key)
         if given not in (None, False, ours.get(key)):
             raise UserError(f"{path}: {key} is {given!r}, which drafts in training do not have")
+    return config
 
 
 def _as_floats(tensors: Tensors, quantization: dict[str, Any], path: Path) -> Tensors:
