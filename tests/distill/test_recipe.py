@@ -126,14 +126,15 @@ def test_defaults_are_those_of_the_commands(tmp_path: Path) -> None:
     assert recipe.evaluation == recipe.draft
 
 
-def test_the_shipped_draft_has_its_recipe() -> None:
-    """Every setting that its draft.json names is the recipe's."""
-    recipe = read_recipe(find_recipe("bitnet-smol-116m-draft"))
-    about = json.loads((ROOT / "checkpoints" / "bitnet-smol-116m-draft" / "draft.json").read_text())
-    for name, value in about["training"]["settings"].items():
-        assert getattr(recipe.train, name) == value, name
+@pytest.mark.parametrize("name", ["bitnet-smol-116m-draft", "bitnet-smol-116m-reader"])
+def test_the_shipped_drafts_have_their_recipes(name: str) -> None:
+    """Every setting that a draft.json names is the recipe's."""
+    recipe = read_recipe(find_recipe(name))
+    about = json.loads((ROOT / "checkpoints" / name / "draft.json").read_text())
+    for setting, value in about["training"]["settings"].items():
+        assert getattr(recipe.train, setting) == value, setting
     assert recipe.collect.tokens == about["training"]["data"]["tokens"]
-    assert recipe.train.vocab is None and about["teacher"]["name"] == TEACHER.name
+    assert about["teacher"]["name"] == TEACHER.name
 
 
 @pytest.mark.parametrize("layers", [2, 4, 6, 8])
@@ -159,7 +160,7 @@ def test_recipes_say_every_setting() -> None:
         may_lack_here = may_lack | (set() if values["train"].get("reads_teacher") else of_readers)
         for section in ("collect", "train", "evaluate"):
             missing = set(keys(section)) - values[section].keys() - may_lack_here
-            assert path.stem == "demo" or not missing, f"{path}: [{section}] {missing}"
+            assert path.stem in ("demo", "demo-continued") or not missing, f"{path}: [{section}] {missing}"
 
 
 def test_predicted_memory_is_what_was_measured() -> None:
