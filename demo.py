@@ -2,8 +2,10 @@
 
     distill run demo  as recipes/demo.toml says: the teacher answers prompts and reads texts of data/, its logits become
                       shards, a small draft learns from them and is evaluated on held-out prompts
-    distill evaluate  the shipped draft on the same prompts, so that `decode spec` takes the faster one from then on
-    decode spec       the teacher decodes with that draft, and with the shipped one
+    distill run demo-continued
+                      the shipped draft, which reads the teacher's states, goes on with the same data
+    distill evaluate  the shipped draft on the same prompts, so that `decode spec` takes the fastest one from then on
+    decode spec       the teacher decodes with each of these drafts
 
 It runs the commands a user would, and shows each. Everything it makes is in runs/demo. A finished demo is moved aside,
 whatever else is in its folder, and made anew; an interrupted one goes on where it stopped.
@@ -28,8 +30,9 @@ from kernels.files import working_in
 
 ROOT = Path(__file__).resolve().parent
 OUT = Path("runs/demo")
-DRAFT, RESULTS = OUT / "draft", OUT / "results.json"  # OUT and DRAFT as recipes/demo.toml has them
-SHIPPED = Path("checkpoints/bitnet-smol-116m-draft")
+RESULTS = OUT / "results.json"
+DRAFT, CONTINUED = OUT / "draft", OUT / "continued"  # as recipes/demo.toml and demo-continued.toml have them
+SHIPPED = Path("checkpoints/bitnet-smol-116m-reader")
 PROMPTS = Path("data/prompts-sample.jsonl")
 COLUMNS = ("draft", "acceptance rate", "tokens per verification", "tok/s", "plain tok/s", "speed-up", "identical")
 
@@ -66,17 +69,22 @@ def demonstrate() -> int:
         )
         print("without them, so this demo only decodes, with the shipped draft.")
     else:
-        heading("1/3 the teacher answers prompts and reads texts, a draft learns from its logits and is evaluated")
+        heading("1/4 the teacher answers prompts and reads texts, and a small draft learns from its logits, from nothing")
         well = run("distill", "run", "demo")
-        drafts["trained just now"] = DRAFT
+        drafts["from nothing"] = DRAFT
+        if complete(SHIPPED):
+            heading("2/4 the shipped draft, which reads the teacher's states, goes on with the same data for two minutes")
+            well &= run("distill", "run", "demo-continued")
+            drafts["shipped, continued"] = CONTINUED
     if complete(SHIPPED):
         if drafts:
-            same = ("--limit", 1, "--max-tokens", 64)  # as recipes/demo.toml has them
+            heading("3/4 the shipped draft itself is evaluated as the others were")
+            same = ("--limit", 1, "--max-tokens", 64)  # as the recipes have them
             well &= run("distill", "evaluate", "--draft", SHIPPED, *same, "--out", OUT / "shipped")
         drafts["shipped"] = SHIPPED
     reports = {}
+    heading("4/4 the teacher decodes, plainly and with each draft, in turn")
     for name, folder in drafts.items():
-        heading(f"{2 if folder == DRAFT else 3}/3 the teacher decodes, plainly and with the draft {name}, in turn")
         report = OUT / f"decode-{folder.name}.json"
         well &= run("decode", "spec", "--draft", folder, "--prompts", PROMPTS, "--compare", "--json", report)
         reports[name] = json.loads(report.read_text(encoding="utf-8"))
