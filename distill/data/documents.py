@@ -80,7 +80,7 @@ def parse(
 
     `messages` go before `turns`, those before `prompt` and `prompt` before `text`; null counts as absent. A prompt with
     a `completion` or a `system` is a conversation of these. column: read only this one. learnt: whether the turns of a
-    conversation that ends with an answer are.
+    conversation that ends with an answer are; otherwise it says what to leave out, and counts without an answer too.
     """
     category = _category(row)
     if column is not None:
@@ -108,7 +108,7 @@ def parse(
     if messages[-1]["role"] == "assistant":
         if learnt and unlearnt:
             raise ValueError(f"has {UNLEARNT}: leave it out")
-        if not any(map(_says_something, messages)):
+        if learnt and not any(map(_says_something, messages)):
             return None  # there is nothing to learn
     return Document("messages", None, messages, line, where, category, unlearnt)
 
@@ -121,14 +121,16 @@ def of_rows(
     left_out: LeftOut,
     learnt: bool = True,
 ) -> Iterator[Document]:
-    """The documents of rows that a program wrote: one that is none is counted. name: of the source, for errors; shown:
-    that of what the rows are in; learnt: see `parse`."""
+    """The documents of rows that a program wrote: one that is none is counted, and an error where it says what to leave
+    out. name: of the source, for errors; shown: that of what the rows are in; learnt: see `parse`."""
     for number, row in rows:
         check_columns(row, name, column)
         where = f"{shown}: row {number}"
         try:
             document = parse(row, number, where, column, learnt)
         except ValueError as error:
+            if not learnt:
+                raise UserError(f"{name}: row {number} {error}") from None
             left_out.add(NO_DOCUMENT, f"{where} {error}")
             continue
         if document is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from decode.prompts import TABLES
+from decode.prompts import COMPRESSED, TABLES
 from distill.data.documents import Document, LeftOut, normalise_prompt
 from distill.data.duplicates import NearDuplicates
 from distill.data.source_files import (
@@ -14,10 +14,11 @@ from distill.data.source_files import (
     lines_of,
     lists_objects,
     read_files,
+    readable,
     source_files,
     visible_files,
 )
-from distill.data.source_names import TEXT
+from distill.data.source_names import SUFFIXES, TEXT
 from kernels.errors import UserError
 
 EXCLUDED, NEAR_EXCLUDED = "excluded", "near an excluded prompt"
@@ -42,18 +43,22 @@ class Excluded:
 
 
 def _files(path: Path) -> list[Path]:
-    """Of a folder also each `.json` that lists objects: one that has no prompts is refused, not passed over, as a table
-    is."""
+    """Of a folder also each `.json` that lists objects: one that has no prompts is refused, not passed over, as is a
+    table, and what is packed in a way that is not read."""
     files = source_files(path)
-    others = [file for file in visible_files(path) if file not in files] if path.is_dir() else []
-    if table := next((file for file in others if file.name.lower().endswith(TABLES)), None):
-        raise UserError(f"--exclude {table}: is a table, which is not read; give JSON (.jsonl, .json) or lines of .txt")
-    return files + [file for file in others if kind_of(file) == ".json" and file.is_file() and lists_objects(file)]
+    others = [file for file in visible_files(path) if file not in files and file.is_file()] if path.is_dir() else []
+    for file in others:
+        if not {ending.lower() for ending in file.suffixes}.isdisjoint(TABLES):
+            raise UserError(f"--exclude {file}: is a table, which is not read; give JSON (.jsonl, .json), or .txt")
+        with readable(file) as content:
+            if content.read(8).startswith(COMPRESSED):
+                raise UserError(f"--exclude {file}: is compressed, and not read; give {', '.join(SUFFIXES)}")
+    return files + [file for file in others if kind_of(file) == ".json" and lists_objects(file)]
 
 
 def load_excluded(paths: Iterable[str | Path]) -> Excluded:
-    """The prompts of prompts files: JSON, or plain text with one prompt a line. UserError where one holds none: whoever
-    names it means to leave something out."""
+    """The prompts of prompts files: JSON, parquet, arrow, or plain text with one prompt a line. UserError for a row or
+    line without one, and where a file holds none: whoever names it means to leave something out."""
     excluded: set[str] = set()
     for path in paths:
         prompts: set[str] = set()

@@ -1,9 +1,11 @@
 """Sources: what counts as a document, and one clear line for whatever does not."""
 
+import bz2
 import gzip
 import json
 import lzma
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Command
 from loopback_hub import Hub
 
 from distill.data.exclusion import Excluded, load_excluded
@@ -528,6 +531,49 @@ def test_hashes(tmp_path: Path) -> None:
     assert sha256_of(tmp_path / "a") != before
     with pytest.raises(UserError, match="nowhere"):
         sha256_of(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow", "jsonl"])
+def test_what_is_to_be_excluded_is_never_passed_over(inside: Command, tmp_path: Path, form: str) -> None:
+    """A row that is no document may hold a held-out prompt all the same, and one without an answer does."""
+    import pyarrow
+    import pyarrow.parquet
+
+    def held(rows: list[dict[str, Any]]) -> Path:
+        path = tmp_path / "held" / f"out.{form}"
+        if form == "jsonl":
+            return write(path, lines(*rows))
+        path.parent.mkdir(exist_ok=True)
+        table = pyarrow.Table.from_pylist(rows, pyarrow.schema([(name, kinds[name]) for name in rows[0]]))
+        if form == "parquet":
+            pyarrow.parquet.write_table(table, path)
+        else:
+            with pyarrow.ipc.new_file(str(path), table.schema) as out:
+                out.write_table(table)
+        return path
+
+    kinds = dict.fromkeys(("prompt", "completion", "tools"), pyarrow.string())
+    kinds["messages"] = pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())]))
+    first = {"messages": CHAT, "prompt": None, "tools": None}
+    place = "line 2" if form == "jsonl" else "row 2"
+    for row in (
+        {"messages": None, "prompt": "What is the capital of France?", "tools": "[{}]"},
+        {"messages": [*CHAT, {"role": "system", "content": "Be brief."}], "prompt": None, "tools": None},
+        {"messages": None, "prompt": "", "tools": None},
+    ):
+        path = held([first, row])
+        with pytest.raises(UserError, match=re.escape(f"{path}: {place} ")):
+            load_excluded([path])
+    source = write(tmp_path / "s.jsonl", lines({"prompt": "What is the capital of France?"}))
+    command = ("distill", "collect", "--dry-run", "--source", source, "--exclude", path)
+    inside(*command).refused("distill", f"{path}: {place} ")
+    path = held([{"prompt": "Asked?", "completion": "Yes."}, {"prompt": "Unanswered?", "completion": ""}])
+    assert load_excluded([path]).prompts == {"asked?", "unanswered?"}
+    for name, content in (("p.jsonl.bz2", bz2.compress(b"{}")), ("p.csv.GZ", b"prompt\n")):
+        other = write(path.parent / name, content)
+        with pytest.raises(UserError, match=re.escape(str(other))):
+            load_excluded([path.parent])
+        other.unlink()
 
 
 def test_exclusion(tmp_path: Path) -> None:
