@@ -36,11 +36,13 @@ class Sampling:
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """The distribution that is sampled from. float32 [m, vocab] -> float64 [m, vocab]."""
-        scaled = logits.astype(np.float64) / self.temperature
+        behind = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+        with np.errstate(over="ignore"):  # at a temperature of almost 0, where only the highest are left
+            scaled = behind / self.temperature
         if 0 < self.top_k < scaled.shape[-1]:
             kth = -np.partition(-scaled, self.top_k - 1, axis=-1)[:, self.top_k - 1 : self.top_k]
             scaled = np.where(scaled < kth, -np.inf, scaled)
-        p = np.exp(scaled - scaled.max(-1, keepdims=True))
+        p = np.exp(scaled)
         p /= p.sum(-1, keepdims=True)
         if self.top_p < 1:
             order = np.argsort(-p, axis=-1, kind="stable")

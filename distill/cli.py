@@ -200,18 +200,30 @@ def verify(
 ) -> None:
     """Check every hash, shape and value of a dataset, and of the replies it was scored from where they are here; exit 1
     if one is wrong."""
+    from distill.data.inspection import unchecked
     from distill.data.inspection import verify as check
     from distill.data.manifest import Manifest
 
     check_json_target(json_file)
     problems = check(dataset, repair=repair)
     unfinished = not problems and not Manifest.read(dataset).complete
-    write_json(json_file, {"dataset": str(dataset), "ok": not problems, "problems": [vars(p) for p in problems]})
+    missing = [] if problems else unchecked(dataset)
+    write_json(
+        json_file,
+        {
+            "dataset": str(dataset),
+            "ok": not problems,
+            "problems": [vars(p) for p in problems],
+            "unchecked": missing,
+        },
+    )
     if json_file != "-" and not quiet:
         for problem in problems:
             print(printable(f"{os.path.normpath(dataset / problem.file)}: {problem.message}"))
         well = "all well so far, and not complete" if unfinished else "all well"
         print(f"{printable(str(dataset))}: {well if not problems else f'{len(problems)} problems'}")
+        for replies in missing:
+            print(printable(f"{replies}: went unchecked; the shards were scored from it, and it is not here"))
     if problems:
         raise typer.Exit(1)
 

@@ -48,7 +48,7 @@ from distill.data.sources import (
 )
 from distill.provenance import check_same_teacher, teacher_files
 from kernels import UserError
-from kernels.files import check_room, sha256, stored_bytes
+from kernels.files import check_room, real_path, sha256, stored_bytes
 
 ROWS_PER_SHARD = 64
 ESTIMATE_SECONDS = 5.0  # that an estimate of how long scoring takes may take, about
@@ -113,7 +113,7 @@ def plan_collection(teacher: Checkpoint, settings: CollectSettings, out: Path | 
     values |= _named_as({} if out is None else _begun(out), teacher)
     scores = settings.recorded(OF_SCORES)
     folder = out or RUNS / folder_name("data", DatasetSettings(values | scores))
-    replies = folder.parent / folder_name("replies", DatasetSettings(values))
+    replies = real_path(folder).parent / folder_name("replies", DatasetSettings(values))
     begun = [_begun(place) for place in (replies, folder)]
     known = [source for one in begun if isinstance(one.get("sources"), list) for source in one["sources"]]
     sources = tuple(at_commit(one, known) for one in named)

@@ -24,7 +24,7 @@ from distill.data.manifest import (
 from distill.data.reply_dataset import Replies, ReplyWriter
 from distill.data.shards import Dataset, ShardWriter
 from kernels.errors import UserError, printable
-from kernels.files import sha256
+from kernels.files import real_path, sha256
 
 SAMPLED_SHARDS = 8
 # What a manifest's settings say that `distill inspect` shows elsewhere, or only as JSON.
@@ -83,13 +83,22 @@ def _replies_of(dataset: Dataset) -> Iterator[tuple[Path, ScoredFrom | None]]:
             yield path, replies
 
 
+def unchecked(folder: Path | str) -> list[str]:
+    """The names of the replies that the shards in a folder were scored from and that are not here: `verify` says nothing
+    of them."""
+    manifest = Manifest.read(Path(folder), changed=True)
+    replies = Dataset(Path(folder), manifest).scored_from if manifest.kind == "shards" else ()
+    return [one.name for one in replies if find_replies(Path(folder), one) is None]
+
+
 def find_replies(folder: Path, replies: ScoredFrom) -> Path | None:
     """Where the replies are that the shards in a folder were scored from: beside it under their own name, or under
     another; None if they are not there."""
-    named = folder.parent / replies.name
+    place = real_path(folder).parent  # of the folder itself, be it named as `.` or through a link
+    named = place / replies.name
     if named.is_dir():
         return named
-    others = (path for path in folder.absolute().parent.glob(f"*/{MANIFEST}") if path.is_file())
+    others = (path for path in place.glob(f"*/{MANIFEST}") if path.is_file())
     return next((path.parent for path in others if sha256(path) == replies.sha256), None)
 
 

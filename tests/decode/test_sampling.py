@@ -130,8 +130,12 @@ def test_temperature() -> None:
     for temperature in (0.5, 1.0, 2.0):
         expected = np.exp(logits[0] / temperature) / np.exp(logits[0] / temperature).sum()
         np.testing.assert_allclose(Sampling(temperature).probabilities(logits)[0], expected, rtol=1e-6)
-    # No temperature is so low that it overflows.
-    np.testing.assert_array_equal(Sampling(1e-300).probabilities(logits), [[0, 0, 1]])
+    # None is so low or so high that it overflows: the highest alone is left, or all alike.
+    for tiny in (1e-300, 1e-320, 5e-324):
+        for options in ({}, {"top_p": 1e-320}, {"top_k": 2}):
+            found = Sampling(tiny, **options).probabilities(100 * logits)  # type: ignore[arg-type]
+            np.testing.assert_array_equal(found, [[0, 0, 1]])
+    np.testing.assert_allclose(Sampling(1.7e308).probabilities(100 * logits), 1 / 3 * np.ones((1, 3)))
 
 
 def test_top_k_and_top_p() -> None:

@@ -260,6 +260,37 @@ def test_scoring_can_be_repeated_from_the_replies_alone(
     assert str(tmp_path / "elsewhere") in table(inspect_dataset(tmp_path / "there"))
 
 
+def test_replies_lie_beside_the_folder_itself(small_teacher: Path, inside: Command, tmp_path: Path) -> None:
+    """Be it named as `.` or through a link; what of them is not there is not said to be well."""
+    (tmp_path / "runs" / "d").mkdir(parents=True)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "l").symlink_to(tmp_path / "runs" / "d")
+    (tmp_path / "s.jsonl").write_text(json.dumps({"text": "The ships sailed, and nobody saw them again. " * 20}) + "\n")
+    collect = ("distill", "collect", "--teacher", small_teacher, "--source", tmp_path / "s.jsonl", "--no-reply", "-q")
+    sizes = ("--tokens", 100, "--seq-len", 32)
+    assert inside(*collect, *sizes, "--out", ".", cwd=tmp_path / "runs" / "d").code == 0
+    (replies,) = tmp_path.rglob("replies-*")
+    assert replies.parent == tmp_path / "runs"
+    assert inside(*collect, *sizes, "--out", tmp_path / "links" / "l").code == 0
+    assert [*tmp_path.rglob("replies-*")] == [replies]
+
+    ways = [(tmp_path / "runs" / "d", None), (".", tmp_path / "runs" / "d"), (tmp_path / "links" / "l", None)]
+    missing = replies / "reply-00000.safetensors"
+    kept = missing.read_bytes()
+    missing.unlink()
+    for folder, cwd in ways:
+        found = inside("distill", "verify", folder, cwd=cwd)
+        assert found.code == 1 and missing.name in found.out, (folder, found.out)
+    missing.write_bytes(kept)
+    for folder, cwd in ways:
+        assert replies.name not in inside("distill", "verify", folder, cwd=cwd).out
+    replies.rename(tmp_path / "elsewhere")
+    for folder, cwd in ways:
+        found = inside("distill", "verify", folder, "--json", tmp_path / "v.json", cwd=cwd)
+        assert found.code == 0 and replies.name in found.out
+        assert json.loads((tmp_path / "v.json").read_text())["unchecked"] == [replies.name]
+
+
 @pytest.mark.slow
 def test_other_scores_come_from_the_same_replies(
     collector: tuple[Collector, Dataset], teacher: Checkpoint, settings: CollectSettings, tmp_path: Path
