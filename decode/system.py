@@ -10,6 +10,8 @@ import platform
 import subprocess
 import sys
 
+from kernels.signals import take_signals
+
 MACOS = 14
 GLIBC = (2, 35)
 
@@ -52,6 +54,7 @@ def translated() -> bool:
 def begin(command: str) -> None:
     """Run a command line, `main` of COMMAND.cli. Importing it takes a second, in which Ctrl-C means what it does
     later."""
+    take_signals()
     try:
         require_mlx(command)
         main = importlib.import_module(f"{command}.cli").main

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import gc
 import json
-import signal
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -279,19 +277,6 @@ class Pipeline:
 
 
 def free_memory() -> None:
-    """Free what a stage left, now, with Ctrl-C held meanwhile.
-
-    Models go with their reference cycles, which takes a while, and Python prints and forgets a KeyboardInterrupt that
-    is raised in a callback of the garbage collection.
-    """
-    pressed: list[int] = []
-    main = threading.current_thread() is threading.main_thread()  # only there are signals handled
-    handler = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number)) if main else None
-    try:
-        gc.collect()
-        mx.clear_cache()
-    finally:
-        if main:
-            signal.signal(signal.SIGINT, handler)
-    if pressed:
-        raise KeyboardInterrupt
+    """Free what a stage left, now: models go with their reference cycles."""
+    gc.collect()
+    mx.clear_cache()

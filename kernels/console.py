@@ -21,6 +21,7 @@ import typer
 
 from kernels.errors import UserError, first_line, printable, printable_lines
 from kernels.files import NO_ROOM, check_output, check_writable, goes_round, replacing
+from kernels.signals import take_signals
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -75,10 +76,7 @@ def run(app: typer.Typer, name: str) -> None:
         fail(name, f"the current folder is not there any more ({error.strerror}); change to another")
     _check_arguments(name)
     _prepare_environment(name)
-    if not callable(signal.getsignal(signal.SIGINT)):  # ignored in a script's background; `kill -INT` shall end it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _as_ctrl_c)
+    take_signals()
     try:
         # typer swallows typer.Exit and KeyboardInterrupt, and returns their codes; no command returns a value.
         code = app(prog_name=name, standalone_mode=False) or 0
@@ -163,13 +161,6 @@ def _broken_import(error: BaseException) -> str | None:
     frames = [frame for frame, _ in walk_tb(error.__traceback__) if frame.f_code.co_name == "<module>"]
     module = str(frames[-1].f_globals["__name__"]) if frames else "__main__"
     return None if module.split(".")[0] in ("decode", "distill", "kernels", "__main__") else module
-
-
-def _as_ctrl_c(number: int, frame: Any) -> None:
-    """Do what Ctrl-C would do now."""
-    handler = signal.getsignal(signal.SIGINT)
-    assert callable(handler)
-    handler(signal.SIGINT, frame)
 
 
 def _finish_computing() -> None:

@@ -84,8 +84,8 @@ def _replies_of(dataset: Dataset) -> Iterator[tuple[Path, ScoredFrom | None]]:
 
 
 def unchecked(folder: Path | str) -> list[str]:
-    """The names of the replies that the shards in a folder were scored from and that are not here: `verify` says nothing
-    of them."""
+    """The names of the replies that the shards in a folder were scored from and that are not here, of which `verify`
+    says nothing."""
     manifest = Manifest.read(Path(folder), changed=True)
     replies = Dataset(Path(folder), manifest).scored_from if manifest.kind == "shards" else ()
     return [one.name for one in replies if find_replies(Path(folder), one) is None]

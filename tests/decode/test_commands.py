@@ -270,6 +270,27 @@ def test_interrupt(work: Path, prompts: Path, number: int) -> None:
     assert not (work / "out.json").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_is_not_lost_where_python_raises_nothing(work: Path, number: int) -> None:
+    """In a `__del__`, here of a weak reference's callback, as imports have them too, it is printed and forgotten."""
+    late = (
+        "import signal, sys, weakref"
+        "\nclass Last:"
+        f"\n    def __del__(self): signal.raise_signal({int(number)})"
+        "\nclass Part: pass"
+        "\ndef hook(event, arguments):"
+        "\n    if event == 'open' and str(arguments[0]).endswith('config.json') and not met:"
+        "\n        met.append(Part()); met.append(weakref.ref(met[0], lambda _: Last())); del met[0]"
+        "\nmet = []; sys.addaudithook(hook); sys.argv[0] = 'decode'"
+        "\nfrom decode.__main__ import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", late, "plain", "--prompt", "Hi", "--max-tokens", "2"],
+        stdin=subprocess.DEVNULL, env=environment(), cwd=work, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\ndecode: interrupted\n")
+
+
 @pytest.mark.slow
 def test_a_check_that_fails_gives_one(weak_draft: Path, work: Path) -> None:
     """--compare with a teacher that errs in rows among others: exit code 1, and where it differs."""
