@@ -27,9 +27,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from decode.models.checkpoint import DEFAULT_TEACHER, ROOT
-
 # All is imported before processes are forked, so that each begins at once; nothing here computes with MLX.
+from transformers import AutoTokenizer
+
+from decode.models.checkpoint import DEFAULT_TEACHER, ROOT
 from distill import cli
 from distill.data import collect, reply_pass, sharing
 from distill.predict import duration
@@ -39,7 +40,7 @@ OPTIONS = ("--seq-len", 128, "--max-reply", 16, "--reply-batch", 4, "--batch", 2
 KILLS_EACH = 4  # of a dataset
 PATIENCE = 60.0  # seconds for a rank to end after another
 
-__all__ = ["cli", "collect", "duration", "reply_pass", "sharing"]
+__all__ = ["AutoTokenizer", "cli", "collect", "duration", "reply_pass", "sharing"]
 
 
 @dataclass

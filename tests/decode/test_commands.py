@@ -68,11 +68,13 @@ def test_two_processes_say_the_same(command: Command, weak_draft: Path, prompts:
 
 
 @pytest.mark.slow
-def test_an_int8_head_is_lossless_too(command: Command, weak_draft: Path, prompts: Path, tmp_path: Path) -> None:
+def test_an_int8_head_is_lossless_too(
+    command: Command, inside: Command, small_teacher: Path, weak_draft: Path, prompts: Path, tmp_path: Path
+) -> None:
     """Against plain decoding with the same head, in another process."""
-    options = ("--prompts", prompts, "--max-tokens", 40, "--head", "int8", "-q", "--json")
+    options = ("--teacher", small_teacher, "--prompts", prompts, "--max-tokens", 40, "--head", "int8", "-q", "--json")
     plain = command("decode", "plain", *options, tmp_path / "plain.json")
-    spec = command("decode", "spec", "--draft", weak_draft, "--compare", *options, "-")
+    spec = inside("decode", "spec", "--draft", weak_draft, "--compare", *options, "-")
     assert (plain.code, spec.code) == (0, 0), plain.err + spec.err
     a, b = json.loads((tmp_path / "plain.json").read_text(encoding="utf-8")), json.loads(spec.out)
     assert a["head"] == b["head"] == "int8" and b["identical"] is True
@@ -80,8 +82,9 @@ def test_an_int8_head_is_lossless_too(command: Command, weak_draft: Path, prompt
 
 
 @pytest.mark.slow
-def test_quiet_and_raw(command: Command) -> None:
-    done = command("decode", "plain", "--raw", "--quiet", "--max-tokens", 4, stdin="Once upon a time, Zoë\n")
+def test_quiet_and_raw(command: Command, small_teacher: Path) -> None:
+    options = ("--teacher", small_teacher, "--raw", "--quiet", "--max-tokens", 4)
+    done = command("decode", "plain", *options, stdin="Once upon a time, Zoë\n")
     assert done.code == 0 and done.err == "" and done.out.strip()
 
 
@@ -162,7 +165,10 @@ def test_a_locale_without_unicode(command: Command, small_teacher: Path, tmp_pat
         (["spec", "--prompt", "a", "--draft", "other"], ["token 9000", "other"]),
     ],
 )
-def test_bad_input_is_one_line(command: Command, work: Path, options: list[object], named: list[str]) -> None:
+def test_bad_input_is_one_line(
+    command: Command, inside: Command, work: Path, options: list[object], named: list[str]
+) -> None:
+    """In this process, but what is read from standard input."""
     if not (work / "cut").exists():
         (work / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
         (work / "latin1.txt").write_bytes("caf\xe9\n".encode("latin-1"))
@@ -173,7 +179,8 @@ def test_bad_input_is_one_line(command: Command, work: Path, options: list[objec
         changed_copy(TEACHER, work / "other", tokenizer__json=tokenizer.encode())
         changed_copy(TEACHER, work / "cut", model__safetensors=(TEACHER / "model.safetensors").read_bytes()[:9999])
     before = sorted(work.rglob("*"))
-    command("decode", *options).refused("decode", *named)
+    run = command if options[-1] == "-" else inside
+    run("decode", *options).refused("decode", *named)
     assert sorted(work.rglob("*")) == before
 
 
@@ -202,9 +209,9 @@ def test_help(command: Command) -> None:
 
 
 @pytest.mark.slow
-def test_closed_streams(work: Path) -> None:
+def test_closed_streams(work: Path, small_teacher: Path) -> None:
     """`<&-` and `>&-`: files opened later must not be mistaken for the streams."""
-    start = arguments("decode", "plain", "--prompt", "a", "--raw", "--max-tokens", 2)
+    start = arguments("decode", "plain", "--teacher", small_teacher, "--prompt", "a", "--raw", "--max-tokens", 2)
     quoted = " ".join("'" + part.replace("'", "'\\''") + "'" for part in start)
     for closed in ("<&-", ">&-"):
         done = subprocess.run(
@@ -250,12 +257,13 @@ def test_a_full_disk_below_the_output_is_named(work: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupt(work: Path, prompts: Path, number: int) -> None:
+def test_interrupt(work: Path, small_teacher: Path, number: int) -> None:
     """SIGTERM is as good as Ctrl-C, and both do the same in the background of scripts, where that one is ignored."""
     many = work / "many.txt"
     many.write_text("Why is the sky blue?\n" * 200, encoding="utf-8")
+    options = ("--prompts", many, "--max-tokens", 500)
     process = subprocess.Popen(
-        arguments("decode", "plain", "--prompts", many, "--max-tokens", 500, "-q", "--json", "out.json"),
+        arguments("decode", "plain", "--teacher", small_teacher, *options, "-q", "--json", "out.json"),
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), cwd=work,
         preexec_fn=in_background,
     )  # fmt: skip
@@ -412,7 +420,7 @@ def test_what_libraries_cannot_read_in_the_environment(command: Command, variabl
 def test_a_stop_is_not_measured(work: Path, small_teacher: Path, weak_draft: Path, prompts: Path) -> None:
     """As by Ctrl-Z and `fg`, while the first prompt is answered one way."""
     models = ("--teacher", small_teacher, "--draft", weak_draft)
-    options = (*models, "--prompts", prompts, "--max-tokens", 256, "--compare", "--json", "-")
+    options = (*models, "--prompts", prompts, "--max-tokens", 128, "--compare", "--json", "-")
     process = subprocess.Popen(
         arguments("decode", "spec", *options), cwd=work, env=environment(), stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
@@ -431,10 +439,10 @@ def test_a_stop_is_not_measured(work: Path, small_teacher: Path, weak_draft: Pat
 
 
 @pytest.mark.slow
-def test_samples_are_not_compared(command: Command, weak_draft: Path) -> None:
+def test_samples_are_not_compared(inside: Command, weak_draft: Path) -> None:
     """Those of two ways of decoding are of one distribution, not the same text."""
     options = ("--prompt", "Hi", "--max-tokens", 8, "--temperature", 1, "--compare", "--json", "-")
-    done = command("decode", "spec", "--draft", weak_draft, *options)
+    done = inside("decode", "spec", "--draft", weak_draft, *options)
     assert done.code == 0, done.err
     report = json.loads(done.out)
     assert report["speedup"] > 0 and "identical" not in report and "identical" not in report["outputs"][0]
@@ -568,10 +576,13 @@ except Exception as error:
 
 
 @pytest.mark.slow
-def test_json_file_is_replaced_whole_or_not_at_all(command: Command, work: Path, tmp_path: Path) -> None:
+def test_json_file_is_replaced_whole_or_not_at_all(
+    inside: Command, work: Path, small_teacher: Path, tmp_path: Path
+) -> None:
     target = tmp_path / "r.json"
     target.write_text("old")
-    start = arguments("decode", "plain", "--prompt", "a", "--raw", "--max-tokens", 2, "-q", "--json", target)
+    options = ("plain", "--teacher", small_teacher, "--prompt", "a", "--raw", "--max-tokens", 2, "-q", "--json", target)
+    start = arguments("decode", *options)
     code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); {start[2]}"
     full = subprocess.run(
         [start[0], "-c", code, *start[3:]], stdin=subprocess.DEVNULL, env=environment(), cwd=work, capture_output=True,
@@ -580,5 +591,5 @@ def test_json_file_is_replaced_whole_or_not_at_all(command: Command, work: Path,
     assert full.returncode == 2
     assert full.stderr.strip() == f"decode: error: --json {target}: cannot be written: File too large"
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
-    assert command("decode", "plain", "--prompt", "a", "--raw", "--max-tokens", 2, "--json", target).code == 0
+    assert inside("decode", *options).code == 0
     assert json.loads(target.read_text())["tokens"] == 2

@@ -21,7 +21,7 @@ ROW_KEYS = {
 SMALL_MACHINE = """
 import runpy
 from kernels import bench
-bench.memory_bytes = lambda: 1 << 28
+bench.memory_bytes = lambda: 1 << 25
 runpy.run_module("kernels", run_name="__main__")
 """
 SMALL = ("--shapes", "96x64,40x128", "--seconds", 0.001)

@@ -333,9 +333,7 @@ BROKEN = [
         "  if (m < M) {\n    __syncthreads();",
         "that some threads miss",
     ),
-    ("exchange.cuh", "lane < 10 && first", "lane < 9 && first", "all wait for each other"),
     ("fused_step.cu", "  __syncthreads();  // what is written", "  // what is written", "other bits"),
-    ("fused_step.cu", "(which == kOutput ? 1 :", "(which == kOutput ? 0 :", "all wait for each other"),
     (
         "fused_step.cuh",
         "tile = item % rows.tiles, m = item / rows.tiles;\n    const int head",

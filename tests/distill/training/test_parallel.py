@@ -49,7 +49,7 @@ def test_two_processes_learn_what_one_does(
 ) -> None:
     """A reader; rank 0 alone reads the dataset. A rank that dies is named, and the same command goes on."""
     shape = ("--reads-teacher", "--hidden", 64, "--vocab", 200, "--live-prompts", 0, "--unroll", 2)
-    work = ("--tokens", 2500, "--batch", 4, "--seed", 3, "-q", "--teacher", small_teacher)
+    work = ("--tokens", 1300, "--batch", 4, "--seed", 3, "-q", "--teacher", small_teacher)
     command = ["train", *shape, *work]
     alone, two = tmp_path / "alone", tmp_path / "two" / "d"
     assert inside("distill", *command, "--data", text_dataset, "--out", alone).code == 0

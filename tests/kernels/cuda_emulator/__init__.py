@@ -22,7 +22,7 @@ from kernels.cuda.launch import HEADERS, text
 FOLDER = Path(__file__).parent
 # Traps: indices outside of arrays, addresses that are not aligned, overflow, wide shifts.
 FLAGS = [
-    *("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"),
+    *("-std=c++20", "-Og", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"),
     *("-U_FORTIFY_SOURCE", "-w", "-pthread"),
     *("-fsanitize=bounds,alignment,signed-integer-overflow,shift", "-fsanitize-undefined-trap-on-error"),
 ]
