@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_bitnets
 from conftest import ROOT, Command, arguments, environment
 from launched import ended, free_port, start
 
@@ -171,10 +172,11 @@ def test_a_rank_that_is_stopped_stops_the_others(command_line: list[object], tmp
 
 
 @pytest.mark.slow
-def test_ten_kills_change_no_byte(small_teacher: Path, tmp_path: Path) -> None:
+def test_ten_kills_change_no_byte(tmp_path: Path) -> None:
+    teacher = small_bitnets.microsoft(tmp_path / "teacher")
     options = ["--kills", "10", "--tokens", "1500", "--json", tmp_path / "kills.json"]
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.kills", "--teacher", small_teacher, *options],
+        [sys.executable, "-m", "benchmarks.kills", "--teacher", teacher, *options],
         env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
