@@ -192,7 +192,7 @@ def test_no_command_shows_help(command: Command) -> None:
 
 
 @pytest.mark.slow
-def test_help(command: Command) -> None:
+def test_help(inside: Command) -> None:
     for options, words in (
         ([], ("plain", "spec")),
         (
@@ -201,7 +201,7 @@ def test_help(command: Command) -> None:
         ),
         (["spec"], ("--draft", "--k", "--compare", "--top-p", "--top-k", "default: 3")),
     ):
-        done = command("decode", *options, "--help")
+        done = inside("decode", *options, "--help")
         assert done.code == 0 and done.err == ""
         assert "Usage: decode" in done.out
         for word in words:

@@ -60,10 +60,10 @@ def test_the_recorded_weights_are_the_shipped_ones() -> None:
 
 
 @pytest.mark.slow
-def test_json_alone_and_quiet(command: Command) -> None:
-    done = command("decode", "doctor", "--json", "-")
+def test_json_alone_and_quiet(inside: Command, small_teacher: Path) -> None:
+    done = inside("decode", "doctor", "--teacher", small_teacher, "--json", "-")
     assert done.code == 0 and json.loads(done.out)["ok"] is True
-    done = command("decode", "doctor", "--quiet")
+    done = inside("decode", "doctor", "--teacher", small_teacher, "--quiet")
     assert (done.code, done.out, done.err) == (0, "", "")
 
 

@@ -246,7 +246,7 @@ def test_against_transformers(tmp_path: Path, family: str) -> None:
 
 
 @pytest.mark.slow
-def test_commands_run_on_one(tmp_path: Path, command: Command) -> None:
+def test_commands_run_on_one(tmp_path: Path, inside: Command) -> None:
     """Collecting from a teacher of another make, and decoding with a draft for it."""
     from distill.training import checkpoint
     from distill.training.draft_config import DraftConfig
@@ -255,14 +255,14 @@ def test_commands_run_on_one(tmp_path: Path, command: Command) -> None:
     teacher, data = small.one_bit_llm(tmp_path / "teacher"), tmp_path / "data"
     (tmp_path / "text.txt").write_text((small.TEACHER / "README.md").read_text() * 20)
     collect = ["--source", tmp_path / "text.txt", "--tokens", 2048, "--seq-len", 64, "--out", data, "--json", "-"]
-    done = command("distill", "collect", "--teacher", teacher, *collect, "--quiet")
+    done = inside("distill", "collect", "--teacher", teacher, *collect, "--quiet")
     assert done.code == 0, done.err
     assert json.loads(done.out)["tokens"] == 2048
     shape = DraftConfig.for_teacher(teacher, layers=1, hidden=64)
     checkpoint.save(tmp_path / "draft", llama.create(shape, seed=0), shape, teacher, {"complete": True})
     assert "auto_map" not in json.loads((tmp_path / "draft" / "tokenizer_config.json").read_text())
     spec = ["--draft", tmp_path / "draft", "--prompt", "The sky", "--max-tokens", 12, "--compare", "--json", "-"]
-    done = command("decode", "spec", "--teacher", teacher, *spec)
+    done = inside("decode", "spec", "--teacher", teacher, *spec)
     assert done.code == 0, done.err
     assert json.loads(done.out)["identical"] is True
 
