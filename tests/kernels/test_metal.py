@@ -318,8 +318,8 @@ def test_the_top_of_logits(n: int, k: int) -> None:
 
 @pytest.mark.slow
 def test_a_model_predicts_what_it_does_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The embedded teacher's first two layers: the same top-1 at every position, and the same bits whether tokens come one
-    by one or in groups."""
+    """The embedded teacher's first two layers: the same top-1 at every position, and the same bits whether tokens come
+    one by one or in groups."""
     from decode.models import transformer as decode_model
     from decode.models.checkpoint import find_teacher
 
