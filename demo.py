@@ -69,11 +69,15 @@ def demonstrate() -> int:
         )
         print("without them, so this demo only decodes, with the shipped draft.")
     else:
-        heading("1/4 the teacher answers prompts and reads texts, and a small draft learns from its logits, from nothing")
+        heading(
+            "1/4 the teacher answers prompts and reads texts, and a small draft learns from its logits, from nothing"
+        )
         well = run("distill", "run", "demo")
         drafts["from nothing"] = DRAFT
         if complete(SHIPPED):
-            heading("2/4 the shipped draft, which reads the teacher's states, goes on with the same data for two minutes")
+            heading(
+                "2/4 the shipped draft, which reads the teacher's states, goes on with the same data for two minutes"
+            )
             well &= run("distill", "run", "demo-continued")
             drafts["shipped, continued"] = CONTINUED
     if complete(SHIPPED):
