@@ -26,7 +26,15 @@ from distill.data.reply_pass import Progress
 from distill.data.shards import Dataset
 from distill.provenance import teacher_files, this_machine
 from distill.recipe import RECIPE_FILE, STAGES, Recipe
-from distill.release.evaluate import REPORT, check_evaluation_folder, evaluate, fingerprint, finished_report, select
+from distill.release.evaluate import (
+    REPORT,
+    check_evaluation_folder,
+    check_report,
+    evaluate,
+    fingerprint,
+    finished_report,
+    select,
+)
 from distill.training.checkpoint import load, read_shape, start_hash
 from distill.training.draft_config import DraftConfig
 from distill.training.run import check_room, check_start, train, working_on_draft
@@ -100,7 +108,8 @@ class Pipeline:
         select(recipe.evaluate, recipe.prompts())
         trained = self._trained()
         if "collect" in names:
-            self._collected()
+            if not self._collected() and trained:
+                self._check_data_of_draft()
         elif "train" in names:
             self._check_dataset(trained)
         if not trained and "train" not in names:
@@ -112,6 +121,8 @@ class Pipeline:
             with working_on_draft(recipe.draft, config):
                 pass
         check_evaluation_folder(recipe.evaluation)
+        of = self._fingerprint() if trained else None
+        recipe.attempt("evaluate", lambda: check_report(recipe.evaluation, recipe.draft, of))
 
     def _check_recipe_file(self) -> None:
         """A recipe beside the draft is the one that made it, or this one: another's is not replaced."""
@@ -145,18 +156,26 @@ class Pipeline:
 
     def _check_dataset(self, trained: bool) -> None:
         """The dataset as it is must be what [collect] says; its sources need not be there any more."""
-        folder, about = self.recipe.dataset, self.recipe.draft / "draft.json"
+        folder = self.recipe.dataset
         if trained and not (folder / MANIFEST).is_file():
-            where, values = about, read_json(about)["training"]["data"].get("settings")
-            if not isinstance(values, dict):
-                raise UserError(f"{about}: is damaged (training.data.settings is {values!r})")
-        else:
-            dataset = Dataset.open(folder)
-            if not dataset.complete:
-                raise UserError(f"{folder}: is not complete; run the recipe from its first stage")
-            if dataset.settings.teacher_hash != self.teacher.weights_hash:
-                raise UserError(f"{folder}: was made with another teacher than {self.teacher.name}; {OTHERWISE}")
-            where, values = folder, dataset.settings.values
+            self._check_data_of_draft()
+            return
+        dataset = Dataset.open(folder)
+        if not dataset.complete:
+            raise UserError(f"{folder}: is not complete; run the recipe from its first stage")
+        if dataset.settings.teacher_hash != self.teacher.weights_hash:
+            raise UserError(f"{folder}: was made with another teacher than {self.teacher.name}; {OTHERWISE}")
+        self._check_made_with(folder, dataset.settings.values)
+
+    def _check_data_of_draft(self) -> None:
+        """What the finished draft was trained on must be what [collect] says."""
+        about = self.recipe.draft / "draft.json"
+        values = read_json(about)["training"]["data"].get("settings")
+        if not isinstance(values, dict):
+            raise UserError(f"{about}: is damaged (training.data.settings is {values!r})")
+        self._check_made_with(about, values)
+
+    def _check_made_with(self, where: Path, values: dict[str, Any]) -> None:
         if difference := self.recipe.collect.difference(values):
             name, was, now = difference
             raise UserError(f"{where}: was made with {name} = {json.dumps(was)}, not {json.dumps(now)}; {OTHERWISE}")
@@ -259,10 +278,11 @@ class Pipeline:
         report = self._finished()
         return report is not None and bool(report["identical"])
 
+    def _fingerprint(self) -> dict[str, Any]:
+        return fingerprint(self.recipe.evaluate, self.recipe.prompts(), self.teacher, self._draft)
+
     def _finished(self) -> dict[str, Any] | None:
-        recipe = self.recipe
-        of = fingerprint(recipe.evaluate, recipe.prompts(), self.teacher, self._draft)
-        return finished_report(recipe.evaluation, of)
+        return finished_report(self.recipe.evaluation, self._fingerprint())
 
     def _evaluate(self) -> None:
         recipe = self.recipe

@@ -147,7 +147,8 @@ def evaluate(
     note = say(quiet)
     with working_in(out, room=1e6 + 2e4 * len(prompts)):  # the pictures, and a line and an entry a prompt
         _check_own(out)
-        _check_subject(out, draft, measured, note)
+        if differences := check_report(out, draft.folder, measured):
+            note(f"{out / REPORT}: is replaced; it has another {', another '.join(differences)}")
         session = Session(
             teacher,
             draft,
@@ -217,20 +218,23 @@ def _check_own(out: Path) -> None:
         (out / UNFINISHED).unlink(missing_ok=True)
 
 
-def _check_subject(out: Path, draft: Checkpoint, measured: dict[str, Any], note: Callable[[str], None]) -> None:
-    """Refuse to replace the report on another draft, or by another teacher, but beside a draft that was trained anew;
-    and say where one of other settings is replaced."""
+def check_report(out: Path, draft: Path, of: dict[str, Any] | None) -> list[str]:
+    """In what the report in a folder is not of the evaluation with this fingerprint, by name; nothing without a report.
+
+    UserError where it is on another draft, or by another teacher, but beside a draft that was trained anew. draft: its
+    folder; of: None before it is trained, when every report is on another.
+    """
     report = read_json(out / REPORT) if (out / REPORT).exists() else {}
     identity = report.get("identity")
-    if not isinstance(identity, dict) or not (differences := _differences(identity, measured)):
-        return
-    other = any(identity.get(name) != measured[name] for name in ("draft", "teacher"))
-    if other and out.resolve() != draft.folder.resolve():
+    if not isinstance(identity, dict):
+        return []
+    other = of is None or any(identity.get(name) != of[name] for name in ("draft", "teacher"))
+    if other and out.resolve() != draft.resolve():
         raise UserError(
             f"--out {out}: holds the evaluation of another draft, or by another teacher; give another folder, or delete"
             f" {REPORT} there"
         )
-    note(f"{out / REPORT}: is replaced; it has another {', another '.join(differences)}")
+    return [] if of is None else _differences(identity, of)
 
 
 def _in_the_way(path: Path) -> UserError:

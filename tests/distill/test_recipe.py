@@ -338,6 +338,24 @@ def test_run(inside: Command, small_teacher: Path, tmp_path: Path, monkeypatch: 
         assert code == 2 and "runs/tiny/draft: " in told and "chat template" in told, told
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_what_would_end_a_run_is_found_before_the_work(finished: bool, inside: Command, tmp_path: Path) -> None:
+    """Results of another draft in the place of its own, and a finished draft of other data."""
+    made_by = (RECIPES / "bitnet-smol-116m-draft.toml").read_text().replace("runs/bitnet-smol-116m/", "")
+    made_by = made_by.replace("tokens = 4_000_000", "tokens = 2_000")
+    if finished:
+        shutil.copytree(ROOT / "checkpoints" / "bitnet-smol-116m-draft", tmp_path / "bitnet-smol-116m-draft")
+        text, named = made_by.replace("live_prompts = 0", "live_prompts = 6"), ("wiki.jsonl.xz", "draft.json")
+    else:
+        (tmp_path / "results").mkdir()
+        report = {"acceptance_rate": 0.5, "identity": {"draft": "0" * 64, "teacher": "0" * 64}}
+        (tmp_path / "results" / "evaluation.json").write_text(json.dumps(report))
+        text, named = made_by.replace("[evaluate]", '[evaluate]\nout = "results"'), ("results", "another draft")
+    (tmp_path / "r.toml").write_text(text)
+    inside("distill", "run", "r.toml", cwd=tmp_path).refused("distill", *named)
+    assert not (tmp_path / "dataset").exists()
+
+
 def test_ctrl_c_while_a_stage_is_freed_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Python prints a KeyboardInterrupt of a garbage collection's callback and goes on."""
     monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
