@@ -139,9 +139,10 @@ def test_the_fused_step_equals_its_rows_alone_by_bits_and_the_reference_nearly(
 
 
 @pytest.mark.slow
-def test_states_of_layers_are_handed_out(emulated: cuda_emulator.Emulator) -> None:
+@pytest.mark.parametrize(("kind", "head", "m"), [("ternary", "bfloat16", 3), ("int8", "int8", 1)])
+def test_states_of_layers_are_handed_out(kind: str, head: str, m: int, emulated: cuda_emulator.Emulator) -> None:
     """Nearly the reference's, with the bits of each row alone, and beside logits and caches of the same bits."""
-    model, m = Model("ternary", "bfloat16"), 3
+    model = Model(kind, head)
     tokens, last = np.random.default_rng(0).integers(0, model.vocab, m).tolist(), len(model.layers) - 1
     plain, *caches_plain = model.one_by_one(tokens, 29)
     defined = model.defined(tokens, 29)[1]
@@ -333,7 +334,9 @@ BROKEN = [
         "  if (m < M) {\n    __syncthreads();",
         "that some threads miss",
     ),
+    ("exchange.cuh", "lane < 10 && first", "lane < 9 && first", "all wait for each other"),
     ("fused_step.cu", "  __syncthreads();  // what is written", "  // what is written", "other bits"),
+    ("fused_step.cu", "(which == kOutput ? 1 :", "(which == kOutput ? 0 :", "all wait for each other"),
     (
         "fused_step.cuh",
         "tile = item % rows.tiles, m = item / rows.tiles;\n    const int head",
