@@ -153,9 +153,11 @@ def test_every_step_has_the_target_of_the_token_it_proposes() -> None:
     assert counts.sum(axis=1).tolist() == [15.0, 11.0, 7.0]
 
 
-def test_it_learns_and_goes_on_where_it_was_stopped(text_dataset: Path, small_teacher: Path, tmp_path: Path) -> None:
-    """A ternary one, by two losses."""
-    settings = dataclasses.replace(SETTINGS, ternary=True, loss="kl=1,tv=0.5")
+@pytest.mark.parametrize("changes", [{}, {"ternary": True, "loss": "kl=1,tv=0.5"}], ids=["float", "ternary"])
+def test_it_learns_and_goes_on_where_it_was_stopped(
+    text_dataset: Path, small_teacher: Path, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    settings = dataclasses.replace(SETTINGS, **changes)  # type: ignore[arg-type]
     lines: list[dict[str, float]] = []
     whole = train(text_dataset, small_teacher, tmp_path / "whole", settings, progress=lines.append, quiet=True)
     losses = [line["loss"] for line in lines if line["kind"] == "step"]
