@@ -100,6 +100,7 @@ def collect(
     from distill.data.assistant import assist, introduction
     from distill.data.ranks import Launch, Ranks
     from distill.provenance import this_machine
+    from kernels.backends import device_backend
 
     launch = Launch.found()
     if launch is not None and launch.rank:
@@ -107,7 +108,9 @@ def collect(
     check_json_target(json_file, settings.inputs(), [out])
     with Ranks.gather(launch, this_machine(), mixed) as ranks:
         checkpoint = find_teacher(teacher)
-        if ranks.connections:
+        if device_backend() != "cpu" and not dry_run:
+            ranks.start_worker()
+        if launch is not None:
             ranks.admit(introduction(checkpoint, settings, replies is not None))
         _collect(context, checkpoint, ranks, settings, replies, out, dry_run, json_file, quiet)
 

@@ -40,6 +40,7 @@ from distill.training.draft_config import DraftConfig
 from distill.training.run import check_room, check_start, train, working_on_draft
 from distill.training.settings import TrainSettings
 from distill.training.state import STATE, difference, discard, of_finished
+from kernels.backends import device_backend
 from kernels.console import say
 from kernels.errors import UserError
 from kernels.files import CONFIG, read_json, sha256, write_atomic
@@ -181,14 +182,17 @@ class Pipeline:
             raise UserError(f"{where}: was made with {name} = {json.dumps(was)}, not {json.dumps(now)}; {OTHERWISE}")
 
     def _collect(self) -> None:
-        collector = Collector(self._plan, self.progress, Ranks(machine=this_machine()))
-        collector.check_folder()
-        try:
-            dataset = collector.run()
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("finished shards are kept; the same command goes on from there") from None
-        finally:
-            self.collected()
+        with Ranks.gather(None, this_machine(), mixed=False) as ranks:
+            if device_backend() != "cpu":
+                ranks.start_worker()
+            collector = Collector(self._plan, self.progress, ranks)
+            collector.check_folder()
+            try:
+                dataset = collector.run()
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt("finished shards are kept; the same command goes on from there") from None
+            finally:
+                self.collected()
         for remark in collector.remarks(dataset):
             say(self.quiet)(remark)
 

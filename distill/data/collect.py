@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from decode.batching import Job
+from decode.batching import Batch, Job
 from decode.metal import limit_memory
 from decode.models.checkpoint import RUNS, Checkpoint, has_tokenizer
 from decode.models.dimensions import Dimensions
@@ -28,14 +28,14 @@ from distill.data.exclusion import Excluded, load_excluded
 from distill.data.manifest import MANIFEST, DatasetSettings, Manifest, Omission, ScoredFrom, folder_name
 from distill.data.packing import MIN_SEGMENT
 from distill.data.prompts import Chosen, choose_documents, wants_reply
-from distill.data.ranks import Ranks
+from distill.data.ranks import WORKER, Ranks
 from distill.data.reply_dataset import Replies, ReplyWriter
 from distill.data.reply_pass import Progress, ReplyPass
 from distill.data.rows import Rows
 from distill.data.scoring import Scorer, bytes_per_token, check_memory
 from distill.data.settings import OF_REPLIES, OF_SCORES, CollectSettings, complete_settings
 from distill.data.shards import Dataset, ShardWriter
-from distill.data.sharing import Part, score
+from distill.data.sharing import Part, SharedBatch, score
 from distill.data.sources import (
     Source,
     Watch,
@@ -49,6 +49,7 @@ from distill.data.sources import (
 from distill.provenance import check_same_teacher, teacher_files
 from kernels import UserError
 from kernels.files import check_room, real_path, sha256, stored_bytes
+from kernels.memory import check_fits
 
 ROWS_PER_SHARD = 64
 ESTIMATE_SECONDS = 5.0  # that an estimate of how long scoring takes may take, about
@@ -228,10 +229,21 @@ class Collector:
             check_same_teacher(self.tokenizer, plan.reply_manifest.values["teacher_files"])
         self.ranks = ranks or Ranks()
         self._here: dict[str, Any] = {"machine": self.ranks.machine, "mixed": self.ranks.mixed}
+        values = {name: getattr(self.settings, name) for name in (*OF_SCORES, "max_reply", "seed")}
         for rank in self.ranks.connections:
-            values = {name: getattr(self.settings, name) for name in (*OF_SCORES, "max_reply", "seed")}
-            self.ranks.send(rank, {"settings": values, "dataset": plan.manifest.values})
-        self.model: Transformer = plan.teacher.load()
+            slots = self.ranks.slots.setdefault(rank, self.settings.reply_batch)
+            self.ranks.send(
+                rank,
+                {"settings": values | {"reply_batch": slots}, "dataset": plan.manifest.values}
+                | {"teacher": str(plan.teacher.folder)},
+            )
+        self._model: Transformer | None = None if self.ranks.has_worker else plan.teacher.load()
+
+    @property
+    def model(self) -> Transformer:
+        """The teacher, where this process computes."""
+        assert self._model is not None
+        return self._model
 
     def check_folder(self) -> bool:
         """Begin or take up the folder, so that one that cannot be used, or has no room for what is missing, is refused
@@ -259,10 +271,11 @@ class Collector:
             self.progress("scoring", done, total)
             scored = score(
                 self.ranks,
-                self.scorer(),
+                None if self.ranks.has_worker else self.scorer(),
                 self.plan.manifest,
                 lambda index: Part(index, index * ROWS_PER_SHARD, rows[shards[index]]),
                 missing,
+                lambda tokens: self.progress("scoring", tokens, None),
             )
             for index, coded in scored:
                 writer.add(coded, index)
@@ -371,11 +384,24 @@ class Collector:
         return UserError(f"{', '.join(self.settings.sources)}: nothing to collect from ({reasons})")
 
     def reply_pass(self) -> ReplyPass:
+        """What fills the reply dataset."""
+        batch = SharedBatch(None if self.ranks.has_worker else self.batch(), self.ranks)
+        context = self.plan.teacher.config.get("max_position_embeddings") or 1 << 30
+        return ReplyPass(batch, self.tokenizer, context, self.settings, self.progress, self._check_sources)
+
+    def batch(self) -> Batch:
         """What answers prompts with these settings."""
-        shape = Dimensions.of(self.plan.teacher.config, str(self.plan.teacher.folder))
-        return ReplyPass(
-            self.model, self.tokenizer, shape, self.settings, self.progress, self.ranks, self._check_sources
-        )
+        settings, shape = self.settings, Dimensions.of(self.plan.teacher.config, str(self.plan.teacher.folder))
+
+        def check(rows: int) -> None:
+            """Refuse, before it is allocated, a cache of so many rows a prompt that is more than there is memory."""
+            check_fits(
+                settings.reply_batch * shape.cache_bytes(rows),
+                f"--reply-batch {settings.reply_batch}: the caches of so many prompts and their replies need {{}}",
+                "choose a smaller one",
+            )
+
+        return Batch(self.model, settings.reply_batch, settings.max_reply, self.tokenizer.end_tokens, check)
 
     def scorer(self) -> Scorer:
         """What scores rows of these settings."""
@@ -384,38 +410,47 @@ class Collector:
             self.settings.top_k,
             self.settings.temperatures,
             self.settings.batch,
-            lambda tokens: self.progress("scoring", tokens, None),
-            self.settings.sampled or 0,
-            self.settings.seed,
+            sampled=self.settings.sampled or 0,
+            seed=self.settings.seed,
         )
 
     def estimate(self) -> Estimate:
         """Time one batch of each kind of work that is still to do, and extrapolate."""
-        settings = self.settings
         firsts = [next(iter(read_source(source)), None) for source in self._unanswered()]
-        asked = [first is not None and wants_reply(first) for first in firsts]
+        weights = [source.weight for source in self.plan.sources or ()]
+        asked = sum(
+            weight for weight, first in zip(weights, firsts, strict=False) if first is not None and wants_reply(first)
+        )
+        share = asked / sum(weights) if asked else 0.0
+        if self.ranks.has_worker:
+            self.ranks.send(WORKER, {"replied": share})
+            _, message, _ = next(self.ranks.received(wait=True))
+            per_token = message["seconds"]
+        else:
+            per_token = self.seconds_per_token(share)
+        per_token /= self.ranks.size
+        total = self._tokens()
+        return Estimate(total, total * self._bytes_per_token(), total * per_token, 1 / per_token)
+
+    def seconds_per_token(self, replied: float) -> float:
+        """That this process takes now. replied: the share of tokens that are replies."""
+        settings = self.settings
         row = np.full(settings.seq_len, min(self.tokenizer.end_tokens, default=0), np.int32)
         prompt = row[: min(64, settings.seq_len // 2)].tolist()
         one = (row, np.ones_like(row, bool), np.ones_like(row, np.uint8))
-        scorer = replace(self.scorer(), advance=lambda tokens: None)
-        rows = 1
+        scorer, rows = self.scorer(), 1
         for _ in range(3):  # the first compiles, the second tells how many rows take a while, not minutes
             began = time.perf_counter()
             scorer.score([one] * rows)
             per_token = (time.perf_counter() - began) / (rows * settings.seq_len)
             rows = max(1, min(settings.batch, int(ESTIMATE_SECONDS / (per_token * settings.seq_len))))
-        if any(asked):
-            batch = self.reply_pass().batch
+        if replied:
             jobs = [Job([prompt], [1.0], (0, i), len(prompt) + 16) for i in range(settings.reply_batch)]
             began, written = time.perf_counter(), 0
-            for _, replies in batch.run(iter(jobs)):
+            for _, replies in self.batch().run(iter(jobs)):
                 written += sum(len(reply.tokens) for reply in replies)
-            weights = [source.weight for source in self.plan.sources or ()]
-            share = sum(weight for weight, asks in zip(weights, asked, strict=True) if asks) / sum(weights)
-            per_token += (time.perf_counter() - began) / written * share
-        total = self._tokens()
-        per_token /= self.ranks.size
-        return Estimate(total, total * self._bytes_per_token(), total * per_token, 1 / per_token)
+            per_token += (time.perf_counter() - began) / written * replied
+        return per_token
 
     def _unanswered(self) -> tuple[Source, ...]:
         """The sources whose prompts may still want replies."""

@@ -1,4 +1,7 @@
-"""The processes that `mlx.launch` starts to work on one dataset: who they are, and how they speak with one another.
+"""The processes that work on one dataset: who they are, and how they speak with one another.
+
+`mlx.launch` starts *ranks*, one a machine or GPU. On a GPU rank 0, or a collection that is one's own, starts a *worker*
+besides: it computes as a rank does, while rank 0 reads, judges and writes, which would keep the GPU waiting.
 
 Rank 0 listens where MLX's own backend would meet, ring or NCCL, and the others connect to it; each speaks with rank 0
 only. MLX's collectives are not used: they hold all ranks to one step, NCCL has no others, and whoever waits in one of
@@ -13,6 +16,8 @@ import queue
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +28,7 @@ from typing import Any, NoReturn, Self
 
 import mlx.core as mx
 
-from kernels.console import Interrupted
+from kernels.console import NO_MEMORY, Interrupted
 from kernels.errors import UserError
 
 PATIENCE = 120.0  # seconds for all ranks to come
@@ -33,6 +38,7 @@ HEARD = 1.0  # seconds in which a rank's end is heard of, also where processes w
 NOTICE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 90_000}
 LARGEST = 1 << 31  # bytes of one part of a message; a rank that says more is not one of ours
 _SIZES = struct.Struct("<QQ")
+WORKER = 0  # its number among the connections: it computes in rank 0's place
 KEPT = "what is finished is kept; the same command goes on from there, on any number of ranks"
 
 Message = dict[str, Any]
@@ -96,11 +102,12 @@ class Connection:
     def __init__(self, connected: socket.socket) -> None:
         self._socket = connected
         connected.settimeout(None)
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in NOTICE.items():
-            if hasattr(socket, name):
-                connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        if connected.family != socket.AF_UNIX:
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in NOTICE.items():
+                if hasattr(socket, name):
+                    connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self._reader: threading.Thread | None = None
 
     def send(self, message: Message, data: bytes = b"") -> None:
@@ -191,9 +198,15 @@ def serve(launch: Launch, work: Callable[[Connection], object]) -> NoReturn:
         rank_0 = connect(launch)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    has_ended = f"rank 0 of {launch.size} (at {launch.host}) has ended; {KEPT}"
+    serve_over(rank_0, lambda: work(rank_0), has_ended if launch.rank == 1 else None)  # one line is enough
+
+
+def serve_over(rank_0: Connection, work: Callable[[], object], has_ended: str | None = None) -> NoReturn:
+    """As `serve`, with a connection that there is. has_ended: what is said where rank 0 has."""
     code = 0
     try:
-        work(rank_0)
+        work()
     except BaseException as error:
         ignore_signals()
         with suppress(Gone):
@@ -202,12 +215,15 @@ def serve(launch: Launch, work: Callable[[Connection], object]) -> NoReturn:
             elif isinstance(error, UserError):
                 code = 2
                 rank_0.send({"error": str(error)})
+            elif isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)):
+                code = 2
+                rank_0.send({"error": f"this needs more memory than there is ({error})"})
             elif isinstance(error, KeyboardInterrupt):
                 code = 130
                 rank_0.send({"interrupted": True})
             elif isinstance(error, Gone):
-                if launch.rank == 1:  # one line is enough
-                    raise UserError(f"rank 0 of {launch.size} (at {launch.host}) has ended; {KEPT}") from None
+                if has_ended:
+                    raise UserError(has_ended) from None
                 code = 2
             else:
                 raise
@@ -219,7 +235,8 @@ def serve(launch: Launch, work: Callable[[Connection], object]) -> NoReturn:
 
 @dataclass
 class Ranks:
-    """The other ranks, as rank 0 sees them; none where it works alone. To be closed as a context, which ends them."""
+    """The other ranks and the worker, as rank 0 sees them; none where it works alone. To be closed as a context, which
+    ends them."""
 
     connections: dict[int, Connection] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
@@ -229,10 +246,30 @@ class Ranks:
     devices: dict[int, str] = field(default_factory=dict)  # of all ranks, where they may be of several kinds
     _inbox: queue.SimpleQueue[tuple[int, Message | None, bytes]] = field(default_factory=queue.SimpleQueue)
     _ends: dict[int, UserError | Interrupted] = field(default_factory=dict)  # of those that have: how
+    _worker: subprocess.Popen[bytes] | None = None
 
     @property
     def size(self) -> int:
-        return 1 + len(self.connections)
+        """How many processes compute."""
+        return len(self.connections.keys() | {0})
+
+    @property
+    def has_worker(self) -> bool:
+        """Whether another process computes in rank 0's place."""
+        return self._worker is not None
+
+    def start_worker(self) -> None:
+        """Start the worker. It waits to be told what there is to do."""
+        here, there = socket.socketpair()
+        with there:
+            self._worker = subprocess.Popen(
+                [sys.executable, "-P", "-X", "utf8", "-m", "distill.data.assistant", str(there.fileno())],
+                pass_fds=[there.fileno()],
+                stdin=subprocess.DEVNULL,
+            )
+        self.connections[WORKER] = Connection(here)
+        self.names[WORKER] = f"the process that computes ({self._worker.pid})"
+        self.connections[WORKER].listen(self._inbox, WORKER)
 
     @classmethod
     def gather(cls, launch: Launch | None, machine: dict[str, str], mixed: bool) -> Self:
@@ -281,7 +318,7 @@ class Ranks:
     def admit(self, mine: Mapping[str, Mapping[str, Any]]) -> None:
         """Hear from all what they are (`sharing.introduction`). UserError names one that is not what rank 0 is; where
         machines may be mixed the part `machine` may differ."""
-        for _ in self.connections:
+        for _ in self.connections.keys() - {WORKER}:
             rank, message, _ = next(self.received(wait=True))
             theirs = message["introduction"]
             for part, values in mine.items():
@@ -324,7 +361,7 @@ class Ranks:
                     rank, UserError(f"{self.names[rank]}: has ended before its work was done; {KEPT}")
                 )
             if "error" in message:
-                self._ends[rank] = UserError(f"{self.names[rank]}: {message['error']}")
+                self._ends[rank] = UserError(f"{'' if rank == WORKER else f'{self.names[rank]}: '}{message['error']}")
             if "interrupted" in message:
                 self._ends[rank] = Interrupted(f"{self.names[rank]} was; {KEPT}")
             if rank in self._ends:
@@ -341,7 +378,8 @@ class Ranks:
         at_fault: UserError | None = None
         if kind is not None:
             ignore_signals()
-        if stopped:  # perhaps by mlx.launch, because another rank has ended: say which, as soon as that is heard
+        others = self.connections.keys() != {WORKER}
+        if stopped and others:  # perhaps by mlx.launch, because another rank has ended: say which, once that is heard
             until = time.monotonic() + HEARD
             try:
                 while time.monotonic() < until:
@@ -357,6 +395,9 @@ class Ranks:
         deadline = time.monotonic() + GOODBYE
         for connection in self.connections.values():
             connection.close(max(0.01, deadline - time.monotonic()))
+        if self._worker is not None:
+            with suppress(subprocess.TimeoutExpired):  # its memory is free for what follows
+                self._worker.wait(max(0.01, deadline - time.monotonic()))
         if at_fault is not None:
             raise at_fault
 

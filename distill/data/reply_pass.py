@@ -15,21 +15,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from decode.batching import Batch, Job
-from decode.models.dimensions import Dimensions
-from decode.models.transformer import Transformer
+from decode.batching import Job
 from decode.tokenizer import Tokenizer
 from distill.data.documents import LeftOut
 from distill.data.duplicates import NearDuplicates
 from distill.data.exclusion import Excluded
 from distill.data.packing import MIN_SEGMENT
 from distill.data.prompts import Chosen
-from distill.data.ranks import Ranks
 from distill.data.reply_dataset import EXAMPLES_PER_FILE, Example, Replies, ReplyWriter
 from distill.data.settings import CollectSettings
 from distill.data.sharing import SharedBatch
 from distill.data.supply import TOO_SHORT, Candidate, Supply, size_in_rows
-from kernels.memory import check_fits
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -87,19 +83,17 @@ class ReplyPass:
 
     def __init__(
         self,
-        model: Transformer,
+        batch: SharedBatch,
         tokenizer: Tokenizer,
-        shape: Dimensions,
+        context: int,
         settings: CollectSettings,
         progress: Progress,
-        ranks: Ranks,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        """check: called before a file is written, and at the end; it may refuse."""
-        self.model, self.tokenizer, self.shape = model, tokenizer, shape
+        """context: tokens that the teacher can work on; check: called before a file is written, and at the end; it may
+        refuse."""
+        self.batch, self.tokenizer, self.context = batch, tokenizer, context
         self.settings, self.progress = settings, progress
-        self.batch = Batch(model, settings.reply_batch, settings.max_reply, tokenizer.end_tokens, self._check_cache)
-        self.shared, self.device = SharedBatch(self.batch, ranks), ranks.device
         self._written: deque[Example] = deque()  # the next that an earlier run wrote
         self._unread: Iterator[Example] = iter(())  # and those behind them
         self._check = check
@@ -114,7 +108,7 @@ class ReplyPass:
         self._unread = iter(Replies(writer.folder, writer.manifest))
         asked = NearDuplicates()
         supplies = [
-            Supply(source, documents, self.tokenizer, self.settings, self.model.context, asked, excluded)
+            Supply(source, documents, self.tokenizer, self.settings, self.context, asked, excluded)
             for source, documents in enumerate(chosen)
         ]
         cut, left = [supply.cut for supply in supplies], self.settings.tokens
@@ -140,7 +134,7 @@ class ReplyPass:
         while not quota.filled:
             asked: dict[int, Waiting] = {}
             jobs = self._jobs(writer, supply, quota, line, asked)
-            with closing(self.shared.run(jobs, self._advance, self._advance)) as done:
+            with closing(self.batch.run(jobs, self._advance, self._advance)) as done:
                 for place, replies in done:
                     said = [np.array(reply.tokens, np.int32) for reply in replies]
                     waiting = asked.pop(place)  # who is done is not kept
@@ -231,16 +225,8 @@ class ReplyPass:
         index = (self._at - 1) // EXAMPLES_PER_FILE
         if self._pending and index not in writer.manifest.entries:
             self._check()
-            writer.write(self._pending, index, self.device)
+            writer.write(self._pending, index, self.batch.ranks.device)
         self._pending = []
 
     def _advance(self, tokens: int) -> None:
         self.progress("replies", tokens, None)  # the total counts prompts too
-
-    def _check_cache(self, rows: int) -> None:
-        """Refuse, before it is allocated, a cache of so many rows a prompt that is more than there is memory."""
-        check_fits(
-            self.settings.reply_batch * self.shape.cache_bytes(rows),
-            f"--reply-batch {self.settings.reply_batch}: the caches of so many prompts and their replies need {{}}",
-            "choose a smaller one",
-        )

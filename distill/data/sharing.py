@@ -40,9 +40,10 @@ class Part:
 
 
 class SharedBatch:
-    """A `Batch` whose jobs the other ranks answer too."""
+    """A `Batch` whose jobs the other ranks answer too, or alone."""
 
-    def __init__(self, batch: Batch, ranks: Ranks) -> None:
+    def __init__(self, batch: Batch | None, ranks: Ranks) -> None:
+        """batch: None where a worker has it."""
         self.batch, self.ranks = batch, ranks
         self._numbers = count()  # of jobs that others are given, so that what comes too late is known as such
         self._given: dict[int, dict[int, tuple[int, Job]]] = {rank: {} for rank in ranks.connections}
@@ -53,12 +54,13 @@ class SharedBatch:
 
         def serve(wait: bool = False) -> None:
             for rank, message, _ in self.ranks.received(wait):
-                if (found := self._given[rank].pop(message["number"], None)) is not None:
-                    place, job = found
-                    replies = [Reply(*reply) for reply in message["replies"]]
-                    prefilled(sum(map(len, job.turns[: len(replies)])))
-                    advance(sum(len(reply.tokens) for reply in replies))
-                    done.append((place, replies))
+                for number, said in message["replies"]:
+                    if (found := self._given[rank].pop(number, None)) is not None:
+                        place, job = found
+                        replies = [Reply(*reply) for reply in said]
+                        prefilled(sum(map(len, job.turns[: len(replies)])))
+                        advance(sum(len(reply.tokens) for reply in replies))
+                        done.append((place, replies))
             self._give(places)
 
         def written(tokens: int) -> None:
@@ -79,12 +81,15 @@ class SharedBatch:
 
         try:
             while True:
-                mine.clear()
-                with closing(self.batch.run(own(), written, prefilled)) as here:
-                    for at, replies in here:
-                        yield mine[at], replies
-                        while done:
-                            yield done.popleft()
+                if self.batch is not None:
+                    mine.clear()
+                    with closing(self.batch.run(own(), written, prefilled)) as here:
+                        for at, replies in here:
+                            yield mine[at], replies
+                            while done:
+                                yield done.popleft()
+                else:
+                    self._give(places)
                 if not done and any(self._given.values()):
                     serve(wait=True)
                 elif not done:
@@ -112,12 +117,14 @@ class SharedBatch:
 
 def score(
     ranks: Ranks,
-    scorer: Scorer,
+    scorer: Scorer | None,
     settings: DatasetSettings,
     part_of: Callable[[int], Part],
     missing: Collection[int],
+    advance: Callable[[int], None],
 ) -> Iterator[tuple[int, Coded]]:
-    """The missing shards, each with its index, in the order in which they are done. part_of: what one is made of."""
+    """The missing shards, each with its index, in the order in which they are done. scorer: None where a worker has it;
+    part_of: what one is made of; advance: told of tokens scored."""
     waiting, done = deque(missing), deque[tuple[int, Coded]]()
     given = dict.fromkeys(ranks.connections, 0)
 
@@ -126,7 +133,7 @@ def score(
             if "shard" in message:  # and no late reply
                 given[rank] -= 1
                 one = Coded(data, message["counts"], ranks.devices.get(rank, ""))
-                scorer.advance(one.counts["tokens"])
+                advance(one.counts["tokens"])
                 done.append((message["shard"], one))
         for rank in given:  # fewer at a time towards the end, so that all ranks end together
             while waiting and given[rank] < max(1, min(SHARDS_AHEAD, len(waiting) // ranks.size)):
@@ -140,15 +147,18 @@ def score(
             yield part_of(waiting.popleft())
             serve()
 
-    def advance(tokens: int) -> None:
-        scorer.advance(tokens)
+    def scored(tokens: int) -> None:
+        advance(tokens)
         serve()
 
     while True:
-        for index, block in blocks(replace(scorer, advance=advance), own()):
-            yield index, coded(block, settings, ranks.devices.get(0, ""))
-            while done:
-                yield done.popleft()
+        if scorer is not None:
+            for index, block in blocks(replace(scorer, advance=scored), own()):
+                yield index, coded(block, settings, ranks.devices.get(0, ""))
+                while done:
+                    yield done.popleft()
+        else:
+            serve()
         while done:  # what came when nothing was left to score here
             yield done.popleft()
         if not any(given.values()):

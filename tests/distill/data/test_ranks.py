@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
 import socket
 import struct
@@ -184,6 +185,91 @@ def test_ten_kills_change_no_byte(tmp_path: Path) -> None:
     assert [(one["ranks"], one["kills"], one["faults"]) for one in found] == [(1, 5, []), (2, 5, [])]
 
 
+# --- the worker, which rank 0 has on a GPU
+
+AS_ON_A_GPU = """from distill.data.ranks import Ranks
+gather = Ranks.gather
+
+def with_worker(*given, **named):
+    ranks = gather(*given, **named)
+    ranks.start_worker()
+    return ranks
+
+Ranks.gather = with_worker
+"""
+
+
+def with_worker(command_line: list[object], folder: Path, **variables: str) -> subprocess.Popen[str]:
+    folder.mkdir(exist_ok=True)
+    command = arguments("distill", *command_line, "--out", folder / "d")
+    return subprocess.Popen(
+        [*command[:2], AS_ON_A_GPU + command[2], *command[3:]], env=environment(**variables),
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def worker_of(process: subprocess.Popen[str]) -> int:
+    """Its process, once there is a dataset to work on."""
+    folder = Path(process.args[process.args.index("--out") + 1])  # type: ignore[call-overload, union-attr]
+    found: list[int] = []
+
+    def is_there() -> bool:
+        for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            if b"distill.data.assistant" in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(int(child))
+        return bool(found) and (folder / "manifest.json").exists()
+
+    wait_until(is_there)
+    return found[0]
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_a_worker_writes_the_bytes_of_one_process(
+    command_line: list[object], whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    assert ended([with_worker(command_line, tmp_path / "one")]) == [(0, "", "")]
+    assert files(tmp_path / "one") == whole
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{free_port()}"]] * 2))
+    zero = with_worker(command_line, tmp_path / "two", MLX_RANK="0", MLX_HOSTFILE=str(hosts))
+    one = subprocess.Popen(
+        arguments("distill", *command_line), env=environment(MLX_RANK="1", MLX_HOSTFILE=str(hosts)),
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert ended([zero, one]) == [(0, "", "")] * 2
+    assert files(tmp_path / "two") == whole
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="says nothing of a process's children")
+def test_a_worker_and_its_rank_end_together(
+    command_line: list[object], whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    process = with_worker(command_line, tmp_path / "d")
+    os.kill(worker_of(process), signal.SIGKILL)
+    ((code, _, said),) = ended([process])
+    assert code == 2 and said.startswith("distill: error: the process that computes (") and said.count("\n") == 1
+    for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
+        process = with_worker(command_line, tmp_path / "d")
+        worker = worker_of(process)
+        if number == signal.SIGINT:  # as a terminal does
+            os.killpg(process.pid, number)
+        else:
+            process.kill()
+        ((found, _, said),) = ended([process])
+        assert found == code and "Traceback" not in said
+        wait_until(lambda worker=worker: not Path(f"/proc/{worker}/cmdline").exists())  # type: ignore[misc]
+    assert ended([with_worker(command_line, tmp_path / "d")]) == [(0, "", "")]
+    assert files(tmp_path / "d") == whole
+
+
 # --- where they meet
 
 
@@ -274,10 +360,12 @@ def test_a_shard_that_comes_last_is_kept(small_teacher: Path) -> None:
         connection.receive()  # until rank 0 ends it
 
     row = (np.arange(32, dtype=np.int32), np.ones(32, bool), np.ones(32, np.uint8))
-    scorer = Scorer(find_teacher(str(small_teacher)).load(), 4, (1.0,), 1, lambda tokens: None)
+    scorer = Scorer(find_teacher(str(small_teacher)).load(), 4, (1.0,), 1)
     with meet(assist) as ranks:
         done = {}
-        for index, coded in score(ranks, scorer, told, lambda index: Part(index, index, [row]), range(2)):
+        for index, coded in score(
+            ranks, scorer, told, lambda index: Part(index, index, [row]), range(2), lambda tokens: None
+        ):
             done[index] = coded.data
             scored.set()
             while 0 not in done and ranks._inbox.empty():
