@@ -143,7 +143,7 @@ def test_long_prompts_and_conversations_are_taken_as_often_as_they_are_there(
             for place, _ in enumerate(jobs):
                 yield place, [Reply([500, 2], "stop")]
 
-    monkeypatch.setattr("distill.data.reply_pass.Batch", Short)
+    monkeypatch.setattr("distill.data.collect.Batch", Short)
     monkeypatch.setattr(Checkpoint, "load", lambda self: SimpleNamespace(context=2048))
     monkeypatch.setattr("distill.data.reply_pass.EXAMPLES_PER_FILE", 128)
     replies = list(Collector(plan_collection(find_teacher(str(small_teacher)), settings, tmp_path / "d")).replies())
@@ -180,7 +180,7 @@ def test_conversations_that_end_early_are_counted(
                     raise KeyboardInterrupt
                 yield place, said[job.seed[-1] % len(said)]
 
-    monkeypatch.setattr("distill.data.reply_pass.Batch", Saying)
+    monkeypatch.setattr("distill.data.collect.Batch", Saying)
     monkeypatch.setattr("distill.data.reply_pass.EXAMPLES_PER_FILE", 1)
     run = ("collect", "--teacher", small_teacher, "--source", tmp_path / "p.jsonl", "--tokens", 5000, "--seq-len", 128)
     run = (*run, "--max-reply", 16, "--out", tmp_path / "d", "--json", tmp_path / "c.json")
