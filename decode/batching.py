@@ -44,6 +44,19 @@ class Job:
     most_tokens: int
 
 
+class AsTheyCome(Iterator[Job]):
+    """Jobs; where there is none now, there may be one later."""
+
+    def __init__(self, next_job: Callable[[], Job | None]) -> None:
+        self._next_job = next_job
+
+    def __next__(self) -> Job:
+        job = self._next_job()
+        if job is None:
+            raise StopIteration
+        return job
+
+
 @dataclass(frozen=True)
 class Reply:
     """Token ids, the end token included, and whether it ended so, fell into a loop (and was cut there) or was cut for
@@ -103,7 +116,8 @@ class Batch:
     ) -> Generator[tuple[int, list[Reply]], None, None]:
         """The replies to each job, with its place among the jobs, in the order in which they are done.
 
-        A job is taken when a slot is free for it. advance, prefilled: told how many tokens were written, and read.
+        A job is taken when a slot is free for it; where there is none, one is asked for again later. advance,
+        prefilled: told how many tokens were written, and read.
         """
         places = enumerate(jobs)
         try:
@@ -176,7 +190,9 @@ class _Group:
         of several in one pass. Returns how many were given."""
         given = 0
         for i, slot in enumerate(self._slots):
-            if slot is None and (job := next(places, None)) is not None:
+            if slot is None:
+                if (job := next(places, None)) is None:
+                    break
                 self._slots[i] = self._begin(*job)
                 given += 1  # of a prompt; the rest are counted below, behind a reply too
         began = time.perf_counter()

@@ -11,7 +11,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NoReturn
 
-from decode.batching import Batch, Job
+from decode.batching import AsTheyCome, Batch, Job
 from decode.keep_awake import keep_awake
 from decode.models.checkpoint import Checkpoint, find_teacher
 from distill.data.collect import Collector, Plan, of_teacher
@@ -115,20 +115,14 @@ class _Assistant:
             tell()
             self._look()
 
-        class AsTheyCome:
-            """Jobs; where there is none now, there may be one later."""
+        def next_job() -> Job | None:
+            if not jobs:
+                return None
+            number, job = jobs.popleft()
+            numbers.append(number)
+            return job
 
-            def __iter__(self) -> Iterator[Job]:
-                return self
-
-            def __next__(self) -> Job:
-                if not jobs:
-                    raise StopIteration
-                number, job = jobs.popleft()
-                numbers.append(number)
-                return job
-
-        with closing(batch.run(AsTheyCome(), look)) as done:
+        with closing(batch.run(AsTheyCome(next_job), look)) as done:
             for place, replies in done:
                 said.append([numbers[place], [[reply.tokens, reply.finish] for reply in replies]])
                 if len(said) == AT_ONCE:

@@ -12,10 +12,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from decode.batching import Job
+from decode.batching import AsTheyCome, Job
 from decode.tokenizer import Tokenizer
 from distill.data.documents import LeftOut
 from distill.data.duplicates import NearDuplicates
@@ -26,6 +27,10 @@ from distill.data.reply_dataset import EXAMPLES_PER_FILE, Example, Replies, Repl
 from distill.data.settings import CollectSettings
 from distill.data.sharing import SharedBatch
 from distill.data.supply import TOO_SHORT, Candidate, Supply, size_in_rows
+
+# Examples that are judged for each that is done: more may wait behind one that is late, and all of them at once would
+# keep those waiting who want to be given jobs.
+AT_ONCE = 2
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -99,6 +104,7 @@ class ReplyPass:
         self._check = check
         self._pending: list[Example] = []  # not yet in a file
         self._at = 0  # the place of the next example
+        self._asked = 0  # how many jobs were given
         self._replies, self._reply_tokens = 1, settings.max_reply // 2  # so far: what the next ones are expected to be
 
     def run(self, writer: ReplyWriter, chosen: Sequence[Chosen], excluded: Excluded) -> list[LeftOut]:
@@ -133,7 +139,8 @@ class ReplyPass:
         line = Line()
         while not quota.filled:
             asked: dict[int, Waiting] = {}
-            jobs = self._jobs(writer, supply, quota, line, asked)
+            self._asked = 0
+            jobs = AsTheyCome(partial(self._next_job, writer, supply, quota, line, asked))
             with closing(self.batch.run(jobs, self._advance, self._advance)) as done:
                 for place, replies in done:
                     said = [np.array(reply.tokens, np.int32) for reply in replies]
@@ -142,7 +149,7 @@ class ReplyPass:
                     line.settle(waiting, example, self._size(example))
                     self._replies += len(said)
                     self._reply_tokens += sum(map(len, said))
-                    self._use(writer, supply, quota, line)
+                    self._use(writer, supply, quota, line, AT_ONCE)
                     if quota.filled:
                         break
             self._use(writer, supply, quota, line)
@@ -151,37 +158,37 @@ class ReplyPass:
                 return True
         return False
 
-    def _jobs(
+    def _next_job(
         self, writer: ReplyWriter, supply: Supply, quota: Quota, line: Line, asked: dict[int, Waiting]
-    ) -> Iterator[Job]:
-        """The next candidates, as many as will probably fill the quota, at the end of the line; those that the teacher
-        is to answer now as jobs, and in `asked` by their places among these."""
-        jobs = 0
+    ) -> Job | None:
+        """Put the next candidates at the end of the line, up to the first that the teacher is to answer now: it becomes
+        a job, and stands in `asked` by its place among these. None while the line will probably fill the quota."""
         while True:
-            self._use(writer, supply, quota, line)
+            if line.size >= quota.left:  # if all of it is of use
+                self._use(writer, supply, quota, line)
             candidate = supply.ahead(len(line))
             if quota.filled or candidate is None or line.size >= quota.left:
-                return
+                return None
             waiting = Waiting(candidate, self._expected(candidate))
             line.join(waiting)
             example = self._known(supply.source, candidate)
             if example is None and not candidate.asks:
                 example = candidate.example(supply.source)
-            if example is not None:
-                line.settle(waiting, example, self._size(example))
-            else:
+            if example is None:
                 if not quota.announced:
                     quota.announced = True
                     self.progress("replies", quota.taken, quota.size)
-                asked[jobs] = waiting
-                jobs += 1
+                asked[self._asked] = waiting
+                self._asked += 1
                 temperatures = self.settings.reply_temperatures
-                yield Job(
+                return Job(
                     candidate.turns,
                     [candidate.temperature(turn, temperatures) for turn in range(len(candidate.turns))],
                     (self.settings.seed, supply.source, candidate.number),
                     supply.room + self.settings.max_reply,
                 )
+            line.settle(waiting, example, self._size(example))
+            self._use(writer, supply, quota, line, AT_ONCE)
 
     def _expected(self, candidate: Candidate) -> float:
         """How many tokens a candidate will probably be."""
@@ -196,9 +203,11 @@ class ReplyPass:
             return self._written.popleft()
         return None
 
-    def _use(self, writer: ReplyWriter, supply: Supply, quota: Quota, line: Line) -> None:
-        """Take what is known at the beginning of the line, until the quota is filled."""
-        while line and not quota.filled and (example := line[0].example) is not None:
+    def _use(self, writer: ReplyWriter, supply: Supply, quota: Quota, line: Line, most: int | None = None) -> None:
+        """Take what is known at the beginning of the line, at most so many, until the quota is filled."""
+        for _ in range(len(line) if most is None else most):
+            if not line or quota.filled or (example := line[0].example) is None:
+                return
             self._add(writer, example, supply, quota)
             supply.take()
             line.leave()

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from decode.batching import Batch, Job, Reply
+from decode.batching import AsTheyCome, Batch, Job, Reply
 from distill.data.codec import Block, SampledBlock
 from distill.data.dataset import Coded
 from distill.data.manifest import DatasetSettings
@@ -26,6 +26,7 @@ from distill.data.scoring import Scorer
 from distill.data.shards import coded
 from kernels.errors import UserError
 
+AT_ONCE = 256  # jobs in a message, at most: a rank begins with the first while others are read
 SHARDS_AHEAD = 3  # that a rank is given: one to score, and on a GPU one to be coded beside it; one to go on with
 Done = Generator[tuple[int, list[Reply]], None, None]
 
@@ -69,21 +70,19 @@ class SharedBatch:
 
         mine = list[int]()
 
-        def own() -> Iterator[Job]:
+        def next_job() -> Job | None:
             """Of the jobs, one in turn for every rank that has room, and for this one."""
-            while True:
-                self._give(places, most=1)
-                place, job = next(places, (0, None))
-                if job is None:
-                    return
+            self._give(places, most=1)
+            place, job = next(places, (0, None))
+            if job is not None:
                 mine.append(place)
-                yield job
+            return job
 
         try:
             while True:
                 if self.batch is not None:
                     mine.clear()
-                    with closing(self.batch.run(own(), written, prefilled)) as here:
+                    with closing(self.batch.run(AsTheyCome(next_job), written, prefilled)) as here:
                         for at, replies in here:
                             yield mine[at], replies
                             while done:
@@ -96,6 +95,7 @@ class SharedBatch:
                     return
                 while done:
                     yield done.popleft()
+                    serve()  # so that nobody waits while one after the other is looked at
         finally:
             for rank, given in self._given.items():
                 if given:
@@ -104,15 +104,22 @@ class SharedBatch:
                         self.ranks.send(rank, {"drop": True})
 
     def _give(self, places: Iterator[tuple[int, Job]], most: int = 1 << 16) -> None:
-        """Give jobs to all ranks that have room: for each of their slots, and some to go on with at once."""
-        for rank, given in self._given.items():
-            slots, fresh = self.ranks.slots[rank], list[list[Any]]()
-            while len(given) < slots + slots // 8 + 1 and len(fresh) < most and (found := next(places, None)):
-                number, job = next(self._numbers), found[1]
-                given[number] = found
-                fresh.append([number, job.turns, job.temperatures, job.seed, job.most_tokens])
-            if fresh:
-                self.ranks.send(rank, {"jobs": fresh})
+        """Give jobs, at most so many to each, to ranks that have room: for each of their slots, and some to go on with
+        at once. The next is for the one that has the least to do."""
+        slots, fresh = self.ranks.slots, {rank: list[list[Any]]() for rank in self._given}
+        room = {rank: min(most, slots[rank] + slots[rank] // 8 + 1 - len(given)) for rank, given in self._given.items()}
+        while (able := [rank for rank in room if room[rank] > 0]) and (found := next(places, None)):
+            rank = min(able, key=lambda rank: len(self._given[rank]) / slots[rank])
+            number, job = next(self._numbers), found[1]
+            self._given[rank][number] = found
+            room[rank] -= 1
+            fresh[rank].append([number, job.turns, job.temperatures, job.seed, job.most_tokens])
+            if len(fresh[rank]) == AT_ONCE:
+                self.ranks.send(rank, {"jobs": fresh[rank]})
+                fresh[rank] = []
+        for rank, jobs in fresh.items():
+            if jobs:
+                self.ranks.send(rank, {"jobs": jobs})
 
 
 def score(
