@@ -18,6 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from decode.models.checkpoint import Checkpoint, find_model
+from decode.models.drafts import ABOUT
 from decode.tokenizer import Tokenizer
 from distill.data.collect import Collector, Plan, plan_collection
 from distill.data.manifest import FORMAT, MANIFEST
@@ -39,7 +40,7 @@ from distill.training.checkpoint import load, read_shape, start_hash
 from distill.training.draft_config import DraftConfig
 from distill.training.run import check_room, check_start, train, working_on_draft
 from distill.training.settings import TrainSettings
-from distill.training.state import STATE, difference, discard, of_finished
+from distill.training.state import STATE, check_begun, difference, discard, is_begun, of_finished
 from kernels.backends import device_backend
 from kernels.console import say
 from kernels.errors import UserError
@@ -117,6 +118,7 @@ class Pipeline:
             raise UserError(f"{recipe.draft}: holds no finished draft; run the recipe from an earlier stage")
         self._check_recipe_file()
         if not trained:
+            self._check_begun()
             rows = -(-recipe.collect.tokens // recipe.collect.seq_len)  # at most
             check_room(training, config, self.teacher.folder, min(training.batch, rows), recipe.collect.seq_len)
             with working_on_draft(recipe.draft, config):
@@ -129,7 +131,7 @@ class Pipeline:
         """A recipe beside the draft is the one that made it, or this one: another's is not replaced."""
         path = self.recipe.draft / RECIPE_FILE
         if path.exists():
-            about = self.recipe.draft / "draft.json"
+            about = self.recipe.draft / ABOUT
             made_by = read_json(about).get("recipe") if about.is_file() else None
             known = {self.recipe.sha256, made_by.get("sha256") if isinstance(made_by, dict) else None}
             if not path.is_file() or sha256(path) not in known:
@@ -169,11 +171,14 @@ class Pipeline:
         self._check_made_with(folder, dataset.settings.values)
 
     def _check_data_of_draft(self) -> None:
-        """What the finished draft was trained on must be what [collect] says."""
-        about = self.recipe.draft / "draft.json"
-        values = read_json(about)["training"]["data"].get("settings")
+        """What the draft was trained on, be it finished or not, must be what [collect] says."""
+        about = self.recipe.draft / ABOUT
+        try:
+            values = read_json(about)["training"]["data"].get("settings")
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(f"{about}: is damaged ({error})") from None
         if not isinstance(values, dict):
-            raise UserError(f"{about}: is damaged (training.data.settings is {values!r})")
+            raise UserError(f"{about}: training.data.settings is {values!r}, not that of one dataset; {OTHERWISE}")
         self._check_made_with(about, values)
 
     def _check_made_with(self, where: Path, values: dict[str, Any]) -> None:
@@ -226,9 +231,9 @@ class Pipeline:
 
     def _trained(self) -> bool:
         folder = self.recipe.draft
-        if not (folder / "draft.json").is_file():
+        if not (folder / ABOUT).is_file():
             return False
-        about = read_json(folder / "draft.json")
+        about = read_json(folder / ABOUT)
         if not about.get("complete"):
             return False
         try:
@@ -236,40 +241,56 @@ class Pipeline:
             begun, data = of_finished(training), training["data"]["sha256"]
             teacher_hash = about["teacher"]["hash"]
         except (KeyError, TypeError) as error:
-            raise UserError(f"{folder / 'draft.json'}: is damaged (no {error})") from None
-        files = teacher_files(Tokenizer(self.teacher.folder))
-        asked = self._settings.record() | {"teacher_files": files}
-        if self._start is not None:
-            asked["init"] = start_hash(self._start)
-        if text := difference(begun, asked):
+            raise UserError(f"{folder / ABOUT}: is damaged (no {error})") from None
+        if text := difference(begun, self._asked):
             raise UserError(f"{folder}: holds a finished draft that was trained with {text}; {OTHERWISE}")
-        manifest = self.recipe.dataset / MANIFEST
         same_teacher = teacher_hash == self.teacher.weights_hash
-        if not same_teacher or (manifest.is_file() and self._complete() and sha256(manifest) != data):
+        if not same_teacher or self._data not in (None, data):
             what = "on other data" if same_teacher else "for another teacher"
             raise UserError(f"{folder}: holds a finished draft that was trained {what}; {OTHERWISE}")
         discard(folder / STATE)  # which a kill left
         return True
 
-    def _complete(self) -> bool:
-        return Dataset.open(self.recipe.dataset).complete
+    def _check_begun(self) -> None:
+        """An unfinished run in the draft's folder must be this one, as far as that is known before collecting: what
+        data it had is told by the draft that an interrupted one leaves."""
+        state, about, data = self.recipe.draft / STATE, self.recipe.draft / ABOUT, self._data
+        check_begun(state, self._asked if data is None else self._asked | {"data": data}, OTHERWISE)
+        if data is None and is_begun(state) and about.is_file():
+            made_for = read_json(about).get("teacher")
+            if not isinstance(made_for, dict) or made_for.get("hash") != self.teacher.weights_hash:
+                raise UserError(f"{about.parent}: an unfinished run was begun there for another teacher; {OTHERWISE}")
+            self._check_data_of_draft()
+
+    @property
+    def _asked(self) -> dict[str, Any]:
+        """What a training run is known by, but for its data."""
+        asked = self._settings.record() | {"teacher_files": teacher_files(Tokenizer(self.teacher.folder))}
+        return asked if self._start is None else asked | {"init": start_hash(self._start)}
+
+    @property
+    def _data(self) -> str | None:
+        """The hash of the dataset; None as long as it is not whole."""
+        folder = self.recipe.dataset
+        dataset = Dataset.open(folder) if (folder / MANIFEST).is_file() else None
+        return dataset.sha256 if dataset is not None and dataset.complete else None
 
     def _train(self) -> None:
         recipe = self.recipe
         train(recipe.dataset, self.teacher.folder, recipe.draft, recipe.train, quiet=self.quiet, init=self._start)
 
     def _train_figures(self) -> dict[str, Any]:
-        training = read_json(self.recipe.draft / "draft.json")["training"]
+        training = read_json(self.recipe.draft / ABOUT)["training"]
         return {name: training[name] for name in ("tokens", "held_out_loss", "agreement", "expected_acceptance")}
 
     def _keep_recipe(self) -> None:
         """The recipe as it is beside the draft, and its name and hash in draft.json, for whoever gets the draft."""
         folder, recipe = self.recipe.draft, self.recipe
-        about = read_json(folder / "draft.json")
+        about = read_json(folder / ABOUT)
         known = {"name": recipe.name, "sha256": recipe.sha256}
         if about.get("recipe") != known or not (folder / RECIPE_FILE).is_file():
             write_atomic(folder / RECIPE_FILE, recipe.content)
-            write_atomic(folder / "draft.json", (json.dumps(about | {"recipe": known}, indent=2) + "\n").encode())
+            write_atomic(folder / ABOUT, (json.dumps(about | {"recipe": known}, indent=2) + "\n").encode())
 
     # --- evaluate
 

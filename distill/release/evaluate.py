@@ -202,7 +202,8 @@ def check_evaluation_folder(out: Path) -> None:
 
 def _check_own(out: Path) -> None:
     """Refuse files with the names of results that are not ours, or not as we wrote them: the report lists the page and
-    the pictures by their hashes. Beside a report of an older version, which does not, they are taken as ours."""
+    the pictures by their hashes. Beside a report of an older version, which does not, they are taken as ours. Refuse
+    what another version began, too."""
     placed = finish_replacing(out, REPORT)
     for name, key in ((REPORT, "acceptance_rate"), (UNFINISHED, "identity")):
         if (out / name).exists() and key not in _first_object(out / name):
@@ -216,6 +217,8 @@ def _check_own(out: Path) -> None:
             raise _in_the_way(path)
     if placed and _first_object(out / REPORT).get("complete") is True:  # a kill kept its replies from going
         (out / UNFINISHED).unlink(missing_ok=True)
+    if (out / UNFINISHED).exists() and _version(_first_object(out / UNFINISHED)) != VERSION:
+        raise UserError(f"{out / UNFINISHED}: was begun by another version of bitdraft; delete it to begin anew")
 
 
 def check_report(out: Path, draft: Path, of: dict[str, Any] | None) -> list[str]:
@@ -322,10 +325,8 @@ class Unfinished:
 
     def read(self, prompts: list[Prompt], encoded: list[list[int]]) -> dict[int, Pair]:
         """What an earlier run of the same evaluation on the same machine has done, by the prompts' places; else a file
-        begun anew, which is noted with the reason. UserError where an older version began it."""
+        begun anew, which is noted with the reason."""
         lines: list[Any] = read_json_lines(self.path) if self.path.is_file() else []
-        if lines and (_version(lines[0]) != VERSION or not all(isinstance(line, dict) for line in lines)):
-            raise UserError(f"{self.path}: was begun by another version of bitdraft; delete it to begin anew")
         done: dict[int, Pair] = {}
         kept = lines[1:]
         others = self._others(lines[0]) if lines else []
@@ -355,9 +356,9 @@ class Unfinished:
         append_line(self.path, _line(index, pair))
 
 
-def _version(header: Any) -> Any:
+def _version(header: dict[str, Any]) -> Any:
     """The version of the metrics that the first line of an unfinished evaluation names, if any."""
-    measured = header.get("identity") if isinstance(header, dict) else None
+    measured = header.get("identity")
     return measured.get("metrics_version") if isinstance(measured, dict) else None
 
 

@@ -48,11 +48,8 @@ class State:
         """The state in a folder, or a new one. UserError where it is of another run."""
         state = cls(folder, fingerprint)
         if (folder / RUN).is_file():
+            check_begun(folder, fingerprint, "give another --out or delete it")
             run = read_json(folder / RUN)
-            if text := difference(run.get("identity"), fingerprint):
-                raise UserError(
-                    f"{folder.parent}: an unfinished run was begun there with {text}; give another --out or delete it"
-                )
             try:
                 state.step, state.best_step = int(run["step"]), int(run["best_step"])
                 state.best_loss = None if run["best_loss"] is None else float(run["best_loss"])
@@ -161,6 +158,18 @@ def check_shown(out: Path) -> None:
         raise UserError(f"{log}: was changed, and would be replaced; move it elsewhere")
     if "curves" in run and curves.exists() and sha256(curves) not in run["curves"]:
         raise UserError(f"{curves}: is not the run's, and would be replaced; move it elsewhere")
+
+
+def check_begun(folder: Path, fingerprint: dict[str, Any], advice: str) -> None:
+    """UserError where the state in a folder, if there is one, is of another run. fingerprint: without its data where
+    they are not known yet; advice: what to do about it."""
+    if not (folder / RUN).is_file():
+        return
+    begun = read_json(folder / RUN).get("identity")
+    if "data" not in fingerprint and isinstance(begun, dict):
+        begun = {name: value for name, value in begun.items() if name != "data"}
+    if text := difference(begun, fingerprint):
+        raise UserError(f"{folder.parent}: an unfinished run was begun there with {text}; {advice}")
 
 
 def is_begun(folder: Path) -> bool:

@@ -19,12 +19,17 @@ import pytest
 from conftest import ROOT, TEACHER, Command, arguments, changed_copy, environment, unsealed
 
 from decode.models.checkpoint import find_teacher
+from decode.tokenizer import Tokenizer
+from distill.data.collect import plan_collection
 from distill.pipeline import Pipeline, free_memory
 from distill.predict import MACS, predict, table, teacher_bytes
+from distill.provenance import teacher_files
 from distill.recipe import RECIPES, find_recipe, keys, read_recipe
 from distill.release.evaluate import evaluate
+from distill.training.checkpoint import FORMAT
 from distill.training.draft_config import DraftConfig
 from distill.training.memory import estimate_memory
+from distill.training.state import State
 from kernels import UserError
 from kernels.signals import take_signals
 
@@ -354,6 +359,45 @@ def test_what_would_end_a_run_is_found_before_the_work(finished: bool, inside: C
     (tmp_path / "r.toml").write_text(text)
     inside("distill", "run", "r.toml", cwd=tmp_path).refused("distill", *named)
     assert not (tmp_path / "dataset").exists()
+
+
+def test_another_unfinished_training_is_found_before_the_work(
+    inside: Command, small_teacher: Path, tmp_path: Path
+) -> None:
+    """By its settings, its teacher's files and what it went on from; by its data and its teacher's weights where an
+    interrupted one left a draft, which tells of them."""
+    recipe = f'teacher = "{small_teacher}"\n' + TINY.replace("[evaluate]", '[evaluate]\nout = "results"')
+    (tmp_path / "r.toml").write_text(recipe)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hi"}\n')
+    (tmp_path / "results").mkdir()
+    older = tmp_path / "results" / "evaluation-unfinished.jsonl"  # which is in the way too, and looked at later
+    older.write_text('{"identity": {"metrics_version": 1}}\n')
+    draft, teacher = tmp_path / "runs" / "r" / "draft", find_teacher(str(small_teacher))
+    run = read_recipe(tmp_path / "r.toml").train.for_teacher(teacher.config).record()
+    run |= {"data": "0" * 64, "teacher_files": teacher_files(Tokenizer(small_teacher))}
+    with chdir(tmp_path):
+        collected = plan_collection(teacher, read_recipe(tmp_path / "r.toml").collect, tmp_path / "none")
+
+    def about(hash: str = teacher.weights_hash, **other: object) -> dict[str, Any]:
+        data = {"sha256": "0" * 64, "settings": {**collected.manifest.values, **other}}
+        return {"format": FORMAT, "complete": False, "teacher": {"hash": hash}, "training": {"data": data}}
+
+    for begun, left, *named in (
+        (run | {"hidden": 128}, None, "runs/r/draft: ", "hidden = 128, not 64"),
+        (run | {"teacher_files": run["teacher_files"] | {"config.json": ""}}, None, "runs/r/draft: ", "config.json"),
+        (run | {"init": "0" * 64}, None, "runs/r/draft: ", "--init"),
+        (run, about(hash=""), "runs/r/draft: ", "another teacher"),
+        (run, about(tokens=1600), "runs/r/draft/draft.json: ", "tokens = 1600, not 1500"),
+        (run, {"format": FORMAT}, "runs/r/draft"),
+        (run, about(), older.name),
+        (run, None, older.name),
+    ):
+        shutil.rmtree(draft, ignore_errors=True)
+        State.open(draft / "state", begun)
+        if left is not None:
+            (draft / "draft.json").write_text(json.dumps(left))
+        inside("distill", "run", "r.toml", cwd=tmp_path).refused("distill", *named)
+    assert not (tmp_path / "runs" / "r" / "dataset").exists()
 
 
 def test_ctrl_c_while_a_stage_is_freed_counts(monkeypatch: pytest.MonkeyPatch) -> None:
