@@ -1,9 +1,9 @@
 """Settings of the commands, each said once.
 
 A command's settings are a frozen dataclass derived from `Settings`, whose fields are made by `option`. From it come the
-command line (`takes_settings`), a recipe's keys (`Settings.from_options`), the checks (`check`), the defaults that
-settings of older versions are filled up with (`with_defaults`), and the command that a model card shows
-(`command_line`). A new setting is one new field.
+command line (`takes_settings`), a recipe's keys (`Settings.from_options`), the checks (`check`), what settings of older
+versions are filled up with (`filled_up`), and the command that a model card shows (`command_line`). A new setting is
+one new field.
 """
 
 from __future__ import annotations
@@ -36,16 +36,18 @@ def option(
     show_default: bool = True,
     recipe_only: bool = False,
     added: bool = False,
+    before: Any = None,
 ) -> Any:
     """A field of a settings class, and all that is to be said of it.
 
     flag: the option, if it is not the field's name; without its dashes it is the recipe's key. low, high: the least and
     the largest value; above: a value that it must exceed (each element's, of a tuple). show_default: whether `--help`
     shows it; otherwise the help says it, and an option that is not given is left to `Settings.from_options`.
-    recipe_only: recipes may set it, the command line does not have it. added: it came after a release; at its default
-    it does not count in the names of folders (`Settings.naming`), so that what an older version began there is found.
+    recipe_only: recipes may set it, the command line does not have it. added: it came after a release; where it asks
+    for what was done before, it does not count in the names of folders (`Settings.naming`), so that what an older
+    version began there is found. before: the value that asks for that, where it is not the default.
     """
-    about = Option(help, flag, metavar, low, high, above, choices, show_default, recipe_only, added)
+    about = Option(help, flag, metavar, low, high, above, choices, show_default, recipe_only, added, before)
     return field(default=default, metadata={"option": about})
 
 
@@ -63,6 +65,7 @@ class Option:
     show_default: bool
     recipe_only: bool
     added: bool
+    before: Any
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,12 @@ class Setting:
     def key(self) -> str:
         """The recipe's key: `seq_len`."""
         return self.flag.removeprefix("--").replace("-", "_")
+
+    @property
+    def before(self) -> Any:
+        """What a record that does not know it stands for, as JSON keeps it."""
+        value = self.default if self.option.before is None else self.option.before
+        return list(value) if self.many else value
 
     def parameter(self) -> inspect.Parameter:
         """The option as a parameter that typer reads."""
@@ -187,20 +196,19 @@ class Settings:
 
     @classmethod
     def without_added(cls, record: Mapping[str, Any]) -> dict[str, Any]:
-        """A record without what came after a release and is at its default: as older versions wrote it."""
-        defaults, added = cls.with_defaults({}), {one.name for one in cls.schema() if one.option.added}
-        return {name: value for name, value in record.items() if name not in added or value != defaults[name]}
+        """A record without what came after a release and asks for what was done before: as older versions wrote it."""
+        before = {one.name: one.before for one in cls.schema() if one.option.added}
+        return {name: value for name, value in record.items() if name not in before or value != before[name]}
 
     @classmethod
-    def with_defaults(cls, record: Mapping[str, Any]) -> dict[str, Any]:
-        """A record, perhaps of an older version, with the settings that it does not know yet at their defaults: that
-        is what the older version did."""
-        defaults = {s.name: list(s.default) if isinstance(s.default, tuple) else s.default for s in cls.schema()}
-        return defaults | dict(record)
+    def filled_up(cls, record: Mapping[str, Any]) -> dict[str, Any]:
+        """A record, perhaps of an older version, with the settings that it does not know yet as that version did."""
+        return {one.name: one.before for one in cls.schema()} | dict(record)
 
     @classmethod
     def command_line(cls, record: Mapping[str, Any]) -> list[str]:
-        """The options that stand for a record, as far as the command line has them."""
+        """The options that stand for a record, perhaps of an older version, as far as the command line has them."""
+        record = {one.name: one.before for one in cls.schema() if one.option.before is not None} | dict(record)
         known = [setting for setting in cls.schema() if setting.name in record and not setting.option.recipe_only]
         return [word for setting in known for word in setting.words(record[setting.name])]
 

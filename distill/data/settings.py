@@ -150,8 +150,8 @@ class CollectSettings(ScoringSettings, ReplySettings, PromptSettings):
 
 
 def complete_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A manifest's settings, perhaps of an older version, with those that it does not know yet at their defaults; what
-    is None has no place in one."""
-    defaults = {IN_MANIFESTS.get(name, name): value for name, value in CollectSettings.with_defaults({}).items()}
-    absent = {name for name, value in defaults.items() if value is None} | ({"k"} if "sampled" in values else set())
-    return {name: value for name, value in defaults.items() if name not in absent} | dict(values)
+    """A manifest's settings, perhaps of an older version, with those that it does not know yet as that did; what is
+    None has no place in one."""
+    before = {IN_MANIFESTS.get(name, name): value for name, value in CollectSettings.filled_up({}).items()}
+    absent = {name for name, value in before.items() if value is None} | ({"k"} if "sampled" in values else set())
+    return {name: value for name, value in before.items() if name not in absent} | dict(values)

@@ -105,9 +105,9 @@ def _same(identity: Any, of: dict[str, Any]) -> bool:
 
 
 def _differences(identity: dict[str, Any], of: dict[str, Any]) -> list[str]:
-    """What in a fingerprint is other than in this one, by name. What one of an older version does not know was at its
-    default; the time that a chat template was told may be another."""
-    identity = EvaluateSettings.with_defaults(identity)
+    """What in a fingerprint is other than in this one, by name. What one of an older version does not know was as
+    that did it; the time that a chat template was told may be another."""
+    identity = EvaluateSettings.filled_up(identity)
     if isinstance(files := identity.get("teacher_files"), dict) and "teacher_files" in of:
         identity |= {"teacher_files": completed(files, of["teacher_files"])}
     was, now = _flat(identity), _flat(of)

@@ -72,6 +72,7 @@ class TrainSettings(Settings):
         " has the lowest held-out loss.",
         low=0,
         added=True,
+        before=0,
     )
     dtype: str = option(
         "auto",

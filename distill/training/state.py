@@ -204,10 +204,10 @@ def of_finished(training: dict[str, Any]) -> dict[str, Any]:
 def difference(begun: Any, fingerprint: dict[str, Any]) -> str | None:
     """What an earlier run had that this one has not, in words; None where both make the same draft.
 
-    begun: the fingerprint of that run, perhaps of an older version: settings it does not know had today's defaults, and
-    the teacher's files are taken to be as they were.
+    begun: the fingerprint of that run, perhaps of an older version, which did what it did before settings that it does
+    not know; the teacher's files are then taken to be as they were.
     """
-    begun = TrainSettings.with_defaults(begun if isinstance(begun, dict) else {})
+    begun = TrainSettings.filled_up(begun if isinstance(begun, dict) else {})
     files, files_now = begun.pop("teacher_files", None), fingerprint.get("teacher_files")
     if files is not None and files_now is not None and (name := other_file(completed(files, files_now), files_now)):
         return f"another {name} of the teacher"

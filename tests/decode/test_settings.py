@@ -31,6 +31,7 @@ class Example(Shared):
     reply: bool = option(True, "Reply.")
     secret: float = option(0.1, "Secret.", low=0, high=1, recipe_only=True)
     late: int = option(3, "Came in a later version.", added=True)
+    later: int = option(3, "Does something new by default.", added=True, before=0)
 
 
 def settings_of(*words: str) -> Example:
@@ -105,13 +106,12 @@ def test_bounds_are_refused_by_the_option_s_name(change: dict[str, object], mess
     assert str(error.value) == message
 
 
-def test_records_of_older_versions_get_the_defaults() -> None:
-    assert Example.with_defaults({"seed": 3, "files": ["x"], "gone": 1}) == Example(seed=3, files=("x",)).record() | {
-        "gone": 1
-    }
+def test_records_of_older_versions_are_filled_up_with_what_those_did() -> None:
+    filled_up = Example.filled_up({"seed": 3, "files": ["x"], "gone": 1})
+    assert filled_up == Example(seed=3, files=("x",), later=0).record() | {"gone": 1}
 
 
-def test_a_new_setting_at_its_default_does_not_change_the_names_of_folders() -> None:
-    old, new = Example(), Example(late=4)
-    assert "late" not in old.naming() and old.naming() == {n: v for n, v in old.record().items() if n != "late"}
-    assert new.naming() == old.naming() | {"late": 4}
+def test_a_new_setting_that_asks_for_nothing_new_does_not_change_the_names_of_folders() -> None:
+    old = Example(later=0)
+    assert old.naming() == {n: v for n, v in old.record().items() if n not in ("late", "later")}
+    assert Example(late=4).naming() == old.naming() | {"late": 4, "later": 3}

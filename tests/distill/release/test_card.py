@@ -82,7 +82,7 @@ def test_card(small: Path, tmp_path: Path) -> None:
         "| 2 | 128 | 0.750 |",
         "![Loss, agreement and learning rate",
         "distill collect --source 'a|b.jsonl' --exclude eval.jsonl",
-        "distill train --data runs/data --layers 1 --hidden 64 --lr 0.002",
+        "distill train --data runs/data --layers 1 --hidden 64 --lr 0.002 --live-prompts 0",
     ):
         assert part in card, part
 

@@ -252,14 +252,15 @@ def resumed(made: tuple[Path, Path], begun: Path, out: Path, fingerprint: dict[s
 
 @pytest.mark.slow
 def test_runs_of_older_versions_go_on(made: tuple[Path, Path], begun: Path, whole: Path, tmp_path: Path) -> None:
-    first = {  # as bitdraft 0.1.0 wrote it, but that these runs decode nothing
-        "live_prompts": 0,
+    first = {  # as bitdraft 0.1.0 wrote it
         "layers": 1, "hidden": 64, "vocab": None, "loss": "kl", "temperature": 1.0, "tokens": 20_000, "batch": 4,
         "lr": 5e-3, "warmup": 0.05, "weight_decay": 0.1, "clip": 1.0, "seed": 0, "eval_share": 0.02, "eval_rows": 64,
         "evals": 5, "bits": None, "dtype": "auto", "teacher_embedding": True,
         "data": hashlib.sha256((made[0] / "manifest.json").read_bytes()).hexdigest(),
     }  # fmt: skip
     assert same(resumed(made, begun, tmp_path / "first", first, whole=True), whole)
+    with pytest.raises(UserError, match=r"begun there with live_prompts = 0, not 6"):
+        train(*made, shutil.copytree(begun, tmp_path / "live"), dataclasses.replace(SMALL, live_prompts=6), quiet=True)
     # One that knew fewer settings did what their defaults do; what was set otherwise is another run.
     older = {name: value for name, value in first.items() if name not in ("dtype", "teacher_embedding")}
     resumed(made, begun, tmp_path / "older", older)
@@ -373,9 +374,8 @@ def test_the_default_folder_is_the_one_of_older_versions() -> None:
         " ('teacher_embedding', True), ('temperature', 1.0), ('tokens', 20000), ('vocab', None), ('warmup', 0.05),"
         " ('weight_decay', 0.1)], '/somewhere/data', 'abc')"
     )
-    as_before = dataclasses.replace(SMALL, live_prompts=TrainSettings.live_prompts)
     expected = f"draft-bitnet-1x64-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    assert default_folder(as_before, [Path("/somewhere/data")], "maker/bitnet", "abc").name == expected
+    assert default_folder(SMALL, [Path("/somewhere/data")], "maker/bitnet", "abc").name == expected
 
 
 @pytest.mark.slow
@@ -383,7 +383,7 @@ def test_drafts_of_older_versions_are_finished(made: tuple[Path, Path], whole: P
     out = shutil.copytree(whole, tmp_path / "draft")
     path = out / "draft.json"
     about = json.loads(path.read_text())
-    del about["training"]["settings"]["dtype"]
+    del about["training"]["settings"]["dtype"], about["training"]["settings"]["live_prompts"]
     path.write_text(json.dumps(about))
     assert train(*made, out, SMALL, quiet=True).done_before
     with (out / "log.jsonl").open("ab") as log:
