@@ -62,9 +62,8 @@ class Tokenizer:
         except Exception as error:  # several libraries read the files; `tokenizers` raises Exception itself
             _check_files(folder)
             raise UserError(f"{folder}: the tokenizer cannot be loaded: {first_line(error)}") from error
-        template = self._wrapped.chat_template if self._wrapped.has_chat_template else None
-        used = template.get("default") if isinstance(template, dict) else template
-        if isinstance(used, str) and not used.strip():
+        template = self._template
+        if isinstance(template, str) and not template.strip():
             own = folder / "chat_template.jinja"  # goes before the one in the other file
             raise UserError(f"{own if own.exists() else folder / TOKENIZER_FILES[1]}: its chat template is empty")
         self.folder = folder
@@ -79,13 +78,18 @@ class Tokenizer:
         ends |= {vocab[token] for token in ("<|eot_id|>", "<|im_end|>") if token in vocab}
         self.end_tokens = frozenset(int(token) for token in ends if self._known(int(token)))
 
+    @cached_property
+    def _template(self) -> Any:
+        """The chat template, of several by name the one that forms prompts; None where there is none."""
+        template = self._wrapped.chat_template if self._wrapped.has_chat_template else None
+        return template.get("default", template) if isinstance(template, dict) else template
+
     @property
     def template_hash(self) -> str | None:
         """sha256 of the chat template, without what a file of its own may add: how it writes line ends, and one at its
         end, which Jinja leaves out. None where there is no template."""
-        template = self._wrapped.chat_template if self._wrapped.has_chat_template else None
-        text = LINE_END.sub("\n", str(template)).removesuffix("\n")
-        return None if template is None else hashlib.sha256(text.encode()).hexdigest()
+        text = LINE_END.sub("\n", str(self._template)).removesuffix("\n")
+        return None if self._template is None else hashlib.sha256(text.encode()).hexdigest()
 
     @cached_property
     def spelling_hash(self) -> str:
@@ -106,8 +110,7 @@ class Tokenizer:
     @property
     def template_time(self) -> str | None:
         """The local time that the chat template is told, to the second; None where it asks for none."""
-        asks = self._wrapped.has_chat_template and "strftime_now" in str(self._wrapped.chat_template)
-        return self._time.isoformat() if asks else None
+        return self._time.isoformat() if "strftime_now" in str(self._template) else None
 
     def encode_prompt(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Token ids of a prompt through the chat template, or of its bare text with `raw`."""

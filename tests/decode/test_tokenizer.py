@@ -14,6 +14,7 @@ from conftest import ROOT, TEACHER, Command, changed_copy, unsealed
 
 from decode.tokenizer import Tokenizer
 from distill.data.reply_dataset import Replies
+from distill.provenance import teacher_files
 
 BOS, EOS = 1, 2
 LINES = ("One line of a reply that is said.", "  two spaces, and more of it", "- naïve 東京 🙂👩‍👩‍👧", "", " the end ")
@@ -46,6 +47,27 @@ def llama(tmp_path_factory: pytest.TempPathFactory, small_teacher: Path) -> Path
         tokenizer__json=json.dumps(content).encode(),
         tokenizer_config__json=json.dumps(about).encode(),
     )
+
+
+def test_a_template_among_others_by_name_is_the_same_template(small_teacher: Path, tmp_path: Path) -> None:
+    """As text, in a list of several and as files beside one another: what is left out of it forms no prompt."""
+    plain, config = Tokenizer(small_teacher), json.loads((small_teacher / "tokenizer_config.json").read_text())
+    template = config.pop("chat_template")
+    assert plain.template_hash == hashlib.sha256(template.encode()).hexdigest()
+    tools = "{{ strftime_now('%d') }}"  # which asks for the time
+    named = [{"name": "default", "template": template}, {"name": "rag", "template": tools}]
+    for name, listed in (("one", named[:1]), ("two", named), ("files", None)):
+        content = config if listed is None else config | {"chat_template": listed}
+        folder = changed_copy(small_teacher, tmp_path / name, tokenizer_config__json=json.dumps(content).encode())
+        if listed is None:
+            (folder / "additional_chat_templates").mkdir()
+            (folder / "additional_chat_templates" / "rag.jinja").write_text(tools)
+            (folder / "chat_template.jinja").write_text(template)
+        other = Tokenizer(folder)
+        assert teacher_files(other) == teacher_files(plain) and other.template_time is None
+    changed = json.dumps(config | {"chat_template": [{"name": "default", "template": f"Hm. {template}"}]}).encode()
+    other = Tokenizer(changed_copy(small_teacher, tmp_path / "other", tokenizer_config__json=changed))
+    assert other.template_hash not in (None, plain.template_hash)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 99])
