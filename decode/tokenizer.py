@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +295,28 @@ class Tokenizer:
         said = [token for token in tokens if token not in self.end_tokens]
         # Cleaning up would move spaces that a streamer has printed already.
         text: str = self._backend.decode(said, skip_special_tokens=True)
+        return self._decode_bytes(said) if "\ufffd" in text and self._bytes else text
+
+    @cached_property
+    def _bytes(self) -> dict[int, int]:
+        """The bytes that tokens stand for one by one, by the tokens' ids, where the tokenizer puts them together."""
+        together = "ByteFallback" in repr(self._backend.decoder)
+        ids = {byte: self._backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)} if together else {}
+        return {token: byte for byte, token in ids.items() if token is not None}
+
+    def _decode_bytes(self, tokens: list[int]) -> str:
+        """The text of tokens with bytes among them that make no character: each of these is one U+FFFD. The tokenizer
+        itself would give up every byte that stands beside them, also those of characters that were printed already."""
+        special = {token for token, added in self._backend.get_added_tokens_decoder().items() if added.special}
+        pieces: list[str] = []
+        for is_byte, group in groupby((t for t in tokens if t not in special), key=self._bytes.__contains__):
+            if not is_byte:
+                pieces += filter(None, map(self._backend.id_to_token, group))
+                continue
+            for character in bytes(self._bytes[token] for token in group).decode(errors="surrogateescape"):
+                wrong = "\udc80" <= character <= "\udcff"
+                pieces += ["\ufffd"] if wrong else [f"<0x{byte:02X}>" for byte in character.encode()]
+        text: str = self._backend.decoder.decode(pieces)
         return text
 
     def streamer(self, printed: Sequence[int] = ()) -> Streamer:
@@ -360,7 +383,6 @@ class Streamer:
         self._tokenizer = tokenizer
         self._window = list(printed)  # the tokens that are decoded again as others come
         self._printed = tokenizer.decode(self._window)  # as much of their text as was printed
-        self._waiting = 0  # the last tokens of the window, of which nothing was printed
         self._restart()
 
     def push(self, tokens: Iterable[int]) -> str:
@@ -373,18 +395,12 @@ class Streamer:
 
     def _push(self, token: int) -> str:
         self._window.append(token)
-        self._waiting += 1
         text = self._tokenizer.decode(self._window)
         return "" if text.endswith("\ufffd") else self._print(text)
 
     def _print(self, text: str) -> str:
         """What of the window's text is new."""
-        if text.startswith(self._printed):
-            new = text[len(self._printed) :]
-        else:  # among tokens of single bytes, one that makes no character spoils those before it: they were printed
-            self._window = self._window[len(self._window) - self._waiting :]
-            new = text = self._tokenizer.decode(self._window)
-        self._printed, self._waiting = text, 0
+        new, self._printed = text[len(self._printed) :], text
         # Restart the window at line ends, so a long reply is not decoded again and again.
         if text.endswith("\n") and len(text) > 256:
             self._restart()
