@@ -27,6 +27,7 @@ from kernels import UserError, backend
 from kernels.console import progress, say
 from kernels.device import device_name, versions
 from kernels.files import (
+    OF_MODELS,
     append_line,
     cannot_write,
     check_file,
@@ -45,6 +46,7 @@ from kernels.files import (
 REPORT, TABLE, UNFINISHED = "evaluation.json", "evaluation.md", "evaluation-unfinished.jsonl"
 CATEGORY_PLOT, POSITION_PLOT = "evaluation-categories.png", "evaluation-positions.png"
 NO_CATEGORY = "uncategorised"
+OF_OTHERS = (*sorted(OF_MODELS), "state/run.json")  # what shows that a folder is a model's, a dataset's or in training
 
 Pair = tuple[Completion, Completion]  # of one prompt: speculative, plain
 
@@ -224,15 +226,19 @@ def _check_own(out: Path) -> None:
 def check_report(out: Path, draft: Path, of: dict[str, Any] | None) -> list[str]:
     """In what the report in a folder is not of the evaluation with this fingerprint, by name; nothing without a report.
 
-    UserError where it is on another draft, or by another teacher, but beside a draft that was trained anew. draft: its
-    folder; of: None before it is trained, when every report is on another.
+    UserError where it is on another draft, or by another teacher, but beside a draft that was trained anew, and where
+    the folder is one of another model or of a dataset. draft: its folder; of: None before it is trained, when every
+    report is on another.
     """
+    own = out.resolve() == draft.resolve()
+    if not own and (found := next((name for name in OF_OTHERS if (out / name).exists()), None)):
+        raise UserError(f"--out {out}: holds {found}, so it is a model's or a dataset's; give another folder")
     report = read_json(out / REPORT) if (out / REPORT).exists() else {}
     identity = report.get("identity")
     if not isinstance(identity, dict):
         return []
     other = of is None or any(identity.get(name) != of[name] for name in ("draft", "teacher"))
-    if other and out.resolve() != draft.resolve():
+    if other and not own:
         raise UserError(
             f"--out {out}: holds the evaluation of another draft, or by another teacher; give another folder, or delete"
             f" {REPORT} there"

@@ -81,6 +81,26 @@ def test_evaluation_counts_what_decoding_counts(inside: Command, work: Path, pro
     shutil.rmtree(draft)
 
 
+def test_no_results_are_put_beside_another_model_or_into_a_dataset(
+    small_teacher: Path, weak_draft: Path, text_dataset: Path, prompts: Path, tmp_path: Path, inside: Command
+) -> None:
+    """Publishing would refuse a draft with the evaluation of another; a link to the draft's own folder is its own."""
+    (training := tmp_path / "training" / "state").mkdir(parents=True)
+    (training / "run.json").write_text('{"identity": {}}')
+    (tmp_path / "link").symlink_to(weak_draft)
+    options = ("--teacher", small_teacher, "--prompts", prompts, "--limit", 1, "--max-tokens", 2, "-q")
+    evaluate_it = ("distill", "evaluate", "--draft", weak_draft, *options, "--out")
+    for out in (shutil.copytree(weak_draft, tmp_path / "other"), small_teacher, text_dataset, tmp_path / "training"):
+        before = sorted(out.iterdir())
+        inside(*evaluate_it, out).refused("distill", f"--out {out}: ")
+        assert sorted(out.iterdir()) == before
+    own = inside(*evaluate_it, tmp_path / "link")
+    written = sorted(weak_draft.glob("evaluation*"))
+    for path in written:
+        path.unlink()
+    assert own.code == 0 and len(written) == 4, own.err
+
+
 @pytest.mark.slow
 def test_evaluations_of_other_drafts_stay(
     small_teacher: Path, weak_draft: Path, prompts: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
