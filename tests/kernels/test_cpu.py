@@ -417,6 +417,25 @@ print(installed)
     assert (done.stdout.strip() == "True") == (importlib.util.find_spec("scipy_openblas32") is not None)
 
 
+def test_memory_that_is_not_there_is_an_error() -> None:
+    """As under `ulimit -v`: MLX's allocator hands out a null pointer, and the process would be gone without a word."""
+    script = """
+import resource
+import mlx.core as mx
+from kernels import cpu
+x = mx.zeros((4096, 4096))
+mx.eval(x, cpu.quantize_rows(x[:1]))
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 8_000_000,) * 2)
+try:
+    mx.eval(cpu.quantize_rows(x))
+except MemoryError:
+    print("told")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "told\n"), done.stderr
+
+
 def test_programs_that_are_started_keep_their_time_slices() -> None:
     """A backend asks for short ones for its own threads only."""
     script = """

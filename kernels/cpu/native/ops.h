@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -127,7 +128,14 @@ void choose_rows(const Matrix<float>& logits, const float* temperature, const fl
 // out = a b with an installed BLAS; out's rows are contiguous, and those of a and b, or their columns.
 void matmul(const Matrix<float>& a, const Matrix<float>& b, float* out, int64_t out_stride);
 
-inline void allocate(mx::array& out) { out.set_data(mx::allocator::malloc(out.nbytes())); }
+// Memory of MLX's, which gives a null pointer where there is none.
+inline mx::allocator::Data memory(size_t bytes) {
+  mx::allocator::Data data = mx::allocator::malloc(bytes);
+  if (data.buffer().ptr() == nullptr) throw std::bad_alloc();
+  return data;
+}
+
+inline void allocate(mx::array& out) { out.set_data(memory(out.nbytes())); }
 
 // The base of our primitives: the CPU only, one task a call.
 class CpuPrimitive : public mx::Primitive {

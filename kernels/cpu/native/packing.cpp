@@ -22,8 +22,8 @@ Tiles allocate_tiles(int64_t bytes) {
   // A shape holds 32-bit sizes.
   require(bytes + kBlockBytes <= std::numeric_limits<int32_t>::max(), "weights of 2 GiB are not supported");
   // MLX's allocator does not align to cache lines: take a view of a slightly larger array that is.
-  mx::array base(mx::allocator::malloc(static_cast<size_t>(bytes + kBlockBytes)),
-                 mx::Shape{static_cast<int>(bytes + kBlockBytes)}, mx::uint8);
+  mx::array base(memory(static_cast<size_t>(bytes + kBlockBytes)), mx::Shape{static_cast<int>(bytes + kBlockBytes)},
+                 mx::uint8);
   auto* start = base.data<uint8_t>();
   const auto address = reinterpret_cast<uintptr_t>(start);
   const int64_t offset = round_up(static_cast<int64_t>(address), kBlockBytes) - static_cast<int64_t>(address);
