@@ -21,7 +21,8 @@ Python's hashes, which differ from one process to the next.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -29,6 +30,21 @@ from distill.data.documents import normalise_prompt
 
 WORDS = 13
 SHINGLE = 5
+RECENT = 1 << 16  # entries of an index
+
+
+class Parts:
+    """A text taken apart, to be compared with others. text: normalised; hashes: of the shingles, uint32, as is all by
+    which it is looked up: odd hashes of `words` in a row, and even ones of a few shingles."""
+
+    def __init__(self, text: str) -> None:
+        self.text = normalise_prompt(text)
+        self.runs, self.shingles = _runs(self.text), _shingles(self.text)
+        self.hashes, self.words = _hashes(self.shingles), _hashes(self.runs) | 1
+
+    def is_near(self, other: str) -> bool:
+        """Whether it is near another text, which is normalised."""
+        return not self.runs.isdisjoint(_runs(other)) or _alike(self.shingles, _shingles(other))
 
 
 class NearDuplicates:
@@ -44,73 +60,78 @@ class NearDuplicates:
         self._sizes = array("I")  # shingles of each
         self._index, self._rarity = _Index(), _Rarity()
         self._reordered_at = 1024  # texts
-        for text in texts:
-            self._hold(self._apart(text))
+        for text in map(Parts, texts):
+            self._hold(text, self._keys(text))
 
     def __len__(self) -> int:
         return len(self._texts)
 
-    def find(self, text: str) -> str | None:
+    def find(self, text: Parts) -> str | None:
         """The first text held that this one is near, normalised."""
-        return self._find(self._apart(text))
+        known = 5 * self._rarity.known(text.hashes) > 4 * len(text.shingles)  # else no set is like this one
+        return self._find(text, self._keys(text) if known else text.words)
 
-    def add(self, text: str) -> str | None:
+    def add(self, text: Parts) -> str | None:
         """Hold a text unless one that it is near is held: the first of those is given back, normalised."""
-        new = self._apart(text)
-        found = self._find(new)
+        keys = self._keys(text)
+        found = self._find(text, keys)
         if found is None:
-            self._hold(new)
+            self._hold(text, keys)
         return found
 
     def forget(self, kept: int) -> None:
         """Hold only the first texts, so many of them."""
-        del self._texts[kept:], self._sizes[kept:]
-        self._index.forget(kept)
+        if kept < len(self._texts):
+            del self._texts[kept:], self._sizes[kept:]
+            self._index.keep(lambda entries: entries & 0xFFFFFFFF < kept)
 
-    def _apart(self, text: str) -> _Apart:
-        return _Apart(normalise_prompt(text), self._rarity)
+    def _keys(self, text: Parts) -> np.ndarray:
+        return np.concatenate([text.words, self._rarity.prefix(text.hashes)])
 
-    def _hold(self, new: _Apart) -> None:
-        self._index.add(new.keys, len(self._texts))
-        self._rarity.count(new.hashes)
-        self._texts.append(new.text.encode("utf-8", "surrogatepass"))
-        self._sizes.append(len(new.shingles))
+    def _hold(self, text: Parts, keys: np.ndarray) -> None:
+        self._index.add(keys, len(self._texts))
+        self._rarity.count(text.hashes)
+        self._texts.append(text.text.encode("utf-8", "surrogatepass"))
+        self._sizes.append(len(text.shingles))
         if len(self._texts) >= self._reordered_at:
             self._reordered_at *= 16
-            self._rarity.reorder()
-            self._index = _Index()
-            for number in range(len(self._texts)):
-                self._index.add(_Apart(self._held(number), self._rarity).keys, number)
+            self._reorder()
+
+    def _reorder(self) -> None:
+        self._rarity.reorder()
+        self._index.keep(_are_of_words)
+        for number in range(len(self._texts)):
+            self._index.add(self._rarity.prefix(_hashes(_shingles(self._held(number)))), number)
 
     def _held(self, number: int) -> str:
         return self._texts[number].decode("utf-8", "surrogatepass")
 
-    def _find(self, new: _Apart) -> str | None:
-        entries = self._index.find(new.keys)
-        numbers, by_words = entries.astype(np.uint32), _is_of_words(entries)
-        perhaps = [(number, True) for number in set(numbers[by_words].tolist())]
-        perhaps += [(number, False) for number in self._perhaps_alike(len(new.shingles), numbers[~by_words])]
-        for number, words in sorted(perhaps):
-            held = self._held(number)
-            if not new.runs.isdisjoint(_runs(held)) if words else _alike(new.shingles, _shingles(held)):
-                return held
-        return None
+    def _find(self, text: Parts, keys: np.ndarray) -> str | None:
+        entries = self._index.find(keys)
+        if not len(entries):
+            return None
+        numbers = entries.astype(np.uint32)
+        perhaps = set(numbers[_are_of_words(entries)].tolist()) | self._perhaps_alike(len(text.shingles), numbers)
+        return next((held for held in map(self._held, sorted(perhaps)) if text.is_near(held)), None)
 
-    def _perhaps_alike(self, size: int, numbers: np.ndarray) -> list[int]:
+    def _perhaps_alike(self, size: int, numbers: np.ndarray) -> set[int]:
         """The texts whose prefix shares enough with that of a set of so many shingles. numbers: a text's as often as it
         shares one."""
-        candidates, shared = np.unique(numbers, return_counts=True)
-        sizes = np.asarray(self._sizes)[candidates]
-        larger, smaller = np.maximum(sizes, size), np.minimum(sizes, size)
-        enough = 9 * (shared + 3 * larger // 4) > 4 * (larger + smaller)
-        alike: list[int] = candidates[enough & (5 * smaller > 4 * larger)].tolist()
+        # Whatever the size of the other, more than this must be shared, and few texts share as many.
+        least = size // 20
+        numbers.sort()
+        often = numbers[least:][numbers[least:] == numbers[: -least or None]]
+        alike = set()
+        for number, more in Counter(often.tolist()).items():
+            smaller, larger = sorted((size, self._sizes[number]))
+            if 5 * smaller > 4 * larger and 9 * (least + more + 3 * larger // 4) > 4 * (larger + smaller):
+                alike.add(number)
         return alike
 
 
 def near(one: str, other: str) -> bool:
     """Whether two texts are near each other: the rule itself."""
-    one, other = normalise_prompt(one), normalise_prompt(other)
-    return not _runs(one).isdisjoint(_runs(other)) or _alike(_shingles(one), _shingles(other))
+    return Parts(one).is_near(normalise_prompt(other))
 
 
 def _runs(text: str) -> set[tuple[str, ...]]:
@@ -128,18 +149,8 @@ def _alike(one: set[str], other: set[str]) -> bool:
     return 9 * len(one & other) > 4 * (len(one) + len(other))
 
 
-class _Apart:
-    """A normalised text taken apart. hashes: of the shingles; keys, uint32 too: what it is looked up by, odd ones of
-    words and even ones of shingles."""
-
-    def __init__(self, text: str, rarity: _Rarity) -> None:
-        self.text, self.runs, self.shingles = text, _runs(text), _shingles(text)
-        self.hashes = _hashes(self.shingles)
-        self.keys = np.concatenate([_hashes(self.runs) | 1, rarity.prefix(self.hashes) & 0xFFFFFFFE])
-
-
-def _is_of_words(entries: np.ndarray) -> np.ndarray:
-    return entries >> 32 & 1 == 1
+def _are_of_words(entries: np.ndarray) -> np.ndarray:
+    return entries & 1 << 32 != 0
 
 
 def _hashes(members: set[str] | set[tuple[str, ...]]) -> np.ndarray:
@@ -160,54 +171,76 @@ class _Rarity:
     def reorder(self) -> None:
         self._order = np.minimum(self._counts, 0xFFFF).astype(np.uint16)
 
+    def known(self, hashes: np.ndarray) -> int:
+        """How many of them a text has, at most: those of a text that was forgotten still count."""
+        return int(np.count_nonzero(self._counts[hashes >> 12]))
+
     def prefix(self, hashes: np.ndarray) -> np.ndarray:
-        """The first quarter of them, rounded up."""
+        """The first quarter of them, rounded up, as keys."""
         order = self._order[hashes >> 12].astype(np.uint64) << 32 | hashes
         order.sort()
-        return order[: len(order) - 3 * len(order) // 4].astype(np.uint32)
+        return order[: len(order) - 3 * len(order) // 4].astype(np.uint32) & 0xFFFFFFFE
 
 
 class _Index:
-    """Which texts have a key: a few sorted arrays of entries, uint64, a key above a number of 32 bits. New entries go
-    to a short array, and one that has grown to a 16th of the one before it is merged with that.
+    """Which texts have a key: entries, uint64, a key above a number of 32 bits. New ones stand in a dict; RECENT of
+    them together become a sorted array, and one that has grown to a 16th of the one before it is merged with that.
 
     Keys are spread evenly. So beside each array stands where its *buckets* begin, the keys with the same first bits:
     in a long array a binary search costs more than all the rest.
     """
 
     def __init__(self) -> None:
+        self._recent: dict[int, tuple[int, ...]] = {}  # numbers by key
+        self._recent_size = 0
         self._parts: list[tuple[np.ndarray, np.ndarray]] = []  # entries, and where the buckets begin and the last ends
 
     def add(self, keys: np.ndarray, number: int) -> None:
-        entries = keys.astype(np.uint64) << 32 | number
+        for key in keys.tolist():
+            self._recent[key] = (*self._recent.get(key, ()), number)
+        self._recent_size += len(keys)
+        if self._recent_size >= RECENT:
+            self._sort_recent()
+
+    def _sort_recent(self) -> None:
+        entries = _entries(self._recent, self._recent)
         entries.sort()
-        while self._parts and len(self._parts[-1][0]) <= max(16 * len(entries), 2048):
+        while self._parts and len(self._parts[-1][0]) <= 16 * len(entries):
             merged, _ = self._parts.pop()
             merged.resize(len(merged) + len(entries), refcheck=False)  # in place: the memory is not needed twice
             merged[-len(entries) :] = entries
-            merged.sort()
+            merged.sort(kind="stable")  # the kind that knows what is sorted already
             entries = merged
         self._parts.append((entries, _buckets(entries)))
+        self._recent, self._recent_size = {}, 0
 
-    def forget(self, kept: int) -> None:
-        parts = [entries[entries & 0xFFFFFFFF < kept] for entries, _ in self._parts]
+    def keep(self, wanted: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Only the entries of which a function, uint64 [n] -> bool [n], says so."""
+        self._sort_recent()
+        parts = [entries[wanted(entries)] for entries, _ in self._parts]
         self._parts = [(entries, _buckets(entries)) for entries in parts if len(entries)]
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """All entries of these keys."""
+        found = [_entries(self._recent, keys.tolist())]
         wanted = keys.astype(np.uint64)
-        found, sought = [wanted[:0]], [wanted[:0]]
         for entries, buckets in self._parts:
             bucket = wanted >> (33 - len(buckets).bit_length())
-            starts, ends = buckets[bucket], buckets[bucket + 1]
-            found += [entries[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
-            sought.append(wanted.repeat(ends - starts))
-        nearby = np.concatenate(found)
-        return nearby[nearby >> 32 == np.concatenate(sought)]
+            starts = buckets[bucket]
+            sizes = buckets[bucket + 1] - starts
+            before = sizes.cumsum(dtype=np.uint32) - sizes
+            places = np.arange(sizes.sum(), dtype=np.uint32) + (starts - before).repeat(sizes)
+            nearby = entries[places]
+            found.append(nearby[nearby >> 32 == wanted.repeat(sizes)])
+        return np.concatenate(found)
+
+
+def _entries(numbers: dict[int, tuple[int, ...]], keys: Iterable[int]) -> np.ndarray:
+    return np.array([key << 32 | number for key in keys for number in numbers.get(key, ())], np.uint64)
 
 
 def _buckets(entries: np.ndarray) -> np.ndarray:
-    """uint32 [buckets + 1]. A bucket has 16 to 32 entries."""
-    bits = max(len(entries).bit_length() - 5, 1)
+    """uint32 [buckets + 1]. A bucket has 4 to 8 entries."""
+    bits = max(len(entries).bit_length() - 3, 1)
     firsts = np.arange(1 << bits, dtype=np.uint64) << (64 - bits)
     return np.append(entries.searchsorted(firsts), len(entries)).astype(np.uint32)

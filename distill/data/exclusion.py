@@ -7,7 +7,7 @@ from pathlib import Path
 
 from decode.prompts import COMPRESSED, TABLES
 from distill.data.documents import Document, LeftOut, normalise_prompt
-from distill.data.duplicates import NearDuplicates
+from distill.data.duplicates import NearDuplicates, Parts
 from distill.data.source_files import (
     holds_objects,
     kind_of,
@@ -36,10 +36,15 @@ class Excluded:
         near what is. None where it is not."""
         if not self.prompts:
             return None
-        said = [normalise_prompt(text) for text in document.user_texts]
-        if not self.prompts.isdisjoint(said):
+        if document.kind == "text":
+            return EXCLUDED if normalise_prompt(document.text or "") in self.prompts else None
+        return self.reason_of(*map(Parts, document.user_texts))
+
+    def reason_of(self, *said: Parts) -> str | None:
+        """Why what a user says is left out."""
+        if any(text.text in self.prompts for text in said):
             return EXCLUDED
-        return NEAR_EXCLUDED if document.kind != "text" and any(map(self._near.find, said)) else None
+        return NEAR_EXCLUDED if any(map(self._near.find, said)) else None
 
 
 def _files(path: Path) -> list[Path]:

@@ -208,20 +208,21 @@ class ReplyPass:
         for _ in range(len(line) if most is None else most):
             if not line or quota.filled or (example := line[0].example) is None:
                 return
-            self._add(writer, example, supply, quota)
+            self._add(writer, example, int(line[0].size), supply, quota)
             supply.take()
             line.leave()
 
     def _size(self, example: Example) -> int:
         return size_in_rows(example.tokens, example.trained, self.settings.seq_len)
 
-    def _add(self, writer: ReplyWriter, example: Example, supply: Supply, quota: Quota) -> None:
-        """Take an example that is of use, its end cut off where it is more than the quota has left."""
-        if self._size(example) > quota.left:
+    def _add(self, writer: ReplyWriter, example: Example, size: int, supply: Supply, quota: Quota) -> None:
+        """Take an example of so many tokens that is of use, its end cut off where it is more than the quota has
+        left."""
+        if size > quota.left:
             example = example.first(quota.left)
+            size = self._size(example)
         if not supply.keeps(example):
             return
-        size = self._size(example)
         if not size:
             supply.left_out.add(TOO_SHORT, f"prompt {example.number} with its reply")
         quota.taken += size

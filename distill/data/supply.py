@@ -13,10 +13,10 @@ import numpy as np
 from decode.batching import CHECK_EVERY, LONGEST_LOOP
 from decode.metrics import is_looping
 from decode.tokenizer import Tokenizer
-from distill.data.documents import UNLEARNT, Document, LeftOut, normalise_prompt
-from distill.data.duplicates import NearDuplicates
+from distill.data.documents import UNLEARNT, Document, LeftOut
+from distill.data.duplicates import NearDuplicates, Parts
 from distill.data.exclusion import Excluded
-from distill.data.packing import MIN_SEGMENT, cut, segment
+from distill.data.packing import MIN_SEGMENT, cuts, segment
 from distill.data.prompts import Chosen, encode_text, encode_turns, wants_reply
 from distill.data.reply_dataset import Example
 from distill.data.settings import CollectSettings
@@ -30,6 +30,7 @@ LOOPING = "fell into a loop, and ends there"
 UNENDED = "has no end token within --max-reply, or was the last that --tokens left room for"
 FURTHER = "left no room for a further turn and its reply"
 GIVEN_UP = 1000
+FIRST = 8  # tokens of a reply
 OF_USERS = 1.0  # the temperature at which the teacher writes a user's turn
 
 
@@ -51,11 +52,11 @@ class Candidate:
     def example(self, source: int, replies: Sequence[np.ndarray] = ()) -> Example:
         """The conversation with what the teacher wrote, int32 [n] each; that is learnt."""
         given = [np.array(chunk, np.int32) for chunk in self.turns[: len(replies) or 1]]
-        pairs = list(zip_longest(given, replies, fillvalue=np.zeros(0, np.int32)))
+        parts = [*chain(*zip_longest(given, replies, fillvalue=np.zeros(0, np.int32)))]
         trained = self.trained
         if trained is None:
-            trained = np.concatenate([np.arange(len(a) + len(b)) >= len(a) for a, b in pairs])
-        return Example(source, self.number, np.concatenate([*chain(*pairs)]), trained, self.asks, self.kind)
+            trained = np.repeat([False, True] * len(given), [len(part) for part in parts])
+        return Example(source, self.number, np.concatenate(parts), trained, self.asks, self.kind)
 
 
 class _Met(NamedTuple):
@@ -142,26 +143,34 @@ class Supply:
 
     def _lacks(self, candidate: Candidate, example: Example) -> str | None:
         """Why a conversation ends before its end: the last reply was cut, or there would have been further turns."""
-        (starts,) = np.nonzero(np.diff(example.trained, prepend=False) & example.trained)
-        if not len(starts) or not example.trained[-1] or int(example.tokens[-1]) not in self._tokenizer.end_tokens:
+        trained = example.trained
+        starts = np.flatnonzero(np.concatenate([trained[:1], trained[1:] > trained[:-1]]))
+        if not len(starts) or not trained[-1] or int(example.tokens[-1]) not in self._tokenizer.end_tokens:
             reply = example.tokens[starts[-1] :].tolist() if len(starts) else []
             return LOOPING if len(reply) % CHECK_EVERY == 0 and is_looping(reply, LONGEST_LOOP) else UNENDED
         return FURTHER if len(starts) < len(candidate.turns) else None
 
     def _fault(self, candidate: Candidate, example: Example) -> str | None:
-        if example.trained.any() and not self._tokenizer.decode(example.tokens[example.trained].tolist()).strip():
+        learnt = example.tokens[example.trained].tolist()
+        if learnt and not self._says_something(learnt):
             return SILENT
         if not candidate.as_user:
             return None
-        said = example.tokens[len(candidate.turns[0]) :]
-        ends = np.flatnonzero(np.isin(said, list(self._tokenizer.end_tokens)))
-        text = self._tokenizer.decode(said[: ends[0] if len(ends) else None].tolist())
-        return self._excluded.reason(Document("prompt", text, None, 0)) or self._duplicate(text)
+        said = example.tokens[len(candidate.turns[0]) :].tolist()
+        end = next((at for at, token in enumerate(said) if token in self._tokenizer.end_tokens), None)
+        prompt = Parts(self._tokenizer.decode(said[:end]))
+        return self._excluded.reason_of(prompt) or self._duplicate(prompt)
 
-    def _duplicate(self, prompt: str) -> str | None:
+    def _says_something(self, tokens: list[int]) -> bool:
+        """Whether their text is more than white space, which the first of them mostly show; half a character, with
+        which those may end, shows nothing."""
+        first = self._tokenizer.decode(tokens[:FIRST]).replace("\ufffd", "")
+        return bool(first.strip() or self._tokenizer.decode(tokens).strip())
+
+    def _duplicate(self, prompt: Parts) -> str | None:
         """What a prompt is to one that was asked before; else it counts as asked from now on."""
-        near = self._asked.add(prompt) if prompt else None
-        return None if near is None else SAME if near == normalise_prompt(prompt) else NEAR
+        near = self._asked.add(prompt)
+        return None if near is None else SAME if near == prompt.text else NEAR
 
     def rest(self) -> None:
         """Forget what was looked at and not taken, before other sources have their turn: it comes again, unless what
@@ -175,7 +184,7 @@ class Supply:
         for count, met in enumerate(self._unread, 1):
             self._met.append(met)
             left_out.add_all(met.left_out)
-            reason = self._duplicate(met.prompt)
+            reason = self._duplicate(Parts(met.prompt)) if met.prompt else None
             if reason is None:
                 return _Ahead(met.candidate, left_out, count, bool(met.prompt))
             left_out.add(reason, met.where)
@@ -219,4 +228,5 @@ class Supply:
 
 def size_in_rows(tokens: Sequence[int] | np.ndarray, trained: np.ndarray, seq_len: int) -> int:
     """How many of an example's tokens will stand in rows. trained: bool [n], which are learnt."""
-    return sum(len(part.tokens) for part in cut(segment(np.asarray(tokens, np.int32), trained), seq_len))
+    whole = segment(np.asarray(tokens, np.int32), trained)
+    return sum(part.stop - part.start for part in cuts(whole.mask, seq_len))
