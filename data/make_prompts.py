@@ -29,7 +29,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from distill.data.duplicates import NearDuplicates
+from distill.data.duplicates import NearDuplicates, Parts
 
 DATA = Path(__file__).parent
 LISTS = DATA / "prompts"
@@ -57,7 +57,7 @@ def make_prompts() -> str:
         while missing:
             turns = writer.write()
             said = "\n".join(turns[::2])
-            if any(map(held_out.find, [said, *turns])) or made.add(said):
+            if any(map(held_out.find, map(Parts, [said, *turns]))) or made.add(Parts(said)):
                 misses += 1
                 if misses == PATIENCE:
                     raise SystemExit(f"{LISTS / kind}.toml: too few different prompts, {missing} more are wanted")

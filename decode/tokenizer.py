@@ -319,6 +319,12 @@ class Tokenizer:
         text: str = self._backend.decoder.decode(pieces)
         return text
 
+    def is_blank(self, tokens: list[int]) -> bool:
+        """Whether the text of a reply is nothing but white space. Its first tokens mostly show that it is not; they may
+        end within a character, of which nothing is known yet."""
+        beginning = self.decode(tokens[:8]).replace("\ufffd", "")
+        return not beginning.strip() and not self.decode(tokens).strip()
+
     def streamer(self, printed: Sequence[int] = ()) -> Streamer:
         """printed: tokens of a text that is gone on with, so that a space at the border is kept."""
         return Streamer(self, printed)

@@ -10,7 +10,7 @@ from conftest import ROOT, TEACHER
 
 from decode.prompts import read_prompts, text_of
 from decode.tokenizer import Tokenizer
-from distill.data.duplicates import NearDuplicates
+from distill.data.duplicates import NearDuplicates, Parts
 from distill.data.sources import read_source
 
 DATA = ROOT / "data"
@@ -49,13 +49,13 @@ def test_none_is_near_a_held_out_one(lines: list[dict[str, Any]], held_out: list
     among = NearDuplicates(line["prompt"] for line in held_out)
     for line in lines:
         for text in [user_text(line), *(message["content"] for message in line.get("messages", []))]:
-            assert among.find(text) is None, line
+            assert among.find(Parts(text)) is None, line
 
 
 def test_none_is_near_another(lines: list[dict[str, Any]]) -> None:
     made = NearDuplicates()
     for line in lines:
-        assert made.add(user_text(line)) is None, line
+        assert made.add(Parts(user_text(line))) is None, line
 
 
 def test_each_is_a_prompt_that_fits(lines: list[dict[str, Any]]) -> None:

@@ -124,7 +124,7 @@ def encode_text(
         ids, turns = tokenizer.encode_conversation(messages[: answered[-1]], document.where)
         trained = np.zeros(len(ids), bool)
         for turn in turns:
-            if tokenizer.decode(ids[turn.start : turn.stop]).strip():  # nobody should learn to say nothing
+            if not tokenizer.is_blank(ids[turn.start : turn.stop]):  # nobody should learn to say nothing
                 trained[turn.start : turn.stop] = True
         if left_out is not None and len(turns) < len(answered):
             left_out.add(UNTOLD, document.where, len(answered) - len(turns))

@@ -30,7 +30,6 @@ LOOPING = "fell into a loop, and ends there"
 UNENDED = "has no end token within --max-reply, or was the last that --tokens left room for"
 FURTHER = "left no room for a further turn and its reply"
 GIVEN_UP = 1000
-FIRST = 8  # tokens of a reply
 OF_USERS = 1.0  # the temperature at which the teacher writes a user's turn
 
 
@@ -152,7 +151,7 @@ class Supply:
 
     def _fault(self, candidate: Candidate, example: Example) -> str | None:
         learnt = example.tokens[example.trained].tolist()
-        if learnt and not self._says_something(learnt):
+        if learnt and self._tokenizer.is_blank(learnt):
             return SILENT
         if not candidate.as_user:
             return None
@@ -160,12 +159,6 @@ class Supply:
         end = next((at for at, token in enumerate(said) if token in self._tokenizer.end_tokens), None)
         prompt = Parts(self._tokenizer.decode(said[:end]))
         return self._excluded.reason_of(prompt) or self._duplicate(prompt)
-
-    def _says_something(self, tokens: list[int]) -> bool:
-        """Whether their text is more than white space, which the first of them mostly show; half a character, with
-        which those may end, shows nothing."""
-        first = self._tokenizer.decode(tokens[:FIRST]).replace("\ufffd", "")
-        return bool(first.strip() or self._tokenizer.decode(tokens).strip())
 
     def _duplicate(self, prompt: Parts) -> str | None:
         """What a prompt is to one that was asked before; else it counts as asked from now on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,23 @@ def test_a_template_among_others_by_name_is_the_same_template(small_teacher: Pat
     changed = json.dumps(config | {"chat_template": [{"name": "default", "template": f"Hm. {template}"}]}).encode()
     other = Tokenizer(changed_copy(small_teacher, tmp_path / "other", tokenizer_config__json=changed))
     assert other.template_hash not in (None, plain.template_hash)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "llama"])
+def test_what_is_blank_is_known_from_its_beginning(kind: str, small_teacher: Path, llama: Path) -> None:
+    """As from all of it: also where that ends within a space of three bytes, or bytes spoil what is before them."""
+    tokenizer = Tokenizer(small_teacher if kind == "bytes" else llama)
+    spaces = [tokenizer.encode_text(text)[-count:] for text in ("\u3000", "\n", " ") for count in (1, 2, 3)]
+    others = [tokenizer.encode_text("東")[-3:][:count] for count in (1, 2, 3)] + [sorted(tokenizer.end_tokens)[:1]]
+    rng, found = random.Random(8), list[bool]()
+    for _ in range(2000):
+        parts = rng.choices(spaces, k=rng.randint(0, 8))
+        if rng.random() < 0.5:
+            parts.insert(rng.randint(0, len(parts)), rng.choice([*others, tokenizer.encode_text("a")[-1:]]))
+        tokens = [token for part in parts for token in part]
+        found.append(tokenizer.is_blank(tokens))
+        assert found[-1] == (tokenizer.decode(tokens).strip() == ""), tokens
+    assert 300 < sum(found) < 1700
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 99])

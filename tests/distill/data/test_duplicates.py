@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from distill.data.duplicates import WORDS, NearDuplicates, near
+from distill.data import duplicates
+from distill.data.duplicates import WORDS, NearDuplicates, Parts, near
 from distill.data.sources import normalise_prompt
 
 ROOT = Path(__file__).parents[3]
@@ -32,8 +33,8 @@ def both(one: str, other: str) -> bool:
     """Whether two texts are near, by every way to ask."""
     answer = near(one, other)
     held = NearDuplicates([one])
-    assert held.find(other) == (normalise_prompt(one) if answer else None)
-    assert held.add(other) == held.find(one if answer else "?") and len(held) == 2 - answer
+    assert held.find(Parts(other)) == (normalise_prompt(one) if answer else None)
+    assert held.add(Parts(other)) == held.find(Parts(one if answer else "?")) and len(held) == 2 - answer
     assert near(other, one) == answer
     return answer
 
@@ -64,17 +65,17 @@ def test_short_texts() -> None:
 def test_the_first_of_those_near_is_given_back() -> None:
     middle = "Write a poem about the old lighthouse at the end of the bay, in four lines."
     first, last = middle.replace("four", "five"), middle.replace("lines", "line s")
-    assert NearDuplicates([first, last]).find(middle) == normalise_prompt(first)
-    assert NearDuplicates([last, first]).find(middle) == normalise_prompt(last)
+    assert NearDuplicates([first, last]).find(Parts(middle)) == normalise_prompt(first)
+    assert NearDuplicates([last, first]).find(Parts(middle)) == normalise_prompt(last)
 
 
 def test_held_texts_may_be_near_each_other_and_added_ones_may_not() -> None:
     """Near is not transitive: the last is near the second alone, which only what holds all of them can say."""
     texts = ["x" + "".join(chr(0x4E00 + i) for i in range(start, start + 100)) for start in (0, 8, 16)]
     assert near(texts[0], texts[1]) and near(texts[1], texts[2]) and not near(texts[0], texts[2])
-    assert NearDuplicates(texts[:2]).find(texts[2]) == texts[1]
+    assert NearDuplicates(texts[:2]).find(Parts(texts[2])) == texts[1]
     added = NearDuplicates()
-    assert [added.add(text) for text in texts] == [None, texts[0], None]
+    assert [added.add(Parts(text)) for text in texts] == [None, texts[0], None]
 
 
 def test_against_the_rule_itself() -> None:
@@ -91,15 +92,18 @@ def test_against_the_rule_itself() -> None:
     held, kept, found = NearDuplicates(), list[str](), 0
     for text in texts:
         expected = next((normalise_prompt(earlier) for earlier in kept if near(earlier, text)), None)
-        assert held.add(text) == expected
+        assert held.find(Parts(text)) == held.add(Parts(text)) == expected
         found += expected is not None
         kept += [text] if expected is None else []
     assert 20 < found < 220
 
 
-def test_edits_about_the_thresholds_against_the_rule_itself() -> None:
+@pytest.mark.parametrize("recent", [100, duplicates.RECENT])
+def test_edits_about_the_thresholds_against_the_rule_itself(recent: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts of few letters, long and short, and edits that leave about 4/5 of the shingles, or 11 to 15 words in a row;
-    more than are held before the shingles are put in order. In between, the last ones are forgotten."""
+    more than are held before the shingles are put in order. In between, the last ones are forgotten, or not: an index
+    of many sorted parts, and of few."""
+    monkeypatch.setattr(duplicates, "RECENT", recent)
     rng = random.Random(18)
 
     def word() -> str:
@@ -123,7 +127,8 @@ def test_edits_about_the_thresholds_against_the_rule_itself() -> None:
         text = " ".join(word() for _ in range(rng.choice((2, 6, 20, 60)))) if fresh else edited(rng.choice(kept)[0])
         parts = sets(normalise_prompt(text))
         near_ones = [(earlier, rule(other, parts)) for earlier, other in kept if any(rule(other, parts))]
-        assert held.add(text) == (near_ones[0][0] if near_ones else None)
+        expected = near_ones[0][0] if near_ones else None
+        assert held.find(Parts(text)) == held.add(Parts(text)) == expected
         found = [a + b for a, b in zip(found, near_ones[0][1] if near_ones else (0, 0), strict=True)]
         assert not near_ones or near(text, near_ones[0][0])
         kept += [] if near_ones else [(normalise_prompt(text), parts)]
@@ -136,10 +141,10 @@ def test_edits_about_the_thresholds_against_the_rule_itself() -> None:
 def test_answers_do_not_depend_on_pythons_hashes() -> None:
     program = """
 import json
-from distill.data.duplicates import NearDuplicates
+from distill.data.duplicates import NearDuplicates, Parts
 held = NearDuplicates()
 for line in open("data/eval.jsonl", encoding="utf-8"):
-    print(held.add(json.loads(line)["prompt"]))
+    print(held.add(Parts(json.loads(line)["prompt"])))
 """
     said = {
         subprocess.check_output([sys.executable, "-c", program], cwd=ROOT, env={"PYTHONHASHSEED": seed})
