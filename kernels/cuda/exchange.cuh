@@ -120,6 +120,7 @@ struct Rows {
   float* norm;          // that lies behind them, [tiles][16], in shared memory; ones for none
   Packet* statistics;   // [M][k / 16 / group]
   Packet* packets;      // of the rows' int8, [k / 16][packets_of(4 * M)]
+  Packet* values;       // of some of the rows as they are, [k / 16][packets_of(16 * ROWS)]; for two kinds of rows only
 
   __device__ int groups() const { return k / 16 / group; }
 };
@@ -145,10 +146,11 @@ __device__ inline float max_tile(float x) {
 }
 
 // Keeps this block's values and sends their statistics: of every group of tiles the sum of squares and the largest
-// magnitude behind the norm. value(tile, m, o) is called once for each.
+// magnitude behind the norm. value(tile, m, o) is called once for each of the first `live` rows; whatever is in the
+// others is sent on with them, and read by nobody.
 template <int M, class Value>
-__device__ void finish_tiles(const Rows& rows, unsigned number, Value value) {
-  const int lane = threadIdx.x % 32, o = lane % 16, items = rows.tiles * M;
+__device__ void finish_tiles(const Rows& rows, int live, unsigned number, Value value) {
+  const int lane = threadIdx.x % 32, o = lane % 16, items = rows.tiles * live;
 #pragma unroll 1
   for (int pair = threadIdx.x / 32 * 2; pair < items; pair += kThreads / 16) {
     const int item = pair + lane / 16, tile = item % rows.tiles, m = item / rows.tiles;
@@ -171,17 +173,17 @@ __device__ void finish_tiles(const Rows& rows, unsigned number, Value value) {
   }
 }
 
-// Receives the statistics of M rows and sums them up, in one order on every grid. work: 2 * M * groups floats of
-// shared memory, free behind the next barrier.
+// Receives the statistics of the first `live` rows and sums them up, in one order on every grid. work: 2 * M * groups
+// floats of shared memory, free behind the next barrier.
 template <int M>
-__device__ void receive_statistics(const Rows& rows, unsigned number, bool normed, float eps, Factors<M>& factors,
-                                   float* work) {
+__device__ void receive_statistics(const Rows& rows, int live, unsigned number, bool normed, float eps,
+                                   Factors<M>& factors, float* work) {
   const int groups = rows.groups(), m = threadIdx.x / 32, lane = threadIdx.x % 32;
   receive<2, depth_of(M)>(
-      M * groups, number, [&](int unit) { return rows.statistics + unit; },
+      live * groups, number, [&](int unit) { return rows.statistics + unit; },
       [&](int unit, int i, unsigned word) { work[2 * unit + i] = __uint_as_float(word); });
   __syncthreads();
-  if (m < M) {
+  if (m < live) {
     const float2* row = reinterpret_cast<const float2*>(work) + m * groups;
     float squares = 0, top = 0;
 #pragma unroll 1
@@ -220,6 +222,22 @@ __device__ void receive_rows(const Rows& rows, unsigned number, int8_t* q, int s
       [&](int tile, int i, unsigned word) {
         *reinterpret_cast<unsigned*>(q + i / 4 * stride + tile * 16 + i % 4 * 4) = word;
       });
+}
+
+// Sends this block's values of ROWS rows, from `row` on, as they are.
+template <int ROWS, int M>
+__device__ void send_values(const Rows& rows, int row, unsigned number) {
+  send<16 * ROWS>(rows.values + rows.first * packets_of(16 * ROWS), rows.tiles, number, [&](int tile, int i) {
+    return __float_as_uint(rows.mine[(tile * M + row) * 16 + i]);
+  });
+}
+
+// Receives ROWS whole rows as they are: take(m, column, value).
+template <int ROWS, class Take>
+__device__ void receive_values(const Rows& rows, unsigned number, Take take) {
+  receive<16 * ROWS, depth_of(ROWS)>(
+      rows.k / 16, number, [&](int tile) { return rows.values + tile * packets_of(16 * ROWS); },
+      [&](int tile, int i, unsigned word) { take(i / 16, tile * 16 + i % 16, __uint_as_float(word)); });
 }
 
 }  // namespace bitdraft

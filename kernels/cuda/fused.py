@@ -1,4 +1,5 @@
-"""A decoding step of 1..8 rows, or a chain of greedy steps, as one launch: see fused_step.cuh for how it works."""
+"""A decoding step of 1..8 rows, or a chain of greedy steps, a reader's too, as one launch: see fused_step.cuh for how it
+works."""
 
 from __future__ import annotations
 
@@ -32,6 +33,22 @@ PAIRED = 256  # tiles of a row from which on two share a packet of statistics, a
 _MULTIPROCESSORS = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 _SHARED_MEMORY = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 _STATIC_SHARED = 12 * 1024  # what a block uses beside the part asked for, and a little room
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a reader has around its layers, as `kernels.ops.Backend.fused_reader` names it."""
+
+    fusion: Weight
+    feature_norms: Sequence[mx.array]
+    input: Weight
+    embedding_norm: mx.array
+    state_norm: mx.array
+    output: Weight | None
+
+    @property
+    def matrices(self) -> list[Weight]:
+        return [self.fusion, self.input, *([] if self.output is None else [self.output])]
 
 
 @dataclass
@@ -73,19 +90,22 @@ class CudaFusedStep:
         shape: AttentionShape,
         epilogue: Epilogue,
         eps: float,
+        reading: Reading | None = None,
     ) -> Self | None:
-        """The fused step of a model, or None where its shapes or weights are not those it is written for.
+        """The fused step of a model, or None where its shapes or weights are not those it is written for. With `reading`,
+        a reader's, for chains only.
 
         The layers' matrices are copied into one array; let go of the others where memory counts.
         """
         first = layers[0]
         kind = type(first.qkv)
-        hidden, q, ffn = first.qkv.k, shape.heads * shape.head_dim, first.down.k
+        hidden, q, ffn, embedded = first.qkv.k, shape.heads * shape.head_dim, first.down.k, embedding.shape[1]
         matrices = [m for layer in layers for m in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        matrices += reading.matrices if reading else []
         if (
             kind is DenseWeight
             or any(type(m) is not kind for m in matrices)
-            or any(size % 16 for size in (hidden, q, ffn, first.qkv.n))
+            or any(size % 16 for size in (hidden, q, ffn, first.qkv.n, embedded))
             or shape.head_dim not in (32, 64, 128)
             or isinstance(head, TernaryWeight)
         ):
@@ -104,9 +124,13 @@ class CudaFusedStep:
             floats += [
                 m.scale for m in (layer.qkv, layer.o, layer.gate_up, layer.down) if not isinstance(m, DenseWeight)
             ]
+        floats.append(final_norm)
+        if reading:
+            scales = [m.scale for m in reading.matrices if not isinstance(m, DenseWeight)]
+            floats += [*reading.feature_norms, scales[0], reading.embedding_norm, reading.state_norm, *scales[1:]]
         made = cls(
             weights=mx.concatenate([m.data for m in matrices]),
-            floats=mx.concatenate([*(f.astype(mx.float32) for f in floats), final_norm.astype(mx.float32)]),
+            floats=mx.concatenate([f.astype(mx.float32) for f in floats]),
             embedding=mx.contiguous(embedding),
             head=head,
             shape=shape,
@@ -114,6 +138,9 @@ class CudaFusedStep:
                 "KIND": int(kind is Int8Weight),
                 "LAYERS": len(layers),
                 "HIDDEN": hidden,
+                "EMBEDDED": embedded,
+                "READS": len(reading.feature_norms) if reading else 0,
+                "WIDENS": reading is not None and reading.output is not None,
                 "FFN": ffn,
                 "HEADS": shape.heads,
                 "KV_HEADS": shape.kv_heads,
@@ -155,7 +182,7 @@ class CudaFusedStep:
             group = 2 if k // TILE > PAIRED and k % (2 * TILE) == 0 else 1
             return -(-(k // TILE // group) // blocks) * group
 
-        stream, other = of_rows(c["HIDDEN"]), max(of_rows(q), of_rows(c["FFN"]))
+        stream, other = of_rows(c["HIDDEN"]), max(of_rows(q), of_rows(c["FFN"]), of_rows(c["EMBEDDED"]))
         most = max(stream, other, -(-((q + 2 * kv) // TILE) // blocks))
         return {"STREAM_TILES": stream, "OTHER_TILES": other, "MOST_TILES": most}
 
@@ -174,10 +201,14 @@ class CudaFusedStep:
         stages = [
             *(product(2 * tiles["MOST_TILES"], k) for k in (hidden, c["HEADS"] * dim, c["FFN"])),
             4 * (lines * (2 * dim + 2 + CHUNK) + m * (group + 2) * dim) + 2 * CHUNK * (2 * dim + 8),
-            4 * m * hidden,  # the states in front of a float head
+            4 * m * c["EMBEDDED"],  # the states in front of a float head
         ]
+        if c["READS"]:  # rows that are put together, states as they are, and what is measured of each part
+            widths = c["READS"] * c["EMBEDDED"], c["EMBEDDED"] + hidden
+            parts = 8 * m * max(c["READS"], 2)
+            stages.append(product(tiles["STREAM_TILES"], max(widths)) + 4 * m * hidden + parts)
         if c["INT8_HEAD"]:
-            stages.append(product(-(-((c["VOCAB"] + TILE - 1) // TILE) // device_attribute(_MULTIPROCESSORS)), hidden))
+            stages.append(product(-(-((c["VOCAB"] + TILE - 1) // TILE) // device_attribute(_MULTIPROCESSORS)), c["EMBEDDED"]))
         # MLX lifts the limit of 48 KB for those who ask for more, and counts the dynamic part only.
         return max(own + THREADS // 32 * ring + max(stages), 48 * 1024)
 
@@ -187,7 +218,8 @@ class CudaFusedStep:
         heads, kv_heads, dim = c["HEADS"], c["KV_HEADS"], c["DIM"]
         q, qkv = heads * dim, (heads + 2 * kv_heads) * dim
         row, values, part = _packets(4 * SMALL_ROWS), _packets(TILE * SMALL_ROWS), _packets(TILE + 2)
-        tiles = (SMALL_ROWS + row) * (c["HIDDEN"] + q + c["FFN"]) + values * max(qkv, c["HIDDEN"])
+        widened = c["EMBEDDED"] if c["WIDENS"] else 0
+        tiles = (SMALL_ROWS + row) * (c["HIDDEN"] + q + c["FFN"] + widened) + values * (qkv + c["HIDDEN"] + widened)
         tiles += part * SMALL_ROWS * q * -(-capacity // CHUNK)
         words = 4 * (tiles // TILE + device_attribute(_MULTIPROCESSORS))
         if self.packets.size < words:
@@ -219,8 +251,26 @@ class CudaFusedStep:
         d2t: mx.array | None,
     ) -> mx.array:
         """As the protocol says, by a chain of steps in one launch."""
-        launch = self._prepared(1, chain=True, d2t=d2t is not None)
-        return self._run(launch, [(count,)], tokens, keys, values, offset, count, d2t)[0]
+        return self.chain(tokens, (), keys, values, offset, count, d2t)
+
+    def chain(
+        self,
+        tokens: Sequence[int],
+        read: Sequence[mx.array],
+        keys: list[mx.array],
+        values: list[mx.array],
+        offset: int,
+        count: int,
+        d2t: mx.array | None,
+    ) -> mx.array:
+        """As `kernels.ops.FusedReader.greedy_tokens`; read: the teacher's states, of a reader only.
+
+        The first step takes all tokens, in a kernel for 1, 2, 4 or 8 rows.
+        """
+        if not 1 <= len(tokens) <= SMALL_ROWS or count < 1:
+            raise ValueError(f"{len(tokens)} tokens and {count} choices: 1 to {SMALL_ROWS}, and at least one")
+        launch = self._prepared(1 << (len(tokens) - 1).bit_length(), chain=True, d2t=d2t is not None)
+        return self._run(launch, [(count,)], tokens, keys, values, offset, count, d2t, read=read)[0]
 
     def _run(
         self,
@@ -233,6 +283,7 @@ class CudaFusedStep:
         count: int = 1,
         d2t: mx.array | None = None,
         taps: Sequence[int] = (),
+        read: Sequence[mx.array] = (),
     ) -> list[mx.array]:
         """The launch's outputs, of these shapes."""
         given, (sequences, _, capacity, _) = len(tokens), keys[0].shape
@@ -242,7 +293,7 @@ class CudaFusedStep:
             raise ValueError(f"caches of {keys[0].shape} do not fit {given} tokens at {offset} and {count} choices")
         self._reserve_packets(capacity)
         number = 1 + self.exchanges % (1 << 30)
-        self.exchanges += (given + count - 1) * (2 * len(keys) + 1)
+        self.exchanges += count * (2 * len(keys) + 1)
         places = [taps.index(i) if i in taps else -1 for i in range(len(keys))] if taps else []
         inputs = [
             tokens.astype(mx.uint32) if isinstance(tokens, mx.array) else mx.array(list(tokens), mx.uint32),
@@ -253,23 +304,30 @@ class CudaFusedStep:
             *self.fixed,
             *keys,
             *values,
+            *read,
         ]
         outputs = launch(inputs, shapes)
         CudaFusedStep.after = outputs[0]
         return outputs
 
     def _prepared(self, m: int, chain: bool = False, d2t: bool = False, taps: bool = False) -> Launch:
-        """The launch of a step of m rows, or of a chain of steps of one row."""
+        """The launch of a step of m rows, or of a chain whose first step has up to m."""
         if (m, chain, d2t, taps) not in self.launches:
             self.launches[m, chain, d2t, taps] = self._prepare(m, chain, d2t, taps)
         return self.launches[m, chain, d2t, taps]
 
     def _prepare(self, m: int, chain: bool, d2t: bool, taps: bool) -> Launch:
-        layers = self.constants["LAYERS"]
-        caches = [f"{kind}{i}" for kind in "kv" for i in range(layers)]
+        caches, read = (
+            [[f"{kind}{i}" for i in range(self.constants["LAYERS"])] for kind in "kv"],
+            [f"tap{i}" for i in range(self.constants["READS"])],
+        )
         prelude = "".join(
-            f"const bfloat16* const {kind}_caches[] = {{{', '.join(f'{kind}{i}' for i in range(layers))}}};\n"
-            for kind in "kv"
+            f"const {kind}* const {name}[] = {{{', '.join(pointers) or 'nullptr'}}};\n"
+            for kind, name, pointers in (
+                ("bfloat16", "k_caches", caches[0]),
+                ("bfloat16", "v_caches", caches[1]),
+                ("float", "read", read),
+            )
         ) + ("" if taps else "float* const states = nullptr;\n")
         return prepare(
             "fused_step",
@@ -277,7 +335,8 @@ class CudaFusedStep:
                 *(("tokens", mx.uint32), ("request", mx.int32), ("after", mx.uint32), ("d2t", mx.uint32)),
                 ("packets", mx.uint32),
                 *zip(FIXED, (array.dtype for array in self.fixed), strict=True),
-                *((name, CACHED) for name in caches),
+                *((name, CACHED) for name in (*caches[0], *caches[1])),
+                *((name, mx.float32) for name in read),
             ),
             (("out", mx.uint32 if chain else mx.float32), *([("states", mx.float32)] if taps else [])),
             (device_attribute(_MULTIPROCESSORS), 1, 1),

@@ -1,9 +1,13 @@
-// A decoding step of 1..8 rows of a whole model in one launch, or a chain of steps of one row.
+// A decoding step of 1..8 rows of a whole model in one launch, or a chain of steps: one of 1..8 rows, then some of one.
 //
 // One block a multiprocessor stays for the step. A layer is four products, QKV, output, gate and up, and down, with
 // attention behind the first. Between them blocks exchange packets (exchange.cuh): in front of a product the statistics
 // of its rows, then their int8, each block those of the values that it has computed itself. The residual stream never
 // leaves its owners. The first weights of a product are on their way to shared memory since the end of the one before.
+//
+// A reader's rows (decode/models/reader.py) begin with two more products: of its teacher's states, and of the token's
+// embedding beside the fused state, or the reader's own. What goes into these all blocks that multiply it read and round
+// by themselves, so the one exchange there is that of the states, as they are.
 //
 // All products run through the same instructions, with what differs in a table: the code of a layer has to fit into
 // the multiprocessors' caches of instructions.
@@ -15,11 +19,14 @@
 
 namespace bitdraft {
 
-enum ProductOf { kQkv, kOutput, kGateUp, kDown, kProducts, kHead = kProducts };
-enum RowsOf { kStream, kAttended, kMiddle, kRowKinds };  // the residual stream, attention's results, the FFN's middle
+// A layer's products; those of a reader in front of its layers and from its width to its teacher's; the head.
+enum ProductOf { kQkv, kOutput, kGateUp, kDown, kProducts, kFusion = kProducts, kInput, kWidening, kHead, kStages };
+// The residual stream, attention's results, the FFN's middle, and a reader's states in its teacher's width.
+enum RowsOf { kStream, kAttended, kMiddle, kWidened, kRowKinds };
 
 // The shapes of a model, and where things lie.
-template <int KIND, int HIDDEN, int FFN, int HEADS, int KV_HEADS, int DIM>
+template <int KIND, int LAYERS, int HIDDEN, int FFN, int HEADS, int KV_HEADS, int DIM, int EMBEDDED, int READS,
+          bool WIDENS>
 struct ModelShape {
   static constexpr int Q = HEADS * DIM, KV = KV_HEADS * DIM, QKV = Q + 2 * KV;
   static constexpr int64_t bytes(int n, int k) {
@@ -32,30 +39,42 @@ struct ModelShape {
                        FFN_NORM_AT = POST_NORM_AT + HIDDEN, QKV_SCALE_AT = FFN_NORM_AT + FFN,
                        O_SCALE_AT = QKV_SCALE_AT + QKV, GATE_UP_SCALE_AT = O_SCALE_AT + HIDDEN,
                        DOWN_SCALE_AT = GATE_UP_SCALE_AT + 2 * FFN, LAYER_FLOATS = DOWN_SCALE_AT + HIDDEN;
-  // Where packets start, with room for eight rows: statistics and int8 of each kind of rows, Q, K and V (and, at the
-  // end, the states for the head), the blocks' choices, and the parts of attention behind them.
+  // Behind the layers, from the weights' and the floats' start.
+  static constexpr int64_t FUSION_AT = LAYERS * LAYER_BYTES, INPUT_AT = FUSION_AT + bytes(HIDDEN, READS * EMBEDDED),
+                           WIDENING_AT = INPUT_AT + bytes(HIDDEN, EMBEDDED + HIDDEN);
+  static constexpr int FINAL_NORM_AT = LAYERS * LAYER_FLOATS, FUSION_NORM_AT = FINAL_NORM_AT + HIDDEN,
+                       FUSION_SCALE_AT = FUSION_NORM_AT + READS * EMBEDDED, INPUT_NORM_AT = FUSION_SCALE_AT + HIDDEN,
+                       INPUT_SCALE_AT = INPUT_NORM_AT + EMBEDDED + HIDDEN, WIDENING_SCALE_AT = INPUT_SCALE_AT + HIDDEN;
+  // Where packets start, with room for eight rows: statistics and int8 of each kind of rows, Q, K and V, states as they
+  // are, the blocks' choices, and the parts of attention behind them.
   static constexpr int rows_packets(int k) { return k / kTile * (8 + packets_of(4 * 8)); }
   static constexpr int A_PACKETS_AT = rows_packets(HIDDEN), H_PACKETS_AT = A_PACKETS_AT + rows_packets(Q),
-                       QKV_PACKETS_AT = H_PACKETS_AT + rows_packets(FFN),
-                       CHOICES_AT = QKV_PACKETS_AT + (QKV > HIDDEN ? QKV : HIDDEN) / kTile * packets_of(kTile * 8);
+                       WIDENED_PACKETS_AT = H_PACKETS_AT + rows_packets(FFN), WIDENED = WIDENS ? EMBEDDED : 0,
+                       QKV_PACKETS_AT = WIDENED_PACKETS_AT + rows_packets(WIDENED),
+                       STREAM_VALUES_AT = QKV_PACKETS_AT + QKV / kTile * packets_of(kTile * 8),
+                       WIDENED_VALUES_AT = STREAM_VALUES_AT + HIDDEN / kTile * packets_of(kTile * 8),
+                       CHOICES_AT = WIDENED_VALUES_AT + WIDENED / kTile * packets_of(kTile * 8);
 };
 
-// What differs between a layer's products.
+// What differs between products.
 struct Stage {
-  int64_t weights;    // bytes from the layer's start
-  int scales, norm;   // floats from the layer's start; norm: in front of the product, -1 for none
+  int64_t weights;    // bytes from the layer's start, or from the weights'
+  int scales, norm;   // floats from there; norm: of the rows that come out of it, -1 for none
+  bool normed;        // the rows that go in
   int input, output;  // of RowsOf; of Q, K and V, what attention makes of them
+  int k;              // inputs
   int first, tiles;   // this block's outputs
   int gate;           // as Product::start has it
 };
 
 // A row of k values, of which this block has the tiles of a share; own: room for them and their norm.
 template <int M>
-__device__ Rows rows_of(int k, Packet* packets, float* own) {
+__device__ Rows rows_of(int k, Packet* packets, float* own, Packet* values = nullptr) {
   const int group = tiles_of_group(k);
   const Share share(k / kTile / group);
   const int tiles = share.count * group;
-  return {k, group, share.first * group, tiles, own, own + tiles * M * kTile, packets, packets + k / kTile * 8};
+  return {k, group, share.first * group, tiles, own, own + tiles * M * kTile, packets, packets + k / kTile * 8,
+          values};
 }
 
 // What is called ahead or copied is so by the last threads, since the first have most to do.
@@ -89,18 +108,21 @@ struct Caches {
   int offset, capacity;
 };
 
-// The tasks of attention: a key/value head, a chunk of keys, and up to two of M rows; the keys it sees begin with
-// `start`, `old` of them from before this step.
+// The tasks of attention: a key/value head, a chunk of keys, and up to two of the `live` ones of M rows; the keys it sees
+// begin with `start`, `old` of them from before this step.
 template <int M, int KV_HEADS>
 struct Task {
-  static constexpr int each = M < 2 ? M : 2, splits = (M + each - 1) / each;
+  static constexpr int each = M < 2 ? M : 2;
   int head, chunk, row, rows, start, count, old;
 
-  static __device__ int total(int offset) { return (offset + M + kChunk - 1) / kChunk * KV_HEADS * splits; }
+  static __device__ int splits(int live) { return (live + each - 1) / each; }
+  static __device__ int total(int offset, int live) {
+    return (offset + live + kChunk - 1) / kChunk * KV_HEADS * splits(live);
+  }
 
-  __device__ Task(int task, int offset)
-      : head(task % KV_HEADS), chunk(task / KV_HEADS / splits), row(task / KV_HEADS % splits * each),
-        rows(M - row < each ? M - row : each), start(chunk * kChunk) {
+  __device__ Task(int task, int offset, int live)
+      : head(task % KV_HEADS), chunk(task / KV_HEADS / splits(live)), row(task / KV_HEADS % splits(live) * each),
+        rows(live - row < each ? live - row : each), start(chunk * kChunk) {
     count = offset + row + rows - start;
     count = count < kChunk ? count : kChunk;
     old = offset - start < 0 ? 0 : offset - start < kChunk ? offset - start : kChunk;
@@ -111,8 +133,8 @@ struct Task {
 // qkv: packets [(Q + 2 KV) / 16]; parts: packets of 16 values, the largest score and the sum,
 // [chunks][KV_HEADS][M * GROUP][DIM / 16].
 template <int M, int HEADS, int KV_HEADS, int DIM>
-__device__ void attend(const Caches& cache, const Packet* qkv, Packet* parts, unsigned number, const float2* turns,
-                       float scale, uint8_t* work) {
+__device__ void attend(const Caches& cache, int live, const Packet* qkv, Packet* parts, unsigned number,
+                       const float2* turns, float scale, uint8_t* work) {
   constexpr int GROUP = HEADS / KV_HEADS, QUERIES = Task<M, KV_HEADS>::each * GROUP, half = DIM / 2, width = DIM + 2,
                 tiles = DIM / kTile;  // of a head
   float* queries = reinterpret_cast<float*>(work);  // query m * GROUP + g, of the task's rows
@@ -121,10 +143,10 @@ __device__ void attend(const Caches& cache, const Packet* qkv, Packet* parts, un
   float* weights = reinterpret_cast<float*>(values + kChunk * DIM);
   float* part = weights + QUERIES * kChunk;
   float* fresh = part + QUERIES * width;  // [M][GROUP queries, key, value][DIM]
-  const int tasks = Task<M, KV_HEADS>::total(cache.offset);
+  const int tasks = Task<M, KV_HEADS>::total(cache.offset, live);
 #pragma unroll 1
   for (int number_of_task = blockIdx.x; number_of_task < tasks; number_of_task += gridDim.x) {
-    const Task<M, KV_HEADS> task(number_of_task, cache.offset);
+    const Task<M, KV_HEADS> task(number_of_task, cache.offset, live);
     if (task.count <= 0) {
       continue;
     }
@@ -198,10 +220,10 @@ __device__ void attend(const Caches& cache, const Packet* qkv, Packet* parts, un
 // This block's tiles of attention's results: the chunks of a row and head, combined in order, by the threads that
 // `finish_tiles` asks for them.
 template <int M, int HEADS, int KV_HEADS, int DIM>
-__device__ void combine(const Rows& rows, int offset, const Packet* parts, unsigned number) {
+__device__ void combine(const Rows& rows, int offset, int live, const Packet* parts, unsigned number) {
   constexpr int GROUP = HEADS / KV_HEADS, tiles = DIM / kTile, packets = packets_of(kTile + 2), depth = 8;
   constexpr int64_t stride = static_cast<int64_t>(KV_HEADS) * M * GROUP * tiles * packets;  // of chunks
-  const int lane = threadIdx.x % 32, o = lane % 16, items = rows.tiles * M;
+  const int lane = threadIdx.x % 32, o = lane % 16, items = rows.tiles * live;
 #pragma unroll 1
   for (int pair = threadIdx.x / 32 * 2; pair < items; pair += kThreads / 16) {
     const int item = pair + lane / 16 < items ? pair + lane / 16 : pair, tile = item % rows.tiles, m = item / rows.tiles;
@@ -224,7 +246,7 @@ __device__ void combine(const Rows& rows, int offset, const Packet* parts, unsig
     }
     top = max_tile(top);
 #pragma unroll 1
-    for (int first = 0; first < (offset + M - 1) / kChunk + 1; first += 16) {  // as often for every row
+    for (int first = 0; first < (offset + live - 1) / kChunk + 1; first += 16) {  // as often for every row
       if (first > 0 && first + o < chunks) {
         scores = scores_of(first + o);
       }
@@ -248,6 +270,57 @@ __device__ void combine(const Rows& rows, int offset, const Packet* parts, unsig
       }
     }
     rows.mine[(tile * M + m) * kTile + o] = __fdiv_rn(value, sum);
+  }
+}
+
+// Four values, of a row that starts with sixteen bytes, or eight of bfloat16.
+__device__ inline float4 four(const float* x) { return *reinterpret_cast<const float4*>(x); }
+__device__ inline float4 four(const bfloat16* x) {
+  const uint2 v = *reinterpret_cast<const uint2*>(x);
+  return make_float4(__uint_as_float(v.x << 16), __uint_as_float(v.x & 0xffff0000u), __uint_as_float(v.y << 16),
+                     __uint_as_float(v.y & 0xffff0000u));
+}
+
+// Rows of k values, as int8, that a block puts together by itself: of PARTS parts, each normed by its own root mean
+// square, the last as wide as it is and the others WIDTH. at(m, column): four values; norms: [k]; s: the rows' scales;
+// work: 2 * PARTS floats of shared memory a row.
+template <int PARTS, int WIDTH, class At>
+__device__ void put_together(int rows, int k, const float* norms, float eps, int8_t* q, int stride, float* s,
+                             float* work, At at) {
+  float2* parts = reinterpret_cast<float2*>(work);  // 1 / rms, and the largest magnitude behind the norm
+  const int lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int part = threadIdx.x / 32; part < rows * PARTS; part += kThreads / 32) {
+    const int m = part / PARTS, first = part % PARTS * WIDTH, end = part % PARTS < PARTS - 1 ? first + WIDTH : k;
+    float squares = 0, top = 0;
+#pragma unroll 5
+    for (int i = first + 4 * lane; i < end; i += 128) {
+      const float4 v = at(m, i), w = four(norms + i);
+      squares = __fmaf_rn(v.x, v.x, __fmaf_rn(v.y, v.y, __fmaf_rn(v.z, v.z, __fmaf_rn(v.w, v.w, squares))));
+      top = fmaxf(top, fmaxf(fmaxf(fabsf(v.x * w.x), fabsf(v.y * w.y)), fmaxf(fabsf(v.z * w.z), fabsf(v.w * w.w))));
+    }
+    const float r = inverse_rms(sum_lanes(squares), end - first, eps, true);
+    top = max_lanes(top);
+    if (lane == 0) {
+      parts[part] = {r, top * r};
+    }
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int i = threadIdx.x; i < rows * (k / 4); i += kThreads) {
+    const int m = i / (k / 4), column = i % (k / 4) * 4;
+    const float2* mine = parts + m * PARTS;
+    float top = kSmallest;
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+      top = fmaxf(top, mine[part].y);
+    }
+    const float scale = __fdiv_rn(127.0f, top);
+    const int part = column / WIDTH < PARTS ? column / WIDTH : PARTS - 1;
+    *reinterpret_cast<unsigned*>(q + m * stride + column) = rounded(at(m, column), four(norms + column), mine[part].x * scale);
+    if (column == 0) {
+      s[m] = scale;
+    }
   }
 }
 
