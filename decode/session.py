@@ -119,6 +119,9 @@ class Session:
         for model, most in models:
             for rows in range(1, min(most, SMALL_ROWS) + 1):
                 mx.eval(model.step(text[:rows], model.new_cache()).logits)
+        if isinstance(self.draft, Transformer):
+            for rows in (1, 2):
+                mx.eval(self.draft.greedy_tokens(text[:rows], self.draft.new_cache(), 1))
         if isinstance(self.draft, Reader):  # a row for each proposal that was accepted, and one
             for rows in range(1, min(self.k + 1, SMALL_ROWS) + 1):
                 states = mx.zeros((rows, self.draft.config.teacher_hidden))

@@ -3,11 +3,11 @@
 What runs: products of each kind of weight with few rows and many, behind a norm and with each epilogue or a residual;
 attention of several sequences at three head dimensions; argmax, choices of tokens and the top of logits; and, where the
 backend has them, fused steps of small models: of ternary weights with sub-norms, squared ReLU and a float head, three
-tokens at once and one by one; of int8 weights with SiLU and a trimmed int8 head, tokens one by one and greedy ones. A
-CPU, which has fused steps of float weights too, runs them with SiLU in all three ways, and a fused reader. What is not
-run: the shapes of a user's model, and fused steps of 2 or 4..8 tokens. On CUDA each of the four fused steps is a
-second's compilation, of all kernels of the self-test nine seconds on a Cascade Lake core, once: what was compiled is
-kept on disk.
+tokens at once and one by one; of int8 weights with SiLU and a trimmed int8 head, tokens one by one and greedy ones; and
+a fused reader of ternary weights. A CPU, which has fused operations of float weights too, runs such a step with SiLU in
+all three ways, and such a reader. What is not run: the shapes of a user's model, and steps of 2 or 4..8 tokens. On CUDA
+each of the five fused operations is a second's compilation, of all kernels of the self-test ten seconds on a Cascade
+Lake core, once: what was compiled is kept on disk.
 
 Shapes are tiny and fill no tile evenly; those of int8 products, float rows and attention are just large enough that a
 CPU shares them among its threads. BitLinear and int8 products are compared by bits; float operations within TOLERANCE;
@@ -215,19 +215,13 @@ def _models(candidate: Backend, rng: np.random.Generator, kind: str, epilogue: E
     layers: tuple[list[Layer], list[Layer]] = ([], [])
     embedding = _floats(rng, 100, 64).astype(mx.bfloat16)
 
-    def prepared(ops: Backend, weight: mx.array, kind: str) -> Weight:
-        if kind == "ternary":
-            ternary = np.array(mx.sign(mx.round(weight)).astype(mx.int8))
-            return ops.prepare_ternary(ternary, np.full(len(ternary), 0.1, np.float32))
-        return ops.prepare_int8(weight) if kind == "int8" else ops.prepare_dense(weight)
-
     for _ in range(2):
         weights = {name: _floats(rng, *size).astype(mx.bfloat16) for name, size in sizes.items()}
         norms = [mx.abs(_floats(rng, 64)) + 0.5 for _ in range(4)]
         for own, ops in zip(layers, (candidate, reference), strict=True):
             own.append(
                 Layer(
-                    **{name: prepared(ops, weight, kind) for name, weight in weights.items()},
+                    **{name: _prepared(ops, weight, kind) for name, weight in weights.items()},
                     input_norm=norms[0],
                     attention_sub_norm=norms[1] if kind == "ternary" else None,
                     post_norm=norms[2],
@@ -239,13 +233,20 @@ def _models(candidate: Backend, rng: np.random.Generator, kind: str, epilogue: E
             layers=own,
             embedding=embedding,
             final_norm=mx.ones((64,)),
-            head=prepared(ops, embedding, "int8" if kind == "int8" else "float"),
+            head=_prepared(ops, embedding, "int8" if kind == "int8" else "float"),
             shape=AttentionShape(2, 1, 32, mx.array(0.5 ** np.arange(16, dtype=np.float32))),
             epilogue=epilogue,
             eps=EPS,
         )
         for own, ops in zip(layers, (candidate, reference), strict=True)
     ]
+
+
+def _prepared(ops: Backend, weight: mx.array, kind: str) -> Weight:
+    if kind == "ternary":
+        ternary = np.array(mx.sign(mx.round(weight)).astype(mx.int8))
+        return ops.prepare_ternary(ternary, np.full(len(ternary), 0.1, np.float32))
+    return ops.prepare_int8(weight) if kind == "int8" else ops.prepare_dense(weight)
 
 
 def _compare_steps(step: FusedStep, model: _Model, trimmed: bool, together: bool, greedy: bool) -> str | None:
@@ -290,16 +291,28 @@ def _compare_steps(step: FusedStep, model: _Model, trimmed: bool, together: bool
 
 
 def _fused_reader(candidate: Backend, rng: np.random.Generator) -> str | None:
-    """Proposals of a reader of two layers of 64, two taps of a teacher of 96 and a trimmed head, all of float weights,
-    by the single operations of the reference and, where the backend has that, as one."""
-    model, defined = _models(candidate, rng, "float", "silu_mul")
+    """Proposals of readers of two layers of 64, two taps of a teacher of 96 and a trimmed float head, by the single
+    operations of the reference and, where the backend has that, as one."""
+    for kind in ("float", "ternary"):
+        fault = _compare_readers(candidate, rng, kind)
+        if fault is not None:
+            return fault if kind == "float" else f"of {kind} weights {fault}"
+    return None
+
+
+def _compare_readers(candidate: Backend, rng: np.random.Generator, kind: str) -> str | None:
+    model, defined = _models(candidate, rng, kind, "silu_mul")
     sizes = {"fusion": (64, 2 * 96), "input": (64, 96 + 64), "output": (96, 64), "head": (100, 96)}
-    weights = {name: _floats(rng, *size).astype(mx.bfloat16) for name, size in sizes.items()}
+    floats = {name: _floats(rng, *size).astype(mx.bfloat16) for name, size in sizes.items()}
+    kinds = {name: "float" if name == "head" else kind for name in floats}
+    parts, weights = (
+        {name: _prepared(ops, weight, kinds[name]) for name, weight in floats.items()} for ops in (candidate, reference)
+    )
     embedding = _floats(rng, 100, 96).astype(mx.bfloat16)
     *feature_norms, embedding_norm = (mx.abs(_floats(rng, 96)) + 0.5 for _ in range(3))
     state_norm, final_norm = (mx.abs(_floats(rng, 64)) + 0.5 for _ in range(2))
     reader = candidate.fused_reader(
-        **{name: candidate.prepare_dense(weight) for name, weight in weights.items()},
+        **parts,
         feature_norms=feature_norms,
         embedding_norm=embedding_norm,
         state_norm=state_norm,
@@ -319,7 +332,7 @@ def _fused_reader(candidate: Backend, rng: np.random.Generator) -> str | None:
     chosen = reader.greedy_tokens(tokens, states, keys, values, 0, 3, d2t).tolist()
 
     def linear(x: mx.array, name: str, norm: mx.array | None = None) -> mx.array:
-        return reference.linear(x, reference.prepare_dense(weights[name]), norm=norm, eps=EPS)
+        return reference.linear(x, weights[name], norm=norm, eps=EPS)
 
     def norm(x: mx.array, weight: mx.array) -> mx.array:
         return reference.rms_norm(x, weight, EPS)

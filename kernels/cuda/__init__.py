@@ -3,8 +3,8 @@
 Products use the tensor cores; those of 1..8 rows read the weights once for all rows; BitLinear equals the
 reference bit for bit. A row's bits are its own however many there are, in float products too. Attention works in chunks
 of keys that are combined in order, for any number of rows and sequences, so that no library plans anew for every length
-of context. `fused` runs a decoding step of a whole model as one launch, `reader` the proposals of a draft that reads its
-teacher's states, `steps` a step of many sequences.
+of context. `fused` runs a decoding step of a whole model as one launch, `reader` the proposals of a draft that reads
+its teacher's states, `steps` a step of many sequences.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""A decoding step of 1..8 rows, or a chain of greedy steps, a reader's too, as one launch: see fused_step.cuh for how it
-works."""
+"""A decoding step of 1..8 rows, or a chain of greedy steps, as one launch: see fused_step.cuh for how it works."""
 
 from __future__ import annotations
 
@@ -92,8 +91,8 @@ class CudaFusedStep:
         eps: float,
         reading: Reading | None = None,
     ) -> Self | None:
-        """The fused step of a model, or None where its shapes or weights are not those it is written for. With `reading`,
-        a reader's, for chains only.
+        """The fused step of a model, or None where its shapes or weights are not those it is written for. With
+        `reading`, a reader's: for chains only.
 
         The layers' matrices are copied into one array; let go of the others where memory counts.
         """
@@ -208,7 +207,8 @@ class CudaFusedStep:
             parts = 8 * m * max(c["READS"], 2)
             stages.append(product(tiles["STREAM_TILES"], max(widths)) + 4 * m * hidden + parts)
         if c["INT8_HEAD"]:
-            stages.append(product(-(-((c["VOCAB"] + TILE - 1) // TILE) // device_attribute(_MULTIPROCESSORS)), c["EMBEDDED"]))
+            of_head = -(-((c["VOCAB"] + TILE - 1) // TILE) // device_attribute(_MULTIPROCESSORS))
+            stages.append(product(of_head, c["EMBEDDED"]))
         # MLX lifts the limit of 48 KB for those who ask for more, and counts the dynamic part only.
         return max(own + THREADS // 32 * ring + max(stages), 48 * 1024)
 

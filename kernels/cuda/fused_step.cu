@@ -37,6 +37,10 @@ float* const scales = own + (STREAM_TILES + OTHER_TILES) * (M + 1) * kTile;
 uint8_t* const rings = reinterpret_cast<uint8_t*>(scales + 4 * MOST_TILES * kTile);
 constexpr int ring = INT8_HEAD && Head::kRing > Layers::kRing ? Head::kRing : Layers::kRing;
 uint8_t* const stage_work = rings + kThreads / 32 * ring;
+// Of a reader: what its rows' states are, [M][HIDDEN], behind the rows that are put together and their products.
+constexpr int widest = READS > 1 && (READS - 1) * EMBEDDED > HIDDEN ? READS * EMBEDDED : EMBEDDED + HIDDEN;
+float* const own_states = reinterpret_cast<float*>(stage_work + M * (row_stride(widest) + 4 * STREAM_TILES * kTile));
+const auto take_state = [&](int m, int column, float value) { own_states[m * HIDDEN + column] = value; };
 if (threadIdx.x == 0) {
   float* const other = own + STREAM_TILES * (M + 1) * kTile;
   rows[kStream] = rows_of<M>(HIDDEN, all, own, all + Model::STREAM_VALUES_AT);
@@ -183,24 +187,20 @@ for (int step = 0; step < steps; step++, number++) {
       if (!apart) {
         receive_rows<M>(in, exchange, q, stride);
       } else if constexpr (READS > 0) {
-        float* y = reinterpret_cast<float*>(acc + tiles * kTile * M);  // [M][HIDDEN]
-        float* measured = y + M * HIDDEN;
+        float* const measured = own_states + M * HIDDEN;
         if (which == kFusion) {
           put_together<READS, EMBEDDED>(live, stage.k, floats + Model::FUSION_NORM_AT, eps, q, stride, factors.s,
                                         measured, [&](int m, int column) {
             return four(read[column / EMBEDDED] + m * EMBEDDED + column % EMBEDDED);
           });
         } else {
-          const auto take = [&](int m, int column, float value) { y[m * HIDDEN + column] = value; };
           if (step == 0) {
-            receive_values<M>(rows[kStream], number, take);
-          } else {
-            receive_values<1>(rows[kStream], number - 1, take);
+            receive_values<M>(rows[kStream], number, take_state);
           }
           __syncthreads();
           put_together<2, EMBEDDED>(live, stage.k, floats + Model::INPUT_NORM_AT, eps, q, stride, factors.s, measured,
                                     [&](int m, int column) {
-            return column < EMBEDDED ? four(embedded(m) + column) : four(y + m * HIDDEN + column - EMBEDDED);
+            return column < EMBEDDED ? four(embedded(m) + column) : four(own_states + m * HIDDEN + column - EMBEDDED);
           });
         }
       }
@@ -280,8 +280,11 @@ for (int step = 0; step < steps; step++, number++) {
     if (threadIdx.x == 0) {
       post(block_choices + blockIdx.x, make_uint4(__float_as_uint(best.logit), best.id, 0, number));
     }
-    if (READS > 0 && step + 1 < steps) {
+    if (READS > 0 && step + 1 < steps) {  // what the next step begins with, while the choice is on its way
       start_stage(1);
+      if (rows[kStream].tiles) {
+        receive_values<1>(rows[kStream], number, take_state);
+      }
     }
     if (rows[kStream].tiles) {
       fed = chosen_by_all(block_choices, number, choices);

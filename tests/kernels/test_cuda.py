@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from arrays import close, normal, random_ternary, same_bits
+from arrays import close, floats, normal, random_ternary, same_bits
 from attention_checks import (
     FEW,
     LONG,
@@ -28,9 +28,10 @@ from kernels.self_test import self_test
 if device_backend() != "cuda":
     pytest.skip("MLX does not run on an NVIDIA GPU here", allow_module_level=True)
 
-from decode.models.cache import NewRows
-from decode.models.checkpoint import find_teacher
-from decode.models.transformer import Precision
+from decode.models.cache import KVCache, NewRows
+from decode.models.checkpoint import DEFAULT_TEACHER, find_model, find_teacher
+from decode.models.reader import Reader, load_reader
+from decode.models.transformer import Precision, Transformer
 from kernels import cuda
 
 # Fused shapes of the embedded teacher and of BitNet-2B, and odd ones.
@@ -259,7 +260,7 @@ def test_a_chain_of_steps_chooses_what_single_ones_do(head: Precision) -> None:
     rng = np.random.default_rng(2)
     prompt = rng.integers(0, 16000, 2030).tolist()
     for length in (1, 20, 31, 300, 2030):
-        for tokens in ([7], [3, 9]):
+        for tokens in ([7], [3, 9], [1, 2, 3, 4, 5]):
             chained, single = model.new_cache(), model.new_cache()
             for cache in (chained, single):
                 model.prefill(prompt[:length], cache)
@@ -272,6 +273,68 @@ def test_a_chain_of_steps_chooses_what_single_ones_do(head: Precision) -> None:
             assert chosen == expected, (length, tokens)
             # What a chain has left in the caches is what steps leave.
             assert same_bits(model.step([5], chained).logits, model.step([5], single).logits), (length, tokens)
+
+
+class Read:
+    """The shipped reader, its teacher, and a text of the teacher's with its states."""
+
+    def __init__(self, head: Precision) -> None:
+        teacher = find_teacher(None)
+        self.model: Transformer = teacher.load(head)
+        draft = find_model(f"{DEFAULT_TEACHER}-reader", "--draft")
+        self.draft: Reader = load_reader(draft, teacher, self.model, head)
+        cache, self.text = self.model.new_cache(), [1]
+        while len(self.text) < 2040:
+            self.text += np.array(self.model.greedy_tokens(self.text[-1:], cache, 7)).tolist()
+        self.hidden = self.model.prefill(self.text, self.model.new_cache(), self.draft.taps)
+
+    def cache(self, length: int) -> KVCache:
+        cache = self.draft.new_cache()
+        states = {tap: rows[:length] for tap, rows in self.hidden.items()}
+        self.draft.prefill(mx.array(self.text[1 : length + 1], mx.uint32), states, cache)
+        cache.reserve(16)
+        return cache
+
+    def proposed(self, first: int, rows: int, cache: KVCache, count: int) -> mx.array:
+        states = {tap: x[first : first + rows] for tap, x in self.hidden.items()}
+        return self.draft.greedy_tokens(self.text[first + 1 : first + rows + 1], states, cache, count)
+
+
+@pytest.mark.parametrize("head", ["float", "int8"])
+def test_a_readers_proposals_are_mostly_those_of_single_operations(head: Precision) -> None:
+    read, same = Read(head), []
+    fused = read.draft.fused
+    assert fused is not None
+    for length in (1, 20, 31, 300, 2020):
+        for rows in range(1, 9):
+            found = []
+            for read.draft.fused in (fused, None):
+                cache = read.cache(length)
+                tokens = np.array(read.proposed(length, rows, cache, 3)).tolist()
+                found.append((tokens, [x[:, :, : length + rows] for x in (*cache.keys, *cache.values)]))
+            (ours, rows_of_ours), (theirs, rows_of_theirs) = found
+            same.append(ours == theirs)
+            assert all(close(floats(a), floats(b), 0.05) for a, b in zip(rows_of_ours, rows_of_theirs, strict=True))
+    assert np.mean(same) >= 0.9
+
+
+@pytest.mark.parametrize("head", ["float", "int8"])
+def test_a_readers_rows_have_the_bits_that_they_have_alone(head: Precision) -> None:
+    """Between launches of the teacher, without a wait."""
+    read = Read(head)
+    assert read.draft.fused is not None
+    for length in (1, 31, 300):
+        for rows in range(1, 9):
+            together, alone, teachers = read.cache(length), read.cache(length), read.model.new_cache()
+            said = read.proposed(length, rows, together, 3)
+            for i in range(rows):
+                logits = read.model.step(read.text[i : i + 1], teachers).logits
+                last = read.proposed(length + i, 1, alone, 3 if i == rows - 1 else 1)
+            mx.eval(said, last, logits)
+            assert said.tolist() == last.tolist(), (length, rows)
+            for a, b in zip((*together.keys, *together.values), (*alone.keys, *alone.values), strict=True):
+                assert same_bits(a[:, :, : length + rows + 2], b[:, :, : length + rows + 2])
+            assert same_bits(read.model.step(read.text[:rows], read.model.new_cache()).logits[-1:], logits)
 
 
 def test_steps_of_many_sequences_choose_what_single_operations_do() -> None:

@@ -189,7 +189,7 @@ def test_a_chain_of_steps_equals_single_ones_by_bits(
     emulated.multiprocessors = multiprocessors
     model = Model(kind, head)
     all_ids, shuffled = np.arange(model.vocab), np.random.default_rng(1).permutation(model.vocab)
-    for tokens, offset, count, d2t in (([5], 30, 3, all_ids), ([7, 1, 2], 0, 2, shuffled)):
+    for tokens, offset, count, d2t in (([5], 30, 3, all_ids), ([7, 1, 2], 0, 2, shuffled), ([4, 9], 31, 2, all_ids)):
         expected, *caches_expected = model.chosen_one_by_one(tokens, offset, count, d2t)
         ids = None if d2t is all_ids else mx.array(d2t, mx.uint32)
         for emulated.seed in RANDOM_ORDERS:
@@ -327,11 +327,11 @@ def expected(emulated: cuda_emulator.Emulator) -> mx.array:
 BROKEN = [
     ("exchange.cuh", "if (!missing) {", "if (true) {", "other bits"),
     ("exchange.cuh", "__float_as_uint(largest), 0, number)", "__float_as_uint(largest), 0, ~0u)", "all wait for each"),
-    ("exchange.cuh", "  __syncthreads();\n  if (m < M) {", "  if (m < M) {", "other bits"),
+    ("exchange.cuh", "  __syncthreads();\n  if (m < live) {", "  if (m < live) {", "other bits"),
     (
         "exchange.cuh",
-        "  __syncthreads();\n  if (m < M) {",
-        "  if (m < M) {\n    __syncthreads();",
+        "  __syncthreads();\n  if (m < live) {",
+        "  if (m < live) {\n    __syncthreads();",
         "that some threads miss",
     ),
     ("exchange.cuh", "lane < 10 && first", "lane < 9 && first", "all wait for each other"),
