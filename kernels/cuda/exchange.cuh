@@ -4,6 +4,9 @@
 // and the news that they are there take one way through L2, where a barrier takes three (data, fence, counter), and
 // who waits, waits for what it needs only. Numbers never come back, so packets are never cleared.
 //
+// Where rows are WHOLE, few and narrow, a tile's values go with their statistics in one exchange; else the statistics go
+// first and then int8, a quarter of the bytes. The bits of what is received are the same.
+//
 // A packet is written again once in every layer. By then all have read it: whoever writes it has since received what
 // its readers made of it, for no row can be rounded before all of it is there.
 #pragma once
@@ -20,7 +23,10 @@ constexpr int depth_of(int m) { return m == 1 ? 1 : m <= 4 ? 2 : 4; }
 
 constexpr int packets_of(int words) { return (words + 2) / 3; }
 
-// Tiles of sixteen values that share a packet of statistics.
+// Of a tile of a whole row: sixteen values, their sum of squares, and the largest magnitude.
+constexpr int kWholePackets = packets_of(16 + 2);
+
+// Tiles of sixteen values that share a packet of statistics; one, where rows are whole.
 constexpr int tiles_of_group(int k) { return k / 16 > kGroupTiles && k % 32 == 0 ? 2 : 1; }
 
 // Of `total` things, those of this block.
@@ -118,11 +124,17 @@ struct Rows {
   int first, tiles;     // this block's
   float* mine;          // [tiles][M][16], in shared memory
   float* norm;          // that lies behind them, [tiles][16], in shared memory; ones for none
-  Packet* statistics;   // [M][k / 16 / group]
+  Packet* statistics;   // [M][k / 16 / group]; of whole rows, [M][k / 16][kWholePackets]
   Packet* packets;      // of the rows' int8, [k / 16][packets_of(4 * M)]
   Packet* values;       // of some of the rows as they are, [k / 16][packets_of(16 * ROWS)]; for two kinds of rows only
 
   __device__ int groups() const { return k / 16 / group; }
+
+  // Of the statistics of a row's group, number m * groups + group; of a whole row, they are in the last packet.
+  template <bool WHOLE>
+  __device__ Packet* statistics_of(int group) const {
+    return statistics + (WHOLE ? kWholePackets * group + kWholePackets - 1 : group);
+  }
 };
 
 // What rounding M rows to int8 takes: 1 / rms, the factor of x * norm, and the row's scale.
@@ -146,42 +158,68 @@ __device__ inline float max_tile(float x) {
 }
 
 // Keeps this block's values and sends their statistics: of every group of tiles the sum of squares and the largest
-// magnitude behind the norm. value(tile, m, o) is called once for each of the first `live` rows; whatever is in the
-// others is sent on with them, and read by nobody.
-template <int M, class Value>
+// magnitude behind the norm; with WHOLE the values behind the norm, too. value(tile, m, o) is called once for each of the
+// first `live` rows; whatever is in the others is sent on with them, and read by nobody.
+template <int M, bool WHOLE, class Value>
 __device__ void finish_tiles(const Rows& rows, int live, unsigned number, Value value) {
   const int lane = threadIdx.x % 32, o = lane % 16, items = rows.tiles * live;
 #pragma unroll 1
   for (int pair = threadIdx.x / 32 * 2; pair < items; pair += kThreads / 16) {
     const int item = pair + lane / 16, tile = item % rows.tiles, m = item / rows.tiles;
-    float y = 0, largest = 0;
+    float y = 0, normed = 0;
     if (item < items) {
       y = value(tile, m, o);
       rows.mine[(tile * M + m) * 16 + o] = y;
-      largest = fabsf(__fmul_rn(y, rows.norm[tile * 16 + o]));
+      normed = __fmul_rn(y, rows.norm[tile * 16 + o]);
     }
-    float squares = sum_tile(__fmul_rn(y, y));
-    largest = max_tile(largest);
+    float squares = sum_tile(__fmul_rn(y, y)), largest = max_tile(fabsf(normed));
     if (rows.group == 2) {  // a warp's two tiles are of one row then
       squares = __fadd_rn(squares, __shfl_xor_sync(kAllLanes, squares, 16));
       largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 16));
     }
-    if (item < items && (rows.group == 2 ? lane : o) == 0) {
-      post(rows.statistics + m * rows.groups() + (rows.first + tile) / rows.group,
-           make_uint4(__float_as_uint(squares), __float_as_uint(largest), 0, number));
+    const int group = m * rows.groups() + (rows.first + tile) / rows.group;
+    Packet p = make_uint4(0, __float_as_uint(squares), __float_as_uint(largest), number);
+    if constexpr (WHOLE) {
+      float words[3];
+#pragma unroll
+      for (int i = 0; i < 3; i++) {
+        words[i] = __shfl_sync(kAllLanes, normed, lane / 16 * 16 + (3 * o + i) % 16);
+      }
+      const bool last = o == kWholePackets - 1;
+      p.x = __float_as_uint(words[0]);
+      p.y = last ? p.y : __float_as_uint(words[1]);
+      p.z = last ? p.z : __float_as_uint(words[2]);
+      if (item < items && o < kWholePackets) {
+        post(rows.statistics + kWholePackets * group + o, p);
+      }
+    } else if (item < items && (rows.group == 2 ? lane : o) == 0) {
+      post(rows.statistics + group, p);
     }
   }
 }
 
 // Receives the statistics of the first `live` rows and sums them up, in one order on every grid. work: 2 * M * groups
-// floats of shared memory, free behind the next barrier.
-template <int M>
+// floats of shared memory, free behind the next barrier. values: of rows that are WHOLE, room for theirs behind the norm,
+// [live][k]; or null, where only the statistics are asked for.
+template <int M, bool WHOLE>
 __device__ void receive_statistics(const Rows& rows, int live, unsigned number, bool normed, float eps,
-                                   Factors<M>& factors, float* work) {
+                                   Factors<M>& factors, float* work, float* values = nullptr) {
   const int groups = rows.groups(), m = threadIdx.x / 32, lane = threadIdx.x % 32;
-  receive<2, depth_of(M)>(
-      live * groups, number, [&](int unit) { return rows.statistics + unit; },
-      [&](int unit, int i, unsigned word) { work[2 * unit + i] = __uint_as_float(word); });
+  if (WHOLE && values) {
+    receive<16 + 2, M == 1 ? 2 : depth_of(M)>(
+        live * groups, number, [&](int unit) { return rows.statistics + kWholePackets * unit; },
+        [&](int unit, int i, unsigned word) {
+          *(i < 16 ? values + 16 * unit + i : work + 2 * unit + i - 16) = __uint_as_float(word);
+        });
+  } else {
+    receive<3, depth_of(M)>(
+        live * groups, number, [&](int unit) { return rows.statistics_of<WHOLE>(unit); },
+        [&](int unit, int i, unsigned word) {
+          if (i > 0) {
+            work[2 * unit + i - 1] = __uint_as_float(word);
+          }
+        });
+  }
   __syncthreads();
   if (m < live) {
     const float2* row = reinterpret_cast<const float2*>(work) + m * groups;
@@ -200,6 +238,17 @@ __device__ void receive_statistics(const Rows& rows, int live, unsigned number, 
       factors.s[m] = scale;
       factors.factor[m] = __fmul_rn(r, scale);
     }
+  }
+}
+
+// Rounds whole rows to int8, `stride` bytes apart. values: as they were received.
+template <int M>
+__device__ void round_rows(int k, int live, const Factors<M>& factors, const float* values, int8_t* q, int stride) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < live * (k / 4); i += kThreads) {
+    const int m = i / (k / 4), column = i % (k / 4) * 4;
+    const float4 v = *reinterpret_cast<const float4*>(values + m * k + column);
+    *reinterpret_cast<unsigned*>(q + m * stride + column) = rounded(v, make_float4(1, 1, 1, 1), factors.factor[m]);
   }
 }
 

@@ -28,6 +28,7 @@ CHUNK = 32  # keys, as in attention.cuh
 PIECE_BYTES = (512, 2048)  # of ternary and int8 weights, as in products.cuh
 SLOTS = ((10, 3), (6, 2), (2, 1))  # pieces of them on their way to each warp: as many as there is shared memory for
 FIXED = ("weights", "floats", "frequency", "embedding", "head", "head_scale")  # inputs of every launch
+WHOLE = 8192  # values of rows up to which they are exchanged whole, see exchange.cuh
 PAIRED = 256  # tiles of a row from which on two share a packet of statistics, as in exchange.cuh
 _MULTIPROCESSORS = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 _SHARED_MEMORY = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
@@ -154,7 +155,7 @@ class CudaFusedStep:
         )
         limit = device_attribute(_SHARED_MEMORY) - _STATIC_SHARED
         for made.slots in SLOTS:
-            if made.shared_memory(SMALL_ROWS) <= limit:
+            if max(map(made.shared_memory, range(1, SMALL_ROWS + 1))) <= limit:
                 return made
         return None
 
@@ -185,6 +186,12 @@ class CudaFusedStep:
         most = max(stream, other, -(-((q + 2 * kv) // TILE) // blocks))
         return {"STREAM_TILES": stream, "OTHER_TILES": other, "MOST_TILES": most}
 
+    def whole(self, m: int) -> bool:
+        """Whether m rows are exchanged whole."""
+        c = self.constants
+        widest = max(c["HIDDEN"], c["HEADS"] * c["DIM"], c["FFN"], c["EMBEDDED"])
+        return m * widest <= WHOLE and widest // TILE <= PAIRED
+
     def shared_memory(self, m: int) -> int:
         """Bytes of dynamic shared memory a block needs for m rows: its own values, and the largest of its stages."""
         c, tiles = self.constants, self.most_tiles()
@@ -194,7 +201,7 @@ class CudaFusedStep:
         ring = max(self.slots[kind] * PIECE_BYTES[kind] for kind in kinds)
 
         def product(tiles: int, k: int) -> int:
-            return m * (-(-k // SPAN) * SPAN + 16) + tiles * TILE * m * 4
+            return m * (-(-k // SPAN) * SPAN + 16) + tiles * TILE * m * 4 + self.whole(m) * 4 * m * k
 
         lines = min(m, 2) * group
         stages = [
@@ -217,9 +224,9 @@ class CudaFusedStep:
         c = self.constants
         heads, kv_heads, dim = c["HEADS"], c["KV_HEADS"], c["DIM"]
         q, qkv = heads * dim, (heads + 2 * kv_heads) * dim
-        row, values, part = _packets(4 * SMALL_ROWS), _packets(TILE * SMALL_ROWS), _packets(TILE + 2)
+        row, values, part = SMALL_ROWS * _packets(TILE + 2), _packets(TILE * SMALL_ROWS), _packets(TILE + 2)
         widened = c["EMBEDDED"] if c["WIDENS"] else 0
-        tiles = (SMALL_ROWS + row) * (c["HIDDEN"] + q + c["FFN"] + widened) + values * (qkv + c["HIDDEN"] + widened)
+        tiles = row * (c["HIDDEN"] + q + c["FFN"] + widened) + values * (qkv + c["HIDDEN"] + widened)
         tiles += part * SMALL_ROWS * q * -(-capacity // CHUNK)
         words = 4 * (tiles // TILE + device_attribute(_MULTIPROCESSORS))
         if self.packets.size < words:
@@ -347,6 +354,7 @@ class CudaFusedStep:
                 "CHAIN": chain,
                 "D2T": d2t,
                 "TAPS": taps,
+                "WHOLE": self.whole(m),
                 **self.most_tiles(),
                 "SLOTS": self.slots[self.constants["KIND"]],
                 "HEAD_SLOTS": self.slots[1],

@@ -1,6 +1,6 @@
 // The body of the fused step. Constants: M, CHAIN, D2T, TAPS, KIND, LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, DIM, SUB_NORM,
-// RELU2, VOCAB, INT8_HEAD, EPS and SCALE (bits of floats), EMBEDDING and HEAD (types), EMBEDDED (the width of both), READS
-// and WIDENS. request: the offset, the caches' capacity, the number of the first exchange, how many tokens are given and
+// RELU2, VOCAB, INT8_HEAD, EPS and SCALE (bits of floats), EMBEDDING and HEAD (types), EMBEDDED (the width of both), READS,
+// WIDENS and WHOLE (exchange.cuh). request: the offset, the caches' capacity, the number of the first exchange, how many tokens are given and
 // how many to be chosen; with TAPS then of each layer where in `states` what leaves it goes, in blocks of M rows, or -1.
 // `k_caches`, `v_caches` and `read` are arrays of pointers made by the caller from inputs; the caches and the packets,
 // though inputs, are written in place: nobody else holds them, and the next step waits for `after`.
@@ -121,7 +121,7 @@ for (int step = 0; step < steps; step++, number++) {
     await_copies<0>();
     __syncthreads();
     start_stage(0);
-    finish_tiles<M>(rows[kStream], live, number, [&](int tile, int m, int o) {
+    finish_tiles<M, WHOLE>(rows[kStream], live, number, [&](int tile, int m, int o) {
       return static_cast<float>(embedded(m)[(rows[kStream].first + tile) * kTile + o]);
     });
   }
@@ -150,7 +150,7 @@ for (int step = 0; step < steps; step++, number++) {
                          capacity};
       attend<M, HEADS, KV_HEADS, DIM>(cache, live, qkv, parts, number, turns, __int_as_float(SCALE), stage_work);
       combine<M, HEADS, KV_HEADS, DIM>(in, offset, live, parts, number);
-      finish_tiles<M>(in, live, number, [&](int tile, int m, int o) { return in.mine[(tile * M + m) * kTile + o]; });
+      finish_tiles<M, WHOLE>(in, live, number, [&](int tile, int m, int o) { return in.mine[(tile * M + m) * kTile + o]; });
     }
 
     const int stride = row_stride(stage.k);
@@ -171,8 +171,9 @@ for (int step = 0; step < steps; step++, number++) {
       send_values<1, M>(rows[kStream], live - 1, number);
     }
     // Who has nothing to send nor to multiply waits for nothing; but a choice says that its block is done with a step.
-    if (!apart && (in.tiles || tiles || (CHAIN && at_head))) {
-      receive_statistics<M>(in, live, exchange, stage.normed, eps, factors, reinterpret_cast<float*>(q));
+    float* const values = reinterpret_cast<float*>(acc + (stage.gate ? 2 : 1) * tiles * kTile * M);  // of whole rows
+    if (!apart && ((!WHOLE && in.tiles) || tiles || (CHAIN && at_head))) {
+      receive_statistics<M, WHOLE>(in, live, exchange, stage.normed, eps, factors, reinterpret_cast<float*>(q), values);
     }
     if (at_head) {
       await_copies<HEAD_SLOTS>();
@@ -180,11 +181,13 @@ for (int step = 0; step < steps; step++, number++) {
       await_copies<SLOTS>();
     }
     __syncthreads();
-    if (!apart) {
+    if (!WHOLE && !apart) {
       send_rows<M>(in, factors, exchange);
     }
     if (tiles) {
-      if (!apart) {
+      if (WHOLE && !apart) {
+        round_rows<M>(stage.k, live, factors, values, q, stride);
+      } else if (!apart) {
         receive_rows<M>(in, exchange, q, stride);
       } else if constexpr (READS > 0) {
         float* const measured = own_states + M * HIDDEN;
@@ -233,7 +236,7 @@ for (int step = 0; step < steps; step++, number++) {
         return __float_as_uint(result(tile * kTile + i % kTile, i / kTile));
       });
     } else {
-      finish_tiles<M>(results, live, number + (which == kOutput ? 1 : which == kDown ? 2 : 0), [&](int tile, int m, int o) {
+      finish_tiles<M, WHOLE>(results, live, number + (which == kOutput ? 1 : which == kDown ? 2 : 0), [&](int tile, int m, int o) {
         const int local = tile * kTile + o;
         const float y = result(local, m);
         if (which == kGateUp) {
@@ -263,7 +266,7 @@ for (int step = 0; step < steps; step++, number++) {
     const int first = CHAIN ? live - 1 : 0;
     __syncthreads();
     send_values<kAsked, M>(in, first, number);
-    receive_statistics<M>(in, live, number, !WIDENS, eps, factors, y);
+    receive_statistics<M, WHOLE>(in, live, number, !WIDENS, eps, factors, y);
     __syncthreads();
     receive_values<kAsked>(in, number, [&](int m, int column, float value) {
       const float x = __fmul_rn(value, factors.r[first + m]);

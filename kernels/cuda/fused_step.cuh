@@ -2,8 +2,8 @@
 //
 // One block a multiprocessor stays for the step. A layer is four products, QKV, output, gate and up, and down, with
 // attention behind the first. Between them blocks exchange packets (exchange.cuh): in front of a product the statistics
-// of its rows, then their int8, each block those of the values that it has computed itself. The residual stream never
-// leaves its owners. The first weights of a product are on their way to shared memory since the end of the one before.
+// of its rows, then their int8, or both at once, each block those of the values that it has computed itself. The residual
+// stream never leaves its owners. The first weights of a product are on their way to shared memory since the end of the one before.
 //
 // A reader's rows (decode/models/reader.py) begin with two more products: of its teacher's states, and of the token's
 // embedding beside the fused state, or the reader's own. What goes into these all blocks that multiply it read and round
@@ -45,9 +45,9 @@ struct ModelShape {
   static constexpr int FINAL_NORM_AT = LAYERS * LAYER_FLOATS, FUSION_NORM_AT = FINAL_NORM_AT + HIDDEN,
                        FUSION_SCALE_AT = FUSION_NORM_AT + READS * EMBEDDED, INPUT_NORM_AT = FUSION_SCALE_AT + HIDDEN,
                        INPUT_SCALE_AT = INPUT_NORM_AT + EMBEDDED + HIDDEN, WIDENING_SCALE_AT = INPUT_SCALE_AT + HIDDEN;
-  // Where packets start, with room for eight rows: statistics and int8 of each kind of rows, Q, K and V, states as they
-  // are, the blocks' choices, and the parts of attention behind them.
-  static constexpr int rows_packets(int k) { return k / kTile * (8 + packets_of(4 * 8)); }
+  // Where packets start, with room for eight rows: of each kind of rows (statistics and int8 take less than whole ones),
+  // Q, K and V, states as they are, the blocks' choices, and the parts of attention behind them.
+  static constexpr int rows_packets(int k) { return k / kTile * 8 * kWholePackets; }
   static constexpr int A_PACKETS_AT = rows_packets(HIDDEN), H_PACKETS_AT = A_PACKETS_AT + rows_packets(Q),
                        WIDENED_PACKETS_AT = H_PACKETS_AT + rows_packets(FFN), WIDENED = WIDENS ? EMBEDDED : 0,
                        QKV_PACKETS_AT = WIDENED_PACKETS_AT + rows_packets(WIDENED),

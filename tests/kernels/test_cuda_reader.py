@@ -14,6 +14,7 @@ from arrays import close, floats, normal, same_bits
 from cuda_runs import EMULATED, weights_of
 
 from kernels import cuda, reference
+from kernels.cuda import fused
 from kernels.ops import CACHED, AttentionShape, Layer, Spans
 
 if not EMULATED:
@@ -187,6 +188,18 @@ def test_given_rows_have_the_bits_that_they_have_alone(multiprocessors: int, emu
         emulated.seed = i
         last = small.proposed(row, alone, 30 + i, 3 if i == 2 else 1, False)
     assert said == last and all(map(same_bits, (*together[0], *together[1]), (*alone[0], *alone[1])))
+
+
+@pytest.mark.slow
+def test_rows_that_are_exchanged_whole_have_the_bits_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for most in (fused.WHOLE, 0):
+        monkeypatch.setattr(fused, "WHOLE", most)
+        small = Small("ternary", "int8", hidden=64, read=112)
+        caches = small.caches(5)
+        found.append((small.proposed(small.given(2), caches, 5, 2, False), caches))
+    (whole, caches), (in_turns, others) = found
+    assert whole == in_turns and all(map(same_bits, (*caches[0], *caches[1]), (*others[0], *others[1])))
 
 
 def test_what_it_is_not_written_for_is_left_to_single_operations() -> None:

@@ -222,6 +222,18 @@ def test_bits_do_not_depend_on_the_number_of_multiprocessors_nor_on_where_tokens
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("head", ["bfloat16", "int8"])
+def test_rows_that_are_exchanged_whole_have_the_bits_of_others(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Model("ternary", head, layers=1)
+    assert whole.step.whole(3)
+    expected = whole.step([3, 1, 2], *whole.caches(33), 33)[0]
+    monkeypatch.setattr(fused, "WHOLE", 0)
+    in_turns = Model("ternary", head, layers=1)
+    assert not in_turns.step.whole(3)
+    assert same_bits(in_turns.step([3, 1, 2], *in_turns.caches(33), 33)[0], expected)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("m", [3, 9])  # of nine rows, the last is there twice
 def test_a_step_of_many_sequences_is_that_of_single_operations(m: int) -> None:
     model, sequences = Model("ternary", "bfloat16"), [i for i in range(11) if i not in (2, 7)][:m]
@@ -326,7 +338,7 @@ def expected(emulated: cuda_emulator.Emulator) -> mx.array:
 
 BROKEN = [
     ("exchange.cuh", "if (!missing) {", "if (true) {", "other bits"),
-    ("exchange.cuh", "__float_as_uint(largest), 0, number)", "__float_as_uint(largest), 0, ~0u)", "all wait for each"),
+    ("exchange.cuh", "__float_as_uint(largest), number)", "__float_as_uint(largest), ~0u)", "all wait for each"),
     ("exchange.cuh", "  __syncthreads();\n  if (m < live) {", "  if (m < live) {", "other bits"),
     (
         "exchange.cuh",
