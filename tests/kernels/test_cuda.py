@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import lzma
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -29,9 +33,10 @@ if device_backend() != "cuda":
     pytest.skip("MLX does not run on an NVIDIA GPU here", allow_module_level=True)
 
 from decode.models.cache import KVCache, NewRows
-from decode.models.checkpoint import DEFAULT_TEACHER, find_model, find_teacher
+from decode.models.checkpoint import DEFAULT_TEACHER, ROOT, find_model, find_teacher
 from decode.models.reader import Reader, load_reader
 from decode.models.transformer import Precision, Transformer
+from decode.tokenizer import Tokenizer
 from kernels import cuda
 
 # Fused shapes of the embedded teacher and of BitNet-2B, and odd ones.
@@ -276,16 +281,16 @@ def test_a_chain_of_steps_chooses_what_single_ones_do(head: Precision) -> None:
 
 
 class Read:
-    """The shipped reader, its teacher, and a text of the teacher's with its states."""
+    """The shipped reader, its teacher, and a text with the teacher's states."""
 
     def __init__(self, head: Precision) -> None:
         teacher = find_teacher(None)
         self.model: Transformer = teacher.load(head)
         draft = find_model(f"{DEFAULT_TEACHER}-reader", "--draft")
         self.draft: Reader = load_reader(draft, teacher, self.model, head)
-        cache, self.text = self.model.new_cache(), [1]
-        while len(self.text) < 2040:
-            self.text += np.array(self.model.greedy_tokens(self.text[-1:], cache, 7)).tolist()
+        with lzma.open(ROOT / "data" / "wiki.jsonl.xz", "rt") as lines:
+            whole = "".join(json.loads(line)["text"] for line in itertools.islice(lines, 40))
+        self.text = Tokenizer(DEFAULT_TEACHER).encode_text(whole)[:2040]
         self.hidden = self.model.prefill(self.text, self.model.new_cache(), self.draft.taps)
 
     def cache(self, length: int) -> KVCache:
