@@ -1,9 +1,9 @@
 // The body of the fused step. Constants: M, CHAIN, D2T, TAPS, KIND, LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, DIM, SUB_NORM,
-// RELU2, VOCAB, INT8_HEAD, EPS and SCALE (bits of floats), EMBEDDING and HEAD (types), EMBEDDED (the width of both), READS,
-// WIDENS and WHOLE (exchange.cuh). request: the offset, the caches' capacity, the number of the first exchange, how many tokens are given and
-// how many to be chosen; with TAPS then of each layer where in `states` what leaves it goes, in blocks of M rows, or -1.
-// `k_caches`, `v_caches` and `read` are arrays of pointers made by the caller from inputs; the caches and the packets,
-// though inputs, are written in place: nobody else holds them, and the next step waits for `after`.
+// RELU2, VOCAB, INT8_HEAD, EPS and SCALE (bits of floats), EMBEDDED (the width of embedding and head), HEAD (a type), READS,
+// WIDENS and WHOLE (exchange.cuh). request: the offset, the caches' capacity, the number of the first exchange, how many
+// tokens are given and how many to be chosen; with TAPS then of each layer where in `states` what leaves it goes, in blocks
+// of M rows, or -1. `k_caches`, `v_caches` and `read` are arrays of pointers made by the caller from inputs; the caches and
+// the packets, though inputs, are written in place: nobody else holds them, and the next step waits for `after`.
 //
 // Without CHAIN: one step of M rows; `out` has their logits. With it, steps that follow each other: one over the tokens
 // given, at most M, then each over the choice of the one before; `out` has the choices, with D2T as ids of the teacher: of
@@ -150,7 +150,8 @@ for (int step = 0; step < steps; step++, number++) {
                          capacity};
       attend<M, HEADS, KV_HEADS, DIM>(cache, live, qkv, parts, number, turns, __int_as_float(SCALE), stage_work);
       combine<M, HEADS, KV_HEADS, DIM>(in, offset, live, parts, number);
-      finish_tiles<M, WHOLE>(in, live, number, [&](int tile, int m, int o) { return in.mine[(tile * M + m) * kTile + o]; });
+      finish_tiles<M, WHOLE>(in, live, number,
+                             [&](int tile, int m, int o) { return in.mine[(tile * M + m) * kTile + o]; });
     }
 
     const int stride = row_stride(stage.k);
@@ -236,7 +237,8 @@ for (int step = 0; step < steps; step++, number++) {
         return __float_as_uint(result(tile * kTile + i % kTile, i / kTile));
       });
     } else {
-      finish_tiles<M, WHOLE>(results, live, number + (which == kOutput ? 1 : which == kDown ? 2 : 0), [&](int tile, int m, int o) {
+      const unsigned then = number + (which == kOutput ? 1 : which == kDown ? 2 : 0);
+      finish_tiles<M, WHOLE>(results, live, then, [&](int tile, int m, int o) {
         const int local = tile * kTile + o;
         const float y = result(local, m);
         if (which == kGateUp) {
