@@ -30,6 +30,7 @@ from distill.data.documents import normalise_prompt
 
 WORDS = 13
 SHINGLE = 5
+REORDERED_AT = (1 << 10, 1 << 14)  # texts: those tell what is rare among more, and all are looked at once again
 RECENT = 1 << 16  # entries of an index
 
 
@@ -59,7 +60,6 @@ class NearDuplicates:
         self._texts: list[bytes] = []  # normalised, UTF-8
         self._sizes = array("I")  # shingles of each
         self._index, self._rarity = _Index(), _Rarity()
-        self._reordered_at = 1024  # texts
         for text in map(Parts, texts):
             self._hold(text, self._keys(text))
 
@@ -93,8 +93,7 @@ class NearDuplicates:
         self._rarity.count(text.hashes)
         self._texts.append(text.text.encode("utf-8", "surrogatepass"))
         self._sizes.append(len(text.shingles))
-        if len(self._texts) >= self._reordered_at:
-            self._reordered_at *= 16
+        if len(self._texts) in REORDERED_AT:
             self._reorder()
 
     def _reorder(self) -> None:
