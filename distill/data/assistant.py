@@ -22,7 +22,7 @@ from distill.data.shards import coded
 from distill.data.sharing import Part, blocks, unpacked
 from distill.provenance import this_machine
 
-AT_ONCE = 64  # replies in a message, at most
+REPLIES_AT_ONCE = 64  # replies in a message, at most
 
 
 def introduction(checkpoint: Checkpoint, settings: CollectSettings, scores_only: bool) -> dict[str, dict[str, Any]]:
@@ -125,7 +125,7 @@ class _Assistant:
         with closing(batch.run(AsTheyCome(next_job), look)) as done:
             for place, replies in done:
                 said.append([numbers[place], [[reply.tokens, reply.finish] for reply in replies]])
-                if len(said) == AT_ONCE:
+                if len(said) == REPLIES_AT_ONCE:
                     tell()
         tell()
 

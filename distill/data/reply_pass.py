@@ -30,7 +30,7 @@ from distill.data.supply import TOO_SHORT, Candidate, Supply, size_in_rows
 
 # Examples that are judged for each that is done: more may wait behind one that is late, and all of them at once would
 # keep those waiting who want to be given jobs.
-AT_ONCE = 2
+JUDGED_AT_ONCE = 2
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -149,7 +149,7 @@ class ReplyPass:
                     line.settle(waiting, example, self._size(example))
                     self._replies += len(said)
                     self._reply_tokens += sum(map(len, said))
-                    self._use(writer, supply, quota, line, AT_ONCE)
+                    self._use(writer, supply, quota, line, JUDGED_AT_ONCE)
                     if quota.filled:
                         break
             self._use(writer, supply, quota, line)
@@ -188,7 +188,7 @@ class ReplyPass:
                     supply.room + self.settings.max_reply,
                 )
             line.settle(waiting, example, self._size(example))
-            self._use(writer, supply, quota, line, AT_ONCE)
+            self._use(writer, supply, quota, line, JUDGED_AT_ONCE)
 
     def _expected(self, candidate: Candidate) -> float:
         """How many tokens a candidate will probably be."""

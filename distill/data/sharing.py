@@ -26,7 +26,7 @@ from distill.data.scoring import Scorer
 from distill.data.shards import coded
 from kernels.errors import UserError
 
-AT_ONCE = 256  # jobs in a message, at most: a rank begins with the first while others are read
+JOBS_AT_ONCE = 256  # jobs in a message, at most: a rank begins with the first while others are read
 SHARDS_AHEAD = 3  # that a rank is given: one to score, and on a GPU one to be coded beside it; one to go on with
 Done = Generator[tuple[int, list[Reply]], None, None]
 
@@ -114,7 +114,7 @@ class SharedBatch:
             self._given[rank][number] = found
             room[rank] -= 1
             fresh[rank].append([number, job.turns, job.temperatures, job.seed, job.most_tokens])
-            if len(fresh[rank]) == AT_ONCE:
+            if len(fresh[rank]) == JOBS_AT_ONCE:
                 self.ranks.send(rank, {"jobs": fresh[rank]})
                 fresh[rank] = []
         for rank, jobs in fresh.items():
