@@ -266,6 +266,7 @@ class Ranks:
                 [sys.executable, "-P", "-X", "utf8", "-m", "distill.data.assistant", str(there.fileno())],
                 pass_fds=[there.fileno()],
                 stdin=subprocess.DEVNULL,
+                process_group=0,  # a terminal's Ctrl-C is for rank 0, also while this one starts
             )
         self.connections[WORKER] = Connection(here)
         self.names[WORKER] = f"the process that computes ({self._worker.pid})"
