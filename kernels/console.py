@@ -98,16 +98,14 @@ def run(app: typer.Typer, name: str) -> None:
         where = error.filename or ("standard output" if error.errno in NO_ROOM else "")
         where = f"{where}: " if where else ""
         fail(name, f"{where}{error.strerror or error}")
-    except MemoryError:
-        fail(name, "this needs more memory than there is")
     except Exception as error:
+        if lacking := lacks_memory(error):
+            fail(name, lacking)
         # typer reports wrong options through click's exceptions.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             if not error.format_message():  # no command was given, and its help stands above
                 raise SystemExit(error.exit_code) from None
             fail(name, error.format_message())
-        if isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)):
-            fail(name, f"this needs more memory than there is ({error})")
         if module := _broken_import(error):
             given = [f"{key}={value}" for key, value in os.environ.items() if value and repr(value) in str(error)]
             fail(name, ", ".join([f"{module} cannot be imported ({first_line(error)})", *given]))
@@ -116,6 +114,13 @@ def run(app: typer.Typer, name: str) -> None:
         _finish_computing()
         print(f"\n{name}: interrupted", file=sys.stderr)
     raise SystemExit(code)
+
+
+def lacks_memory(error: BaseException) -> str | None:
+    """What to say of an error that is for want of memory, Python's or MLX's; None of any other."""
+    if isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)):
+        return f"this needs more memory than there is ({error})"
+    return "this needs more memory than there is" if isinstance(error, MemoryError) else None
 
 
 def _check_arguments(name: str) -> None:

@@ -28,7 +28,7 @@ from typing import Any, NoReturn, Self
 
 import mlx.core as mx
 
-from kernels.console import NO_MEMORY, Interrupted
+from kernels.console import Interrupted, lacks_memory
 from kernels.errors import UserError
 
 PATIENCE = 120.0  # seconds for all ranks to come
@@ -215,9 +215,9 @@ def serve_over(rank_0: Connection, work: Callable[[], object], has_ended: str | 
             elif isinstance(error, UserError):
                 code = 2
                 rank_0.send({"error": str(error)})
-            elif isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)):
+            elif lacking := lacks_memory(error):
                 code = 2
-                rank_0.send({"error": f"this needs more memory than there is ({error})"})
+                rank_0.send({"error": lacking})
             elif isinstance(error, KeyboardInterrupt):
                 code = 130
                 rank_0.send({"interrupted": True})
