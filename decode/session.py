@@ -123,10 +123,11 @@ class Session:
             for rows in (1, 2):
                 mx.eval(self.draft.greedy_tokens(text[:rows], self.draft.new_cache(), 1))
         if isinstance(self.draft, Reader):  # a row for each proposal that was accepted, and one
+            reader = self.draft.for_text(text)
             for rows in range(1, min(self.k + 1, SMALL_ROWS) + 1):
-                states = mx.zeros((rows, self.draft.config.teacher_hidden))
-                hidden = dict.fromkeys(self.draft.taps, states)
-                mx.eval(self.draft.greedy_tokens(text[:rows], hidden, self.draft.new_cache(), 1))
+                states = mx.zeros((rows, reader.config.teacher_hidden))
+                hidden = dict.fromkeys(reader.taps, states)
+                mx.eval(reader.greedy_tokens(text[:rows], hidden, reader.new_cache(), 1))
 
     @property
     def end_token(self) -> int:

@@ -6,9 +6,9 @@ Shapes: `m` rows (token positions), `k` inputs, `n` outputs, `d` head dimension.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, Self, runtime_checkable
 
 import mlx.core as mx
 import numpy as np
@@ -57,6 +57,23 @@ class Int8Weight:
 
 
 Weight = TernaryWeight | DenseWeight | Int8Weight
+OUTPUTS_A_BLOCK = 16  # of any backend's layout: blocks of so many outputs stand one after the other
+
+
+def stacked(above: Weight, below: Weight) -> Weight:
+    """Two matrices' outputs one after the other, as one matrix of the same backend, of which nothing is made anew.
+
+    Raises ValueError unless both are of one kind, with as many inputs, and the first ends where a block ends.
+    """
+    if type(above) is not type(below) or above.k != below.k or above.n % OUTPUTS_A_BLOCK:
+        raise ValueError(f"{above.n} and {below.n} outputs of {above.k} and {below.k} inputs cannot be stacked")
+    data, n = mx.concatenate([above.data, below.data]), above.n + below.n
+    mx.eval(data)
+    if isinstance(above, DenseWeight) or isinstance(below, DenseWeight):
+        return DenseWeight(data, n, above.k)
+    scale = mx.concatenate([above.scale, below.scale])
+    mx.eval(scale)
+    return replace(above, data=data, scale=scale, n=n)
 
 
 @dataclass(frozen=True)
@@ -263,6 +280,10 @@ class FusedReader(Protocol):
         tokens: 1..SMALL_ROWS ids, each the one behind its row's position; states: the teacher's of these positions,
         float32 [m, teacher_hidden] a tap; all else as in `FusedStep.greedy_tokens`, the caches the draft's own.
         """
+        ...
+
+    def with_head(self, head: Weight) -> Self:
+        """The same one with another head of as many inputs; all else is shared."""
         ...
 
 

@@ -27,11 +27,12 @@ class ReaderDrafter:
         end_tokens: frozenset[int] = frozenset(),
         seed: int = 0,
     ) -> None:
-        self.reader, self.sampling = reader, sampling or Sampling()
+        self.loaded, self.sampling = reader, sampling or Sampling()
         self.end_tokens, self.seed = end_tokens, seed
         self.context, self.taps = reader.context, reader.taps
 
     def start(self, prompt: list[int], hidden: Hidden) -> None:
+        self.reader = self.loaded.for_text(prompt)
         self.cache = self.reader.new_cache()
         self.rng = np.random.default_rng([self.seed, 1])
         self.unread = [hidden]  # the teacher's states of the positions behind the cache

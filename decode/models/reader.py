@@ -9,7 +9,8 @@ teacher's and not stored again; the head may be trimmed to a draft vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,12 +27,13 @@ from decode.models.transformer import PREFILL_CHUNK, Precision, Transformer
 from kernels import UserError
 from kernels.errors import first_line
 from kernels.files import read_json
-from kernels.ops import AttentionShape, Epilogue, Layer, Weight
+from kernels.ops import OUTPUTS_A_BLOCK, AttentionShape, Epilogue, Layer, Weight, stacked
 from kernels.packing import unpack_ternary
 from kernels.reference import rms_norm
 
 FORMAT_KEY, FORMAT = "bitdraft_format", 1  # of config.json and of the tensors
 EPILOGUE: Epilogue = "silu_mul"
+OF_TEXT = 256  # rows that a trimmed head has besides for a text's own tokens
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,13 @@ def load_reader(draft: Checkpoint, teacher: Checkpoint, model: Transformer, prec
         raise UserError(f"{draft.folder}: cannot be loaded: {first_line(error)}") from error
 
 
+def _filled_up(ids: np.ndarray, more: int, vocab_size: int) -> np.ndarray:
+    """These ids, and behind them so many of the lowest others there are: int32."""
+    others = np.ones(vocab_size, bool)
+    others[ids] = False
+    return np.concatenate([ids, np.flatnonzero(others)[:more]]).astype(np.int32)
+
+
 class Reader:
     """A loaded reader, and the arithmetic of its rows. Every product goes through the kernels."""
 
@@ -149,14 +158,15 @@ class Reader:
         self.layers = [self._layer(f"layers.{i}.") for i in range(config.layers)]
         self.final_norm = self._norm("norm", hidden)
         self.output = None if hidden == read else self._weight(read, "output", inputs=hidden)
-        self.d2t: np.ndarray | None = None
+        self.d2t: np.ndarray | None = None  # the ids that the head's rows stand for, where it is trimmed
         self._d2t: mx.array | None = None
-        if config.head_size is not None:
-            self.d2t = check_d2t(self._tensor(D2T, (config.head_size,)), config.vocab_size)
-            self._d2t = mx.array(self.d2t, mx.uint32)
-            teacher_head = teacher_head[self._d2t]
-            mx.eval(self._d2t)
-        self.head = self._prepare(teacher_head)
+        self._teacher_head = teacher_head
+        if config.head_size is None:
+            self.head = self._prepare(teacher_head)
+        else:
+            kept = check_d2t(self._tensor(D2T, (config.head_size,)), config.vocab_size)
+            self._set_head_ids(_filled_up(kept, -len(kept) % OUTPUTS_A_BLOCK, config.vocab_size))
+            self.head = self._prepare(teacher_head[self._d2t])
         del self._tensors
         self.fused = self.ops.fused_reader(
             fusion=self.fusion,
@@ -173,6 +183,32 @@ class Reader:
             epilogue=EPILOGUE,
             eps=config.eps,
         )
+
+    def for_text(self, tokens: Sequence[int]) -> Reader:
+        """The same reader for the reply to a prompt, whose tokens its trimmed head takes in: as many as there is room
+        for, the last ones first.
+
+        What a text speaks of it mostly names again, and half of what a head of frequent tokens lacks is there. All else
+        is shared. There is always the same number of rows: on GPUs it is compiled in.
+        """
+        if self.d2t is None:
+            return self
+        room = min(OF_TEXT, (self.vocab_size - len(self.d2t)) // OUTPUTS_A_BLOCK * OUTPUTS_A_BLOCK)
+        if not room:
+            return self
+        last_first = np.array(list(dict.fromkeys(reversed(tokens))), np.int64)
+        besides = last_first[~np.isin(last_first, self.d2t)][:room]
+        whole = _filled_up(np.concatenate([self.d2t, besides]), room - len(besides), self.vocab_size)
+        made = copy.copy(self)
+        made._set_head_ids(whole)
+        rows = self._prepare(self._teacher_head[mx.array(whole[len(self.d2t) :], mx.uint32)])
+        made.head = stacked(self.head, rows)
+        made.fused = None if self.fused is None else self.fused.with_head(made.head)
+        return made
+
+    def _set_head_ids(self, ids: np.ndarray) -> None:
+        self.d2t, self._d2t = ids, mx.array(ids, mx.uint32)
+        mx.eval(self._d2t)
 
     def _tensor(self, name: str, shape: tuple[int, ...] | None = None) -> mx.array:
         if name not in self._tensors:

@@ -8,6 +8,7 @@ override what the processor offers.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import itertools
@@ -15,6 +16,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import mlx.core as mx
 import numpy as np
@@ -217,16 +219,9 @@ class _Fused:
                 (layer.gate_up, layer.post_norm),
                 (layer.down, layer.ffn_sub_norm),
             ]
-        self._model = _native.fused_model(
-            embedding,
-            frequency,
-            shape.heads,
-            shape.kv_heads,
-            shape.scale,
-            _EPILOGUES[epilogue],
-            eps,
-            *([_linear_of(weight, norm) for weight, norm in part] for part in (before, products, after)),
-        )
+        self._around = embedding, frequency, shape.heads, shape.kv_heads, shape.scale, _EPILOGUES[epilogue], eps
+        self._products = [[_linear_of(weight, norm) for weight, norm in part] for part in (before, products, after)]
+        self._model = _native.fused_model(*self._around, *self._products)
 
     def _greedy_tokens(
         self,
@@ -356,6 +351,7 @@ class CpuFusedReader(_Fused):
         eps: float,
     ) -> None:
         """As the protocol says, the weights of this backend."""
+        self._final_norm = final_norm
         super().__init__(
             before=[
                 (fusion, mx.concatenate(list(feature_norms))),
@@ -381,6 +377,14 @@ class CpuFusedReader(_Fused):
     ) -> mx.array:
         """As the protocol says."""
         return self._greedy_tokens(tokens, states, keys, values, offset, count, d2t)
+
+    def with_head(self, head: Weight) -> Self:
+        """As the protocol says."""
+        made = copy.copy(self)
+        before, layers, (*between, _) = self._products
+        made._products = [before, layers, [*between, _linear_of(head, None if between else self._final_norm)]]
+        made._model = _native.fused_model(*made._around, *made._products)
+        return made
 
 
 fused_reader = CpuFusedReader

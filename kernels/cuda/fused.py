@@ -73,6 +73,7 @@ class CudaFusedStep:
         self.exchanges = 0  # that packets were numbered for
         self.slots = SLOTS[0]
         self.launches: dict[tuple[int, bool, bool, bool], Launch] = {}  # by the arguments of `_prepared`
+        self.by_head_size = {self.head.n: self.launches}
         self.no_ids = mx.zeros((1,), mx.uint32)
         head_scale = self.head.scale if isinstance(self.head, Int8Weight) else self.floats
         weights = self.weights.view(mx.uint8)
@@ -153,11 +154,27 @@ class CudaFusedStep:
                 "SCALE": float_bits(shape.scale),
             },
         )
+        return made if made._fits() else None
+
+    def _fits(self) -> bool:
+        """Whether a block's shared memory is enough; the most slots that there is room for are then chosen."""
         limit = device_attribute(_SHARED_MEMORY) - _STATIC_SHARED
-        for made.slots in SLOTS:
-            if max(map(made.shared_memory, range(1, SMALL_ROWS + 1))) <= limit:
-                return made
-        return None
+        for self.slots in SLOTS:
+            needed = max(map(self.shared_memory, range(1, SMALL_ROWS + 1)))
+            if needed <= limit:
+                return True
+        return False
+
+    def with_head(self, head: Weight) -> Self:
+        """The same model with another head of the same kind; compiled code is shared by heads of one size."""
+        if type(head) is not type(self.head) or head.k != self.head.k:
+            raise ValueError(f"a {type(head).__name__} of {head.k} inputs instead of {self.head}")
+        made = replace(self, head=head, constants=self.constants | {"VOCAB": head.n})
+        if not made._fits():
+            raise ValueError(f"a head of {head.n} outputs is too large for a block's shared memory")
+        made.by_head_size = self.by_head_size
+        made.launches = made.by_head_size.setdefault(head.n, {})
+        return made
 
     def share_weights(self, layers: Sequence[Layer]) -> list[Layer]:
         """The same layers with their matrices' data as views of the one array, so that memory holds them once."""

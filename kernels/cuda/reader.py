@@ -33,6 +33,10 @@ class CudaFusedReader:
             raise ValueError(f"states {[(x.shape, x.dtype) for x in states]} are not float32 {expected}")
         return self.step.chain(tokens, states, keys, values, offset, count, d2t)
 
+    def with_head(self, head: Weight) -> CudaFusedReader:
+        """As the protocol says; compiled code is shared by heads of one size."""
+        return CudaFusedReader(self.step.with_head(head))
+
 
 def fused_reader(
     *,
