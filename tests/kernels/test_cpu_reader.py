@@ -174,6 +174,36 @@ def test_a_drafter_reads_every_state_once(
     assert sum(map(len, results[0])) > 8
 
 
+@pytest.mark.parametrize("draft", [CASES[1], CASES[2], CASES[4]], indirect=True, ids=str)
+def test_a_trimmed_head_takes_in_the_tokens_of_a_text(
+    draft: Reader, teacher: Transformer, native_norm: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its logits are those of the whole head's rows; it proposes the best of them, by one operation and by many."""
+    assert draft.d2t is not None
+    text = [7, 16_000, 12_345, 7, *range(9000, 9010), 12_345, int(draft.d2t[0])]
+    made = draft.for_text(text)
+    assert made.d2t is not None and len(set(made.d2t.tolist())) == len(made.d2t) == made.head.n
+    assert set(draft.d2t.tolist()) | set(text) <= set(made.d2t.tolist())
+    monkeypatch.setattr(draft, "head", draft._prepare(teacher.embedding))  # of another head than ops has fused
+    states = 3 * normal(5, draft.config.hidden)
+    assert same_bits(made.logits(states), draft.logits(states)[:, mx.array(made.d2t)])
+    monkeypatch.setattr(made, "_teacher_head", mx.zeros((16_384, WIDTH)))  # each text has its own
+    again = made.for_text([11])
+    assert again.d2t is not None and len(again.d2t) > len(made.d2t) and len(draft.for_text([]).d2t) == len(made.d2t)  # type: ignore[arg-type]
+    (fused, *_), (plain, *_) = both(made, monkeypatch, 3, 7)
+    assert fused.tolist() == plain.tolist()
+
+
+@pytest.mark.parametrize("draft", [CASES[4]], indirect=True, ids=str)
+def test_of_a_long_text_the_last_tokens_are_taken_in(draft: Reader) -> None:
+    assert draft.d2t is not None
+    others = np.setdiff1d(np.arange(16_384), draft.d2t)
+    text = np.random.default_rng(0).permutation(others)[:1000].tolist()
+    found = draft.for_text([*text, *text[:10]]).d2t
+    assert found is not None and len(found) == len(draft.d2t) + reader.OF_TEXT
+    assert set(found[len(draft.d2t) :].tolist()) == {*text[:10], *text[-246:]}
+
+
 @pytest.mark.parametrize("draft", [CASES[1]], indirect=True, ids=str)
 def test_proposals_write_to_one_cache(draft: Reader) -> None:
     cache = filled(draft)

@@ -15,7 +15,7 @@ from cuda_runs import EMULATED, weights_of
 
 from kernels import cuda, reference
 from kernels.cuda import fused
-from kernels.ops import CACHED, AttentionShape, Layer, Spans
+from kernels.ops import CACHED, AttentionShape, Layer, Spans, stacked
 
 if not EMULATED:
     pytest.skip("no g++ 12 or newer on Linux to emulate CUDA with", allow_module_level=True)
@@ -200,6 +200,28 @@ def test_rows_that_are_exchanged_whole_have_the_bits_of_others(monkeypatch: pyte
         found.append((small.proposed(small.given(2), caches, 5, 2, False), caches))
     (whole, caches), (in_turns, others) = found
     assert whole == in_turns and all(map(same_bits, (*caches[0], *caches[1]), (*others[0], *others[1])))
+
+
+@pytest.mark.parametrize("head", ["int8", "bfloat16"])
+def test_another_head_takes_the_place_of_the_first(head: str) -> None:
+    """Of one size code is shared; the exchange's numbers are each reader's own."""
+    small = Small("ternary", head)
+    rows = normal(80, 96, seed=77).astype(mx.bfloat16)
+    prepare = cuda.prepare_int8 if head == "int8" else cuda.prepare_dense
+    first, more = prepare(rows[:64]), prepare(rows[64:])
+    whole = cuda.fused_reader(**small.ours | {"head": prepare(rows)})
+    assert whole is not None
+    put = [small.reader.with_head(stacked(first, more)) for _ in range(2)]
+    assert put[0].step.launches is put[1].step.launches is not small.reader.step.launches
+    ids = mx.array(np.random.default_rng(1).permutation(80) % small.vocab, mx.uint32)
+    for m in (2, 3):
+        given = small.given(m)
+        said = [one.greedy_tokens(*given, *small.caches(9), 9, 4, ids).tolist() for one in (*put, whole)]
+        assert said[0] == said[1] == said[2]
+        small.proposed(given, small.caches(9), 9, 2, False)
+    other = cuda.prepare_dense if head == "int8" else cuda.prepare_int8
+    with pytest.raises(ValueError, match="of 96 inputs instead"):
+        small.reader.with_head(other(rows))
 
 
 def test_what_it_is_not_written_for_is_left_to_single_operations() -> None:
