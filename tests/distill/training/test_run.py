@@ -474,7 +474,7 @@ def test_learning_rate_rises_and_falls() -> None:
     rates = [learning_rate(i, 100, 1.0, 0.1) for i in range(100)]
     assert rates[0] == 0.1 and max(rates) == rates[9] == 1.0
     assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert rates[-1] == pytest.approx(0.1, abs=0.01)
+    assert 0 < rates[-1] < 0.001
 
 
 def test_faults_are_named(made: tuple[Path, Path], tmp_path: Path) -> None:
