@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import re
 import shutil
 import tempfile
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from functools import cached_property
 from itertools import groupby
@@ -37,6 +38,17 @@ LINE_END = re.compile("\r\n|\r")
 PLACE = "bitdraft-holds-this-place"  # stands for a text that is still to be written
 # Shows how text is normalised, split and begun: words, numbers, white space, other scripts, what may be special tokens.
 PROBE = "It's a probe:  1,234.5 naïve ﬁles,\tdon't\r\n\n def f_2(x): «Äpfel» два 東京 \u0301🙂 </s> <s> HTTPServer "
+
+
+@contextmanager
+def _same_draws() -> Iterator[None]:
+    """What Jinja's `random` and `lipsum` draw is the same each time: a prompt is one text."""
+    before = random.getstate()
+    random.seed(0)
+    try:
+        yield
+    finally:
+        random.setstate(before)
 
 
 class Tokenizer:
@@ -271,10 +283,16 @@ class Tokenizer:
         if self.template_time is not None:
             options["chat_template"] = STRFTIME_NOW + self._wrapped.get_chat_template()
             options["template_time"] = {directive: self._time.strftime(directive) for directive in DIRECTIVES}
-        text = self._wrapped.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options
-        )
+        with _same_draws() if self._draws else nullcontext():
+            text = self._wrapped.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options
+            )
         return str(text)
+
+    @cached_property
+    def _draws(self) -> bool:
+        """Whether the chat template may draw by chance."""
+        return any(name in str(self._template) for name in ("random", "lipsum"))
 
     def _known(self, token: int) -> bool:
         """Whether the model has this token: tokenizers may have more, added after the model was trained."""
