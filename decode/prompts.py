@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -95,7 +96,10 @@ def _prompt(entry: Entry, where: str) -> Prompt:
         messages = conversation(entry.value)
         if messages[-1]["role"] not in ANSWERED:
             raise ValueError(f"ends with a turn of the role {messages[-1]['role']}: there is nothing to answer")
+        _check_prompt_beside(entry.value)
         given = entry.value.get("id")
+        if isinstance(given, float) and not math.isfinite(given):
+            raise ValueError(f"has the id {given}, which is no number of JSON's")
         prompt_id = str(entry.number if given is None else given)
         if SURROGATE.search(prompt_id):
             raise ValueError("has an id with half a surrogate pair, which no UTF-8 text can hold")
@@ -107,6 +111,15 @@ def _prompt(entry: Entry, where: str) -> Prompt:
     except ValueError as error:
         raise UserError(f"{where} {error}") from None
     return Prompt(messages, prompt_id, category, where)
+
+
+def _check_prompt_beside(entry: Mapping[str, Any]) -> None:
+    """Datasets have an answered `prompt` beside its `messages`; another one would not be answered. ValueError."""
+    prompt = entry.get("prompt")
+    if entry.get("messages") is None or prompt is None:
+        return
+    if not any(text_of(message) == prompt for message in entry["messages"] if message.get("role") == "user"):
+        raise ValueError("has a `prompt` and `messages` in which no user says it: one of them is to be answered")
 
 
 def make_prompt(text: str, prompt_id: str) -> Prompt:

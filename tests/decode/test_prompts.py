@@ -8,6 +8,7 @@ import io
 import json
 import lzma
 import os
+import random
 import re
 import sys
 from datetime import datetime
@@ -137,6 +138,8 @@ def test_the_projects_own_prompts() -> None:
         ('[[{"prompt": "a"}]]', "is not a JSON object"),
         ('{"prompt": "a", "category": "x\\ud83d"}', "has a category with half a surrogate pair"),
         ('{"text": "t"}', "neither `prompt` nor `messages`"),
+        ('{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}', "one of them is to be answered"),
+        ('{"prompt": "a", "id": NaN}', "has the id nan"),
         ('{"prompt": 3}', "a prompt that is not a string"),
         ('{"prompt": "  "}', "an empty prompt"),
         ('{"messages": []}', "messages that are not a list"),
@@ -328,6 +331,21 @@ def test_the_template_is_told_one_time_a_run(tmp_path: Path) -> None:
     assert told.decode(told.encode_prompt(prompt)) == time.strftime("%d %b %Y, %-H %H:%M:%S Hi")
     then = Tokenizer(tmp_path / "m", "2024-02-03T04:05:06")
     assert then.decode(then.encode_prompt(prompt)) == "03 Feb 2024, 4 04:05:06 Hi"
+
+
+@pytest.mark.parametrize("draw", ["range(100000)|random", "lipsum(1)"])
+def test_what_a_template_draws_is_the_same_each_time(draw: str, tmp_path: Path) -> None:
+    drawn = templated(tmp_path / "m", "{{ " + draw + " }}: {{ messages[0].content }}")
+    before = random.getstate()
+    said = [drawn.encode_prompt(make_prompt("Hi", "1")) for _ in range(3)]
+    assert said[0] == said[1] == said[2] and len(said[0]) > 4 and random.getstate() == before
+
+
+def test_a_prompt_beside_messages_that_say_it_is_no_other(tmp_path: Path) -> None:
+    line = {"prompt": "a", "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]}
+    (tmp_path / "p.jsonl").write_text(json.dumps(line) + "\n")
+    (prompt,) = read_prompts(tmp_path / "p.jsonl")
+    assert prompt.messages == line["messages"]
 
 
 @pytest.mark.slow
