@@ -9,6 +9,7 @@ them. How they speak with one another, and what is heard of one that dies, is `d
 from __future__ import annotations
 
 import signal
+import threading
 from dataclasses import asdict
 from typing import Any, NoReturn
 
@@ -31,6 +32,7 @@ from kernels.backends import use_fast_blas
 from kernels.device import versions
 
 WEIGHTS, ROWS, D2T = "weights:", "rows:", "d2t"
+END = "told_to_end"  # in a message: the rank was sent SIGTERM
 
 
 def introduction(teacher: Checkpoint) -> dict[str, dict[str, Any]]:
@@ -62,8 +64,10 @@ class Shared:
             parts[0] = step.gradients(weights, step.draft.arrays(batch.part(0, borders[1])))
             mx.async_eval(parts[0])
         while len(parts) < len(asked) + bool(borders[1]):
-            for rank, _, data in self.ranks.received(wait=True):
+            for rank, message, data in self.ranks.received(wait=True):
                 parts[rank] = _from_bytes(data)
+                if message.get(END):
+                    signal.raise_signal(signal.SIGINT)  # as if this one had been told
         return Gradients.total([parts[rank] for rank in sorted(parts)], step.draft.step_weights)
 
 
@@ -72,6 +76,8 @@ def assist(launch: Launch, teacher: Checkpoint) -> NoReturn:
 
     def work(rank_0: Connection) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for rank 0, which ends its step and then the others
+        told_to_end = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: told_to_end.set())  # may be for this rank alone: rank 0 is told
         rank_0.send({"introduction": introduction(teacher), "slots": 0})
         begin, data = _next(rank_0)
         settings = TrainSettings(**begin["settings"])
@@ -83,7 +89,9 @@ def assist(launch: Launch, teacher: Checkpoint) -> NoReturn:
         step = make_step(settings, config, teacher.folder, loaded, unpacked(data).get(D2T))
         with keep_awake():
             while True:
-                rank_0.send({}, _as_bytes(_computed(step, _next(rank_0)[1])))
+                found = _as_bytes(_computed(step, _next(rank_0)[1]))
+                rank_0.send({END: True} if told_to_end.is_set() else {}, found)
+                told_to_end.clear()
 
     serve(launch, work)
 

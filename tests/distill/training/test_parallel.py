@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import signal
 import time
 from pathlib import Path
@@ -70,6 +71,22 @@ def test_two_processes_learn_what_one_does(
     losses = [[line["loss"] for line in lines if "loss" in line] for lines in logs]
     # AdamW moves a weight by its gradient's sign, be it of rounding; so not the weights are compared.
     assert np.allclose(losses[0], losses[1], rtol=0.02) and np.allclose(losses[0][:3], losses[1][:3], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_sigterm_to_any_rank_ends_the_run_with_a_draft(text_dataset: Path, small_teacher: Path, tmp_path: Path) -> None:
+    command: list[object] = ["train", "--data", text_dataset, "--teacher", small_teacher, "--hidden", 64, "-q"]
+    command += ["--live-prompts", 0, "--tokens", 40_000, "--batch", 2]
+    zero, told = start(tmp_path / "x", command, command)
+    log, until = tmp_path / "x" / "d" / "log.jsonl", time.monotonic() + 60
+    while not (log.exists() and '"step": 2' in log.read_text()):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    told.send_signal(signal.SIGTERM)
+    (code, out, said), other = ended([zero, told])
+    assert (code, out) == (130, "") and len(said.strip().splitlines()) == 1 and "the same command" in said, said
+    assert other == (130, "", "")
+    assert json.loads((log.parent / "draft.json").read_text())["complete"] is False
 
 
 @pytest.mark.slow
