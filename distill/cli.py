@@ -263,8 +263,8 @@ def train(
     json_file: JsonOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Train a draft on a dataset: a Llama, or with --reads-teacher one that reads its teacher's hidden states. The best
-    checkpoint by held-out loss is kept.
+    """Train a draft on a dataset: a Llama, or with --reads-teacher one that reads its teacher's hidden states. Kept is
+    the checkpoint that emits most tokens a verification, of equal ones that with the lowest held-out loss.
 
     Ctrl-C leaves a usable draft; the same command goes on where it stopped, and trains nothing where it has finished.
     Under mlx.launch all ranks compute gradients, each of its part of a step's rows; rank 0 reads and writes.
