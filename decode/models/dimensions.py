@@ -40,6 +40,9 @@ class Dimensions:
                 read = _size(config, formats.TEACHER_HIDDEN)
             reading = len(taps) * read * hidden + (read + hidden) * hidden + (hidden * read if hidden != read else 0)
             head_dim = None if config.get("head_dim") is None else _size(config, "head_dim")
+            head_rows = _size(config, draft_vocabulary.SIZE, vocab)
+            if read:  # it takes in a text's tokens
+                head_rows = sum(draft_vocabulary.rows_of_readers(head_rows, vocab))
             return cls(
                 layers=_size(config, "num_hidden_layers"),
                 hidden=hidden,
@@ -48,7 +51,7 @@ class Dimensions:
                 head_dim=checked_head_dim(hidden, heads, kv_heads, head_dim),
                 intermediate=_size(config, "intermediate_size"),
                 vocab=vocab,
-                head_rows=_size(config, draft_vocabulary.SIZE, vocab),
+                head_rows=head_rows,
                 layer_bits=2 if formats.is_bitnet(config) else 8,
                 reading=reading if read else 0,
                 head_width=read,

@@ -14,10 +14,12 @@ import mlx.core as mx
 import numpy as np
 
 from kernels import UserError
+from kernels.ops import OUTPUTS_A_BLOCK
 
 MODEL_TYPE = "bitdraft_trimmed_llama"
 D2T = "kept"  # the tensor of the ids, as files call it
 SIZE = "head_vocab_size"  # in config.json: how many ids are kept
+OF_TEXT = 256  # rows that a reader's trimmed head has besides, for a text's own tokens
 
 
 def model_classes(config: dict[str, Any]) -> tuple[type, type]:
@@ -52,6 +54,13 @@ def check_d2t(kept: mx.array, vocab_size: int) -> np.ndarray:
     if (np.diff(ids) <= 0).any() or ids[0] < 0 or ids[-1] >= vocab_size:
         raise UserError(f"its tensor `kept` does not hold ascending ids of a vocabulary of {vocab_size}")
     return ids
+
+
+def rows_of_readers(kept: int, vocab_size: int) -> tuple[int, int]:
+    """How many rows a reader's head has that keeps so many ids: filled up to a block of the kernels' layout, and for
+    the tokens of a text besides."""
+    filled = min(vocab_size, -(-kept // OUTPUTS_A_BLOCK) * OUTPUTS_A_BLOCK)
+    return filled, min(OF_TEXT, (vocab_size - filled) // OUTPUTS_A_BLOCK * OUTPUTS_A_BLOCK)
 
 
 def over_vocabulary(p: np.ndarray, d2t: np.ndarray | None, vocab_size: int) -> np.ndarray:

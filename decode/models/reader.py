@@ -21,19 +21,18 @@ import numpy as np
 from decode.models import draft_vocabulary
 from decode.models.cache import KVCache
 from decode.models.checkpoint import Checkpoint
-from decode.models.draft_vocabulary import D2T, check_d2t, over_vocabulary
+from decode.models.draft_vocabulary import D2T, check_d2t, over_vocabulary, rows_of_readers
 from decode.models.formats import READER, TAPS, TEACHER_HIDDEN
 from decode.models.transformer import PREFILL_CHUNK, Precision, Transformer
 from kernels import UserError
 from kernels.errors import first_line
 from kernels.files import read_json
-from kernels.ops import OUTPUTS_A_BLOCK, AttentionShape, Epilogue, Layer, Weight, stacked
+from kernels.ops import AttentionShape, Epilogue, Layer, Weight, stacked
 from kernels.packing import unpack_ternary
 from kernels.reference import rms_norm
 
 FORMAT_KEY, FORMAT = "bitdraft_format", 1  # of config.json and of the tensors
 EPILOGUE: Epilogue = "silu_mul"
-OF_TEXT = 256  # rows that a trimmed head has besides for a text's own tokens
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ class Reader:
             self.head = self._prepare(teacher_head)
         else:
             kept = check_d2t(self._tensor(D2T, (config.head_size,)), config.vocab_size)
-            self._set_head_ids(_filled_up(kept, -len(kept) % OUTPUTS_A_BLOCK, config.vocab_size))
+            self._set_head_ids(_filled_up(kept, self._rows[0] - len(kept), config.vocab_size))
             self.head = self._prepare(teacher_head[self._d2t])
         del self._tensors
         self.fused = self.ops.fused_reader(
@@ -191,10 +190,8 @@ class Reader:
         What a text speaks of it mostly names again, and half of what a head of frequent tokens lacks is there. All else
         is shared. There is always the same number of rows: on GPUs it is compiled in.
         """
-        if self.d2t is None:
-            return self
-        room = min(OF_TEXT, (self.vocab_size - len(self.d2t)) // OUTPUTS_A_BLOCK * OUTPUTS_A_BLOCK)
-        if not room:
+        room = self._rows[1]
+        if self.d2t is None or not room:
             return self
         last_first = np.array(list(dict.fromkeys(reversed(tokens))), np.int64)
         besides = last_first[~np.isin(last_first, self.d2t)][:room]
@@ -205,6 +202,11 @@ class Reader:
         made.head = stacked(self.head, rows)
         made.fused = None if self.fused is None else self.fused.with_head(made.head)
         return made
+
+    @property
+    def _rows(self) -> tuple[int, int]:
+        """Of a trimmed head, without and for a text's own tokens."""
+        return rows_of_readers(self.config.head_size or self.vocab_size, self.vocab_size)
 
     def _set_head_ids(self, ids: np.ndarray) -> None:
         self.d2t, self._d2t = ids, mx.array(ids, mx.uint32)
