@@ -48,6 +48,7 @@ def proposals(draft: Reader | Transformer, teacher: Transformer) -> Callable[[in
     cache = draft.new_cache()
     cache.reserve(CONTEXT + 64)
     if isinstance(draft, Reader):
+        draft = draft.for_text(range(CONTEXT))
         hidden = teacher.prefill(list(range(CONTEXT)), teacher.new_cache(), draft.taps)
         states = {tap: rows[-2:] for tap, rows in hidden.items()}
         mx.eval(list(states.values()))
