@@ -187,7 +187,7 @@ class Reader:
         """The same reader for the reply to a prompt, whose tokens its trimmed head takes in: as many as there is room
         for, the last ones first.
 
-        What a text speaks of it mostly names again, and half of what a head of frequent tokens lacks is there. All else
+        A reply names again what it was asked of: two thirds of what a head of frequent tokens lacks is there. All else
         is shared. There is always the same number of rows: on GPUs it is compiled in.
         """
         room = self._rows[1]
