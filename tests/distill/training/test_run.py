@@ -72,7 +72,7 @@ def evals(folder: Path) -> list[dict[str, float]]:
 @pytest.mark.slow
 def test_learns_and_leaves_a_draft(made: tuple[Path, Path], whole: Path) -> None:
     curve = evals(whole)
-    assert curve[-1]["held_out_loss"] < 0.1 * curve[0]["held_out_loss"]
+    assert curve[-1]["held_out_loss"] < 0.2 * curve[0]["held_out_loss"]
     assert curve[-1]["agreement"] > 0.8
     names = {p.name for p in whole.iterdir()}
     assert {"config.json", "model.safetensors", "draft.json", "log.jsonl", "curves.png"} <= names
