@@ -16,9 +16,9 @@ from decode.keep_awake import keep_awake
 
 # Ends as the real one does: told to, or when the process it was given does.
 CAFFEINATE = """#!/bin/sh
-echo "$$ $*" > "{folder}/started"
 trap 'echo > "{folder}/ended"; exit 0' TERM
 trap 'echo > "{folder}/interrupted"; exit 0' INT
+echo "$$ $*" > "{folder}/started"
 while kill -0 "$3" 2>/dev/null; do sleep 0.05; done
 echo > "{folder}/ended"
 """
