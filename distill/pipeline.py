@@ -215,8 +215,8 @@ class Pipeline:
     def _check_start(self) -> DraftConfig:
         """The shape of the draft that is gone on from. UserError, naming the line, where that cannot be."""
         assert self._start is not None
-        first, start, teacher = load(self._start), self._start, self.teacher
-        self.recipe.attempt("train", lambda: check_start(first, start, teacher.weights_hash, teacher.folder))
+        first, start, teacher, recipe = load(self._start), self._start, self.teacher, self.recipe
+        recipe.attempt("train", lambda: check_start(first, start, recipe.draft, teacher.weights_hash, teacher.folder))
         return first.config
 
     @cached_property

@@ -85,7 +85,7 @@ def train(
     files = teacher_files(Tokenizer(teacher_folder))
     fingerprint = settings.record() | {"data": dataset.sha256, "teacher_files": files}
     if init is not None and first is not None:
-        check_start(first, init, dataset.settings.teacher_hash, teacher_folder)
+        check_start(first, init, out, dataset.settings.teacher_hash, teacher_folder)
         fingerprint["init"] = start_hash(init)
     if other is not None:
         fingerprint["teacher"] = other["hash"]
@@ -175,8 +175,11 @@ def _check_teacher(config: DraftConfig, dataset: Datasets, teacher: dict[str, An
         )
 
 
-def check_start(first: Draft, folder: Path, teacher_hash: str, teacher: Path) -> None:
-    """UserError where a draft cannot be gone on from: its tokens are not the teacher's, or it reads another one."""
+def check_start(first: Draft, folder: Path, out: Path, teacher_hash: str, teacher: Path) -> None:
+    """UserError where a draft cannot be gone on from: it would be overwritten, its tokens are not the teacher's, or it
+    reads another one. folder: the draft's; out: that of the new one."""
+    if folder.resolve() == out.resolve():
+        raise UserError(f"--init {folder}: is the folder of the new draft too, which takes its place; give another")
     if tokenizer_hash(folder) != tokenizer_hash(teacher):
         raise UserError(f"--init {folder}: its tokenizer is not that of {teacher}")
     made_for = first.provenance.get("teacher")
