@@ -14,7 +14,7 @@ EPS = 1e-8
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Linear warm-up over a share of the steps, then a cosine down to nothing.
+    """Linear warm-up over a share of the steps, then a cosine down to a tenth of the peak.
 
     step: 0 for the first.
     """
@@ -22,7 +22,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     if step < rising:
         return peak * (step + 1) / rising
     done = (step - rising) / max(1, steps - rising)
-    return peak * 0.5 * (1 + math.cos(math.pi * done))
+    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
 def schedule(step: int, rate: float) -> mx.array:

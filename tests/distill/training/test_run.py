@@ -72,7 +72,7 @@ def evals(folder: Path) -> list[dict[str, float]]:
 @pytest.mark.slow
 def test_learns_and_leaves_a_draft(made: tuple[Path, Path], whole: Path) -> None:
     curve = evals(whole)
-    assert curve[-1]["held_out_loss"] < 0.2 * curve[0]["held_out_loss"]
+    assert curve[-1]["held_out_loss"] < 0.1 * curve[0]["held_out_loss"]
     assert curve[-1]["agreement"] > 0.8
     names = {p.name for p in whole.iterdir()}
     assert {"config.json", "model.safetensors", "draft.json", "log.jsonl", "curves.png"} <= names
@@ -474,7 +474,7 @@ def test_learning_rate_rises_and_falls() -> None:
     rates = [learning_rate(i, 100, 1.0, 0.1) for i in range(100)]
     assert rates[0] == 0.1 and max(rates) == rates[9] == 1.0
     assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert 0 < rates[-1] < 0.001
+    assert rates[-1] == pytest.approx(0.1, abs=0.01)
 
 
 def test_faults_are_named(made: tuple[Path, Path], tmp_path: Path) -> None:

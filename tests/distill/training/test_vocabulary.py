@@ -144,7 +144,7 @@ def test_decode_computes_with_it(
     found = model.step(tokens, model.new_cache()).logits
     assert found.shape == (len(tokens), len(saved.d2t))
     # Decoding takes dequantised weights, keys and values as bfloat16.
-    assert np.allclose(np.array(found), np.array(expected), rtol=1e-3, atol=0.03 if bits is None else 0.1)  # of 4.6
+    assert np.allclose(np.array(found), np.array(expected), rtol=1e-3, atol=0.03 if bits is None else 0.06)
 
 
 @pytest.mark.slow
