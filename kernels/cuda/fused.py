@@ -72,8 +72,7 @@ class CudaFusedStep:
         self.packets = mx.zeros((0,), mx.uint32)  # for the caches' capacity, made by the first step
         self.exchanges = 0  # that packets were numbered for
         self.slots = SLOTS[0]
-        self.launches: dict[tuple[int, bool, bool, bool], Launch] = {}  # by the arguments of `_prepared`
-        self.by_head_size = {self.head.n: self.launches}
+        self.launches: dict[tuple[int, int, bool, bool, bool], Launch] = {}  # by the head's size, and as `_prepared`
         self.no_ids = mx.zeros((1,), mx.uint32)
         head_scale = self.head.scale if isinstance(self.head, Int8Weight) else self.floats
         weights = self.weights.view(mx.uint8)
@@ -154,10 +153,10 @@ class CudaFusedStep:
                 "SCALE": float_bits(shape.scale),
             },
         )
-        return made if made._fits() else None
+        return made if made._choose_slots() else None
 
-    def _fits(self) -> bool:
-        """Whether a block's shared memory is enough; the most slots that there is room for are then chosen."""
+    def _choose_slots(self) -> bool:
+        """Take as many as a block's shared memory has room for; False where it has none for the fewest."""
         limit = device_attribute(_SHARED_MEMORY) - _STATIC_SHARED
         for self.slots in SLOTS:
             needed = max(map(self.shared_memory, range(1, SMALL_ROWS + 1)))
@@ -170,10 +169,9 @@ class CudaFusedStep:
         if type(head) is not type(self.head) or head.k != self.head.k:
             raise ValueError(f"a {type(head).__name__} of {head.k} inputs instead of {self.head}")
         made = replace(self, head=head, constants=self.constants | {"VOCAB": head.n})
-        if not made._fits():
+        if not made._choose_slots():
             raise ValueError(f"a head of {head.n} outputs is too large for a block's shared memory")
-        made.by_head_size = self.by_head_size
-        made.launches = made.by_head_size.setdefault(head.n, {})
+        made.launches = self.launches
         return made
 
     def share_weights(self, layers: Sequence[Layer]) -> list[Layer]:
@@ -336,9 +334,10 @@ class CudaFusedStep:
 
     def _prepared(self, m: int, chain: bool = False, d2t: bool = False, taps: bool = False) -> Launch:
         """The launch of a step of m rows, or of a chain whose first step has up to m."""
-        if (m, chain, d2t, taps) not in self.launches:
-            self.launches[m, chain, d2t, taps] = self._prepare(m, chain, d2t, taps)
-        return self.launches[m, chain, d2t, taps]
+        key = self.head.n, m, chain, d2t, taps
+        if key not in self.launches:
+            self.launches[key] = self._prepare(m, chain, d2t, taps)
+        return self.launches[key]
 
     def _prepare(self, m: int, chain: bool, d2t: bool, taps: bool) -> Launch:
         caches, read = (

