@@ -119,7 +119,7 @@ def draft(request: pytest.FixtureRequest, tmp_path: Path) -> Transformer:
 @pytest.mark.parametrize("given", [1, 2, 8])
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_greedy_tokens_have_the_tokens_and_caches_of_single_steps(draft: Transformer, given: int, count: int) -> None:
-    prompt = np.random.default_rng(1).integers(0, 16_384, 20 + given).tolist()
+    prompt = np.random.default_rng(353).integers(0, 16_384, 20 + given).tolist()  # does not repeat one token
     results = []
     for fused in (draft.fused_step, None):
         draft.fused_step = fused

@@ -215,8 +215,8 @@ def test_a_draft_goes_on_with_other_data(text_dataset: Path, small_teacher: Path
     with pytest.raises(UserError, match="--layers 2: the draft of --init has 1 and stays"):
         deeper = dataclasses.replace(onwards, layers=2)
         train(data, small_teacher, tmp_path / "x", deeper, init=tmp_path / "one", quiet=True)
-    with pytest.raises(UserError, match="is the folder of the new draft too"):
-        train(data, small_teacher, out, onwards, init=out, quiet=True)
+    with pytest.raises(UserError, match="holds a finished draft that was trained with another --init"):
+        train(data, small_teacher, out, onwards, init=copy, quiet=True)
 
 
 def test_a_draft_that_is_gone_on_from_keeps_its_architecture(
@@ -243,9 +243,8 @@ def test_a_draft_that_is_gone_on_from_keeps_its_architecture(
     (edited / "config.json").write_text(json.dumps(config | {"rope_theta": 1e4}))
     refused = inside("distill", *options, "--data", text_dataset, "--init", edited, "--out", tmp_path / "on")
     refused.refused("distill", str(tmp_path / "on"), "another --init")
-    before = {
-        path.name: path.read_bytes() for path in folder.iterdir()
-    }  # a draft is not put in its own beginning's place
+    # A draft is not put in the place of the one it goes on from.
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
     (tmp_path / "link").symlink_to(folder)
     for out in (folder, tmp_path / "link"):
         refused = inside("distill", *options, "--data", text_dataset, "--init", folder, "--out", out)
