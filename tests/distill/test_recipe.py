@@ -264,6 +264,9 @@ def test_run(inside: Command, small_teacher: Path, tmp_path: Path, monkeypatch: 
         assert [stage["skipped"] for stage in json.loads(done.out)["stages"]] == skipped
     onto = json.loads((tmp_path / "runs" / "more" / "draft" / "draft.json").read_text())
     assert onto["config"] == about["config"] and "init" in onto["training"]
+    (tmp_path / "more.toml").write_text(onwards.replace(fresh, 'init = "runs/more/draft"\ntokens = 128\nevals = 1'))
+    refused = inside("distill", "run", "more.toml", cwd=tmp_path)
+    refused.refused("distill", "[train] init runs/more/draft: is the folder of the new draft too")
     (tmp_path / "more.toml").write_text(onwards.replace(fresh, 'init = "runs/tiny/draft"\nlayers = 2'))
     other = shutil.copytree(tmp_path / "runs" / "tiny" / "draft", tmp_path / "other")
     table = (other / "tokenizer.json").read_text()
